@@ -1,0 +1,93 @@
+"""Checks at the door. Each names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+_CHECK_VALUES = os.environ.get("BERT_FAST_CHECK") == "1"
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int | str, ...]) -> None:
+    """ValueError unless `x` has the shape `expected`, in which a string stands for any size and names it."""
+    shape = tuple(x.shape)
+    if len(shape) != len(expected) or any(isinstance(e, int) and e != s for s, e in zip(shape, expected, strict=True)):
+        wanted = ", ".join(str(part) for part in expected)
+        raise ValueError(f"{name} has shape {shape}; expected ({wanted}{',' if len(expected) == 1 else ''})")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """TypeError unless `x` is a floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is {x.dtype}; expected a floating-point tensor")
+
+
+def check_integer(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.int64, torch.int32)) -> None:
+    """TypeError unless `x` is an integer tensor of one of `dtypes`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} is {x.dtype}; expected {' or '.join(str(dtype) for dtype in dtypes)}")
+
+
+def check_same_device(x: Tensor, **others: Tensor | None) -> None:
+    """ValueError unless every tensor of `others` is on the device of `x`."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} is on {other.device}; expected {x.device}, the device of the first argument")
+
+
+def check_rng_state(rng_state: Tensor, x: Tensor) -> None:
+    """The state of the dropout generator: int64 (2,) on the device of `x`."""
+    check_integer("rng_state", rng_state, (torch.int64,))
+    check_shape("rng_state", rng_state, (2,))
+    check_same_device(x, rng_state=rng_state)
+
+
+def values_are_checked(x: Tensor) -> bool:
+    """Whether checks may read the values of `x`: on the CPU, elsewhere only under BERT_FAST_CHECK=1, never while tracing."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (_CHECK_VALUES and x.device.type == "cuda"))
+
+
+def check_range(name: str, x: Tensor, high: int, what: str) -> None:
+    """ValueError unless every value of the integer tensor `x` is in [0, high)."""
+    if values_are_checked(x) and x.numel():
+        low, top = (int(value) for value in torch.aminmax(x))
+        if low < 0 or top >= high:
+            raise ValueError(f"{name} has values from {low} to {top}; expected 0 to {high - 1} ({what})")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
+    """cu_seqlens: int32 (B+1,), starts at 0, never falls, ends at `total`, no step above `max_seqlen`."""
+    check_integer("cu_seqlens", cu_seqlens, (torch.int32,))
+    check_shape("cu_seqlens", cu_seqlens, ("B+1",))
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens is empty; expected at least the leading 0")
+    if not values_are_checked(cu_seqlens):
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != total:
+        raise ValueError(f"cu_seqlens runs from {ends[0]} to {ends[-1]}; expected from 0 to {total}, the number of tokens")
+    longest = 0
+    for index, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        if end < start:
+            raise ValueError(f"cu_seqlens falls from {start} to {end} at index {index + 1}; expected it never to fall")
+        longest = max(longest, end - start)
+    if longest > max_seqlen:
+        raise ValueError(f"cu_seqlens has a sequence of {longest} tokens; expected at most max_seqlen = {max_seqlen}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on the device of `x`, or None outside autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that autocast asks for; `x` itself outside autocast."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == dtype or x.dtype == torch.float64 else x.to(dtype)

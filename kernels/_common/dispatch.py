@@ -1,0 +1,138 @@
+"""Which implementation of a room runs: what is available, what was asked for, what `auto` takes.
+
+`auto` walks the room's `choices` (data, each with the measurement that justifies it) and takes the first that fits the
+device and dtype, is available, and is verified; where none fits it takes the reference. An explicit request never falls
+back: it works or raises `ImplUnavailableError`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+IMPLS = ("reference", "triton", "cuda", "cpu")
+_ENVIRONMENT = "BERT_FAST_IMPL"
+
+
+class Availability(NamedTuple):
+    """Whether an implementation can run here, whether a recorded run verified it, and the reason where not."""
+
+    ok: bool
+    verified: bool
+    reason: str
+
+
+class ImplUnavailableError(RuntimeError):
+    """The implementation that was asked for can't run here, or not on this device or dtype."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of a room: what to call, where it works, and whether it can run here."""
+
+    call: Callable[..., Any]
+    device: str | None  # a torch device type; None = any
+    dtypes: tuple[torch.dtype, ...] | None  # None = any floating dtype
+    availability: Availability = Availability(True, True, "")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of a room's `auto` table."""
+
+    impl: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    measured: str  # what was measured, where and when
+
+
+def not_built(impl: str) -> Implementation:
+    """The slot of an implementation that this version does not have."""
+
+    def call(*_: Any, **__: Any) -> Any:
+        raise AssertionError(f"{impl} is not available and was called all the same")
+
+    return Implementation(call, None, None, Availability(False, False, f"not built yet: this version has no {impl} kernels"))
+
+
+class Room:
+    """An operation and its implementations."""
+
+    def __init__(self, name: str, impls: Mapping[str, Implementation], choices: tuple[Choice, ...]) -> None:
+        self.name = name
+        self.impls = {impl: impls.get(impl) or not_built(impl) for impl in IMPLS}
+        self.choices = tuple(
+            choice
+            for choice in choices
+            if self.impls[choice.impl].availability.ok and self.impls[choice.impl].availability.verified
+        )
+        ROOMS[name] = self
+
+    def select(self, impl: str, x: torch.Tensor) -> Callable[..., Any]:
+        """The callable for `impl` on the device and dtype of `x`.
+
+        Raises ValueError for an unknown name and ImplUnavailableError for an explicit request that can't be met.
+        """
+        asked = _default[-1] if impl == "auto" else impl
+        if asked == "auto":
+            for choice in self.choices:
+                if choice.device == x.device.type and x.dtype in choice.dtypes:
+                    return self.impls[choice.impl].call
+            return self.impls["reference"].call
+        if asked not in self.impls:
+            raise ValueError(f"impl is {asked!r}; expected one of {', '.join(('auto', *IMPLS))}")
+        chosen = self.impls[asked]
+        if not chosen.availability.ok:
+            raise ImplUnavailableError(f"{self.name}: impl={asked!r} {chosen.availability.reason}. {self._available()}")
+        if chosen.device is not None and chosen.device != x.device.type:
+            raise ImplUnavailableError(
+                f"{self.name}: impl={asked!r} runs on {chosen.device} tensors; the input is on {x.device}. {self._available()}"
+            )
+        if chosen.dtypes is not None and x.dtype not in chosen.dtypes:
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in chosen.dtypes)
+            raise ImplUnavailableError(
+                f"{self.name}: impl={asked!r} takes {supported}; the input is {x.dtype}. {self._available()}"
+            )
+        return chosen.call
+
+    def _available(self) -> str:
+        names = [impl for impl, found in self.impls.items() if found.availability.ok]
+        return f"Available here: {', '.join(names)} (impl='auto' chooses)."
+
+
+ROOMS: dict[str, Room] = {}
+
+
+def available_impls() -> dict[str, dict[str, Availability]]:
+    """For every room, which implementation can run here, whether it is verified, and why the others can't."""
+    return {name: {impl: found.availability for impl, found in room.impls.items()} for name, room in sorted(ROOMS.items())}
+
+
+def _initial_default() -> str:
+    value = os.environ.get(_ENVIRONMENT, "auto")
+    if value not in ("auto", *IMPLS):
+        raise ValueError(f"{_ENVIRONMENT} is {value!r}; expected one of {', '.join(('auto', *IMPLS))}")
+    return value
+
+
+_default = [_initial_default()]
+
+
+@contextmanager
+def use_impl(impl: str) -> Iterator[None]:
+    """Within the block, `impl="auto"` means `impl`. Process-wide, so set it from one thread.
+
+    The environment variable BERT_FAST_IMPL, read at import, sets the same default for the whole process.
+    """
+    if impl not in ("auto", *IMPLS):
+        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(('auto', *IMPLS))}")
+    _default.append(impl)
+    try:
+        yield
+    finally:
+        _default.pop()
