@@ -47,7 +47,7 @@ def kernels_extension() -> Extension:
         "bert_fast._C",
         ["csrc/registration.cpp", *sources("csrc/*/*_cpu.cpp")],
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", "0x030a0000")],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=[*OPTIMISE, "-fvisibility=hidden", *sanitize],
         extra_link_args=sanitize,
         py_limited_api=True,
@@ -92,25 +92,23 @@ class BuildNative(build_ext):
             extension = make()
         except ImportError as error:
             return f"{error}; build with --no-build-isolation in an environment that has torch and pybind11"
-        command = self._command(extension)
         try:
-            command.ensure_finalized()
-            command.run()
+            self._command(extension).run()
         except Exception as error:  # every compiler and linker failure ends here; the build log above has the details
             return f"the compiler failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         return None
 
     def _command(self, extension: Extension) -> build_ext:
+        self.distribution.ext_modules = [extension]  # what a build_ext command takes up when it is finalized
         if extension.py_limited_api:
             from torch.utils.cpp_extension import BuildExtension
 
-            command = BuildExtension(self.distribution, no_python_abi_suffix=False)
+            command = BuildExtension(self.distribution)
         else:
             command = build_ext(self.distribution)
         for option in ("build_lib", "build_temp", "inplace", "force", "debug", "parallel", "editable_mode"):
             setattr(command, option, getattr(self, option))
         command.ensure_finalized()
-        command.extensions = [extension]
         return command
 
 

@@ -1,0 +1,35 @@
+// Sums over rows that come out the same whatever the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/tensor.h"
+
+namespace bert_fast {
+
+// Rows are split into parts of a size that depends on their number alone; each part adds up on its own, and the parts
+// are added in order.
+struct RowParts {
+  explicit RowParts(int64_t total) : rows(total), size(std::max<int64_t>(16, (total + 63) / 64)) {
+    count = (rows + size - 1) / size;
+  }
+  int64_t begin(int64_t part) const { return part * size; }
+  int64_t length(int64_t part) const { return std::min(size, rows - part * size); }
+  int64_t rows, size, count;
+};
+
+// partial (count, cols) float32 -> (cols,) float32.
+inline Tensor sum_parts(const Tensor& partial, int64_t count, int64_t cols) {
+  Tensor total = zeros({cols}, ScalarType::Float);
+  const float* from = data<float>(partial);
+  float* to = mutable_data<float>(total);
+  parallel_for(0, cols, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t part = 0; part < count; ++part) {
+      for (int64_t col = begin; col < end; ++col) to[col] += from[part * cols + col];
+    }
+  });
+  return total;
+}
+
+}  // namespace bert_fast

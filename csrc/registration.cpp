@@ -1,0 +1,28 @@
+// The module `bert_fast._C`: importing it registers the kernels for their dispatch keys. The schemas are Python's
+// (kernels/<room>/ops.py).
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "bias_gelu/bias_gelu.h"
+#include "common/cpu_features.h"
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
+  m.impl("bias_gelu_fwd", TORCH_BOX(&bert_fast::bias_gelu_fwd_cpu));
+  m.impl("bias_gelu_bwd", TORCH_BOX(&bert_fast::bias_gelu_bwd_cpu));
+}
+
+namespace {
+
+PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(bert_fast::isa_name()); }
+
+PyMethodDef methods[] = {
+    {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set that the CPU kernels use here: generic, avx2 or avx512."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of bert_fast.", -1, methods,
+                      nullptr,               nullptr, nullptr,                        nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

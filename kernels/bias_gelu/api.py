@@ -1,0 +1,41 @@
+"""The door of bias_gelu: checks, then the chosen implementation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bert_fast.kernels._common.checks import autocast, check_floating, check_same_device, check_shape
+from bert_fast.kernels.bias_gelu.ops import ROOM
+
+
+def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str = "auto") -> Tensor:
+    """GeLU of a biased matrix product: out = gelu(x + bias).
+
+    gelu(u) = u Phi(u) with the exact normal distribution function (erf), or with its tanh approximation.
+
+    Args:
+        x: (T, F) float32, bfloat16, float16 or float64; the matrix product without its bias.
+        bias: (F,), the dtype of `x` or float32.
+        approximate: "none" for erf, "tanh" for 0.5 u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))).
+        impl: "auto", "reference", "triton", "cuda" or "cpu".
+
+    Returns:
+        (T, F) in the dtype of `x`, under autocast in autocast's.
+
+    Raises:
+        TypeError: a tensor is not floating point.
+        ValueError: a shape, a device, `approximate` or `impl` is none of the above.
+        ImplUnavailableError: the `impl` asked for can't run here.
+
+    Source: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
+    """
+    check_floating("x", x)
+    check_floating("bias", bias)
+    check_shape("x", x, ("T", "F"))
+    check_shape("bias", bias, (x.shape[1],))
+    check_same_device(x, bias=bias)
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate is {approximate!r}; expected 'none' or 'tanh'")
+    x = autocast(x)
+    out: Tensor = ROOM.select(impl, x)(x, bias, approximate == "tanh")
+    return out

@@ -1,0 +1,56 @@
+"""Operators of bias_gelu: schema, fake, gradient. The kernels register themselves for the dispatch keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
+from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, define, native_cpu
+from bert_fast.kernels.bias_gelu.reference import bias_gelu_reference
+
+
+def _fwd_fake(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _bwd_fake(dout: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(bias.shape, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.tanh = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = torch.ops.bert_fast.bias_gelu_bwd(dout, x, bias, ctx.tanh)
+    return dx, dbias.to(bias.dtype), None
+
+
+define("bias_gelu_bwd", "(Tensor dout, Tensor x, Tensor bias, bool tanh) -> (Tensor, Tensor)", fake=_bwd_fake)
+define(
+    "bias_gelu_fwd",
+    "(Tensor x, Tensor bias, bool tanh) -> Tensor",
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _native(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+    out: Tensor = torch.ops.bert_fast.bias_gelu_fwd(x, bias, tanh)
+    return out
+
+
+ROOM = Room(
+    "bias_gelu",
+    {
+        "reference": Implementation(bias_gelu_reference, None, None),
+        "cpu": native_cpu(_native, "bias_gelu_fwd", "bias_gelu_bwd"),
+    },
+    choices=(Choice("cpu", "cpu", NATIVE_CPU_DTYPES, measured="1024 x 3072 on 2 AVX2 cores, 2026-11-21: see benchmarks/results"),),
+)
