@@ -29,7 +29,13 @@ SANITIZE = os.environ.get("BERT_FAST_SANITIZE")  # "address,undefined": for the 
 
 def compiler() -> str | None:
     """The C++ compiler that will be called, or None."""
-    for candidate in (os.environ.get("CXX"), (sysconfig.get_config_var("CXX") or "").split(" ")[0], "c++", "g++", "clang++"):
+    for candidate in (
+        os.environ.get("CXX"),
+        (sysconfig.get_config_var("CXX") or "").split(" ")[0],
+        "c++",
+        "g++",
+        "clang++",
+    ):
         if candidate and (path := shutil.which(candidate.split(" ")[0])):
             return path
     return None

@@ -71,7 +71,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != total:
-        raise ValueError(f"cu_seqlens runs from {ends[0]} to {ends[-1]}; expected from 0 to {total}, the number of tokens")
+        raise ValueError(
+            f"cu_seqlens runs from {ends[0]} to {ends[-1]}; expected from 0 to {total}, the number of tokens"
+        )
     longest = 0
     for index, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
         if end < start:

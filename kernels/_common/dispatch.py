@@ -57,7 +57,9 @@ def not_built(impl: str) -> Implementation:
     def call(*_: Any, **__: Any) -> Any:
         raise AssertionError(f"{impl} is not available and was called all the same")
 
-    return Implementation(call, None, None, Availability(False, False, f"not built yet: this version has no {impl} kernels"))
+    return Implementation(
+        call, None, None, Availability(False, False, f"not built yet: this version has no {impl} kernels")
+    )
 
 
 class Room:
@@ -110,7 +112,9 @@ ROOMS: dict[str, Room] = {}
 
 def available_impls() -> dict[str, dict[str, Availability]]:
     """For every room, which implementation can run here, whether it is verified, and why the others can't."""
-    return {name: {impl: found.availability for impl, found in room.impls.items()} for name, room in sorted(ROOMS.items())}
+    return {
+        name: {impl: found.availability for impl, found in room.impls.items()} for name, room in sorted(ROOMS.items())
+    }
 
 
 def _initial_default() -> str:

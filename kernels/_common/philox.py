@@ -38,7 +38,9 @@ def dropout_threshold(dropout_p: float) -> int:
         return 0
     threshold = int(dropout_p * 256 + 0.5)
     if not 0.0 < dropout_p < 1.0 or not 1 <= threshold <= 255:
-        raise ValueError(f"dropout_p is {dropout_p}; expected 0 or a probability from 1/512 to 511/512 (steps of 1/256)")
+        raise ValueError(
+            f"dropout_p is {dropout_p}; expected 0 or a probability from 1/512 to 511/512 (steps of 1/256)"
+        )
     return threshold
 
 

@@ -52,5 +52,9 @@ ROOM = Room(
         "reference": Implementation(bias_gelu_reference, None, None),
         "cpu": native_cpu(_native, "bias_gelu_fwd", "bias_gelu_bwd"),
     },
-    choices=(Choice("cpu", "cpu", NATIVE_CPU_DTYPES, measured="1024 x 3072 on 2 AVX2 cores, 2026-11-21: see benchmarks/results"),),
+    choices=(
+        Choice(
+            "cpu", "cpu", NATIVE_CPU_DTYPES, measured="1024 x 3072 on 2 AVX2 cores, 2026-11-21: see benchmarks/results"
+        ),
+    ),
 )

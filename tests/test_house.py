@@ -1,0 +1,72 @@
+"""The house rules that a file listing can prove: every room complete under its one name, no oversized file."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import bert_fast.kernels
+from bert_fast.kernels import available_impls
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ["add_layer_norm", "attention", "bias_gelu", "embedding_layer_norm", "lamb", "masked_lm_loss", "padding"]
+WITHOUT_CPU_KERNELS = {"lamb"}  # an optimizer step is bound by memory that torch._foreach_* already streams
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def test_available_impls_lists_exactly_the_rooms() -> None:
+    assert sorted(available_impls()) == ROOMS
+    for impls in available_impls().values():
+        assert list(impls) == ["reference", "triton", "cuda", "cpu"]
+        assert impls["reference"] == (True, True, "")
+        assert all(found.ok or found.reason for found in impls.values())
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_is_complete(room: str) -> None:
+    files = set(tracked())
+    wanted = {f"kernels/{room}/{part}" for part in ("__init__.py", "api.py", "ops.py", "reference.py", "README.md")}
+    wanted.add(f"tests/kernels/test_{room}.py")
+    if room not in WITHOUT_CPU_KERNELS:
+        wanted |= {f"csrc/{room}/{room}.h", f"csrc/{room}/{room}_cpu.cpp"}
+    assert wanted <= files, f"missing: {sorted(wanted - files)}"
+
+
+def test_public_functions_are_exported_and_documented() -> None:
+    for name in bert_fast.kernels.__all__:
+        exported = getattr(bert_fast.kernels, name)
+        assert exported.__doc__, f"{name} has no docstring"
+
+
+def test_every_automatic_choice_carries_its_measurement() -> None:
+    from bert_fast.kernels._common.dispatch import ROOMS as rooms
+
+    for room in rooms.values():
+        for choice in room.choices:
+            assert any(character.isdigit() for character in choice.measured), f"{room.name}: {choice}"
+
+
+def test_no_source_file_is_longer_than_it_can_be_read() -> None:
+    long = {
+        name: lines
+        for name in tracked()
+        if name.endswith((".py", ".cpp", ".h", ".cu", ".cuh"))
+        and (lines := len((ROOT / name).read_text().splitlines())) > 600
+    }
+    assert not long, long
+
+
+def test_no_empty_files_but_the_type_marker() -> None:
+    assert [name for name in tracked() if not (ROOT / name).stat().st_size] == ["bert_fast/py.typed"]

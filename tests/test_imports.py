@@ -1,0 +1,116 @@
+"""What is imported when, in fresh processes: the package needs neither triton nor a compiler nor transformers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r} or name in {blocked!r}:
+            raise ImportError(f"{{name}} is blocked by the test")
+sys.meta_path.insert(0, Block())
+"""
+FORWARD = """
+import torch, bert_fast
+from bert_fast import BertConfig, BertForPreTraining
+model = BertForPreTraining(BertConfig.size("tiny", vocab_size=50)).eval()
+ids = torch.arange(12).view(2, 6)
+mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+out = model(input_ids=ids, attention_mask=mask)
+assert out.prediction_logits.shape == (2, 6, 50) and bool(out.prediction_logits.isfinite().all())
+"""
+
+
+def run(code: str, *blocked: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK.format(blocked=blocked) + code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+OPTIONAL = (
+    "transformers",
+    "tokenizers",
+    "pyarrow",
+    "jsonargparse",
+    "tqdm",
+    "tensorboard",
+    "huggingface_hub",
+    "datasets",
+)
+
+
+@pytest.mark.parametrize(
+    "blocked",
+    [("triton",), OPTIONAL, ("triton", "bert_fast._C", "bert_fast._host", *OPTIONAL)],
+    ids=["no triton", "no optional package", "nothing but torch and numpy"],
+)
+def test_the_encoder_runs_without(blocked: tuple[str, ...]) -> None:
+    run(FORWARD, *blocked)
+
+
+def test_without_the_compiled_module_everything_runs_on_the_reference_and_says_so() -> None:
+    code = """
+from bert_fast.kernels import available_impls
+for room, impls in available_impls().items():
+    assert impls["reference"].ok, room
+    assert not impls["cpu"].ok and "not built" in impls["cpu"].reason, (room, impls["cpu"])
+"""
+    run(code, "bert_fast._C")
+
+
+def test_importing_the_package_does_not_import_optional_packages() -> None:
+    code = f"""
+import sys, bert_fast, bert_fast.kernels
+print([name for name in {OPTIONAL!r} if name in sys.modules])
+"""
+    assert run(code).strip() == "[]"
+
+
+# cli -> tasks, training -> models -> bert_fast.kernels -> room api -> room ops -> {reference, triton_kernels, native}
+LAYERS = ["cli", "training", "models", "kernels"]
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return {name for name in names if name.startswith("bert_fast")}
+
+
+@pytest.mark.parametrize("layer", LAYERS[1:])
+def test_imports_run_one_way(layer: str) -> None:
+    above = tuple(f"bert_fast.{name}" for name in LAYERS[: LAYERS.index(layer)])
+    folder = ROOT / "kernels" if layer == "kernels" else ROOT / "bert_fast" / layer
+    for path in folder.rglob("*.py"):
+        upward = [name for name in imported_modules(path) if name.startswith(above)]
+        assert not upward, f"{path.relative_to(ROOT)} imports {upward}"
+
+
+def test_implementations_do_not_import_each_other() -> None:
+    implementations = {"reference", "triton_kernels", "native"}
+    for path in ROOT.glob("kernels/*/*.py"):
+        imports = imported_modules(path)
+        if path.stem in implementations:
+            others = [name for name in imports if implementations & set(name.split(".")[2:]) and "_common" not in name]
+            assert not others, f"{path.relative_to(ROOT)} imports {others}"
+        if path.stem in implementations | {"ops"}:
+            doors = [name for name in imports if name.endswith(".api")]
+            assert not doors, f"{path.relative_to(ROOT)} imports {doors}"
