@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from bert_fast.kernels._common import dispatch
 
 import bert_fast.kernels
 from bert_fast.kernels import available_impls
@@ -51,9 +52,7 @@ def test_public_functions_are_exported_and_documented() -> None:
 
 
 def test_every_automatic_choice_carries_its_measurement() -> None:
-    from bert_fast.kernels._common.dispatch import ROOMS as rooms
-
-    for room in rooms.values():
+    for room in dispatch.ROOMS.values():
         for choice in room.choices:
             assert any(character.isdigit() for character in choice.measured), f"{room.name}: {choice}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def check_rng_state(rng_state: Tensor, x: Tensor) -> None:
 
 
 def values_are_checked(x: Tensor) -> bool:
-    """Whether checks may read the values of `x`: on the CPU, elsewhere only under BERT_FAST_CHECK=1, never while tracing."""
+    """Whether checks may read the values of `x`: CPU tensors, CUDA tensors under BERT_FAST_CHECK=1; never in a trace."""
     return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (_CHECK_VALUES and x.device.type == "cuda"))
 
 
@@ -75,7 +76,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
             f"cu_seqlens runs from {ends[0]} to {ends[-1]}; expected from 0 to {total}, the number of tokens"
         )
     longest = 0
-    for index, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(ends)):
         if end < start:
             raise ValueError(f"cu_seqlens falls from {start} to {end} at index {index + 1}; expected it never to fall")
         longest = max(longest, end - start)

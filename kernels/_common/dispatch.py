@@ -27,6 +27,9 @@ class Availability(NamedTuple):
     reason: str
 
 
+AVAILABLE = Availability(True, True, "")
+
+
 class ImplUnavailableError(RuntimeError):
     """The implementation that was asked for can't run here, or not on this device or dtype."""
 
@@ -38,7 +41,7 @@ class Implementation:
     call: Callable[..., Any]
     device: str | None  # a torch device type; None = any
     dtypes: tuple[torch.dtype, ...] | None  # None = any floating dtype
-    availability: Availability = Availability(True, True, "")
+    availability: Availability = AVAILABLE
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Room:
             raise ImplUnavailableError(f"{self.name}: impl={asked!r} {chosen.availability.reason}. {self._available()}")
         if chosen.device is not None and chosen.device != x.device.type:
             raise ImplUnavailableError(
-                f"{self.name}: impl={asked!r} runs on {chosen.device} tensors; the input is on {x.device}. {self._available()}"
+                f"{self.name}: impl={asked!r} runs on {chosen.device} tensors; the input is on {x.device}. "
+                f"{self._available()}"
             )
         if chosen.dtypes is not None and x.dtype not in chosen.dtypes:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in chosen.dtypes)

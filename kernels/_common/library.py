@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from bert_fast.kernels._common import native
-from bert_fast.kernels._common.dispatch import Availability, Implementation
+from bert_fast.kernels._common.dispatch import AVAILABLE, Availability, Implementation
 
 _LIBRARY = torch.library.Library("bert_fast", "FRAGMENT")
 NATIVE_CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -36,10 +35,10 @@ def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> Non
 
 
 def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
-    """The slot of the compiled CPU kernels: available when every one of `operators` was registered by `bert_fast._C`."""
+    """The slot of the compiled CPU kernels: available when `bert_fast._C` registered every one of `operators`."""
     missing = [name for name in operators if not native.registered(f"bert_fast::{name}", "CPU")]
     if not missing:
-        availability = Availability(True, True, "")
+        availability = AVAILABLE
     else:
         reason = native.MISSING or f"the compiled module lacks {', '.join(missing)}: build it again"
         availability = Availability(False, False, reason)

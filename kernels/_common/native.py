@@ -15,7 +15,8 @@ def _load() -> str:
         importlib.import_module("bert_fast._C")
     except ImportError as error:
         spec = importlib.util.find_spec("bert_fast")
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         info = Path(spec.origin).parent / "_build_info.json"
         if info.exists():
             report = json.loads(info.read_text())["_C"]

@@ -1,7 +1,7 @@
 """The dropout mask: a pure function of (seed, offset, plane, row, column), the same bits in every implementation.
 
-Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One call makes 128 bits,
-which decide 16 neighbouring columns, a byte each:
+Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One call makes 128
+bits, which decide 16 neighbouring columns, a byte each:
 
     counter = (column // 16, row, plane, offset mod 2^32)      key = (seed mod 2^32, seed >> 32)
     byte    = (word[column % 16 // 4] >> 8 * (column % 4)) & 255

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bert_fast.kernels.bias_gelu.reference import bias_gelu_reference
 from torch import Tensor
 
 from bert_fast.kernels import ImplUnavailableError, available_impls, bias_gelu
-from bert_fast.kernels.bias_gelu.reference import bias_gelu_reference
 from bert_fast.testing import assert_three_way, three_way
 
 # Rows: none, one, fewer and more than a reduction part (16), not a multiple of it. Columns: below, at and between the
@@ -118,11 +118,11 @@ def test_bad_input_is_named() -> None:
         bias_gelu(x, bias, approximate="erf")
     with pytest.raises(ValueError, match="impl is 'fastest'"):
         bias_gelu(x, bias, impl="fastest")
-    with pytest.raises(ImplUnavailableError, match="impl='cuda' not built yet.*Available here: reference"):
+    with pytest.raises(ImplUnavailableError, match=r"impl='cuda' not built yet.*Available here: reference"):
         bias_gelu(x, bias, impl="cuda")
 
 
 @pytest.mark.parametrize("impl", native_impls())
 def test_explicit_request_never_falls_back(impl: str) -> None:
-    with pytest.raises(ImplUnavailableError, match="takes float32, bfloat16; the input is torch.float64"):
+    with pytest.raises(ImplUnavailableError, match=r"takes float32, bfloat16; the input is torch.float64"):
         bias_gelu(torch.randn(2, 4).double(), torch.randn(4).double(), impl=impl)

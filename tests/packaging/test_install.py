@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -74,14 +75,13 @@ def test_wheel_maps_every_room_and_claims_no_name_of_others(wheel: Path) -> None
 
 
 def test_sdist_carries_the_sources(source: Path, tmp_path: Path) -> None:
-    import tarfile
-
     run(
         sys.executable, "-c", "from setuptools.build_meta import build_sdist; import sys; build_sdist(sys.argv[1])",
         str(tmp_path), cwd=source, BERT_FAST_NATIVE="0",
     )  # fmt: skip
     (built,) = tmp_path.glob("*.tar.gz")
-    names = {name.split("/", 1)[1] for name in tarfile.open(built).getnames() if "/" in name}
+    with tarfile.open(built) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {str(p.relative_to(ROOT)) for pattern in ("csrc/**/*.[ch]*", "kernels/*/*.py") for p in ROOT.glob(pattern)}
     assert wanted <= names
     assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
@@ -116,7 +116,7 @@ def test_a_package_named_kernels_keeps_its_name(installed: Path, tmp_path: Path)
     """In the checkout itself, beside our folder `kernels/`, an installed package of that name is what gets imported."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '9.9'\n")
-    code = ALONE + "import kernels, bert_fast.kernels; assert kernels.__version__ == '9.9', kernels"
+    code = "import kernels, bert_fast.kernels; assert kernels.__version__ == '9.9', kernels"
     run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=os.pathsep.join([str(installed), str(tmp_path)]))
 
 
