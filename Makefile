@@ -42,7 +42,7 @@ lint: $(READY)
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 	@echo "== lint: mypy, against a plain install (it can't follow an editable one)"
 	@rm -rf build/typecheck build/lib
-	@BERT_FAST_NATIVE=0 $(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation --target build/typecheck .
+	@BERT_FAST_NATIVE=0 $(RUN) -m pip install -qq --no-index --no-deps --no-build-isolation --target build/typecheck .
 	@cd build/typecheck && $(abspath $(RUN)) -m mypy --config-file ../../pyproject.toml -p bert_fast
 	@echo "== lint: clang-format"
 	@$(dir $(RUN))clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
@@ -66,7 +66,7 @@ endif
 
 $(READY): setup.py pyproject.toml $(NATIVE_SOURCES) $(ROOMS)
 	@echo "== setup: build and install bert_fast (editable) with $(RUN)"
-	@PATH="$(abspath $(dir $(RUN))):$$PATH" $(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@PATH="$(abspath $(dir $(RUN))):$$PATH" $(RUN) -m pip install -qq --no-index --no-deps --no-build-isolation --editable .
 	@$(RUN) -c "from bert_fast.kernels._common import native; print('== setup: CPU kernels', native.MISSING or 'built')"
 	@touch $@
 

@@ -13,16 +13,20 @@ STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
 
 namespace {
 
-PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(bert_fast::isa_name()); }
+PyObject* cpu_isa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(bert_fast::isa_name());
+}
 
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set that the CPU kernels use here: generic, avx2 or avx512."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of bert_fast.", -1, methods,
-                      nullptr,               nullptr, nullptr,                        nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of bert_fast.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__C() {
+  return PyModule_Create(&module);
+}

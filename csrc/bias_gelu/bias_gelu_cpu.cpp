@@ -1,5 +1,4 @@
 #include "bias_gelu/bias_gelu.h"
-
 #include "common/reduce.h"
 
 #define BF_KERNELS "bias_gelu/bias_gelu_cpu_kernels.h"
@@ -19,9 +18,10 @@ template <class T, bool TANH>
 void forward(const Tensor& x, const Tensor& bias, const Tensor& out) {
   const int64_t cols = x.size(1);
   const auto rows_of = BF_DISPATCH(bias_gelu_rows<T, TANH>);
-  parallel_for(0, x.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols)), [&](int64_t begin, int64_t end) {
-    rows_of(data<T>(x) + begin * cols, data<float>(bias), mutable_data<T>(out) + begin * cols, end - begin, cols);
-  });
+  parallel_for(
+      0, x.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols)), [&](int64_t begin, int64_t end) {
+        rows_of(data<T>(x) + begin * cols, data<float>(bias), mutable_data<T>(out) + begin * cols, end - begin, cols);
+      });
 }
 
 template <class T, bool TANH>

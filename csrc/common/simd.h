@@ -11,7 +11,9 @@ typedef int32_t vint __attribute__((vector_size(BF_VECTOR_BYTES)));
 typedef uint32_t vuint __attribute__((vector_size(BF_VECTOR_BYTES)));
 typedef uint16_t vhalf __attribute__((vector_size(BF_VECTOR_BYTES / 2)));
 
-BF_INLINE vfloat set1(float x) { return vfloat{} + x; }
+BF_INLINE vfloat set1(float x) {
+  return vfloat{} + x;
+}
 
 template <class To, class From>
 BF_INLINE To bit_cast(const From& from) {
@@ -33,7 +35,9 @@ BF_INLINE vfloat load(const bfloat16* p) {
   return bit_cast<vfloat>(__builtin_convertvector(half, vuint) << 16);
 }
 
-BF_INLINE void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
+BF_INLINE void store(float* p, vfloat v) {
+  std::memcpy(p, &v, sizeof(v));
+}
 
 // Rounds to nearest even; a NaN stays a NaN.
 BF_INLINE void store(bfloat16* p, vfloat v) {
@@ -82,8 +86,12 @@ BF_INLINE void for_columns(int64_t cols, const Body& body) {
 }
 
 // A NaN in `a` is lost, one in `b` is kept.
-BF_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
-BF_INLINE vfloat vmin(vfloat a, vfloat b) { return a < b ? a : b; }
+BF_INLINE vfloat vmax(vfloat a, vfloat b) {
+  return a > b ? a : b;
+}
+BF_INLINE vfloat vmin(vfloat a, vfloat b) {
+  return a < b ? a : b;
+}
 
 // Pairwise, so that the order of additions is fixed by the width alone.
 BF_INLINE float reduce_add(vfloat v) {
@@ -104,8 +112,8 @@ BF_INLINE float reduce_max(vfloat v) {
   return x[0];
 }
 
-// e^x to about 1 ulp on [-87.3, 88.3]; 0 below, e^88.3 above; a NaN stays. Range reduction to [-ln2/2, ln2/2] with ln 2 in
-// two parts, then the degree-6 polynomial of Cephes' expf.
+// e^x to about 1 ulp on [-87.3, 88.3]; 0 below, e^88.3 above; a NaN stays. Range reduction to [-ln2/2, ln2/2] with ln 2
+// in two parts, then the degree-6 polynomial of Cephes' expf.
 BF_INLINE vfloat vexp(vfloat x) {
   const vfloat clamped = vmin(vmax(x, set1(-87.3f)), set1(88.3f));
   const vfloat shifter = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
@@ -124,7 +132,8 @@ BF_INLINE vfloat vexp(vfloat x) {
   return x != x ? x : (x < set1(-87.3f) ? set1(0.0f) : result);
 }
 
-// erf(x) to a few ulp; a NaN stays: the rational minimax approximation on [-4, 4] that Eigen and XLA use (degree 13 over 8).
+// erf(x) to a few ulp; a NaN stays: the rational minimax approximation on [-4, 4] that Eigen and XLA use (degree 13
+// over 8).
 BF_INLINE vfloat verf(vfloat x) {
   const vfloat c = vmin(vmax(x, set1(-4.0f)), set1(4.0f));
   const vfloat s = c * c;
@@ -148,7 +157,8 @@ BF_INLINE vfloat vtanh(vfloat x) {
   const vfloat far = 1.0f - 2.0f / (vexp(x + x) + 1.0f);
   const vfloat s = x * x;
   const vfloat near =
-      x * (1.0f + s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * (0.0218694885f - s * 0.00886323553f)))));
+      x * (1.0f +
+           s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * (0.0218694885f - s * 0.00886323553f)))));
   const vfloat magnitude = x < set1(0.0f) ? -x : x;
   return magnitude < set1(0.25f) ? near : far;
 }

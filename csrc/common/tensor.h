@@ -20,14 +20,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) { return torch::stable::empty(shape, dtype); }
+inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::empty(shape, dtype);
+}
 
 inline Tensor zeros(std::vector<int64_t> shape, ScalarType dtype) {
   Tensor x = empty(shape, dtype);
   return torch::stable::zero_(x);
 }
 
-inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+inline Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
 
 // A parameter vector as contiguous float32, whatever its dtype: a few thousand numbers, converted once a call.
 inline Tensor as_float(const Tensor& x) {

@@ -50,7 +50,7 @@ def check_rng_state(rng_state: Tensor, x: Tensor) -> None:
 
 
 def values_are_checked(x: Tensor) -> bool:
-    """Whether checks may read the values of `x`: CPU tensors, CUDA tensors under BERT_FAST_CHECK=1; never in a trace."""
+    """Whether checks may read the values of `x`: CPU tensors, CUDA tensors under BERT_FAST_CHECK=1; not in a trace."""
     return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (_CHECK_VALUES and x.device.type == "cuda"))
 
 
