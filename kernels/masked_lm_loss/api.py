@@ -1,0 +1,108 @@
+"""The door of masked_lm_loss: checks, then the chosen implementation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bert_fast.kernels._common.checks import (
+    autocast,
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_shape,
+    values_are_checked,
+)
+from bert_fast.kernels.masked_lm_loss.ops import ROOM
+
+
+class MaskedLMLoss(NamedTuple):
+    """Mean loss over the masked positions, how many of them the largest logit gets right, and how many there are."""
+
+    loss: Tensor  # () float32
+    correct: Tensor  # () int64
+    count: Tensor  # () int64
+
+
+def masked_lm_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    dense_weight: Tensor,
+    dense_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    decoder_weight: Tensor,
+    decoder_bias: Tensor,
+    *,
+    eps: float = 1e-12,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> MaskedLMLoss:
+    """Cross entropy of BERT's masked-language-model head, computed for the rows that have a label.
+
+    h = LayerNorm(gelu(hidden dense_weight^T + dense_bias)), logits = h decoder_weight^T + decoder_bias,
+    loss = mean over the labelled rows of logsumexp(logits) - logits[label].
+
+    Args:
+        hidden: (T, E) float32, bfloat16, float16 or float64; the encoder's output.
+        labels: (T,) int64; the token to predict, or `ignore_index` for rows that take no part.
+        dense_weight: (E, E), with dense_bias (E,): the transform before GeLU (erf) and LayerNorm.
+        norm_weight: (E,), with norm_bias (E,).
+        decoder_weight: (V, E), often the word embedding itself, with decoder_bias (V,).
+        eps: added to LayerNorm's variance.
+        ignore_index: the label of rows that take no part.
+        impl: "auto", "reference", "triton", "cuda" or "cpu".
+
+        The parameters have the dtype of `hidden` or float32; under autocast the matrix products run in its dtype.
+
+    Returns:
+        loss () float32 (float64 for float64 input), the only differentiable one; correct () int64, the rows whose
+        largest logit (the first of equals) is the label's; count () int64, the labelled rows. With no labelled row
+        the loss is 0 and every gradient is zero.
+
+    Raises:
+        TypeError: a tensor is not floating point, or `labels` is not int64.
+        ValueError: a shape or a device does not fit, or a label is neither `ignore_index` nor in [0, V).
+        ImplUnavailableError: the `impl` asked for can't run here.
+
+    Source: Devlin et al., "BERT", 2019, section 3.1 and appendix A.2.
+    """
+    parameters = {
+        "dense_weight": dense_weight,
+        "dense_bias": dense_bias,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "decoder_weight": decoder_weight,
+        "decoder_bias": decoder_bias,
+    }
+    check_floating("hidden", hidden)
+    check_integer("labels", labels, (torch.int64,))
+    check_shape("hidden", hidden, ("T", "E"))
+    check_shape("labels", labels, (hidden.shape[0],))
+    for name, parameter in parameters.items():
+        check_floating(name, parameter)
+    width = hidden.shape[1]
+    check_shape("dense_weight", dense_weight, (width, width))
+    check_shape("decoder_weight", decoder_weight, ("V", width))
+    check_shape("decoder_bias", decoder_bias, (decoder_weight.shape[0],))
+    for name in ("dense_bias", "norm_weight", "norm_bias"):
+        check_shape(name, parameters[name], (width,))
+    check_same_device(hidden, labels=labels, **parameters)
+    _check_labels(labels, decoder_weight.shape[0], ignore_index)
+    hidden = autocast(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return MaskedLMLoss(*ROOM.select(impl, hidden)(hidden, labels, *parameters.values(), eps, ignore_index))
+
+
+def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    if not values_are_checked(labels):
+        return
+    wrong = labels[((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)]
+    if wrong.numel():
+        low, high = (int(value) for value in torch.aminmax(wrong))
+        raise ValueError(
+            f"labels has {wrong.numel()} values outside the vocabulary (from {low} to {high}); "
+            f"expected 0 to {vocabulary - 1}, or {ignore_index} for rows without a label"
+        )
