@@ -27,9 +27,12 @@ def cases() -> list[Case]:
             for grad in (None, dout):
                 found.append(
                     Case(
-                        f"({rows}, {cols}) {str(dtype).removeprefix('torch.')} forward" + " + backward" * (grad is not None),
+                        f"({rows}, {cols}) {str(dtype).removeprefix('torch.')} forward"
+                        + " + backward" * (grad is not None),
                         {name: forward_and_backward(f, (x, bias), grad) for name, f in functions.items()},
-                        forward_and_backward(eager, (x.double(), bias.double()), None if grad is None else grad.double())(),
+                        forward_and_backward(
+                            eager, (x.double(), bias.double()), None if grad is None else grad.double()
+                        )(),
                         8 * torch.finfo(dtype).eps,
                         traffic=x.nbytes * (2 if grad is None else 5),  # x, out; and dout, x, dx
                     )

@@ -160,7 +160,9 @@ def main(room: str, cases: Callable[[], list[Case]]) -> None:
     limits = ceilings()
     rows = [row for case in cases() for row in measure(case, limits, seconds)]
     about = environment()
-    print(f"{room}: {json.dumps({**about, **{name: round(value, 1) for name, value in limits.items()}})}\n{table(rows)}")
+    print(
+        f"{room}: {json.dumps({**about, **{name: round(value, 1) for name, value in limits.items()}})}\n{table(rows)}"
+    )
     if "--record" in sys.argv[1:]:
         file = RESULTS / about["device"] / f"{room}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
