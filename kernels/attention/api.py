@@ -1,0 +1,81 @@
+"""The door of attention: checks, then the chosen implementation."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from bert_fast.kernels._common.checks import (
+    autocast,
+    check_cu_seqlens,
+    check_floating,
+    check_rng_state,
+    check_same_device,
+    check_shape,
+)
+from bert_fast.kernels._common.philox import dropout_threshold, new_rng_state
+from bert_fast.kernels.attention.ops import ROOM
+
+
+def attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    bias: Tensor | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Bidirectional self-attention inside each sequence of a packed batch: dropout(softmax(scale Q K^T)) V.
+
+    Q, K, V = (qkv + bias)[:, 0], [:, 1], [:, 2]; a token sees the tokens of its own sequence and no others.
+
+    Args:
+        qkv: (T, 3, N, D) float32, bfloat16, float16 or float64, any strides: queries, keys and values of the T tokens,
+            the sequences one after the other.
+        cu_seqlens: (B+1,) int32 on the device of `qkv`; sequence b is the tokens cu_seqlens[b] to cu_seqlens[b+1] - 1.
+            A sequence may be empty.
+        max_seqlen: no sequence is longer; the implementations may size their work by it.
+        bias: (3, N, D), the dtype of `qkv` or float32; None for none.
+        softmax_scale: what the scores are multiplied by; None for 1 / sqrt(D).
+        dropout_p: probability of dropping an attention probability, 0 or in [1/512, 511/512] (steps of 1/256).
+        rng_state: int64 (2,), seed and offset of the dropout mask (see `_common/philox.py`: plane = head, row = the
+            query's index in the pack, column = the key's position in its sequence); drawn where None.
+        impl: "auto", "reference", "triton", "cuda" or "cpu".
+
+    Returns:
+        (T, N, D) in the dtype of `qkv`, under autocast in autocast's.
+
+    Raises:
+        TypeError: a tensor is not floating point, or cu_seqlens not int32.
+        ValueError: a shape, a device, `dropout_p`, `max_seqlen` or `impl` is none of the above; the values of
+            cu_seqlens don't start at 0, fall, don't end at T or hold a sequence longer than max_seqlen.
+        ImplUnavailableError: the `impl` asked for can't run here.
+
+    Source: Vaswani et al., "Attention is all you need", 2017, section 3.2; Dao et al., "FlashAttention", 2022.
+    """
+    check_floating("qkv", qkv)
+    check_shape("qkv", qkv, ("T", 3, "N", "D"))
+    if bias is not None:
+        check_floating("bias", bias)
+        check_shape("bias", bias, (3, qkv.shape[2], qkv.shape[3]))
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen is {max_seqlen}; expected the length of the longest sequence, at least 0")
+    check_cu_seqlens(cu_seqlens, qkv.shape[0], max_seqlen)
+    check_same_device(qkv, cu_seqlens=cu_seqlens, bias=bias)
+    if qkv.shape[3] < 1:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected a head dimension D of at least 1")
+    if dropout_threshold(dropout_p) == 0:
+        rng_state = None
+    elif rng_state is None:
+        rng_state = new_rng_state(qkv.device)
+    else:
+        check_rng_state(rng_state, qkv)
+    if softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(qkv.shape[3])
+    qkv = autocast(qkv)
+    out: Tensor = ROOM.select(impl, qkv)(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
+    return out

@@ -1,0 +1,73 @@
+"""Operators of attention: schema, fake, gradient. The kernels register themselves for the dispatch keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
+from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, define, native_cpu
+from bert_fast.kernels.attention.reference import attention_reference
+
+
+def _fwd_fake(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    total, _, heads, dim = qkv.shape
+    return qkv.new_empty(total, heads, dim), qkv.new_empty(heads, total, dtype=torch.float32)
+
+
+def _bwd_fake(dout: Tensor, qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[1:], dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias, cu_seqlens, ctx.max_seqlen, ctx.softmax_scale, ctx.dropout_p, rng_state = inputs
+    ctx.save_for_backward(qkv, bias, *output, cu_seqlens, rng_state)
+
+
+def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    # dlse is dropped: lse is there for the backward pass, and the door doesn't hand it out.
+    qkv, bias, out, lse, cu_seqlens, rng_state = ctx.saved_tensors
+    dqkv, dbias = torch.ops.bert_fast.attention_bwd(
+        dout, qkv, bias, out, lse, cu_seqlens, ctx.max_seqlen, ctx.softmax_scale, ctx.dropout_p, rng_state
+    )
+    return dqkv, None if bias is None else dbias.to(bias.dtype), None, None, None, None, None
+
+
+_REST = "Tensor cu_seqlens, SymInt max_seqlen, float softmax_scale, float dropout_p, Tensor? rng_state"
+define(
+    "attention_bwd",
+    f"(Tensor dout, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, {_REST}) -> (Tensor dqkv, Tensor dbias)",
+    fake=_bwd_fake,
+)
+define(
+    "attention_fwd",
+    f"(Tensor qkv, Tensor? bias, {_REST}) -> (Tensor out, Tensor lse)",
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _native(*arguments: Any) -> Tensor:
+    out: Tensor = torch.ops.bert_fast.attention_fwd(*arguments)[0]
+    return out
+
+
+ROOM = Room(
+    "attention",
+    {
+        "reference": Implementation(attention_reference, None, None),
+        "cpu": native_cpu(_native, "attention_fwd", "attention_bwd"),
+    },
+    choices=(Choice("cpu", "cpu", NATIVE_CPU_DTYPES, measured="2 AVX2 cores, 2026-11-21: see README.md"),),
+)

@@ -1,0 +1,102 @@
+"""Operators of padding: schema, fake, gradient. The kernels register themselves for the dispatch keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
+from bert_fast.kernels._common.library import define, native_cpu
+from bert_fast.kernels.padding.reference import (
+    gather_rows_reference,
+    scatter_rows_reference,
+    unpad_indices_reference,
+)
+
+
+class Functions(NamedTuple):
+    """What an implementation of this room consists of; the reference documents each."""
+
+    unpad_indices: Callable[[Tensor], tuple[Tensor, Tensor]]
+    gather_rows: Callable[[Tensor, Tensor], Tensor]
+    scatter_rows: Callable[[Tensor, Tensor, int], Tensor]
+
+
+def _unpad_indices_fake(mask: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.library.get_ctx().new_dynamic_size()
+    return mask.new_empty(total, dtype=torch.int64), mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
+
+
+def _gather_rows_fake(x: Tensor, indices: Tensor) -> Tensor:
+    return x.new_empty(indices.shape[0], *x.shape[1:])
+
+
+def _scatter_rows_fake(x: Tensor, indices: Tensor, rows: int) -> Tensor:
+    return x.new_empty(rows, *x.shape[1:])
+
+
+def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.rows = inputs[0].shape[0]
+    ctx.save_for_backward(inputs[1])
+
+
+def _gather_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+    (indices,) = ctx.saved_tensors
+    return torch.ops.bert_fast.scatter_rows(dout, indices, ctx.rows), None
+
+
+def _scatter_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _scatter_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+    (indices,) = ctx.saved_tensors
+    return torch.ops.bert_fast.gather_rows(dout, indices), None, None
+
+
+define("unpad_indices", "(Tensor mask) -> (Tensor indices, Tensor cu_seqlens)", fake=_unpad_indices_fake)
+define(
+    "gather_rows",
+    "(Tensor x, Tensor indices) -> Tensor",
+    fake=_gather_rows_fake,
+    setup_context=_gather_setup_context,
+    backward=_gather_backward,
+)
+define(
+    "scatter_rows",
+    "(Tensor x, Tensor indices, SymInt rows) -> Tensor",
+    fake=_scatter_rows_fake,
+    setup_context=_scatter_setup_context,
+    backward=_scatter_backward,
+)
+
+
+def _reference() -> Functions:
+    return Functions(unpad_indices_reference, gather_rows_reference, scatter_rows_reference)
+
+
+def _native() -> Functions:
+    ops = torch.ops.bert_fast
+    return Functions(ops.unpad_indices, ops.gather_rows, ops.scatter_rows)
+
+
+# The CPU kernels move whole rows of bytes, so they take every dtype.
+_ANY_DTYPE = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+ROOM = Room(
+    "padding",
+    {
+        "reference": Implementation(_reference, None, None),
+        "cpu": dataclasses.replace(
+            native_cpu(_native, "unpad_indices", "gather_rows", "scatter_rows"),
+            dtypes=None,
+        ),
+    },
+    choices=(Choice("cpu", "cpu", _ANY_DTYPE, measured="2 AVX2 cores, 2026-11-21: see README.md"),),
+)
