@@ -19,12 +19,13 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test lint setup clean
+.PHONY: help demo test lint sanitize setup clean
 
 help:
 	@echo "make demo   set up, pretrain a small BERT on the documentation of this Python installation, compare with transformers"
 	@echo "make test   set up, run every test"
 	@echo "make lint   ruff, mypy and clang-format"
+	@echo "make sanitize  the native code under the address and undefined-behaviour sanitizers"
 	@echo "make clean  remove what was built (the environment $(VENV) stays)"
 
 setup: $(READY)
@@ -46,6 +47,18 @@ lint: $(READY)
 	@cd build/typecheck && $(abspath $(RUN)) -m mypy --config-file ../../pyproject.toml -p bert_fast
 	@echo "== lint: clang-format"
 	@$(dir $(RUN))clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+# A copy of the sources with both modules under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that run them.
+# torch.compile starts compilers that don't take the preloaded runtime; leaks are the interpreter's own.
+sanitize: $(READY)
+	@echo "== sanitize: build with -fsanitize=address,undefined and run the kernels' and the data side's tests"
+	@rm -rf build/sanitize && mkdir -p build/sanitize
+	@git ls-files -z | xargs -0 cp --parents -t build/sanitize
+	@cd build/sanitize && PATH="$(abspath $(dir $(RUN))):$$PATH" BERT_FAST_SANITIZE=address,undefined \
+	    $(abspath $(RUN)) setup.py --quiet build_ext --inplace 2>/dev/null
+	@cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	    $(abspath $(RUN)) -m pytest -q tests/kernels tests/data -k "not compile and not process and not memory"
 
 $(VENV)/bin/python:
 	@echo "== setup: an environment in $(VENV)"
