@@ -1,8 +1,10 @@
 """Index of the rooms: the public functions, and what can run here."""
 
 from bert_fast.kernels._common.dispatch import Availability, ImplUnavailableError, available_impls, use_impl
+from bert_fast.kernels.add_layer_norm import add_layer_norm
 from bert_fast.kernels.attention import attention
 from bert_fast.kernels.bias_gelu import bias_gelu
+from bert_fast.kernels.embedding_layer_norm import embedding_layer_norm
 from bert_fast.kernels.lamb import ClipScale, clip_scale, lamb_step
 from bert_fast.kernels.masked_lm_loss import MaskedLMLoss, masked_lm_loss
 from bert_fast.kernels.padding import Unpadded, pad, unpad
@@ -13,10 +15,12 @@ __all__ = [
     "ImplUnavailableError",
     "MaskedLMLoss",
     "Unpadded",
+    "add_layer_norm",
     "attention",
     "available_impls",
     "bias_gelu",
     "clip_scale",
+    "embedding_layer_norm",
     "lamb_step",
     "masked_lm_loss",
     "pad",

@@ -42,6 +42,19 @@ def check_same_device(x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {other.device}; expected {x.device}, the device of the first argument")
 
 
+def check_same_dtype(x: Tensor, **others: Tensor) -> None:
+    """TypeError unless every tensor of `others` has the dtype of `x`."""
+    for name, other in others.items():
+        if other.dtype != x.dtype:
+            raise TypeError(f"{name} is {other.dtype}; expected {x.dtype}, the dtype of the first argument")
+
+
+def check_eps(eps: float) -> None:
+    """ValueError unless `eps` is positive: a constant row has no variance to divide by."""
+    if not eps > 0.0:
+        raise ValueError(f"eps is {eps}; expected a positive number such as 1e-12")
+
+
 def check_rng_state(rng_state: Tensor, x: Tensor) -> None:
     """The state of the dropout generator: int64 (2,) on the device of `x`."""
     check_integer("rng_state", rng_state, (torch.int64,))

@@ -78,15 +78,16 @@ class Room:
         )
         ROOMS[name] = self
 
-    def select(self, impl: str, x: torch.Tensor) -> Callable[..., Any]:
-        """The callable for `impl` on the device and dtype of `x`.
+    def select(self, impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> Callable[..., Any]:
+        """The callable for `impl` on the device and dtype of `x`; `dtype` where the room computes in another one.
 
         Raises ValueError for an unknown name and ImplUnavailableError for an explicit request that can't be met.
         """
+        dtype = dtype or x.dtype
         asked = _default[-1] if impl == "auto" else impl
         if asked == "auto":
             for choice in self.choices:
-                if choice.device == x.device.type and x.dtype in choice.dtypes:
+                if choice.device == x.device.type and dtype in choice.dtypes:
                     return self.impls[choice.impl].call
             return self.impls["reference"].call
         if asked not in self.impls:
@@ -99,10 +100,10 @@ class Room:
                 f"{self.name}: impl={asked!r} runs on {chosen.device} tensors; the input is on {x.device}. "
                 f"{self._available()}"
             )
-        if chosen.dtypes is not None and x.dtype not in chosen.dtypes:
+        if chosen.dtypes is not None and dtype not in chosen.dtypes:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in chosen.dtypes)
             raise ImplUnavailableError(
-                f"{self.name}: impl={asked!r} takes {supported}; the input is {x.dtype}. {self._available()}"
+                f"{self.name}: impl={asked!r} takes {supported}; the input is {dtype}. {self._available()}"
             )
         return chosen.call
 

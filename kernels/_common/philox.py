@@ -13,6 +13,7 @@ Kept values are scaled by 256 / (256 - threshold), the probability actually used
 from __future__ import annotations
 
 import torch
+from bert_fast.kernels._common.checks import check_rng_state
 from torch import Tensor
 
 ROUNDS = 7
@@ -42,6 +43,19 @@ def dropout_threshold(dropout_p: float) -> int:
             f"dropout_p is {dropout_p}; expected 0 or a probability from 1/512 to 511/512 (steps of 1/256)"
         )
     return threshold
+
+
+def dropout_state(dropout_p: float, rng_state: Tensor | None, x: Tensor) -> Tensor | None:
+    """What a door hands on: the checked state, a new one where there is none, None where nothing is dropped.
+
+    Raises ValueError for a `dropout_p` that `dropout_threshold` refuses or a state of another shape or device than
+    int64 (2,) on the device of `x`, TypeError for another dtype.
+    """
+    if rng_state is not None:
+        check_rng_state(rng_state, x)
+    if dropout_threshold(dropout_p) == 0:
+        return None
+    return new_rng_state(x.device) if rng_state is None else rng_state
 
 
 def _round(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:

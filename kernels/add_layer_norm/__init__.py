@@ -1,0 +1,5 @@
+"""LayerNorm(residual + dropout(x + x_bias)) in one pass, all its gradients in one more."""
+
+from bert_fast.kernels.add_layer_norm.api import add_layer_norm
+
+__all__ = ["add_layer_norm"]

@@ -1,0 +1,71 @@
+"""The door of add_layer_norm: checks, then the chosen implementation."""
+
+from __future__ import annotations
+
+from bert_fast.kernels._common.checks import (
+    autocast,
+    check_eps,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
+from bert_fast.kernels._common.philox import dropout_state
+from bert_fast.kernels.add_layer_norm.ops import ROOM
+from torch import Tensor
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-12,
+    rng_state: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The end of a post-norm sublayer: out = LayerNorm(residual + dropout(x + x_bias)) * weight + bias.
+
+    LayerNorm(s) = (s - mean(s)) / sqrt(var(s) + eps) over each row, with the biased variance. Nothing but the mean and
+    1 / sqrt(var + eps) of each row is kept for the backward pass, which computes the sum and the dropout mask again.
+
+    Args:
+        x: (T, E) float32, bfloat16, float16 or float64; the sublayer's matrix product, without its bias if `x_bias` is
+            given.
+        residual: (T, E) in the dtype of `x`; what went into the sublayer.
+        weight, bias: (E,), the dtype of `x` or float32.
+        x_bias: (E,), the dtype of `x` or float32, or None.
+        dropout_p: probability with which an element of x + x_bias is dropped, in steps of 1/256; 0 for none.
+        eps: added to the variance.
+        rng_state: int64 (2,), seed and offset of the dropout mask (plane 0, row t, column e); None draws one from
+            torch's generator.
+        impl: "auto", "reference", "triton", "cuda" or "cpu".
+
+    Returns:
+        (T, E) in the dtype of `x`, under autocast in autocast's.
+
+    Raises:
+        TypeError: a tensor is not floating point, x and residual differ in dtype, or rng_state is not int64.
+        ValueError: a shape, a device, `dropout_p`, `eps` or `impl` is none of the above.
+        ImplUnavailableError: the `impl` asked for can't run here.
+
+    Source: Vaswani et al., "Attention is all you need", 2017, section 5.4; Ba et al., "Layer normalization", 2016.
+    """
+    check_floating("x", x)
+    check_shape("x", x, ("T", "E"))
+    check_floating("residual", residual)
+    check_shape("residual", residual, tuple(x.shape))
+    parameters = {"weight": weight, "bias": bias} | ({} if x_bias is None else {"x_bias": x_bias})
+    for name, parameter in parameters.items():
+        check_floating(name, parameter)
+        check_shape(name, parameter, (x.shape[1],))
+    check_same_device(x, residual=residual, **parameters)
+    check_eps(eps)
+    rng_state = dropout_state(dropout_p, rng_state, x)
+    x, residual = autocast(x), autocast(residual)
+    check_same_dtype(x, residual=residual)
+    out: Tensor = ROOM.select(impl, x)(x, residual, weight, bias, x_bias, dropout_p, eps, rng_state)
+    return out

@@ -1,0 +1,110 @@
+"""Operators of add_layer_norm: schema, fake, gradient. The kernels register themselves for the dispatch keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
+from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, define, native_cpu
+from bert_fast.kernels.add_layer_norm.reference import add_layer_norm_reference
+from torch import Tensor
+
+
+def _fwd_fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+def _bwd_fake(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    x_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    dx_bias = x.new_empty(0 if x_bias is None else x.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape), dweight, dbias, dx_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, residual, weight, bias, x_bias, ctx.dropout_p, _, rng_state = inputs
+    _, mean, rstd = output
+    ctx.bias_dtype = bias.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, residual, weight, x_bias, mean, rstd, rng_state)
+
+
+def _backward(ctx: Any, dout: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
+    x, residual, weight, x_bias, mean, rstd, rng_state = ctx.saved_tensors
+    dx, dresidual, dweight, dbias, dx_bias = torch.ops.bert_fast.add_layer_norm_bwd(
+        dout, x, residual, weight, x_bias, mean, rstd, ctx.dropout_p, rng_state
+    )
+    return (
+        dx,
+        dresidual,
+        dweight.to(weight.dtype),
+        dbias.to(ctx.bias_dtype),
+        None if x_bias is None else dx_bias.to(x_bias.dtype),
+        None,
+        None,
+        None,
+    )
+
+
+# dx_bias is empty where there is no x_bias.
+define(
+    "add_layer_norm_bwd",
+    "(Tensor dout, Tensor x, Tensor residual, Tensor weight, Tensor? x_bias, Tensor mean, Tensor rstd, "
+    "float dropout_p, Tensor? rng_state) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
+    fake=_bwd_fake,
+)
+define(
+    "add_layer_norm_fwd",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? x_bias, float dropout_p, float eps, "
+    "Tensor? rng_state) -> (Tensor out, Tensor mean, Tensor rstd)",
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _native(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    rng_state: Tensor | None,
+) -> Tensor:
+    out: Tensor = torch.ops.bert_fast.add_layer_norm_fwd(x, residual, weight, bias, x_bias, dropout_p, eps, rng_state)[
+        0
+    ]
+    return out
+
+
+ROOM = Room(
+    "add_layer_norm",
+    {
+        "reference": Implementation(add_layer_norm_reference, None, None),
+        "cpu": native_cpu(_native, "add_layer_norm_fwd", "add_layer_norm_bwd"),
+    },
+    choices=(Choice("cpu", "cpu", NATIVE_CPU_DTYPES, measured="4096 x 768 on 2 AVX2 cores, 2026-11-21"),),
+)
