@@ -1,0 +1,286 @@
+"""Training examples made on the fly: a pure function of (seed, epoch, index), so any can be had at any time.
+
+An epoch is planned once (which tokens make which example, their order, which examples share a batch); batches are then
+assembled and masked from the memory-mapped tokens when asked for. See `bert_fast.data.host_numpy` for the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bert_fast.data.batch import PackedBatch
+from bert_fast.data.host import host
+from bert_fast.data.host_numpy import CONTINUATION, Array, Masking, epoch_key, shuffled
+from bert_fast.data.shards import TokenStore, verify_files
+from bert_fast.data.vocab import load_tokenizer, token_kinds
+
+_VOCABULARY_FILES = ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
+
+
+@dataclass
+class PretrainingDataConfig:
+    """Which data, and how examples are made of it.
+
+    Attributes:
+        folder: a folder made by `bert-fast prepare`.
+        split: `train` or `heldout`.
+        seq_len: the most tokens of an example, [CLS] and [SEP] among them.
+        token_budget: the most tokens of a batch; at least `seq_len`.
+        seed: of all random choices.
+        short_seq_prob: how often an example aims at a random shorter length.
+        next_sentence: whether examples are pairs A, B for next-sentence prediction, or one text each.
+        whole_words: whether all pieces of a word are masked together.
+        mask_prob: share of the tokens to predict.
+        mask_token_prob: share of those that become [MASK].
+        random_token_prob: share of those that become a random token; the rest stays as it is.
+        checksums: whether to verify the shards' checksums when they are opened, besides their sizes.
+        host: `auto`, `cpp` or `numpy`: what makes the batches; all give the same.
+    """
+
+    folder: str
+    split: str = "train"
+    seq_len: int = 128
+    token_budget: int = 8192
+    seed: int = 0
+    short_seq_prob: float = 0.1
+    next_sentence: bool = True
+    whole_words: bool = True
+    mask_prob: float = 0.15
+    mask_token_prob: float = 0.8
+    random_token_prob: float = 0.1
+    checksums: bool = True
+    host: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 5:
+            raise ValueError(f"seq_len is {self.seq_len}; expected 5 or more: [CLS] A [SEP] B [SEP]")
+        if self.token_budget < self.seq_len:
+            raise ValueError(
+                f"token_budget is {self.token_budget}; expected at least seq_len, {self.seq_len}: an example must fit"
+            )
+        for name in ("short_seq_prob", "mask_token_prob", "random_token_prob"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
+        if not 2.0**-32 <= self.mask_prob <= 1.0:
+            raise ValueError(f"mask_prob is {self.mask_prob}; expected more than 0, to 1")
+        if self.mask_token_prob + self.random_token_prob > 1.0 + 1e-9:
+            total = self.mask_token_prob + self.random_token_prob
+            raise ValueError(f"mask_token_prob + random_token_prob is {total}; expected at most 1")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example of S tokens, as in a `PackedBatch`: int64 (S,) arrays, and what it was made of.
+
+    Attributes:
+        document, b_document: where A and B come from, numbers in the split; -1 without B.
+        a_start, a_length, b_start, b_length: their tokens among all tokens of the split.
+    """
+
+    input_ids: Array
+    token_type_ids: Array
+    position_ids: Array
+    labels: Array
+    next_sentence_label: int
+    document: int
+    b_document: int
+    a_start: int
+    a_length: int
+    b_start: int
+    b_length: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The examples of one epoch in their order, (examples,) each; `starts` (batches + 1,) has each batch's first."""
+
+    key: Array
+    a_start: Array
+    a_length: Array
+    b_start: Array
+    b_length: Array
+    label: Array
+    document: Array
+    b_document: Array
+    starts: Array
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each example, special ones among them, int32."""
+        return _full_lengths(self.a_length, self.b_length)
+
+
+def _full_lengths(a_length: Array, b_length: Array) -> Array:
+    return (a_length + b_length + np.where(b_length > 0, 3, 2)).astype(np.int32)
+
+
+class PretrainingData:
+    """Examples and batches of one split of a prepared folder.
+
+    Args:
+        config: see `PretrainingDataConfig`.
+
+    Attributes:
+        vocab_size: V.
+        documents, tokens: how many the split has.
+
+    Raises:
+        ValueError: the folder is not a prepared one, a file of it is missing, truncated or corrupt (it is named), the
+            split has fewer than two documents, or the configuration contradicts itself.
+    """
+
+    def __init__(self, config: PretrainingDataConfig) -> None:
+        config.__post_init__()  # again: a dataclass can be changed after it was made
+        self.config = config
+        self._host = host(config.host)
+        verify_files(config.folder, _VOCABULARY_FILES, checksums=config.checksums)
+        self.store = TokenStore(config.folder, config.split, checksums=config.checksums)
+        self.documents, self.tokens = self.store.documents, self.store.tokens
+        needed = 2 if config.next_sentence else 1
+        if self.documents < needed:
+            raise ValueError(
+                f"{config.folder}, {config.split}: {self.documents} documents; expected at least {needed}"
+                + (" (B of a sentence pair may come from another one)" if needed == 2 else "")
+            )
+        tokenizer = load_tokenizer(Path(config.folder))
+        vocab = tokenizer.get_vocab()
+        kinds = token_kinds(tokenizer)
+        self.vocab_size = int(kinds.size)
+        self._masking = Masking(
+            kinds=kinds,
+            replacements=np.flatnonzero(kinds <= CONTINUATION).astype(np.int32),
+            cls_id=vocab["[CLS]"],
+            sep_id=vocab["[SEP]"],
+            mask_id=vocab["[MASK]"],
+            select_threshold=round(config.mask_prob * 2**32),
+            mask_threshold=round(config.mask_token_prob * 2**32),
+            random_threshold=min(round((config.mask_token_prob + config.random_token_prob) * 2**32), 2**32),
+            whole_words=config.whole_words,
+        )
+        self._max_tokens = config.seq_len - (3 if config.next_sentence else 2)
+        limit = self._max_tokens // 2 if config.next_sentence else self._max_tokens
+        self._unit_ends, self._document_units = _units(self.store, kinds, limit, config.next_sentence)
+        self._plans: dict[int, Plan] = {}
+
+    def plan(self, epoch: int) -> Plan:
+        """The plan of an epoch; the last two asked for are kept."""
+        if epoch not in self._plans:
+            made = self._make_plan(epoch)
+            self._plans = dict([*list(self._plans.items())[-1:], (epoch, made)])
+        return self._plans[epoch]
+
+    def _make_plan(self, epoch: int) -> Plan:
+        key = epoch_key(self.config.seed, epoch)
+        short = round(self.config.short_seq_prob * 2**32)
+        columns = self._host.plan(
+            self._unit_ends, self._document_units, key, self._max_tokens, short, self.config.next_sentence
+        )
+        order = shuffled(columns[0].size, key)
+        names = ("a_start", "a_length", "b_start", "b_length", "label", "document", "b_document")
+        ordered = {name: column[order] for name, column in zip(names, columns, strict=True)}
+        lengths = _full_lengths(ordered["a_length"], ordered["b_length"])
+        return Plan(key=key, **ordered, starts=self._host.pack(lengths, self.config.token_budget))
+
+    def num_examples(self, epoch: int = 0) -> int:
+        """Examples of an epoch."""
+        return int(self.plan(epoch).a_start.size)
+
+    def num_batches(self, epoch: int = 0) -> int:
+        """Batches of an epoch."""
+        return int(self.plan(epoch).starts.size - 1)
+
+    def batch(self, epoch: int, index: int) -> PackedBatch:
+        """Batch `index` of an epoch, on the CPU.
+
+        Raises:
+            IndexError: `index` is not 0 to `num_batches(epoch) - 1`.
+        """
+        plan = self.plan(epoch)
+        if not 0 <= index < plan.starts.size - 1:
+            raise IndexError(f"batch {index} of epoch {epoch}; expected 0 to {plan.starts.size - 2}")
+        first, last = int(plan.starts[index]), int(plan.starts[index + 1])
+        ids, types, positions, cu_seqlens, labels, max_seqlen = self._build(plan, first, last)
+        return PackedBatch(
+            input_ids=torch.from_numpy(ids),
+            token_type_ids=torch.from_numpy(types),
+            position_ids=torch.from_numpy(positions),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            max_seqlen=max_seqlen,
+            labels=torch.from_numpy(labels),
+            next_sentence_label=torch.from_numpy(plan.label[first:last].astype(np.int64)),
+        )
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[PackedBatch]:
+        """The batches of an epoch in order, from number `start`."""
+        for index in range(start, self.num_batches(epoch)):
+            yield self.batch(epoch, index)
+
+    def example(self, epoch: int, index: int) -> Example:
+        """Example `index` of an epoch: the same as at its place in its batch.
+
+        Raises:
+            IndexError: `index` is not 0 to `num_examples(epoch) - 1`.
+        """
+        plan = self.plan(epoch)
+        if not 0 <= index < plan.a_start.size:
+            raise IndexError(f"example {index} of epoch {epoch}; expected 0 to {plan.a_start.size - 1}")
+        ids, types, positions, _, labels, _ = self._build(plan, index, index + 1)
+        names = ("document", "b_document", "a_start", "a_length", "b_start", "b_length")
+        origin = {name: int(getattr(plan, name)[index]) for name in names}
+        return Example(ids, types, positions, labels, next_sentence_label=int(plan.label[index]), **origin)
+
+    def _build(self, plan: Plan, first: int, last: int) -> tuple[Array, Array, Array, Array, Array, int]:
+        rows = slice(first, last)
+        starts = np.stack([plan.a_start[rows], plan.b_start[rows]], axis=1).reshape(-1)
+        lengths = np.stack([plan.a_length[rows], plan.b_length[rows]], axis=1).reshape(-1)
+        tokens = self.store.gather(starts, lengths)
+        indices = np.arange(first, last, dtype=np.int64)
+        built: tuple[Array, Array, Array, Array, Array, int] = self._host.build_batch(
+            tokens, plan.a_length[rows], plan.b_length[rows], indices, plan.key, self._masking
+        )
+        return built
+
+
+def _units(store: TokenStore, kinds: Array, limit: int, pairs: bool) -> tuple[Array, Array]:
+    """Where sentences end, those of more than `limit` tokens cut at words; and the first unit of each document.
+
+    For pairs, a document of one sentence is cut in two at the word nearest to its middle, so that it has a next text.
+    """
+    ends = store.sentence_ends
+    starts = np.concatenate([[0], ends[:-1]])
+    cuts: list[int] = []
+    for i in np.flatnonzero(ends - starts > limit).tolist():
+        words = _word_starts(store, kinds, starts[i], ends[i])
+        cuts += [int(starts[i]) + cut for cut in _cut_long(words, int(ends[i] - starts[i]), limit)]
+    if pairs:
+        single = store.document_sentences[:-1][np.diff(store.document_sentences) == 1]
+        for i in single[ends[single] - starts[single] <= limit].tolist():
+            words = _word_starts(store, kinds, starts[i], ends[i])
+            if words.size:
+                middle = (ends[i] - starts[i]) / 2
+                cuts.append(int(starts[i] + words[np.argmin(np.abs(words - middle))]))
+    unit_ends = np.sort(np.concatenate([ends, np.array(cuts, dtype=np.int64)]))
+    document_ends = ends[store.document_sentences[1:] - 1]
+    document_units = np.concatenate([[0], np.searchsorted(unit_ends, document_ends, side="right")])
+    return unit_ends, document_units.astype(np.int64)
+
+
+def _word_starts(store: TokenStore, kinds: Array, start: int, end: int) -> Array:
+    """Where words start in a sentence, after its first token."""
+    tokens = store.gather(np.array([start]), np.array([end - start]))
+    return np.flatnonzero(kinds[tokens[1:]] != CONTINUATION) + 1
+
+
+def _cut_long(words: Array, length: int, limit: int) -> list[int]:
+    """Cut `length` tokens into pieces of at most `limit` and about the same size, at words where possible."""
+    cuts = [0]
+    while (left := length - cuts[-1]) > limit:
+        wanted = cuts[-1] + -(-left // -(-left // limit))
+        before = words[(words > cuts[-1]) & (words <= wanted)]
+        cuts.append(int(before[-1]) if before.size else wanted)
+    return cuts[1:]

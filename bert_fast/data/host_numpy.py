@@ -1,0 +1,373 @@
+"""The numpy twin of `bert_fast._host`: planning, packing and masking, the same bits as the C++.
+
+All randomness is Philox4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
+keyed by (seed, epoch) and counted by what is being decided; every decision compares integers. So both implementations,
+on any machine and in any order of calls, decide alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+CONTINUATION, SPECIAL = 1, 2
+IGNORE = -100
+# The last word of every counter says what the bits are for, so that no two uses share any.
+KEY, PLAN, SHUFFLE, WORDS, REPLACE = range(5)
+_MASK32 = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What `build_batch` needs to know about the vocabulary and the settings.
+
+    Attributes:
+        kinds: uint8 (V,), bit 1 for a `##` continuation, bit 2 for a special token.
+        replacements: int32 (R,), the ids that a random replacement may take.
+        cls_id, sep_id, mask_id: the special tokens' ids.
+        select_threshold: share of tokens to predict, in units of 2^-32, at least 1.
+        mask_threshold, random_threshold: a predicted token becomes [MASK] below the first, a random token below the
+            second, and stays as it is above, in units of 2^-32.
+        whole_words: whether the pieces of a word are masked together.
+    """
+
+    kinds: Array
+    replacements: Array
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    select_threshold: int
+    mask_threshold: int
+    random_threshold: int
+    whole_words: bool
+
+
+def philox(first: Any, second: Any, third: Any, purpose: int, key: Array) -> Array:
+    """Philox4x32-10 of counters that broadcast to a shape: uint32 (shape, 4).
+
+    Args:
+        first, second, third, purpose: the four counter words, integers below 2^32.
+        key: uint32 (2,).
+    """
+    words = [np.asarray(word, dtype=np.uint64) for word in (first, second, third, purpose)]
+    c0, c1, c2, c3 = np.broadcast_arrays(*words)
+    k0, k1 = int(key[0]), int(key[1])
+    for _ in range(10):
+        low, high = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (high >> _SHIFT) ^ c1 ^ np.uint64(k0),
+            high & _MASK32,
+            (low >> _SHIFT) ^ c3 ^ np.uint64(k1),
+            low & _MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
+
+
+def epoch_key(seed: int, epoch: int) -> Array:
+    """The Philox key of one epoch, uint32 (2,): the hash of a 64-bit seed and a 64-bit epoch number."""
+    seed, epoch = seed & (2**64 - 1), epoch & (2**64 - 1)
+    key = np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32)
+    return philox(epoch & 0xFFFFFFFF, epoch >> 32, 0, KEY, key)[:2].copy()
+
+
+def shuffled(count: int, key: Array) -> Array:
+    """A permutation of 0 .. count - 1, int64: the order of 64-bit random keys, ties in order."""
+    index = np.arange(count, dtype=np.uint64)
+    words = philox(index & _MASK32, index >> _SHIFT, 0, SHUFFLE, key).astype(np.uint64)
+    return np.argsort(words[:, 0] << _SHIFT | words[:, 1], kind="stable")
+
+
+def _below(random: Array, count: Array | int) -> Array:
+    """32 random bits to 0 .. count - 1, int64."""
+    return (random.astype(np.uint64) * np.asarray(count, dtype=np.uint64) >> _SHIFT).astype(np.int64)
+
+
+def _checked(array: Array, name: str, dtype: type, size: int | None = None) -> Array:
+    if array.dtype != dtype:
+        raise ValueError(f"{name} has dtype {array.dtype}; expected {np.dtype(dtype)}")
+    if array.ndim != 1:
+        raise ValueError(f"{name} has {array.ndim} dimensions; expected 1")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} is not contiguous; pass numpy.ascontiguousarray({name})")
+    if size is not None and array.size != size:
+        raise ValueError(f"{name} has {array.size} elements; expected {size}")
+    return array
+
+
+def _check_units(ends: Array, documents: Array, max_tokens: int, short_threshold: int, pairs: bool) -> None:
+    if not 2 <= max_tokens < 2**31:
+        raise ValueError(f"max_tokens is {max_tokens}; expected 2 to 2^31 - 1")
+    if not 0 <= short_threshold <= 2**32:
+        raise ValueError(f"short_threshold is {short_threshold}; expected 0 to 2^32")
+    if not (3 if pairs else 1) <= documents.size < 2**31:
+        raise ValueError(f"document_units has {documents.size - 1} documents; sentence pairs need at least 2")
+    if documents[0] != 0 or documents[-1] != ends.size:
+        raise ValueError(f"document_units must start at 0 and end at the number of units, {ends.size}")
+    if (flat := np.flatnonzero(np.diff(documents) <= 0)).size:
+        raise ValueError(f"document_units does not rise at element {flat[0] + 1}")
+    limit = max_tokens // 2 if pairs else max_tokens
+    lengths = np.diff(ends, prepend=0)
+    if (wrong := np.flatnonzero((lengths < 1) | (lengths > limit))).size:
+        raise ValueError(
+            f"unit_ends element {wrong[0]} makes a unit of {lengths[wrong[0]]} tokens; expected 1 to {limit}"
+        )
+
+
+def plan(
+    unit_ends: Array, document_units: Array, key: Array, max_tokens: int, short_threshold: int, pairs: bool
+) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
+    """Cut documents into examples, each a range of tokens A and, for pairs, a range B.
+
+    A *unit* is a sentence, or a piece of one that is too long. From the first unit not yet used, units are taken while
+    they fit the target length (but at least two, for pairs, where the document has them); a target is `max_tokens`, or
+    with the probability of `short_threshold` uniform in 2 .. `max_tokens`. A pair is split between two random units.
+    Half of the time B is the rest, half of the time it is replaced by whole units from a random place in another
+    document, about as long as the rest was, and the rest is used again. A last unit that is left alone is paired with
+    the unit before it. So every token of every document is in an A or in a true B.
+
+    Args:
+        unit_ends: int64 (U,), the position after each unit in the concatenation of all documents; a unit has 1 to
+            `max_tokens` tokens, 1 to `max_tokens // 2` for pairs (so that any two fit).
+        document_units: int64 (documents + 1,), the first unit of each document, and U.
+        key: uint32 (2,), see `epoch_key`.
+        max_tokens: the most tokens of A and B together.
+        short_threshold: the probability of a short target, in units of 2^-32.
+        pairs: whether to make A and B, or A alone.
+
+    Returns:
+        a_start int64, a_length int32, b_start int64, b_length int32, label int8 (0 true next, 1 random, -100 no B),
+        document int32, b_document int32 (-1 where there is no B); each (examples,), in the order of the documents.
+
+    Raises:
+        ValueError: an argument is not as above; it is named.
+    """
+    ends = _checked(unit_ends, "unit_ends", np.int64)
+    documents = _checked(document_units, "document_units", np.int64)
+    _checked(key, "key", np.uint32, 2)
+    _check_units(ends, documents, max_tokens, short_threshold, pairs)
+    columns = []
+    bounds = np.concatenate([[0], ends])  # unit u is the tokens bounds[u] .. bounds[u + 1]
+    # All documents walk in step: what a document draws for its k-th example depends on (document, k) alone.
+    document = np.arange(documents.size - 1, dtype=np.int64)
+    unit = documents[:-1].copy()
+    step = 0
+    while document.size:
+        made, unit = _plan_step(bounds, documents, key, max_tokens, short_threshold, pairs, document, unit, step)
+        columns.append(made)
+        going = unit < documents[document + 1]
+        document, unit, step = document[going], unit[going], step + 1
+    table = [np.concatenate(column) for column in zip(*columns, strict=True)] if columns else [np.empty(0)] * 7
+    order = np.argsort(table[5], kind="stable")
+    types = (np.int64, np.int32, np.int64, np.int32, np.int8, np.int32, np.int32)
+    return tuple(column[order].astype(dtype) for column, dtype in zip(table, types, strict=True))  # type: ignore[return-value]
+
+
+def _plan_step(
+    bounds: Array,
+    documents: Array,
+    key: Array,
+    max_tokens: int,
+    short_threshold: int,
+    pairs: bool,
+    document: Array,
+    unit: Array,
+    step: int,
+) -> tuple[tuple[Array, ...], Array]:
+    """The next example of each document, and the unit that each goes on from."""
+    ends = bounds[1:]
+    blocks = [philox((2 * step + i) & 0xFFFFFFFF, document, 0, PLAN, key) for i in (0, 1)]
+    random = np.concatenate(blocks, axis=1)
+    first, last = documents[document], documents[document + 1]
+    target = np.where(random[:, 0] < short_threshold, 2 + _below(random[:, 1], max_tokens - 1), max_tokens)
+    fit = np.searchsorted(ends, bounds[unit] + target, side="right")
+    end = np.minimum(np.maximum(fit, unit + (2 if pairs else 1)), last)
+    if not pairs:
+        none = np.full(document.size, -1)
+        zero = np.zeros(document.size, dtype=np.int64)
+        return (bounds[unit], bounds[end] - bounds[unit], zero, zero, zero + IGNORE, document, none), end
+
+    is_next = random[:, 2] >> np.uint32(31) == 0
+    several = end - unit >= 2
+    left_over = ~several & (unit > first)
+    split = np.where(several, unit + 1 + _below(random[:, 3], np.maximum(end - unit - 1, 1)), end)
+    want = np.where(several, bounds[end] - bounds[split], bounds[end] - bounds[unit])
+    want = np.where(left_over & ~is_next, bounds[unit] - bounds[unit - 1], want)
+    a_unit = np.where(left_over & is_next, unit - 1, unit)
+    split = np.where(left_over & is_next, unit, split)
+    a_start, a_length = bounds[a_unit], bounds[split] - bounds[a_unit]
+    true_next = is_next & (split < end)
+
+    other = _below(random[:, 4], documents.size - 2)
+    other += other >= document
+    other_unit = documents[other] + _below(random[:, 5], documents[other + 1] - documents[other])
+    room = max_tokens - a_length
+    reach = np.searchsorted(ends, bounds[other_unit] + want, side="left") + 1
+    fits = np.searchsorted(ends, bounds[other_unit] + room, side="right")
+    other_end = np.minimum(np.minimum(reach, fits), documents[other + 1])
+    other_length = np.where(other_end > other_unit, bounds[other_end] - bounds[other_unit], room)
+
+    b_start = np.where(true_next, bounds[split], bounds[other_unit])
+    b_length = np.where(true_next, bounds[end] - bounds[split], other_length)
+    label = np.where(true_next, 0, 1)
+    b_document = np.where(true_next, document, other)
+    return (a_start, a_length, b_start, b_length, label, document, b_document), np.where(true_next, end, split)
+
+
+def pack(lengths: Array, token_budget: int) -> Array:
+    """Cut a sequence of examples into batches: each takes consecutive examples while they fit the budget.
+
+    Args:
+        lengths: int32 (n,), tokens of each example, from 1 to `token_budget`.
+        token_budget: the most tokens of a batch.
+
+    Returns:
+        int64 (batches + 1,), the first example of each batch, and n; (1,) where n is 0.
+
+    Raises:
+        ValueError: a length is outside 1 .. `token_budget`.
+    """
+    _checked(lengths, "lengths", np.int32)
+    if (wrong := np.flatnonzero((lengths < 1) | (lengths > token_budget))).size:
+        raise ValueError(
+            f"lengths element {wrong[0]} is {lengths[wrong[0]]}; expected 1 to the token budget, {token_budget}"
+        )
+    total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    starts = [0]
+    while starts[-1] < lengths.size:
+        starts.append(int(np.searchsorted(total, total[starts[-1]] + token_budget, side="right")) - 1)
+    return np.array(starts, dtype=np.int64)
+
+
+def build_batch(
+    tokens: Array, a_lengths: Array, b_lengths: Array, indices: Array, key: Array, masking: Masking
+) -> tuple[Array, Array, Array, Array, Array, int]:
+    """Assemble and mask examples: [CLS] A [SEP] B [SEP] each, or [CLS] A [SEP] where B is empty, one after the other.
+
+    Of an example's n tokens that are not special, max(1, round(share n)) are predicted: words in random order, each
+    taken if it still fits (Devlin et al. 2019, section 3.1, with whole words). Where no word fits, a shortest is taken.
+
+    Args:
+        tokens: int32 (n,), the texts A, B of the first example, of the second, ...
+        a_lengths, b_lengths: int32 (B,), adding up to n; A has at least one token.
+        indices: int64 (B,), the examples' numbers in the epoch: what their random bits depend on, with `key`.
+        key: uint32 (2,), see `epoch_key`.
+        masking: vocabulary and settings.
+
+    Returns:
+        input_ids, token_type_ids, position_ids int64 (T,), cu_seqlens int32 (B + 1,), labels int64 (T,) with -100
+        where nothing is predicted, and the length of the longest example.
+
+    Raises:
+        ValueError: an argument is not as above; it is named.
+    """
+    longest = _check_batch(tokens, a_lengths, b_lengths, indices, key, masking)
+    made = []
+    begin = 0
+    for a_length, b_length, index in zip(a_lengths.tolist(), b_lengths.tolist(), indices.tolist(), strict=True):
+        text = tokens[begin : begin + a_length + b_length]
+        made.append(_example(text, a_length, b_length, index & (2**64 - 1), key, masking))
+        begin += a_length + b_length
+    cu_seqlens = np.zeros(a_lengths.size + 1, dtype=np.int32)
+    np.cumsum([ids.size for ids, *_ in made], out=cu_seqlens[1:])
+    columns = zip(*made, strict=True) if made else [[np.empty(0, dtype=np.int64)]] * 4
+    input_ids, types, positions, labels = (np.concatenate(column) for column in columns)
+    return input_ids, types, positions, cu_seqlens, labels, longest
+
+
+def _check_batch(
+    tokens: Array, a_lengths: Array, b_lengths: Array, indices: Array, key: Array, masking: Masking
+) -> int:
+    _checked(tokens, "tokens", np.int32)
+    _checked(a_lengths, "a_lengths", np.int32)
+    _checked(b_lengths, "b_lengths", np.int32, a_lengths.size)
+    _checked(indices, "indices", np.int64, a_lengths.size)
+    _checked(key, "key", np.uint32, 2)
+    _check_masking(masking)
+    for i in np.flatnonzero((a_lengths < 1) | (b_lengths < 0))[:1]:
+        raise ValueError(
+            f"example {i} has lengths ({a_lengths[i]}, {b_lengths[i]}); "
+            "expected A of 1 or more and B of 0 or more tokens"
+        )
+    lengths = a_lengths.astype(np.int64) + b_lengths
+    if lengths.sum() != tokens.size:
+        raise ValueError(
+            f"a_lengths and b_lengths add up to {lengths.sum()}; expected the {tokens.size} elements of tokens"
+        )
+    vocab = masking.kinds.size
+    for i in np.flatnonzero((tokens < 0) | (tokens >= vocab))[:1]:
+        raise ValueError(f"tokens element {i} is id {tokens[i]}; expected 0 to {vocab - 1} as in masking.kinds")
+    full = lengths + np.where(b_lengths > 0, 3, 2)
+    if full.sum() >= 2**31:
+        raise ValueError(f"the batch has {full.sum()} tokens; expected less than 2^31")
+    return int(full.max(initial=0))
+
+
+def _check_masking(masking: Masking) -> None:
+    vocab = _checked(masking.kinds, "masking.kinds", np.uint8).size
+    replacements = _checked(masking.replacements, "masking.replacements", np.int32)
+    if replacements.size == 0:
+        raise ValueError("masking.replacements is empty; expected the ids that a random replacement may take")
+    for token in replacements[(replacements < 0) | (replacements >= vocab)][:1]:
+        raise ValueError(f"masking.replacements has id {token}; expected 0 to {vocab - 1}")
+    ranges = [(name, 0, vocab - 1) for name in ("cls_id", "sep_id", "mask_id")]
+    ranges += [("select_threshold", 1, 2**32), ("mask_threshold", 0, 2**32)]
+    ranges += [("random_threshold", masking.mask_threshold, 2**32)]
+    for name, low, high in ranges:
+        if not low <= getattr(masking, name) <= high:
+            raise ValueError(f"masking.{name} is {getattr(masking, name)}; expected {low} to {high}")
+
+
+def _example(
+    text: Array, a_length: int, b_length: int, index: int, key: Array, masking: Masking
+) -> tuple[Array, Array, Array, Array]:
+    cls, sep = np.array([masking.cls_id]), np.array([masking.sep_id])
+    parts = [cls, text[:a_length], sep] + ([text[a_length:], sep] if b_length else [])
+    ids = np.concatenate(parts).astype(np.int64)
+    types = np.zeros(ids.size, dtype=np.int64)
+    types[a_length + 2 :] = 1
+    labels = np.full(ids.size, IGNORE, dtype=np.int64)
+    is_text = np.ones(ids.size, dtype=bool)
+    is_text[[0, a_length + 1, -1]] = False
+    chosen = _choose(masking.kinds[ids], is_text, index, key, masking)
+    labels[chosen] = ids[chosen]
+    random = philox(chosen, index & 0xFFFFFFFF, index >> 32, REPLACE, key)
+    replaced = masking.replacements[_below(random[:, 1], masking.replacements.size)]
+    ids[chosen] = np.where(
+        random[:, 0] < masking.mask_threshold,
+        masking.mask_id,
+        np.where(random[:, 0] < masking.random_threshold, replaced, ids[chosen]),
+    )
+    return ids, types, np.arange(ids.size, dtype=np.int64), labels
+
+
+def _choose(kinds: Array, is_text: Array, index: int, key: Array, masking: Masking) -> Array:
+    """The positions to predict, int64: whole words (or single tokens) up to the budget."""
+    candidate = is_text & (kinds & SPECIAL == 0)
+    begins = candidate.copy()
+    if masking.whole_words:
+        begins[1:] &= ~(candidate[:-1] & (kinds[1:] & CONTINUATION != 0))
+    starts = np.flatnonzero(begins)
+    if starts.size == 0:
+        return starts
+    lengths = np.bincount(np.cumsum(begins)[candidate] - 1, minlength=starts.size)
+    words = philox(np.arange((starts.size + 3) // 4), index & 0xFFFFFFFF, index >> 32, WORDS, key).reshape(-1)
+    order = np.argsort(words[: starts.size], kind="stable")
+    budget = max(1, (int(candidate.sum()) * masking.select_threshold + 2**31) >> 32)
+    taken: list[int] = []
+    left = budget
+    for word, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if length <= left:
+            taken.append(word)
+            left -= length
+        if left == 0:
+            break
+    if not taken:
+        taken = [int(order[np.argmin(lengths[order])])]
+    return np.concatenate([np.arange(starts[word], starts[word] + lengths[word]) for word in taken])

@@ -1,0 +1,248 @@
+// Packing examples into batches and masking the words of a batch.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "common/philox.h"
+#include "host/host.h"
+#include "host/views.h"
+
+namespace bert_fast::host {
+namespace {
+
+constexpr uint8_t kContinuation = 1, kSpecial = 2;
+constexpr int64_t kIgnore = -100;
+
+struct Masking {
+  View<uint8_t> kinds;         // by token id: bits of kContinuation, kSpecial
+  View<int32_t> replacements;  // ids that a random replacement may take
+  int64_t cls, sep, mask;
+  int64_t select_threshold, mask_threshold, random_threshold;  // of 2^32
+  bool whole_words;
+};
+
+int64_t integer(const py::object& masking, const char* name, int64_t low, int64_t high) {
+  const int64_t value = masking.attr(name).cast<int64_t>();
+  if (value < low || value > high) {
+    throw py::value_error("masking." + std::string(name) + " is " + std::to_string(value) + "; expected " +
+                          std::to_string(low) + " to " + std::to_string(high));
+  }
+  return value;
+}
+
+Masking read_masking(const py::object& object, const py::array& kinds, const py::array& replacements) {
+  constexpr int64_t one = int64_t{1} << 32;
+  const auto table = view<uint8_t>(kinds, "masking.kinds");
+  const auto random_ids = view<int32_t>(replacements, "masking.replacements");
+  if (random_ids.size == 0) {
+    throw py::value_error("masking.replacements is empty; expected the ids that a random replacement may take");
+  }
+  for (int64_t i = 0; i < random_ids.size; ++i) {
+    if (random_ids[i] < 0 || random_ids[i] >= table.size) {
+      throw py::value_error("masking.replacements has id " + std::to_string(random_ids[i]) + "; expected 0 to " +
+                            std::to_string(table.size - 1));
+    }
+  }
+  const int64_t masked = integer(object, "mask_threshold", 0, one);
+  return {table,
+          random_ids,
+          integer(object, "cls_id", 0, table.size - 1),
+          integer(object, "sep_id", 0, table.size - 1),
+          integer(object, "mask_id", 0, table.size - 1),
+          integer(object, "select_threshold", 1, one),
+          masked,
+          integer(object, "random_threshold", masked, one),
+          object.attr("whole_words").cast<bool>()};
+}
+
+struct Word {
+  uint64_t order;  // random key, then the word's number: a total order
+  int32_t start, length;
+};
+
+class BatchBuilder {
+ public:
+  BatchBuilder(const Masking& masking, std::array<uint32_t, 2> key, int64_t* input_ids, int64_t* types,
+               int64_t* positions, int64_t* labels)
+      : masking_(masking), key_(key), input_ids_(input_ids), types_(types), positions_(positions), labels_(labels) {}
+
+  // Writes one example at the cursor and moves it on.
+  void add(const int32_t* tokens, int32_t a_length, int32_t b_length, uint64_t index) {
+    begin_ = cursor_;
+    words_.clear();
+    candidates_ = 0;
+    put(masking_.cls, 0);
+    text(tokens, a_length, 0);
+    put(masking_.sep, 0);
+    if (b_length > 0) {
+      text(tokens + a_length, b_length, 1);
+      put(masking_.sep, 1);
+    }
+    mask(index);
+  }
+
+ private:
+  void put(int64_t id, int64_t type) {
+    input_ids_[cursor_] = id;
+    types_[cursor_] = type;
+    positions_[cursor_] = cursor_ - begin_;
+    labels_[cursor_] = kIgnore;
+    ++cursor_;
+  }
+
+  void text(const int32_t* tokens, int32_t length, int64_t type) {
+    bool in_word = false;
+    for (int32_t i = 0; i < length; ++i) {
+      const uint8_t kind = masking_.kinds[tokens[i]];
+      if (kind & kSpecial) {
+        in_word = false;
+      } else {
+        ++candidates_;
+        if (in_word && masking_.whole_words && (kind & kContinuation)) {
+          ++words_.back().length;
+        } else {
+          words_.push_back({0, static_cast<int32_t>(cursor_ - begin_), 1});
+        }
+        in_word = true;
+      }
+      put(tokens[i], type);
+    }
+  }
+
+  void mask(uint64_t index) {
+    if (words_.empty()) {
+      return;
+    }
+    const auto low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);
+    for (size_t w = 0; w < words_.size(); w += 4) {
+      const auto random = philox4x32<10>({static_cast<uint32_t>(w / 4), low, high, kWords}, key_);
+      for (size_t i = w; i < std::min(w + 4, words_.size()); ++i) {
+        words_[i].order = uint64_t{random[i - w]} << 32 | i;
+      }
+    }
+    std::sort(words_.begin(), words_.end(), [](const Word& x, const Word& y) { return x.order < y.order; });
+    const int64_t budget = std::max<int64_t>(1, (candidates_ * masking_.select_threshold + (int64_t{1} << 31)) >> 32);
+    int64_t chosen = 0;
+    for (const Word& word : words_) {
+      if (chosen + word.length <= budget) {
+        replace(word, low, high);
+        chosen += word.length;
+      }
+      if (chosen == budget) {
+        break;
+      }
+    }
+    if (chosen == 0) {
+      // Every word is longer than the budget: take a shortest one, so that each example teaches something.
+      replace(*std::min_element(words_.begin(), words_.end(),
+                                [](const Word& x, const Word& y) { return x.length < y.length; }),
+              low, high);
+    }
+  }
+
+  void replace(const Word& word, uint32_t low, uint32_t high) {
+    for (int32_t position = word.start; position < word.start + word.length; ++position) {
+      const auto random = philox4x32<10>({static_cast<uint32_t>(position), low, high, kReplace}, key_);
+      int64_t& id = input_ids_[begin_ + position];
+      labels_[begin_ + position] = id;
+      if (random[0] < masking_.mask_threshold) {
+        id = masking_.mask;
+      } else if (random[0] < masking_.random_threshold) {
+        id = masking_.replacements[below(random[1], masking_.replacements.size)];
+      }
+    }
+  }
+
+  const Masking& masking_;
+  std::array<uint32_t, 2> key_;
+  int64_t *input_ids_, *types_, *positions_, *labels_;
+  int64_t cursor_ = 0, begin_ = 0, candidates_ = 0;
+  std::vector<Word> words_;
+};
+
+// Checks lengths and ids, fills cu_seqlens; returns the longest sequence.
+int64_t measure(View<int32_t> tokens, View<int32_t> a_lengths, View<int32_t> b_lengths, int64_t vocab,
+                std::vector<int64_t>& offsets) {
+  int64_t used = 0, longest = 0;
+  for (int64_t i = 0; i < a_lengths.size; ++i) {
+    if (a_lengths[i] < 1 || b_lengths[i] < 0) {
+      throw py::value_error("example " + std::to_string(i) + " has lengths (" + std::to_string(a_lengths[i]) + ", " +
+                            std::to_string(b_lengths[i]) + "); expected A of 1 or more and B of 0 or more tokens");
+    }
+    const int64_t length = int64_t{a_lengths[i]} + b_lengths[i];
+    used += length;
+    const int64_t full = length + (b_lengths[i] > 0 ? 3 : 2);
+    offsets[i + 1] = offsets[i] + full;
+    longest = std::max(longest, full);
+  }
+  if (used != tokens.size) {
+    throw py::value_error("a_lengths and b_lengths add up to " + std::to_string(used) + "; expected the " +
+                          std::to_string(tokens.size) + " elements of tokens");
+  }
+  if (offsets.back() > std::numeric_limits<int32_t>::max()) {
+    throw py::value_error("the batch has " + std::to_string(offsets.back()) + " tokens; expected less than 2^31");
+  }
+  for (int64_t i = 0; i < tokens.size; ++i) {
+    if (tokens[i] < 0 || tokens[i] >= vocab) {
+      throw py::value_error("tokens element " + std::to_string(i) + " is id " + std::to_string(tokens[i]) +
+                            "; expected 0 to " + std::to_string(vocab - 1) + " as in masking.kinds");
+    }
+  }
+  return longest;
+}
+
+}  // namespace
+
+py::array_t<int64_t> pack(const py::array& lengths, int64_t token_budget) {
+  const auto sizes = view<int32_t>(lengths, "lengths");
+  std::vector<int64_t> starts{0};
+  {
+    py::gil_scoped_release released;
+    int64_t filled = 0;
+    for (int64_t i = 0; i < sizes.size; ++i) {
+      if (sizes[i] < 1 || sizes[i] > token_budget) {
+        throw py::value_error("lengths element " + std::to_string(i) + " is " + std::to_string(sizes[i]) +
+                              "; expected 1 to the token budget, " + std::to_string(token_budget));
+      }
+      if (filled + sizes[i] > token_budget) {
+        starts.push_back(i);
+        filled = 0;
+      }
+      filled += sizes[i];
+    }
+    if (sizes.size > 0) {
+      starts.push_back(sizes.size);
+    }
+  }
+  return py::array_t<int64_t>(static_cast<py::ssize_t>(starts.size()), starts.data());
+}
+
+py::tuple build_batch(const py::array& tokens, const py::array& a_lengths, const py::array& b_lengths,
+                      const py::array& indices, const py::array& key, const py::object& masking) {
+  const auto text = view<int32_t>(tokens, "tokens");
+  const auto a = view<int32_t>(a_lengths, "a_lengths");
+  const auto b = view<int32_t>(b_lengths, "b_lengths", a.size);
+  const auto index = view<int64_t>(indices, "indices", a.size);
+  const auto key_words = view<uint32_t>(key, "key", 2);
+  const py::array kinds = masking.attr("kinds"), replacements = masking.attr("replacements");
+  const Masking settings = read_masking(masking, kinds, replacements);
+  std::vector<int64_t> offsets(a.size + 1, 0);
+  const int64_t max_seqlen = measure(text, a, b, settings.kinds.size, offsets);
+  py::array_t<int64_t> input_ids(offsets.back()), types(offsets.back()), positions(offsets.back()),
+      labels(offsets.back());
+  py::array_t<int32_t> cu_seqlens(a.size + 1);
+  std::copy(offsets.begin(), offsets.end(), cu_seqlens.mutable_data());
+  BatchBuilder builder(settings, {key_words[0], key_words[1]}, input_ids.mutable_data(), types.mutable_data(),
+                       positions.mutable_data(), labels.mutable_data());
+  {
+    py::gil_scoped_release released;
+    const int32_t* next = text.data;
+    for (int64_t i = 0; i < a.size; ++i) {
+      builder.add(next, a[i], b[i], static_cast<uint64_t>(index[i]));
+      next += a[i] + b[i];
+    }
+  }
+  return py::make_tuple(input_ids, types, positions, cu_seqlens, labels, max_seqlen);
+}
+
+}  // namespace bert_fast::host

@@ -1,0 +1,202 @@
+"""The C++ hot loops and their numpy twin give the same bits, and the same errors."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bert_fast.data import host_numpy
+from bert_fast.data.host import host
+
+BOTH = ["cpp", "numpy"]
+
+
+@pytest.fixture(scope="module")
+def cpp():
+    return host("cpp")
+
+
+def corpus(generator: np.random.Generator, limit: int, documents: int) -> tuple[np.ndarray, np.ndarray]:
+    counts = generator.integers(1, 9, documents)
+    unit_ends = np.cumsum(generator.integers(1, limit + 1, counts.sum()))
+    return unit_ends, np.concatenate([[0], np.cumsum(counts)])
+
+
+def masking(generator: np.random.Generator, vocab: int = 40, **changes: object) -> host_numpy.Masking:
+    kinds = generator.choice([0, 0, 0, 1, 1, 2], vocab).astype(np.uint8)
+    kinds[5] = 0
+    values = {
+        "kinds": kinds,
+        "replacements": np.flatnonzero(kinds < 2).astype(np.int32),
+        "cls_id": 2,
+        "sep_id": 3,
+        "mask_id": 4,
+        "select_threshold": round(0.15 * 2**32),
+        "mask_threshold": round(0.8 * 2**32),
+        "random_threshold": round(0.9 * 2**32),
+        "whole_words": True,
+    }
+    return host_numpy.Masking(**{**values, **changes})
+
+
+def test_philox_is_the_published_generator():
+    # The known answers of Random123 (kat_vectors, philox4x32-10).
+    ones = 0xFFFFFFFF
+    zero = host_numpy.philox(0, 0, 0, 0, np.zeros(2, dtype=np.uint32))
+    full = host_numpy.philox(ones, ones, ones, ones, np.full(2, ones, dtype=np.uint32))
+    pi = host_numpy.philox(
+        0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, np.array([0xA4093822, 0x299F31D0], np.uint32)
+    )
+    assert [hex(word) for word in zero] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    assert [hex(word) for word in full] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"]
+    assert [hex(word) for word in pi] == ["0xd16cfe09", "0x94fdcceb", "0x5001e420", "0x24126ea1"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    max_tokens=st.integers(2, 90),
+    documents=st.integers(2, 25),
+    short_threshold=st.sampled_from([0, 1, round(0.1 * 2**32), 2**32]),
+    pairs=st.booleans(),
+)
+def test_plan_twins_agree_to_the_bit(seed, max_tokens, documents, short_threshold, pairs):
+    units = corpus(np.random.default_rng(seed), max_tokens // 2 if pairs else max_tokens, documents)
+    arguments = (*units, host_numpy.epoch_key(seed, 7), max_tokens, short_threshold, pairs)
+    for ours, twin in zip(host("cpp").plan(*arguments), host_numpy.plan(*arguments), strict=True):
+        assert ours.dtype == twin.dtype
+        np.testing.assert_array_equal(ours, twin)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    examples=st.integers(0, 12),
+    longest=st.integers(1, 70),
+    first_index=st.integers(-(2**63), 2**63 - 13),
+    select=st.sampled_from([1, round(0.15 * 2**32), 2**31, 2**32]),
+    whole_words=st.booleans(),
+)
+def test_build_batch_twins_agree_to_the_bit(seed, examples, longest, first_index, select, whole_words):
+    generator = np.random.default_rng(seed)
+    settings_ = masking(generator, select_threshold=select, whole_words=whole_words)
+    a = generator.integers(1, longest + 1, examples).astype(np.int32)
+    b = generator.integers(0, longest + 1, examples).astype(np.int32)
+    tokens = generator.integers(0, settings_.kinds.size, a.sum() + b.sum()).astype(np.int32)
+    indices = np.arange(first_index, first_index + examples, dtype=np.int64)
+    arguments = (tokens, a, b, indices, host_numpy.epoch_key(seed, 0), settings_)
+    *ours, ours_longest = host("cpp").build_batch(*arguments)
+    *twins, twin_longest = host_numpy.build_batch(*arguments)
+    assert ours_longest == twin_longest
+    for array, twin in zip(ours, twins, strict=True):
+        assert array.dtype == twin.dtype
+        np.testing.assert_array_equal(array, twin)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), max_size=60), spare=st.integers(0, 100))
+def test_pack_twins_agree_and_every_example_is_in_one_batch(lengths, spare):
+    sizes = np.array(lengths, dtype=np.int32)
+    budget = max(lengths, default=1) + spare
+    starts = host_numpy.pack(sizes, budget)
+    np.testing.assert_array_equal(host("cpp").pack(sizes, budget), starts)
+    assert starts[0] == 0
+    assert starts[-1] == len(lengths)
+    assert (np.diff(starts) > 0).all()
+    for first, last in pairwise(starts.tolist()):
+        assert sizes[first:last].sum() <= budget
+        if last < len(lengths):
+            assert sizes[first : last + 1].sum() > budget, "the batch had room for one more"
+
+
+KEY = np.zeros(2, dtype=np.uint32)
+ENDS, DOCUMENTS = np.array([3, 5, 9]), np.array([0, 2, 3])
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((ENDS.astype(np.int32), DOCUMENTS, KEY, 10, 0, True), "unit_ends has dtype int32; expected int64"),
+        ((ENDS.reshape(1, 3), DOCUMENTS, KEY, 10, 0, True), "unit_ends has 2 dimensions"),
+        ((np.arange(1, 10)[::3], DOCUMENTS, KEY, 10, 0, True), "unit_ends is not contiguous"),
+        ((ENDS, DOCUMENTS, KEY[:1], 10, 0, True), "key has 1 elements; expected 2"),
+        ((ENDS, DOCUMENTS, KEY, 1, 0, True), "max_tokens is 1; expected 2"),
+        ((ENDS, DOCUMENTS, KEY, 10, 2**32 + 1, True), "short_threshold is 4294967297; expected 0 to 2"),
+        ((ENDS, DOCUMENTS[[0, 2]], KEY, 10, 0, True), "has 1 documents; sentence pairs need at least 2"),
+        ((ENDS, np.array([0, 2, 4]), KEY, 10, 0, True), "must start at 0 and end at the number of units, 3"),
+        ((ENDS, np.array([0, 5, 3]), KEY, 10, 0, True), "document_units does not rise at element 2"),
+        ((ENDS, DOCUMENTS, KEY, 6, 0, True), "unit_ends element 2 makes a unit of 4 tokens; expected 1 to 3"),
+        ((np.array([3, 3, 9]), DOCUMENTS, KEY, 20, 0, True), "element 1 makes a unit of 0 tokens; expected 1 to 10"),
+    ],
+    ids=lambda value: value.replace(" ", "-")[:40] if isinstance(value, str) else "",
+)
+def test_plan_names_what_is_wrong(impl, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        host(impl).plan(*arguments)
+
+
+TOKENS, A, B, INDICES = (
+    np.array([6, 7, 8, 9], dtype=np.int32),
+    np.array([2, 1], dtype=np.int32),
+    np.array([1, 0], dtype=np.int32),
+    np.array([0, 1]),
+)
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": TOKENS.astype(np.int64)}, "tokens has dtype int64; expected int32"),
+        ({"tokens": TOKENS + 37}, "tokens element 0 is id 43; expected 0 to 39"),
+        ({"tokens": -TOKENS}, "tokens element 0 is id -6; expected 0 to 39"),
+        ({"tokens": TOKENS[:3].copy()}, "add up to 4; expected the 3 elements of tokens"),
+        ({"a_lengths": np.array([3, 0], dtype=np.int32)}, r"example 1 has lengths \(0, 0\)"),
+        ({"b_lengths": np.array([-1, 2], dtype=np.int32)}, r"example 0 has lengths \(2, -1\)"),
+        ({"b_lengths": B[:1].copy()}, "b_lengths has 1 elements; expected 2"),
+        ({"indices": INDICES[:1].copy()}, "indices has 1 elements; expected 2"),
+        ({"key": KEY.astype(np.uint64)}, "key has dtype uint64; expected uint32"),
+        ({"mask_id": 40}, "masking.mask_id is 40; expected 0 to 39"),
+        ({"cls_id": -1}, "masking.cls_id is -1; expected 0 to 39"),
+        ({"select_threshold": 0}, "masking.select_threshold is 0; expected 1 to"),
+        ({"random_threshold": 5}, "masking.random_threshold is 5; expected 3435973837 to"),
+        ({"replacements": np.array([40], dtype=np.int32)}, "masking.replacements has id 40; expected 0 to 39"),
+        ({"replacements": np.array([], dtype=np.int32)}, "masking.replacements is empty"),
+        ({"kinds": np.zeros(40)}, "masking.kinds has dtype float64; expected uint8"),
+    ],
+    ids=lambda value: value.replace(" ", "-")[:40] if isinstance(value, str) else "",
+)
+def test_build_batch_names_what_is_wrong(impl, changes, message):
+    arguments = {"tokens": TOKENS, "a_lengths": A, "b_lengths": B, "indices": INDICES, "key": KEY}
+    of_masking = {name: value for name, value in changes.items() if name not in arguments}
+    arguments.update({name: value for name, value in changes.items() if name in arguments})
+    with pytest.raises(ValueError, match=message):
+        host(impl).build_batch(**arguments, masking=masking(np.random.default_rng(0), **of_masking))
+
+
+@pytest.mark.parametrize("impl", BOTH)
+@pytest.mark.parametrize("length", [0, 21], ids=["empty", "over-the-budget"])
+def test_pack_refuses_an_example_that_does_not_fit(impl, length):
+    with pytest.raises(ValueError, match=f"lengths element 1 is {length}; expected 1 to the token budget, 20"):
+        host(impl).pack(np.array([20, length], dtype=np.int32), 20)
+
+
+def test_the_environment_and_the_argument_pick_the_implementation(monkeypatch, cpp):
+    assert host() is cpp
+    monkeypatch.setenv("BERT_FAST_HOST", "numpy")
+    assert host() is host_numpy
+    assert host("cpp") is cpp
+    monkeypatch.setenv("BERT_FAST_HOST", "fortran")
+    with pytest.raises(ValueError, match="the host implementation is 'fortran'; expected one of auto, cpp, numpy"):
+        host()
+
+
+def test_without_the_module_auto_is_numpy_and_cpp_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bert_fast._host", None)
+    monkeypatch.delenv("BERT_FAST_HOST", raising=False)
+    assert host() is host_numpy
+    with pytest.raises(ImportError, match="not built: install with a C\\+\\+ compiler"):
+        host("cpp")
