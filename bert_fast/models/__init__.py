@@ -1,0 +1,27 @@
+"""The models: configuration, encoder, heads, and checkpoints in transformers' format."""
+
+from bert_fast.models.bert import BertModel, BertPreTrainedModel
+from bert_fast.models.checkpoint import from_hf, to_hf
+from bert_fast.models.config import BertConfig
+from bert_fast.models.heads import (
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from bert_fast.models.pretraining import BertForMaskedLM, BertForNextSentencePrediction, BertForPreTraining
+
+__all__ = [
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "BertPreTrainedModel",
+    "from_hf",
+    "to_hf",
+]

@@ -1,0 +1,258 @@
+"""BertConfig: what a model is made of, under transformers' names and with its defaults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from bert_fast.models.files import CONFIG_NAME, find_file, write_text
+
+# hidden_act -> the `approximate` argument of bias_gelu; the others are computed by PyTorch.
+GELU_ACTIVATIONS = {
+    "gelu": "none",
+    "gelu_python": "none",
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+}
+EAGER_ACTIVATIONS = ("relu", "silu", "swish", "tanh")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# name: (layers, hidden size); heads have 64 dimensions, the intermediate size is four times the hidden size.
+# Turc et al., "Well-read students learn better", 2019, table 1; base and large: Devlin et al., 2018.
+SIZES = {
+    "tiny": (2, 128),
+    "mini": (4, 256),
+    "small": (4, 512),
+    "medium": (8, 512),
+    "base": (12, 768),
+    "large": (24, 1024),
+}
+
+# Settings of a config.json that change what is computed and that this encoder does not have: (key, accepted values).
+_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("is_decoder", (False, None)),
+    ("add_cross_attention", (False, None)),
+    ("is_encoder_decoder", (False, None)),
+    ("position_embedding_type", ("absolute", None)),
+    ("pruned_heads", ({}, None)),
+    ("quantization_config", (None,)),
+)
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+_NOT_KEPT = ("model_type", "transformers_version", "_name_or_path", "torch_dtype")
+
+
+@dataclass(kw_only=True)
+class BertConfig:
+    """The settings of a BERT model. Names and defaults are those of transformers' `BertConfig`.
+
+    Attributes:
+        vocab_size: V, rows of the word embedding.
+        hidden_size: E. `num_attention_heads` N must divide it.
+        num_hidden_layers: L.
+        intermediate_size: F.
+        hidden_act: one of gelu (exact erf), gelu_new, gelu_fast, gelu_pytorch_tanh (all the tanh approximation),
+            relu, silu, swish, tanh.
+        pad_token_id: the row of the word embedding that starts at zero and gets no gradient; None for no such row.
+        classifier_dropout: before a classifier; None for `hidden_dropout_prob`.
+        num_labels, id2label, label2id: the classes of the heads; each follows from the others where it is None.
+        problem_type: loss of `BertForSequenceClassification`; None to infer it from the labels, as transformers does.
+        extra: settings of a config.json that have no meaning here; written back by `save_pretrained`.
+
+    Raises:
+        ValueError: a setting is out of range, or two contradict each other; the message names them.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    classifier_dropout: float | None = None
+    tie_word_embeddings: bool = True
+    num_labels: int | None = None
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    architectures: list[str] | None = None
+    dtype: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._complete_labels()
+        self.validate()
+
+    @property
+    def head_size(self) -> int:
+        """D, the dimensions of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def _complete_labels(self) -> None:
+        if self.id2label is not None:
+            self.id2label = {int(index): str(label) for index, label in self.id2label.items()}
+        elif self.label2id is not None:
+            self.id2label = {int(index): label for label, index in self.label2id.items()}
+        else:
+            count = 2 if self.num_labels is None else self.num_labels
+            self.id2label = {index: f"LABEL_{index}" for index in range(count)}
+        if self.num_labels is None:
+            self.num_labels = len(self.id2label)
+        if self.label2id is None:
+            self.label2id = {label: index for index, label in self.id2label.items()}
+
+    def validate(self) -> None:
+        """ValueError where a setting is out of range or two contradict each other."""
+        for name in _POSITIVE:
+            self._check_count(name, 1)
+        for name in ("num_hidden_layers", "num_labels"):
+            self._check_count(name, 0)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size} and num_attention_heads is {self.num_attention_heads}; "
+                "expected hidden_size to be a multiple of num_attention_heads"
+            )
+        if self.hidden_act not in (*GELU_ACTIVATIONS, *EAGER_ACTIVATIONS):
+            known = ", ".join((*GELU_ACTIVATIONS, *EAGER_ACTIVATIONS))
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {known}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} is {value}; expected a probability in [0, 1)")
+        if self.layer_norm_eps <= 0 or self.initializer_range < 0:
+            raise ValueError(
+                f"layer_norm_eps is {self.layer_norm_eps} and initializer_range is {self.initializer_range}; "
+                "expected layer_norm_eps > 0 and initializer_range >= 0"
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id} and vocab_size is {self.vocab_size}; "
+                "expected pad_token_id in [0, vocab_size), or None"
+            )
+        self._check_labels()
+
+    def _check_count(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least {low}")
+
+    def _check_labels(self) -> None:
+        assert self.id2label is not None
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(
+                f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}, or None"
+            )
+        if len(self.id2label) != self.num_labels:
+            raise ValueError(
+                f"num_labels is {self.num_labels} and id2label has {len(self.id2label)} entries; expected as many "
+                "(give only one of the two, and the other follows)"
+            )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "problem_type is 'single_label_classification' and num_labels is 1; expected at least 2 labels, "
+                "or problem_type='regression'"
+            )
+
+    @classmethod
+    def size(cls, name: str, **overrides: Any) -> BertConfig:
+        """The configuration of a published size: tiny, mini, small, medium, base or large."""
+        if name not in SIZES:
+            raise ValueError(f"the size is {name!r}; expected one of {', '.join(SIZES)}")
+        layers, hidden = SIZES[name]
+        sizes = {
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "num_attention_heads": hidden // 64,
+            "intermediate_size": 4 * hidden,
+        }
+        return cls(**{**sizes, **overrides})
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> BertConfig:
+        """Read the mapping of a transformers config.json; unknown keys are kept in `extra`.
+
+        Raises ValueError where the file describes something else than this encoder (a decoder, relative positions,
+        pruned heads, a quantised model, another model type).
+        """
+        merged = {**settings, **overrides}
+        if "num_labels" in overrides and not {"id2label", "label2id"} & overrides.keys():
+            named = settings.get("id2label")
+            if named is None or len(named) != overrides["num_labels"]:
+                merged.pop("id2label", None)
+                merged.pop("label2id", None)
+        if merged.get("model_type", "bert") != "bert":
+            raise ValueError(f"model_type is {merged['model_type']!r}; expected 'bert', the only encoder here")
+        for name, accepted in _UNSUPPORTED:
+            if name in merged and merged[name] not in accepted:
+                raise ValueError(
+                    f"{name} is {merged[name]!r}, which this encoder does not have; expected {accepted[0]!r}"
+                )
+        if merged.get("dtype") is None:
+            merged["dtype"] = merged.get("torch_dtype")
+        known = {item.name for item in fields(cls)}
+        extra = {name: value for name, value in merged.items() if name not in known and name not in _NOT_KEPT}
+        given = {name: value for name, value in merged.items() if name in known and name != "extra"}
+        return cls(**given, extra={**merged.get("extra", {}), **extra})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json that transformers reads."""
+        assert self.id2label is not None
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
+        if settings.pop("num_labels") == 2 and self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:
+            settings.pop("id2label")
+            settings.pop("label2id")
+        else:
+            settings["id2label"] = {str(index): label for index, label in self.id2label.items()}
+        return {**self.extra, **settings, "model_type": "bert"}
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, **overrides: Any) -> BertConfig:
+        """Read config.json from a folder, or from the hub by the name of a repository.
+
+        Args:
+            overrides: settings that replace those of the file, for example `num_labels=3`.
+
+        Raises:
+            FileNotFoundError: there is no such folder, repository or file.
+            ValueError: the file is not JSON, or describes something else than this encoder.
+        """
+        path = find_file(name_or_path, CONFIG_NAME, revision=revision)
+        if path is None:
+            raise FileNotFoundError(f"{name_or_path} has no {CONFIG_NAME}")
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} holds a JSON {type(settings).__name__}; expected an object")
+        return cls.from_dict(settings, **overrides)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json to `folder`, under a temporary name first."""
+        write_text(Path(folder) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+
+    def replace(self, **changes: Any) -> BertConfig:
+        """A copy with `changes`."""
+        if "num_labels" in changes:
+            changes = {"id2label": None, "label2id": None, **changes}
+        return replace(self, **changes)

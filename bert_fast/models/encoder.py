@@ -1,0 +1,254 @@
+"""The encoder on packed tokens: embeddings, layers, pooler. Parameters have transformers' names, but for one packed
+projection `qkv` (3E, E) in place of query, key and value.
+
+A bias that a kernel adds stays a Parameter of its Linear and is left out of that Linear's matrix product.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bert_fast.kernels import add_layer_norm, attention, bias_gelu, embedding_layer_norm
+from bert_fast.kernels._common.philox import new_rng_state
+from bert_fast.models.config import GELU_ACTIVATIONS, BertConfig
+from bert_fast.models.inputs import Tokens
+
+_logger = logging.getLogger("bert_fast")
+_EAGER: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}
+_SITES_PER_LAYER = 3  # attention probabilities, attention output, layer output
+
+
+class EncoderOutput(NamedTuple):
+    """hidden (T, E); hidden_states, L + 1 of (T, E), and attentions, L of (B, N, max_seqlen, max_seqlen), or empty."""
+
+    hidden: Tensor
+    hidden_states: tuple[Tensor, ...]
+    attentions: tuple[Tensor, ...]
+
+
+def biased_activation(x: Tensor, bias: Tensor, name: str) -> Tensor:
+    """The activation called `name` in a configuration, of x + bias; (T, F)."""
+    if name in GELU_ACTIVATIONS:
+        return bias_gelu(x, bias, approximate=GELU_ACTIVATIONS[name])
+    return _EAGER[name](x + bias.to(x.dtype))
+
+
+class BertEmbeddings(nn.Module):
+    """Word, position and token type embeddings, their LayerNorm and dropout."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, tokens: Tokens, rng_state: Tensor | None) -> Tensor:
+        """(T, E); `rng_state` int64 (2,), or None for no dropout."""
+        if tokens.inputs_embeds is not None:
+            # The given vectors are a table of their own, of which token t takes row t.
+            word = tokens.inputs_embeds
+            ids = torch.arange(word.shape[0], device=word.device)
+            padding_idx = None
+        else:
+            assert tokens.input_ids is not None
+            word, ids = self.word_embeddings.weight, tokens.input_ids
+            padding_idx = self.word_embeddings.padding_idx
+        return embedding_layer_norm(
+            ids,
+            tokens.token_type_ids,
+            tokens.position_ids,
+            word,
+            self.token_type_embeddings.weight,
+            self.position_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            dropout_p=0.0 if rng_state is None else self.dropout_p,
+            eps=self.LayerNorm.eps,
+            rng_state=rng_state,
+            padding_idx=padding_idx,
+        )
+
+
+class BertSelfAttention(nn.Module):
+    """The packed projection and the attention of every head."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.heads = config.num_attention_heads
+        self.head_size = config.head_size
+        self.dropout_p = config.attention_probs_dropout_prob
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(T, E) -> (T, 3, N, D), without the bias."""
+        return F.linear(hidden, self.qkv.weight).view(-1, 3, self.heads, self.head_size)
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int, rng_state: Tensor | None) -> Tensor:
+        """(T, E) -> (T, E)."""
+        out = attention(
+            self.project(hidden),
+            cu_seqlens,
+            max_seqlen,
+            bias=self.qkv.bias.view(3, self.heads, self.head_size),
+            dropout_p=0.0 if rng_state is None else self.dropout_p,
+            rng_state=rng_state,
+        )
+        return out.reshape(hidden.shape)
+
+    def probabilities(self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """The attention probabilities before dropout, dense: (B, N, max_seqlen, max_seqlen), zeros past a length."""
+        _say_dense_attentions()
+        qkv = self.project(hidden)
+        qkv = qkv + self.qkv.bias.view(3, self.heads, self.head_size).to(qkv.dtype)
+        B, N = cu_seqlens.shape[0] - 1, self.heads
+        out = qkv.new_zeros(B, N, max_seqlen, max_seqlen)
+        for b, one in enumerate(qkv.split(cu_seqlens.diff().tolist())):
+            q, k = one[:, 0].transpose(0, 1), one[:, 1].transpose(0, 1)  # (N, S, D)
+            scores = q @ k.transpose(1, 2) * self.head_size**-0.5
+            out[b, :, : one.shape[0], : one.shape[0]] = scores.softmax(dim=-1)
+        return out
+
+
+@lru_cache(maxsize=1)
+def _say_dense_attentions() -> None:
+    _logger.warning(
+        "output_attentions=True: the attention probabilities are computed a second time, densely, by eager PyTorch; "
+        "the kernels never hold them"
+    )
+
+
+class BertSelfOutput(nn.Module):
+    """Projection of the attention's output, dropout, residual and LayerNorm."""
+
+    def __init__(self, config: BertConfig, in_features: int | None = None) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features or config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, x: Tensor, residual: Tensor, rng_state: Tensor | None) -> Tensor:
+        """x (T, E) or (T, F), residual (T, E) -> (T, E)."""
+        return add_layer_norm(
+            F.linear(x, self.dense.weight),
+            residual,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            x_bias=self.dense.bias,
+            dropout_p=0.0 if rng_state is None else self.dropout_p,
+            eps=self.LayerNorm.eps,
+            rng_state=rng_state,
+        )
+
+
+class BertOutput(BertSelfOutput):
+    """Projection back from the intermediate size, dropout, residual and LayerNorm."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, config.intermediate_size)
+
+
+class BertAttention(nn.Module):
+    """Self-attention with its output block."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertSelfOutput(config)
+
+
+class BertIntermediate(nn.Module):
+    """Projection to the intermediate size and the activation."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.hidden_act = config.hidden_act
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(T, E) -> (T, F)."""
+        return biased_activation(F.linear(hidden, self.dense.weight), self.dense.bias, self.hidden_act)
+
+
+class BertLayer(nn.Module):
+    """One layer on packed tokens."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int, rng_states: Tensor | None) -> Tensor:
+        """(T, E) -> (T, E); `rng_states` int64 (3, 2), a row for each place of dropout, or None for no dropout."""
+        rows = (None, None, None) if rng_states is None else rng_states.unbind(0)
+        attended = self.attention.self(hidden, cu_seqlens, max_seqlen, rows[0])
+        attended = self.attention.output(attended, hidden, rows[1])
+        out: Tensor = self.output(self.intermediate(attended), attended, rows[2])
+        return out
+
+
+class BertEncoder(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tokens,
+        rng_states: Tensor | None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> EncoderOutput:
+        """(T, E) -> (T, E); `rng_states` int64 (3L, 2), or None for no dropout."""
+        states, attentions = [hidden], []
+        sequences = (tokens.cu_seqlens, tokens.max_seqlen)
+        for index, layer in enumerate(self.layer):
+            rows = None if rng_states is None else rng_states[_SITES_PER_LAYER * index :][:_SITES_PER_LAYER]
+            if output_attentions:
+                assert isinstance(layer, BertLayer)
+                attentions.append(layer.attention.self.probabilities(hidden, *sequences))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # The dropout of the second run is that of the first: it depends on `rows` only.
+                hidden = checkpoint(layer, hidden, *sequences, rows, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, *sequences, rows)
+            if output_hidden_states:
+                states.append(hidden)
+        return EncoderOutput(hidden, tuple(states) if output_hidden_states else (), tuple(attentions))
+
+
+class BertPooler(nn.Module):
+    """tanh of a projection of the first token, [CLS]."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first: Tensor) -> Tensor:
+        """(B, E) -> (B, E)."""
+        return torch.tanh(self.dense(first))
+
+
+def draw_rng_states(config: BertConfig, device: torch.device) -> Tensor | None:
+    """One draw of the generator's state for every place of dropout in the encoder: int64 (1 + 3L, 2).
+
+    None where the configuration has no dropout, so that nothing is drawn.
+    """
+    if config.hidden_dropout_prob == 0.0 and config.attention_probs_dropout_prob == 0.0:
+        return None
+    return new_rng_state(device, 1 + _SITES_PER_LAYER * config.num_hidden_layers)
