@@ -3,7 +3,7 @@
 from bert_fast.data.batch import PackedBatch
 from bert_fast.data.corpus import Corpus
 from bert_fast.data.examples import Example, PretrainingData, PretrainingDataConfig
-from bert_fast.data.prepare import PrepareConfig, PrepareReport, prepare
+from bert_fast.data.preparation import PrepareConfig, PrepareReport, prepare
 from bert_fast.data.vocab import load_tokenizer, save_tokenizer, train_vocab
 
 __all__ = [

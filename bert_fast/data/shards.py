@@ -188,7 +188,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a prepared data folder (no {MANIFEST}); make one with bert-fast prepare")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, _, _ = manifest["schema_version"], manifest["files"], manifest["splits"]
+        version, *_ = (manifest[name] for name in ("schema_version", "files", "splits", "vocab_size"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is corrupt ({error}); prepare the data again") from error
     if version != SCHEMA_VERSION:
@@ -244,7 +244,7 @@ class TokenStore:
         starts = [0]
         ends, counts = [np.empty(0, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
         for name in names:
-            for tokens, sentence_ends, sentence_counts in _read_shard(Path(folder) / name):
+            for tokens, sentence_ends, sentence_counts in _read_shard(Path(folder) / name, manifest["vocab_size"]):
                 self._parts.append(tokens)
                 ends.append(sentence_ends + starts[-1])
                 counts.append(sentence_counts)
@@ -273,7 +273,7 @@ class TokenStore:
         return np.concatenate([np.empty(0, dtype=np.int32), *[self._parts[part][i:j] for part, i, j in ranges]])
 
 
-def _read_shard(path: Path) -> Iterator[tuple[Array, Array, Array]]:
+def _read_shard(path: Path, vocab_size: int) -> Iterator[tuple[Array, Array, Array]]:
     """For each record batch: its tokens, the ends of its sentences among them, the number of sentences a document."""
     import pyarrow as pa
 
@@ -288,6 +288,15 @@ def _read_shard(path: Path) -> Iterator[tuple[Array, Array, Array]]:
         raise ValueError(f"{path} is corrupt ({error}); prepare the data again") from error
     for batch in batches:
         tokens, ends = (column.flatten().to_numpy(zero_copy_only=True) for column in batch.columns)
-        token_offsets, counts = (column.value_lengths().to_numpy().astype(np.int64) for column in batch.columns)
-        document_starts = np.cumsum(token_offsets) - token_offsets
-        yield tokens, ends + np.repeat(document_starts, counts), counts
+        lengths, counts = (column.value_lengths().to_numpy().astype(np.int64) for column in batch.columns)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+            wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
+            raise ValueError(f"{path} has token id {wrong}; expected 0 to {vocab_size - 1}: prepare the data again")
+        last = np.cumsum(counts) - 1
+        if (counts < 1).any() or (ends[last] != lengths).any():
+            raise ValueError(f"{path}: the sentences do not end where the document ends; prepare the data again")
+        document_ends = np.cumsum(lengths)
+        positions = ends + np.repeat(document_ends - lengths, counts)
+        if (np.diff(positions, prepend=0) < 1).any():
+            raise ValueError(f"{path}: sentence_ends do not rise; prepare the data again")
+        yield tokens, positions, counts

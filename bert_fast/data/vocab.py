@@ -168,4 +168,7 @@ def token_kinds(tokenizer: Tokenizer) -> Array:
             kinds[number] = CONTINUATION
         elif token in SPECIAL_TOKENS or token.startswith("[unused"):
             kinds[number] = SPECIAL
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        if added.special:
+            kinds[number] = SPECIAL
     return kinds

@@ -172,6 +172,8 @@ def _heldout_threshold(digests: np.ndarray, fraction: float) -> np.uint64:
 def _write_splits(
     folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout: np.ndarray, config: PrepareConfig
 ) -> dict[str, dict[str, int]]:
+    tokenizer = tokenizer.from_str(tokenizer.to_str())
+    tokenizer.encode_special_tokens = True  # "[SEP]" in a text is six letters and brackets, no separator
     documents = iter(_bar(corpus, "tokenising", config, total=heldout.size))
     number = 0
     with (
