@@ -3,10 +3,13 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "add_layer_norm/add_layer_norm.h"
 #include "bias_gelu/bias_gelu.h"
 #include "common/cpu_features.h"
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&bert_fast::add_layer_norm_fwd_cpu));
+  m.impl("add_layer_norm_bwd", TORCH_BOX(&bert_fast::add_layer_norm_bwd_cpu));
   m.impl("bias_gelu_fwd", TORCH_BOX(&bert_fast::bias_gelu_fwd_cpu));
   m.impl("bias_gelu_bwd", TORCH_BOX(&bert_fast::bias_gelu_bwd_cpu));
 }

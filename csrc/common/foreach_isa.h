@@ -2,9 +2,9 @@
 //
 // A room's `<op>_cpu.cpp` defines BF_KERNELS as its kernel file and includes this one. The kernels are then there as
 // bert_fast::generic::f, bert_fast::avx2::f and bert_fast::avx512::f, and BF_DISPATCH(f) is the one that suits this
-// CPU. The kernel file must include no header of its own: whatever it needs is included before, outside the target
-// pragmas, so that no inline function of the standard library is ever compiled for a newer CPU than the one that runs
-// it.
+// CPU. The kernel file includes nothing but files of its own kind (common/*_kernels.h): whatever else it needs is
+// included before, outside the target pragmas, so that no inline function of the standard library is ever compiled for
+// a newer CPU than the one that runs it.
 //
 // No include guard: a translation unit includes this once.
 

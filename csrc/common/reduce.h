@@ -19,17 +19,22 @@ struct RowParts {
   int64_t rows, size, count;
 };
 
-// partial (count, cols) float32 -> (cols,) float32.
-inline Tensor sum_parts(const Tensor& partial, int64_t count, int64_t cols) {
+// The sums of columns [first, first + cols) of partial (count, stride) float32 -> (cols,) float32.
+inline Tensor sum_parts(const Tensor& partial, int64_t count, int64_t cols, int64_t stride, int64_t first) {
   Tensor total = zeros({cols}, ScalarType::Float);
   const float* from = data<float>(partial);
   float* to = mutable_data<float>(total);
   parallel_for(0, cols, 256, [&](int64_t begin, int64_t end) {
     for (int64_t part = 0; part < count; ++part) {
-      for (int64_t col = begin; col < end; ++col) to[col] += from[part * cols + col];
+      for (int64_t col = begin; col < end; ++col) to[col] += from[part * stride + first + col];
     }
   });
   return total;
+}
+
+// partial (count, cols) float32 -> (cols,) float32.
+inline Tensor sum_parts(const Tensor& partial, int64_t count, int64_t cols) {
+  return sum_parts(partial, count, cols, cols, 0);
 }
 
 }  // namespace bert_fast
