@@ -158,4 +158,4 @@ def _joined(lines: list[str]) -> Iterator[str]:
     if _DROPPED_FIELD.match(lines[0]):
         return
     text = _LIST_ITEM.sub("", lines[0], count=1) + "".join(" " + line for line in lines[1:])
-    yield text.removesuffix("::").strip()
+    yield re.sub(r"\s*::$", ":", text).strip()
