@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from bert_fast.kernels._common import dispatch
 
 import bert_fast.kernels
 from bert_fast.kernels import available_impls
+from bert_fast.kernels._common import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ["add_layer_norm", "attention", "bias_gelu", "embedding_layer_norm", "lamb", "masked_lm_loss", "padding"]

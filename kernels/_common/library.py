@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from bert_fast.kernels._common import native
 from bert_fast.kernels._common.dispatch import AVAILABLE, Availability, Implementation
 

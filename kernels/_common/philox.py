@@ -13,8 +13,9 @@ Kept values are scaled by 256 / (256 - threshold), the probability actually used
 from __future__ import annotations
 
 import torch
-from bert_fast.kernels._common.checks import check_rng_state
 from torch import Tensor
+
+from bert_fast.kernels._common.checks import check_rng_state
 
 ROUNDS = 7
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from bert_fast.kernels._common.checks import autocast, check_floating, check_same_device, check_shape
 from bert_fast.kernels.bias_gelu.ops import ROOM
-from torch import Tensor
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str = "auto") -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
 from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, define, native_cpu
 from bert_fast.kernels.bias_gelu.reference import bias_gelu_reference
-from torch import Tensor
 
 
 def _fwd_fake(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bert_fast.kernels.bias_gelu.reference import bias_gelu_reference
 from torch import Tensor
 
 from bert_fast.kernels import ImplUnavailableError, available_impls, bias_gelu
+from bert_fast.kernels.bias_gelu.reference import bias_gelu_reference
 from bert_fast.testing import assert_three_way, three_way
 
 # Rows: none, one, fewer and more than a reduction part (16), not a multiple of it. Columns: below, at and between the
