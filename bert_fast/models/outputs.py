@@ -23,7 +23,7 @@ class ModelOutput:
     def __init_subclass__(cls) -> None:
         _pytree.register_pytree_node(
             cls,
-            lambda output: (list(vars(output).values()), list(vars(output))),
+            lambda output: (output.values(), output.keys()),
             lambda values, names: cls(**dict(zip(names, values, strict=True))),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         )
