@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bert_fast.models import to_hf
+from bert_fast.models import from_hf
 from bert_fast.testing import assert_three_way, compare
 
 MODELS = [
@@ -30,6 +30,8 @@ MODELS = [
 ]
 BATCH, SEQLEN, CHOICES = 3, 13, 2
 EXACT = 1e-11
+# A bias that every competitor of a softmax gets: its gradient is zero, and what is found is rounding.
+SHIFTS = {"d classifier.bias": "BertForMultipleChoice", "d qa_outputs.bias": "BertForQuestionAnswering"}
 Pair = Callable[..., tuple[Any, Any]]
 
 
@@ -83,7 +85,8 @@ def run(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             found[key] = (value[mask] if at_tokens else value).detach()
     found |= {f"layer {index}": state.detach()[mask] for index, state in enumerate(out.hidden_states)}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return found | {f"d {name}": gradient for name, gradient in to_hf(gradients).items()}
+    # Packed: the gradient of a key's bias alone is zero but for rounding, since softmax does not see a shift.
+    return found | {f"d {name}": gradient for name, gradient in from_hf(gradients).items()}
 
 
 def without_padding_in_the_softmax(theirs: Any, inputs: dict[str, Tensor]) -> None:
@@ -119,7 +122,9 @@ def test_three_way_against_transformers(pair: Pair, name: str, dtype: torch.dtyp
     if name == "BertForQuestionAnswering":
         without_padding_in_the_softmax(theirs, inputs)
     truth = run(theirs.double(), inputs)  # the same rounded weights
-    assert_three_way([compare(key, ours[key], eager[key], truth[key], factor=3.0) for key in truth])
+    shifts = [key for key, model in SHIFTS.items() if model == name]
+    assert_three_way([compare(key, ours[key], eager[key], truth[key], factor=3.0) for key in truth if key not in shifts])
+    assert all(ours[key].abs().max() < 8 * torch.finfo(dtype).eps for key in shifts)
 
 
 @pytest.mark.parametrize("act", ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "tanh"])
