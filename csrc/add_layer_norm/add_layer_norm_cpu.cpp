@@ -49,20 +49,13 @@ Tensor bias_or_zeros(const std::optional<Tensor>& x_bias, int64_t cols) {
   return x_bias ? as_float(*x_bias) : zeros({cols}, ScalarType::Float);
 }
 
-// What a thread needs to work on one row.
-struct Scratch {
-  explicit Scratch(int64_t cols) : row(cols), bytes(dropout_bytes_size(cols)) {}
-  std::vector<float> row;
-  std::vector<uint8_t> bytes;
-};
-
 template <class T>
 void forward(const AddLayerNormRows<T>& in, int64_t rows) {
   const auto rows_of =
       in.drop.threshold ? BF_DISPATCH(add_layer_norm_rows<T, true>) : BF_DISPATCH(add_layer_norm_rows<T, false>);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, in.cols));
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    Scratch scratch(in.cols);
+    RowScratch scratch(in.cols);
     rows_of(in, begin, end, scratch.row.data(), scratch.bytes.data());
   });
 }
@@ -73,7 +66,7 @@ void backward(const AddLayerNormGradRows<T>& in, const RowParts& parts, bool has
   const auto rows_of = in.drop.threshold ? BF_DISPATCH(add_layer_norm_grad_rows<T, true>)
                                          : BF_DISPATCH(add_layer_norm_grad_rows<T, false>);
   parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch(in.cols);
+    RowScratch scratch(in.cols);
     for (int64_t part = begin; part < end; ++part) {
       float* sums = partial + part * 3 * in.cols;
       const int64_t first = parts.begin(part);

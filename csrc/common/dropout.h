@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "common/tensor.h"
 
@@ -20,6 +21,13 @@ struct Dropout {
 inline int64_t dropout_bytes_size(int64_t cols) {
   return (cols + 255) / 256 * 256;
 }
+
+// What a thread needs to work on one row: its values in float32 and its random bytes.
+struct RowScratch {
+  explicit RowScratch(int64_t cols) : row(cols), bytes(dropout_bytes_size(cols)) {}
+  std::vector<float> row;
+  std::vector<uint8_t> bytes;
+};
 
 // rng_state is int64 (2,) = (seed, offset) and has to be there where dropout_p > 0.
 inline Dropout make_dropout(double dropout_p, const std::optional<Tensor>& rng_state) {

@@ -38,8 +38,8 @@ def dropout_threshold(dropout_p: float) -> int:
     """
     if dropout_p == 0.0:
         return 0
-    threshold = int(dropout_p * 256 + 0.5)
-    if not 0.0 < dropout_p < 1.0 or not 1 <= threshold <= 255:
+    threshold = int(dropout_p * 256 + 0.5) if 0.0 < dropout_p < 1.0 else 0
+    if not 1 <= threshold <= 255:
         raise ValueError(
             f"dropout_p is {dropout_p}; expected 0 or a probability from 1/512 to 511/512 (steps of 1/256)"
         )
