@@ -223,11 +223,11 @@ def test_documents_of_a_source_file(tmp_path):
         f'    def inner():\n        """A function inside is not part of this."""\n'
         f'class C:\n    """{sentences("class", 1)}"""\n    def g(self):\n        """{sentences("method", 1)}"""\n'
     )
-    documents = list(file_documents(tmp_path / "m.py"))
+    documents = file_documents(tmp_path / "m.py")
     assert [len(document) for document in documents] == [9, 2]
     assert documents[1] == ["This is sentence x about the class.", "This is sentence x about the method."]
     (tmp_path / "broken.py").write_text('"""A template is no Python."""\n{{ x }} = ??\n')
-    assert list(file_documents(tmp_path / "broken.py")) == []
+    assert file_documents(tmp_path / "broken.py") == []
 
 
 def test_files_of_a_package_are_sorted_and_tests_are_left_out(tmp_path):
