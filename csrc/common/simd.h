@@ -12,7 +12,7 @@ typedef uint32_t vuint __attribute__((vector_size(BF_VECTOR_BYTES)));
 typedef uint16_t vhalf __attribute__((vector_size(BF_VECTOR_BYTES / 2)));
 
 BF_INLINE vfloat set1(float x) {
-  return vfloat{} + x;
+  return x - vfloat{};  // a broadcast alone: x - 0 is x, where x + 0 would have to turn -0 into 0
 }
 
 template <class To, class From>
