@@ -1,16 +1,20 @@
 """bert_fast: a BERT encoder on kernels of its own. See README.md for the map of the house."""
 
-from bert_fast.models import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bert_fast.models import (
+        BertConfig,
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertModel,
+    )
 
 __version__ = "0.1.0"
 
@@ -25,3 +29,10 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The models import torch, which takes a second that `bert-fast --help` need not wait for.
+    if name in __all__:
+        return getattr(import_module("bert_fast.models"), name)
+    raise AttributeError(f"module 'bert_fast' has no attribute {name!r}")

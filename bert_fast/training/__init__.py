@@ -1,1 +1,1 @@
-"""Optimizers, schedules and the training loop."""
+"""Pretraining: configuration, optimizers, schedule, loop, checkpoints and logs."""

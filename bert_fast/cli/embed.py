@@ -1,0 +1,103 @@
+"""Texts into vectors, packed without padding."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bert_fast.cli.models import load, read_texts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = (".npy", ".jsonl", ".parquet")
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("model", type=str, help="folder of a checkpoint")
+    parser.add_argument("texts", nargs="*", type=str, help="texts; without any, lines are read from stdin")
+    parser.add_argument("--file", type=str | None, default=None, help="one text a line; - is stdin")
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help=f"a file ending in {', '.join(FORMATS)}; JSON lines on stdout if none",
+    )
+    parser.add_argument(
+        "--pooling", type=Literal["cls", "mean", "max", "pooler"], default="mean", help="tokens to one vector"
+    )
+    parser.add_argument("--normalize", action="store_true", help="scale each vector to length 1")
+    parser.add_argument(
+        "--max_seqlen", type=int | None, default=None, help="cut longer texts; the model's maximum if none"
+    )
+    parser.add_argument("--tokens_per_batch", type=int, default=8192, help="texts of like length are packed up to this")
+    parser.add_argument("--device", type=str, default="auto", help="auto takes CUDA where there is one")
+
+
+def run(args: Any) -> int:
+    if args.output is not None and Path(args.output).suffix not in FORMATS:
+        raise ValueError(f"--output is {args.output!r}; expected a name ending in {', '.join(FORMATS)}")
+    texts = read_texts(args.texts, args.file)
+
+    from bert_fast.tasks.embedding import embed
+
+    model, tokenizer = load("BertModel", args.model, args.device)
+    with _Progress(len(texts)) as advance:
+        vectors = embed(
+            model,
+            tokenizer,
+            texts,
+            pooling=args.pooling,
+            normalize=args.normalize,
+            max_seqlen=args.max_seqlen,
+            tokens_per_batch=args.tokens_per_batch,
+            progress=advance,
+        )
+    _write(texts, vectors, args.output)
+    return 0
+
+
+class _Progress:
+    """A bar on stderr where that is a terminal and tqdm is installed."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, unit="text", dynamic_ncols=True)
+
+    def __enter__(self) -> Any:
+        return self._bar.update if self._bar is not None else None
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _write(texts: list[str], vectors: Tensor, output: str | None) -> None:
+    if output is None:
+        _write_jsonl(texts, vectors, sys.stdout)
+    elif output.endswith(".npy"):
+        import numpy as np
+
+        np.save(output, vectors.numpy())
+    elif output.endswith(".jsonl"):
+        with open(output, "w", encoding="utf-8") as file:
+            _write_jsonl(texts, vectors, file)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        flat = pa.array(vectors.numpy().reshape(-1))
+        columns = {"text": texts, "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
+        pq.write_table(pa.table(columns), output)
+
+
+def _write_jsonl(texts: list[str], vectors: Tensor, file: Any) -> None:
+    for text, vector in zip(texts, vectors, strict=True):
+        file.write(json.dumps({"text": text, "embedding": vector.tolist()}, ensure_ascii=False) + "\n")

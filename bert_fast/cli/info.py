@@ -1,0 +1,97 @@
+"""Versions, device, CPU features, and for every operation which implementation runs here and why the others can't."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pyarrow", "transformers")
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def run(args: Any) -> int:
+    found = collect()
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for section in ("versions", "machine", "native modules"):
+        print(section)
+        for name, value in found[section].items():
+            print(f"  {name:<16} {value}")
+    print("operations (what impl='auto' takes for float32 on this device is marked *)")
+    for room, impls in found["operations"].items():
+        print(f"  {room}")
+        for impl, state in impls.items():
+            mark = "*" if state["chosen"] else " "
+            print(f"  {mark} {impl:<12} {'runs' if state['ok'] else state['reason']}")
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything that `bert-fast info` prints, as JSON data."""
+    import torch
+
+    import bert_fast
+    from bert_fast.kernels._common import dispatch, native
+
+    cuda = torch.cuda.is_available()
+    versions = {"bert_fast": bert_fast.__version__, "python": platform.python_version()}
+    versions |= {name: _version(name) for name in PACKAGES}
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "CPU features": _cpu_features(),
+        "threads": torch.get_num_threads(),
+    }
+    if cuda:
+        machine["CUDA"] = torch.version.cuda
+        machine["compute"] = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    modules = {
+        "bert_fast._C": native.MISSING or "built",
+        "bert_fast._host": _host_state(Path(bert_fast.__file__).parent),
+    }
+    probe = torch.empty(0, device="cuda" if cuda else "cpu")
+    operations: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, impls in dispatch.available_impls().items():
+        room = dispatch.ROOMS[name]
+        chosen = room.select("auto", probe)
+        operations[name] = {
+            impl: {**state._asdict(), "chosen": state.ok and room.impls[impl].call is chosen}
+            for impl, state in impls.items()
+        }
+    return {"versions": versions, "machine": machine, "native modules": modules, "operations": operations}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_features() -> str:
+    """What the CPU kernels found at run time, or what torch found where there are none."""
+    try:
+        from bert_fast import _C  # type: ignore[attr-defined]
+
+        return f"{_C.cpu_isa()} (bert_fast kernels)"
+    except (ImportError, AttributeError):
+        import torch
+
+        return f"{torch.backends.cpu.get_cpu_capability()} (torch)"
+
+
+def _host_state(package: Path) -> str:
+    try:
+        from bert_fast import _host  # type: ignore[attr-defined]  # noqa: F401
+    except ImportError as error:
+        info = package / "_build_info.json"
+        report = json.loads(info.read_text())["_host"] if info.exists() else {"reason": ""}
+        return f"not built: {report['reason'] or error}; the numpy twin runs"
+    return "built"

@@ -1,0 +1,35 @@
+"""Train a BERT on prepared data. The same command, given again, goes on with a run that was stopped."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from bert_fast.training.config import PretrainConfig, from_mapping
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "--config", action="config", help="YAML file; --recipe NAME takes one that comes with bert_fast"
+    )
+    parser.add_class_arguments(PretrainConfig)
+
+
+def run(args: Any) -> int:
+    values = dict(vars(args))
+    values.pop("config", None)
+    config = from_mapping(PretrainConfig, values)
+
+    from bert_fast.training.loop import pretrain
+
+    result = pretrain(config, report=lambda text: print(text, file=sys.stderr))
+    if result.interrupted is not None:
+        print(f"stopped by signal {result.interrupted} after step {result.step} of {result.total_steps}; saved")
+        print(f"checkpoint: {result.model_dir} (the same command goes on from it)")
+        return 128 + result.interrupted
+    for name, value in result.metrics.items():
+        print(f"{'held-out ' + name:<22} {value:.4f}")
+    print(f"{'tokens':<22} {result.tokens:,}")
+    print(f"{'tokens per second':<22} {result.tokens_per_second:,.0f}")
+    print(f"{'model':<22} {result.model_dir}")
+    return 0

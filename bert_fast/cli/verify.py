@@ -1,0 +1,41 @@
+"""The three-way test of every implementation that runs on this machine; exit code 1 where one fails."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--rooms", type=list[str] | None, default=None, help="operations to test; all if none")
+    parser.add_argument("--impls", type=list[str] | None, default=None, help="implementations to test; all if none")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+
+
+def _row(room: str, impl: str, device: str, dtype: str, case: str, rest: str) -> str:
+    return f"{room:<21} {impl:<10} {device:<6} {dtype:<9} {case:<12} {rest}"
+
+
+def run(args: Any) -> int:
+    from bert_fast.verification import verify
+
+    print("error: largest distance from the reference in float64, forward and every gradient")
+    print("bound: twice that of eager PyTorch in the same dtype, plus a few units in the last place\n")
+    header = _row("operation", "impl", "device", "dtype", "case", f"{'worst at':<16} {'error':>9} {'bound':>9}")
+    print(header)
+    print("-" * (len(header) + 8))
+    count = failed = 0
+    for result in verify(args.rooms, args.impls, args.seed):
+        count += 1
+        failed += not result.ok
+        worst = result.worst
+        numbers = f"{worst.name:<16} {worst.ours:9.2e} {worst.bound:9.2e}" if worst else result.error
+        verdict = "ok" if result.ok else "FAILED"
+        row = _row(result.room, result.impl, result.device, result.dtype, result.case, numbers)
+        print(f"{row}  {verdict}", flush=True)
+    if not count:
+        raise ValueError("nothing to test: none of the implementations asked for can run here; see bert-fast info")
+    print(f"\n{count - failed} of {count} cases ok")
+    if failed:
+        print(f"bert-fast verify: {failed} cases failed", file=sys.stderr)
+    return 1 if failed else 0

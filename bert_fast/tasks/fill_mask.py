@@ -1,0 +1,63 @@
+"""What could stand where a text says [MASK]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from bert_fast.tasks.embedding import packed
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MASK = "[MASK]"
+
+
+class Candidate(NamedTuple):
+    """A token and its probability."""
+
+    token: str
+    probability: float
+
+
+@torch.inference_mode()
+def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, *, top_k: int = 5) -> list[list[Candidate]]:
+    """The likeliest tokens for each [MASK] of `text`, each filled on its own.
+
+    Args:
+        model: a BertForMaskedLM in eval mode.
+        tokenizer: as `bert_fast.data.load_tokenizer` gives it.
+        text: with at least one [MASK].
+        top_k: candidates a mask.
+
+    Returns:
+        For each [MASK], `top_k` candidates, likeliest first.
+
+    Raises:
+        ValueError: there is no [MASK] in the text, or the text is too long for the model.
+    """
+    encoding = tokenizer.encode(text)
+    positions = [index for index, token in enumerate(encoding.tokens) if token == MASK]
+    if not positions:
+        raise ValueError(f"no {MASK} in {text!r}; write {MASK} where a word is to be filled in")
+    longest = model.config.max_position_embeddings  # type: ignore[union-attr]
+    if len(encoding.ids) > longest:
+        raise ValueError(f"the text has {len(encoding.ids)} tokens; the model takes at most {longest}")
+    if not 1 <= top_k <= tokenizer.get_vocab_size():
+        raise ValueError(f"top_k is {top_k}; expected 1 to {tokenizer.get_vocab_size()}, the size of the vocabulary")
+    logits = model(**packed([encoding.ids], next(model.parameters()).device)).logits[positions].float()
+    best = logits.softmax(-1).topk(top_k)
+    return [
+        [Candidate(tokenizer.id_to_token(i), p) for i, p in zip(ids, probabilities, strict=True)]
+        for ids, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def filled(text: str, candidates: Sequence[Sequence[Candidate]]) -> str:
+    """`text` with the likeliest candidate in each [MASK]'s place."""
+    for choices in candidates:
+        text = text.replace(MASK, choices[0].token, 1)
+    return text

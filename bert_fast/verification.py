@@ -1,0 +1,244 @@
+"""Does every implementation compute the right thing on this machine? One entry a room, for `bert-fast verify`.
+
+Each case is the three-way test of `bert_fast.testing`: outputs and every gradient against the reference in float64. The
+tests try many more shapes; these are the few that a user can run in seconds wherever the package is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast import kernels
+from bert_fast.kernels._common.dispatch import ROOMS
+from bert_fast.testing import Comparison, compare, three_way
+
+LENGTHS = (1, 2, 63, 64, 65, 0, 127, 33)  # around the sizes of vectors and tiles, and an empty sequence
+DTYPES = (torch.float32, torch.bfloat16)
+DROPOUT = 0.1
+E, F, N, D, V = 128, 512, 4, 32, 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call a room.
+
+    Args:
+        name: what is special about it.
+        call: called with impl=... and `inputs` as keywords; returns a tensor or a tuple of them.
+        inputs: float64 tensors, cast for each dtype; other tensors are passed as they are.
+        parameters: the inputs that stay float32 under bfloat16, as weights do under autocast.
+        gradients: False for a function that has none.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    inputs: dict[str, Tensor]
+    parameters: tuple[str, ...] = ()
+    gradients: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """The comparisons of one case; `error` instead where it raised."""
+
+    room: str
+    impl: str
+    device: str
+    dtype: str
+    case: str
+    comparisons: tuple[Comparison, ...]
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.error and all(comparison.ok for comparison in self.comparisons)
+
+    @property
+    def worst(self) -> Comparison | None:
+        """The output or gradient that is nearest to its bound, or furthest over it."""
+        return max(self.comparisons, key=lambda c: c.ours / c.bound if c.bound else c.ours, default=None)
+
+
+def _cu_seqlens() -> Tensor:
+    return torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+
+
+def _random(*shape: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, dtype=torch.float64)
+
+
+def _with_dropout(call: Callable[..., Any], inputs: dict[str, Tensor], parameters: tuple[str, ...]) -> list[Case]:
+    state = torch.tensor([1234, 5678])
+
+    def dropped(**arguments: Any) -> Any:
+        return call(dropout_p=DROPOUT, **arguments)
+
+    return [
+        Case("no dropout", call, inputs, parameters),
+        Case(f"dropout {DROPOUT}", dropped, {**inputs, "rng_state": state}, parameters),
+    ]
+
+
+def _attention() -> list[Case]:
+    cu_seqlens = _cu_seqlens()
+    T = int(cu_seqlens[-1])
+
+    def call(qkv: Tensor, bias: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
+        return kernels.attention(qkv, cu_seqlens, max(LENGTHS), bias=bias, **options)
+
+    inputs = {"qkv": _random(T, 3, N, D), "bias": _random(3, N, D, scale=0.1), "cu_seqlens": cu_seqlens}
+    return _with_dropout(call, inputs, ("bias",))
+
+
+def _bias_gelu() -> list[Case]:
+    inputs = {"x": _random(sum(LENGTHS), F, scale=2.0), "bias": _random(F)}
+
+    def tanh(**arguments: Any) -> Tensor:
+        return kernels.bias_gelu(approximate="tanh", **arguments)
+
+    return [Case("erf", kernels.bias_gelu, inputs, ("bias",)), Case("tanh", tanh, inputs, ("bias",))]
+
+
+def _add_layer_norm() -> list[Case]:
+    T = sum(LENGTHS)
+    inputs = {
+        "x": _random(T, E),
+        "residual": _random(T, E),
+        "weight": 1 + _random(E, scale=0.1),
+        "bias": _random(E, scale=0.1),
+        "x_bias": _random(E, scale=0.1),
+    }
+    return _with_dropout(kernels.add_layer_norm, inputs, ("weight", "bias", "x_bias"))
+
+
+def _embedding_layer_norm() -> list[Case]:
+    T = sum(LENGTHS)
+    inputs = {
+        "input_ids": torch.randint(0, V, (T,)),
+        "token_type_ids": torch.randint(0, 2, (T,)),
+        "position_ids": torch.cat([torch.arange(length) for length in LENGTHS]),
+        "word": _random(V, E),
+        "token_type": _random(2, E),
+        "position": _random(max(LENGTHS), E),
+        "weight": 1 + _random(E, scale=0.1),
+        "bias": _random(E, scale=0.1),
+    }
+    return _with_dropout(kernels.embedding_layer_norm, inputs, ())
+
+
+def _masked_lm_loss() -> list[Case]:
+    T = sum(LENGTHS)
+    inputs = {
+        "hidden": _random(T, E),
+        "labels": torch.where(torch.rand(T) < 0.15, torch.randint(0, V, (T,)), -100),
+        "dense_weight": _random(E, E, scale=E**-0.5),
+        "dense_bias": _random(E, scale=0.1),
+        "norm_weight": 1 + _random(E, scale=0.1),
+        "norm_bias": _random(E, scale=0.1),
+        "decoder_weight": _random(V, E, scale=E**-0.5),
+        "decoder_bias": _random(V, scale=0.1),
+    }
+
+    def call(**arguments: Any) -> Tensor:
+        return kernels.masked_lm_loss(**arguments).loss
+
+    parameters = tuple(name for name in inputs if name not in ("hidden", "labels"))
+    return [Case("15 % masked", call, inputs, parameters)]
+
+
+def _padding() -> list[Case]:
+    B, S = 7, 65
+    mask = torch.rand(B, S) < 0.7  # holes, and padding on both sides
+
+    def call(x: Tensor, attention_mask: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        packed = kernels.unpad(x, attention_mask, impl=impl)
+        return packed.x, kernels.pad(packed.x, packed.indices, B, S, impl=impl)
+
+    return [Case("unpad, pad", call, {"x": _random(B, S, E), "attention_mask": mask})]
+
+
+def _lamb() -> list[Case]:
+    def call(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, impl: str) -> tuple[Tensor, ...]:
+        state = [x.clone() for x in (param, exp_avg, exp_avg_sq)]
+        kernels.lamb_step(state[:1], [grad], state[1:2], state[2:], step=3, lr=0.01, impl=impl)
+        return tuple(state)
+
+    inputs = {name: _random(F, E) for name in ("param", "grad", "exp_avg")}
+    inputs["exp_avg_sq"] = _random(F, E).square()
+    return [Case("one step", call, inputs, ("exp_avg", "exp_avg_sq"), gradients=False)]
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "add_layer_norm": _add_layer_norm,
+    "attention": _attention,
+    "bias_gelu": _bias_gelu,
+    "embedding_layer_norm": _embedding_layer_norm,
+    "lamb": _lamb,
+    "masked_lm_loss": _masked_lm_loss,
+    "padding": _padding,
+}
+
+
+def verify(rooms: list[str] | None = None, impls: list[str] | None = None, seed: int = 0) -> Iterator[Result]:
+    """Run every available implementation of `rooms` (None: all) in every dtype on every device of this machine.
+
+    Args:
+        rooms: names of rooms.
+        impls: names of implementations to look at; None for all that are available.
+        seed: of the inputs.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    for name, given, known in (("rooms", rooms, CASES), ("impls", impls, ("reference", "triton", "cuda", "cpu"))):
+        unknown = sorted(set(given or []) - set(known))
+        if unknown:
+            raise ValueError(f"{name} has {', '.join(unknown)}; expected some of {', '.join(known)}")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for room in rooms or CASES:
+        for impl, found in ROOMS[room].impls.items():
+            if not found.availability.ok or (impls is not None and impl not in impls):
+                continue
+            for device in devices:
+                if found.device in (None, device):
+                    for dtype in DTYPES:
+                        yield from _verify(room, impl, device, dtype, seed)
+
+
+def _verify(room: str, impl: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Result]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        cases = CASES[room]()
+        for case in cases:
+            described = (room, impl, device, str(dtype).removeprefix("torch."), case.name)
+            try:
+                yield Result(*described, tuple(_compare(case, impl, device, dtype)))
+            except Exception as error:  # an implementation that raises is a failed row, not the end of the table
+                yield Result(*described, (), f"{type(error).__name__}: {error}")
+
+
+def _compare(case: Case, impl: str, device: str, dtype: torch.dtype) -> list[Comparison]:
+    inputs = {name: x.to(device) for name, x in case.inputs.items()}
+
+    def ours(**arguments: Any) -> Any:
+        return case.call(impl=impl, **arguments)
+
+    def reference(**arguments: Any) -> Any:
+        return case.call(impl="reference", **arguments)
+
+    low = {
+        name: torch.float32 if name in case.parameters else dtype for name, x in inputs.items() if x.is_floating_point()
+    }
+    rounded = {name: x.to(low[name]) if name in low else x for name, x in inputs.items()}
+    if not case.gradients:
+        exact = reference(**{name: x.double() if name in low else x for name, x in rounded.items()})
+        results = zip(ours(**rounded), reference(**rounded), exact, strict=True)
+        return [compare(f"out{index}", *found) for index, found in enumerate(results)]
+    outs = reference(**rounded)
+    douts = tuple(torch.randn_like(out) for out in (outs if isinstance(outs, tuple) else (outs,)))
+    return three_way(ours, reference, rounded, dtype, douts, parameter_dtype=torch.float32, parameters=case.parameters)

@@ -1,0 +1,185 @@
+"""The commands from text to vectors, on a tiny corpus, and info and verify."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bert_fast import kernels
+from bert_fast.cli.main import main
+from bert_fast.kernels._common.dispatch import ROOMS, Implementation
+from bert_fast.verification import CASES
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path, tiny_config: Path) -> Path:
+    """prepare and pretrain on the command line: the folder of the final model."""
+    base = tmp_path_factory.mktemp("cli")
+    data, run = base / "data", base / "run"
+    prepared = [
+        "--output",
+        str(data),
+        "--sources",
+        f"[{text_file}]",
+        "--vocab_size",
+        "120",
+        "--heldout_fraction",
+        "0.2",
+    ]
+    assert main(["prepare", *prepared, "--progress", "false"]) == 0
+    settings = ["--data.seq_len", "32", "--data.token_budget", "256", "--model.config", str(tiny_config)]
+    where = ["--output_dir", str(run), "--data.folder", str(data)]
+    assert main(["pretrain", *where, *settings, "--epochs", "1", "--optimizer.lr", "3e-3", "--progress", "false"]) == 0
+    return run / "final"
+
+
+def test_pretrain_again_finds_the_run_finished(
+    trained: Path, capsys: pytest.CaptureFixture[str], tiny_config: Path
+) -> None:
+    run = trained.parent
+    before = (run / "log.jsonl").read_text()
+    settings = ["--data.seq_len", "32", "--data.token_budget", "256", "--model.config", str(tiny_config)]
+    where = ["--output_dir", str(run), "--data.folder", str(run.parent / "data")]
+    assert main(["pretrain", *where, *settings, "--epochs", "1", "--optimizer.lr", "3e-3", "--progress", "false"]) == 0
+    assert "held-out mlm_loss" in capsys.readouterr().out
+    assert (run / "log.jsonl").read_text() == before
+
+
+def test_fill_mask_prints_the_likeliest_tokens(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "the small [MASK] sings near the [MASK]."
+    assert main(["fill-mask", str(trained), text, "--top_k", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] == text
+    assert [len(choices) for choices in found["masks"]] == [4, 4]
+    for choices in found["masks"]:
+        probabilities = [choice["probability"] for choice in choices]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert 0 < sum(probabilities) <= 1.0001
+    assert main(["fill-mask", str(trained), text]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == text
+    assert printed[1].startswith(f"  1: {found['masks'][0][0]['token']} ")
+    assert main(["fill-mask", str(trained), "no mask here"]) == 2
+    assert "no [MASK] in 'no mask here'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max", "pooler"])
+def test_embed_equals_one_text_at_a_time_with_transformers(trained: Path, pooling: str, tmp_path: Path) -> None:
+    import transformers
+
+    texts = ["the cat sleeps.", "a", "the old red bird sings quietly over the river and then again", "the cat sleeps."]
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(texts[1:]) + "\n")
+    output = tmp_path / "vectors.npy"
+    arguments = ["embed", str(trained), texts[0], "--file", str(file), "--pooling", pooling, "--output", str(output)]
+    assert main([*arguments, "--tokens_per_batch", "20"]) == 0
+    vectors = torch.from_numpy(np.load(output))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
+    model = transformers.BertModel.from_pretrained(trained).eval()
+    for text, vector in zip(texts, vectors, strict=True):
+        with torch.no_grad():
+            out = model(**tokenizer(text, return_tensors="pt"))
+        hidden = out.last_hidden_state[0]
+        expected = {"cls": hidden[0], "mean": hidden.mean(0), "max": hidden.amax(0), "pooler": out.pooler_output[0]}
+        assert torch.allclose(vector, expected[pooling], atol=1e-5)
+
+
+def test_embed_writes_every_format_alike(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet as pq
+
+    texts = ["the cat sleeps.", "the grün bird"]
+    found = {}
+    for suffix in ("npy", "jsonl", "parquet"):
+        path = tmp_path / f"vectors.{suffix}"
+        assert main(["embed", str(trained), *texts, "--normalize", "--output", str(path)]) == 0
+        if suffix == "npy":
+            found[suffix] = np.load(path).tolist()
+        elif suffix == "jsonl":
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            assert [line["text"] for line in lines] == texts
+            found[suffix] = [line["embedding"] for line in lines]
+        else:
+            table = pq.read_table(path).to_pydict()
+            assert table["text"] == texts
+            found[suffix] = table["embedding"]
+    assert found["npy"] == found["jsonl"] == found["parquet"]
+    assert np.linalg.norm(found["npy"], axis=1) == pytest.approx([1.0, 1.0], rel=1e-6)
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts) + "\n"))
+    assert main(["embed", str(trained), "--normalize"]) == 0
+    assert [json.loads(line)["embedding"] for line in capsys.readouterr().out.splitlines()] == found["npy"]
+
+
+def test_embed_cuts_long_texts_and_checks_the_limit(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "vectors.npy"
+    long, start = "the cat " * 100, "the cat the cat"
+    assert main(["embed", str(trained), long, start, "--max_seqlen", "6", "--output", str(path)]) == 0
+    vectors = np.load(path)
+    assert vectors[0] == pytest.approx(vectors[1], abs=1e-6)
+    assert main(["embed", str(trained), long, "--output", str(path)]) == 0
+    assert main(["embed", str(trained), long, "--max_seqlen", "65"]) == 2
+    assert "max_seqlen is 65; expected 2 to 64, the model's maximum" in capsys.readouterr().err
+
+
+def test_info_names_every_implementation_and_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch            {torch.__version__}" in printed
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    for room, impls in kernels.available_impls().items():
+        for impl, state in impls.items():
+            assert found["operations"][room][impl]["reason"] == state.reason
+            assert state.ok or state.reason in printed
+        assert sum(state["chosen"] for state in found["operations"][room].values()) == 1
+
+
+def test_verify_covers_every_room_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(CASES) == sorted(ROOMS)
+    assert main(["verify"]) == 0
+    printed = capsys.readouterr().out
+    for room, impls in kernels.available_impls().items():
+        for impl, state in impls.items():
+            rows = [line for line in printed.splitlines() if line.startswith(f"{room:<21} {impl:<10}")]
+            assert bool(rows) == state.ok
+            assert all(line.endswith("  ok") for line in rows)
+            assert not rows or {line.split()[3] for line in rows} == {"float32", "bfloat16"}
+
+
+def test_verify_fails_where_a_kernel_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = ROOMS["bias_gelu"]
+    right = room.impls["reference"].call
+
+    def raises(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setitem(room.impls, "triton", Implementation(lambda *inputs: right(*inputs) * 1.001, None, None))
+    monkeypatch.setitem(room.impls, "cuda", Implementation(raises, None, None))
+    assert main(["verify", "--rooms", "[bias_gelu]"]) == 1
+    captured = capsys.readouterr()
+    rows = {impl: [line for line in captured.out.splitlines() if line.split()[:2] == ["bias_gelu", impl]] for impl in room.impls}
+    assert all(line.endswith("  ok") for line in rows["reference"])
+    assert all(line.endswith("  FAILED") for line in rows["triton"] if "float32" in line)
+    assert all("RuntimeError: out of registers" in line for line in rows["cuda"])
+    assert "cases failed" in captured.err

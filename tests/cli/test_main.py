@@ -1,0 +1,142 @@
+"""The command line itself: quick, one line an error, recipes, --print_config."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bert_fast.cli.main import COMMANDS, RECIPES, main
+
+RUN = [sys.executable, "-m", "bert_fast.cli.main"]
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = "import sys; from bert_fast.cli.main import main; main(['--help']); print('torch' in sys.modules)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 1.5
+    assert done.stdout.splitlines()[-1] == "False"
+    assert all(f"  {command}" in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"usage: bert-fast {command}" in capsys.readouterr().out
+
+
+def test_without_a_command_the_overview_and_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: bert-fast COMMAND" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("bert_fast ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], "unknown command 'pretrian'; expected one of prepare, pretrain"),
+        (["pretrain", "--steps", "many"], "bert-fast pretrain: error: "),
+        (["pretrain", "--data.folder", "x", "--output_dir", "y"], "neither of steps and epochs given"),
+        (
+            ["pretrain", "--data.folder", "absent", "--output_dir", "y", "--steps", "1"],
+            "data.folder is absent, which is no",
+        ),
+        (["pretrain", "--config", "absent.yaml"], "absent.yaml"),
+        (["pretrain", "--recipe", "absent"], "--recipe is 'absent'; expected one of"),
+        (["pretrain", "--learning_rate", "1"], "learning_rate"),
+        (["fill-mask", "absent", "a [MASK]"], "absent is not a folder; expected a checkpoint"),
+        (["embed", "absent", "a", "--pooling", "median"], "median"),
+        (["embed", "absent", "a", "--output", "vectors.txt"], "expected a name ending in .npy, .jsonl, .parquet"),
+        (["embed", "absent", "--file", "absent.txt"], "absent.txt"),
+        (["verify", "--rooms", "[kitchen]"], "rooms has kitchen; expected some of add_layer_norm"),
+        (["verify", "--impls", "[cuda]"], "nothing to test"),
+        (["prepare", "--output", "y", "--sources", "[absent.txt]"], "absent.txt"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else None,
+)
+def test_errors_are_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["fill-mask", "absent", "a [MASK]", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("BERT_FAST_DEBUG", "1")
+    assert main(["fill-mask", "absent", "a [MASK]"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("jsonargparse", ["pretrain", "--help"], "cli"),
+        ("tokenizers", ["fill-mask", ".", "a [MASK]"], "cli"),
+        ("pyarrow", ["prepare", "--output", "out", "--sources", "[text.txt]", "--vocab_size", "60"], "cli"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra(
+    package: str, arguments: list[str], extra: str, tmp_path: Path
+) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"a b c d {n}\ne f g h" for n in range(9)))
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from bert_fast.cli.main import main; sys.exit(main({arguments}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{package} is not installed" in done.stderr
+    assert f"pip install 'bert_fast[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--output_dir", "out", "--data.folder", "d", "--steps", "7", "--optimizer.betas", "[0.8,0.9]"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["pretrain", *given, "--optimizer.lr", "3e-4", "--print_config"])
+    printed = capsys.readouterr().out
+    values = yaml.safe_load(printed)
+    assert (values["steps"], values["optimizer"]["lr"], values["optimizer"]["betas"]) == (7, 3e-4, [0.8, 0.9])
+    path = tmp_path / "run.yaml"
+    path.write_text(printed)
+    with pytest.raises(SystemExit, match="0"):
+        main(["pretrain", "--config", str(path), "--print_config"])
+    assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit, match="0"):
+        main(["pretrain", "--config", str(path), "--steps", "9", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == {**values, "steps": 9}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "prepare" if path.stem.endswith("prepare") else "pretrain"
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--recipe", path.stem, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for name, value in yaml.safe_load(path.read_text()).items():
+        assert printed[name] == value if not isinstance(value, dict) else value.items() <= printed[name].items()
