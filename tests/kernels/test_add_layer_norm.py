@@ -15,7 +15,7 @@ from bert_fast.testing import assert_three_way, three_way
 
 # Columns: every BERT size, then odd ones around the vector widths (4, 8, 16) and the 16 columns of one dropout draw.
 # Rows: none, one, odd, more than one reduction part (16).
-SHAPES = [(9, 128), (17, 256), (33, 384), (65, 512), (37, 768), (5, 1024), (0, 16), (1, 2), (3, 7), (19, 33), (7, 271)]
+SHAPES = [(9, 128), (17, 256), (33, 384), (65, 512), (37, 768), (5, 1024), (0, 16), (1, 3), (3, 7), (19, 33), (7, 271)]
 DTYPES = [torch.float32, torch.bfloat16]
 RNG_STATE = torch.tensor([-(2**62) + 12345, 2**40 + 7])
 
@@ -56,7 +56,7 @@ def functions(impl: str, dropout_p: float, eps: float = 1e-12) -> tuple[Callable
 def test_matches_reference(
     impl: str, dropout_p: float, x_bias: bool, dtype: torch.dtype, rows: int, cols: int, poisoned_empty: None
 ) -> None:
-    ours, reference = functions(impl, dropout_p, eps=1e-5 if cols == 2 else 1e-12)
+    ours, reference = functions(impl, dropout_p)
     inputs = random_inputs(rows, cols, x_bias=x_bias)
     assert_three_way(three_way(ours, reference, inputs, dtype, (torch.randn(rows, cols),)))
 

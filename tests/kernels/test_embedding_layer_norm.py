@@ -15,7 +15,7 @@ from bert_fast.testing import assert_three_way, three_way
 
 # Columns: every BERT size, then odd ones around the vector widths (4, 8, 16) and the 16 columns of one dropout draw.
 # Tokens: none, one, odd, more than one reduction part (16), more than two chunks of one table row (64).
-SHAPES = [(9, 128), (17, 256), (33, 384), (301, 512), (37, 768), (5, 1024), (0, 16), (1, 2), (3, 7), (19, 33), (7, 271)]
+SHAPES = [(9, 128), (17, 256), (33, 384), (301, 512), (37, 768), (5, 1024), (0, 16), (1, 3), (3, 7), (19, 33), (7, 271)]
 DTYPES = [torch.float32, torch.bfloat16]
 VOCABULARY, POSITIONS, TYPES = 97, 53, 2
 RNG_STATE = torch.tensor([-(2**62) + 12345, 2**40 + 7])
@@ -82,7 +82,7 @@ def gradients(out: Tensor, inputs: dict[str, Tensor], dout: Tensor) -> dict[str,
 def test_matches_reference(
     impl: str, dropout_p: float, dtype: torch.dtype, tokens: int, cols: int, poisoned_empty: None
 ) -> None:
-    ours, reference = functions(impl, dropout_p, eps=1e-5 if cols == 2 else 1e-12)
+    ours, reference = functions(impl, dropout_p)
     assert_three_way(three_way(ours, reference, random_inputs(tokens, cols), dtype, (torch.randn(tokens, cols),)))
 
 
