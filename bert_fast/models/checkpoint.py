@@ -187,11 +187,11 @@ def _matching_names(model: BertPreTrainedModel, stored: Mapping[str, Tensor]) ->
     wants_prefix = model.base_model is not model
     if has_prefix and not wants_prefix:
         names = {name.removeprefix("bert."): x for name, x in names.items()}
+    own = model.state_dict()
     if wants_prefix and not has_prefix:
-        own = model.state_dict()
         names = {name if name in own or name.startswith("cls.") else f"bert.{name}": x for name, x in names.items()}
     for name, other in ((_BIAS, f"{_DECODER}.bias"), (f"{_DECODER}.bias", _BIAS)):
-        if name not in names and other in names:
+        if name in own and name not in names and other in names:
             names[name] = names[other]
     return names
 

@@ -227,5 +227,5 @@ def _flatten_choices(*inputs: Tensor | None) -> tuple[int, tuple[Tensor | None, 
         raise ValueError(
             f"the input has shape {tuple(given.shape)}; expected (B, choices, S), or with E for embeddings"
         )
-    flat = tuple(None if x is None else x.reshape(-1, *x.shape[2:]) for x in inputs)
+    flat = tuple(x.flatten(0, 1) if x is not None and x.dim() > 2 else x for x in inputs)
     return given.shape[1], flat

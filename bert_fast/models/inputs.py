@@ -158,7 +158,7 @@ class Tokens:
 
     def first(self, x: Tensor) -> Tensor:
         """The row of each sequence's first token, [CLS]: (T, E) -> (B, E), zeros for an empty sequence."""
-        if not x.shape[0]:
+        if not torch.compiler.is_compiling() and not x.shape[0]:
             return x.new_zeros(self.batch, *x.shape[1:])
         starts, ends = self.cu_seqlens[:-1], self.cu_seqlens[1:]
         rows = x.index_select(0, starts.clamp(max=x.shape[0] - 1))
@@ -263,11 +263,13 @@ def _sequences(given: Tensor, mask: Tensor | None, shape: tuple[int, int]) -> tu
     check_shape("attention_mask", mask, shape)
     places = torch.arange(B * S, device=given.device).view(B, S)
     indices, _, cu_seqlens, max_seqlen = unpad(places, mask)
-    return cu_seqlens, max_seqlen, None if indices.shape[0] == B * S else indices
+    # While tracing, the number of real tokens is not known, and putting back none is putting back.
+    full = not torch.compiler.is_compiling() and indices.shape[0] == B * S
+    return cu_seqlens, max_seqlen, None if full else indices
 
 
 def _gather(x: Tensor, indices: Tensor | None) -> Tensor:
-    flat = x.reshape(-1, *x.shape[2:])
+    flat = x.flatten(0, 1)
     return flat if indices is None else flat.index_select(0, indices)
 
 

