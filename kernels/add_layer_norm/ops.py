@@ -106,5 +106,13 @@ ROOM = Room(
         "reference": Implementation(add_layer_norm_reference, None, None),
         "cpu": native_cpu(_native, "add_layer_norm_fwd", "add_layer_norm_bwd"),
     },
-    choices=(Choice("cpu", "cpu", NATIVE_CPU_DTYPES, measured="4096 x 768 on 2 AVX2 cores, 2026-11-21"),),
+    choices=(
+        Choice(
+            "cpu",
+            "cpu",
+            NATIVE_CPU_DTYPES,
+            measured="times faster than the reference, one thread of 2 AVX2 cores, 2026-11-21, 1024 x 768, forward / with "
+            "backward: float32 1.3 / 1.4, bfloat16 1.5 / 1.4; dropout 0.1: float32 11 / 5.6, bfloat16 13 / 6.6",
+        ),
+    ),
 )

@@ -100,5 +100,14 @@ ROOM = Room(
         "reference": Implementation(embedding_layer_norm_reference, None, None),
         "cpu": native_cpu(_native, "embedding_layer_norm_fwd", "embedding_layer_norm_bwd"),
     },
-    choices=(Choice("cpu", "cpu", NATIVE_CPU_DTYPES, measured="4096 x 768 on 2 AVX2 cores, 2026-11-21"),),
+    choices=(
+        Choice(
+            "cpu",
+            "cpu",
+            NATIVE_CPU_DTYPES,
+            measured="times faster than the reference, one thread of 2 AVX2 cores, 2026-11-21, 4096 x 768 from 30522 rows, "
+            "forward / with backward: bfloat16 1.2 / 2.3; dropout 0.1: float32 8.3 / 1.4, bfloat16 7.4 / 4.5; float32 "
+            "without dropout 1.3 (1024 x 768) / 1.0, where filling the gradient of word with zeros is all the time",
+        ),
+    ),
 )
