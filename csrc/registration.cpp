@@ -9,6 +9,7 @@
 #include "common/cpu_features.h"
 #include "embedding_layer_norm/embedding_layer_norm.h"
 #include "padding/padding.h"
+#include "masked_lm_loss/masked_lm_loss.h"
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
   m.impl("add_layer_norm_fwd", TORCH_BOX(&bert_fast::add_layer_norm_fwd_cpu));
@@ -19,6 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
   m.impl("bias_gelu_bwd", TORCH_BOX(&bert_fast::bias_gelu_bwd_cpu));
   m.impl("embedding_layer_norm_fwd", TORCH_BOX(&bert_fast::embedding_layer_norm_fwd_cpu));
   m.impl("embedding_layer_norm_bwd", TORCH_BOX(&bert_fast::embedding_layer_norm_bwd_cpu));
+  m.impl("masked_lm_loss_rows", TORCH_BOX(&bert_fast::masked_lm_loss_rows_cpu));
   m.impl("gather_rows", TORCH_BOX(&bert_fast::gather_rows_cpu));
   m.impl("scatter_rows", TORCH_BOX(&bert_fast::scatter_rows_cpu));
   m.impl("unpad_indices", TORCH_BOX(&bert_fast::unpad_indices_cpu));

@@ -20,7 +20,7 @@ class Lamb(torch.optim.Optimizer):
     dtype of the parameters, also through `load_state_dict`: a run that is resumed goes on to the bit.
 
     Args:
-        params: tensors, or groups as torch.optim takes them; `lr`, `betas`, `eps` and `weight_decay` may differ by group.
+        params: tensors, or groups as torch.optim takes them, in which `lr`, `betas`, `eps` and `weight_decay` may differ.
         lr: learning rate; a float, or a () tensor.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
@@ -54,7 +54,7 @@ class Lamb(torch.optim.Optimizer):
         self.last_grad_norm: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Returns what `closure`, called first where given, returned."""
         loss = None
         if closure is not None:

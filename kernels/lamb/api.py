@@ -87,8 +87,8 @@ def lamb_step(
         ValueError: the lists have different lengths, shapes or devices, or a number is outside its range.
         ImplUnavailableError: the `impl` asked for can't run here.
 
-    Source: You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", ICLR 2020, algorithm 2
-    (with bias correction; the scaling function phi is the identity).
+    Source: You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", ICLR 2020,
+    algorithm 2 (with bias correction; the scaling function phi is the identity).
     """
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     for name, tensors in lists.items():

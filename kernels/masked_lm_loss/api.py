@@ -23,7 +23,7 @@ class MaskedLMLoss(NamedTuple):
 
     loss: Tensor  # () float32
     correct: Tensor  # () int64
-    count: Tensor  # () int64
+    count: Tensor  # type: ignore[assignment]  # () int64; hides tuple.count
 
 
 def masked_lm_loss(

@@ -1,12 +1,94 @@
-"""Operators of masked_lm_loss: schema, fake, gradient. The kernels register themselves for the dispatch keys."""
+"""Operators of masked_lm_loss: schema, fake, gradient. The kernels register themselves for the dispatch keys.
+
+`masked_lm_loss_fwd` computes the gradients along with the loss, for a loss gradient of 1, while a chunk of logits is
+there (README.md has the measurement); `masked_lm_loss_bwd` multiplies them by the gradient that came.
+"""
 
 from __future__ import annotations
 
-from bert_fast.kernels._common.dispatch import Implementation, Room
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
+from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, define, native_cpu
+from bert_fast.kernels.masked_lm_loss import native
 from bert_fast.kernels.masked_lm_loss.reference import masked_lm_loss_reference
+
+_PARAMETERS = (
+    "Tensor dense_weight, Tensor dense_bias, Tensor norm_weight, Tensor norm_bias, "
+    "Tensor decoder_weight, Tensor decoder_bias"
+)
+
+
+def _fwd_fake(
+    hidden: Tensor, labels: Tensor, *parameters_and_settings: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    parameters, needs_grad = parameters_and_settings[:6], parameters_and_settings[-1]
+    loss = hidden.new_empty((), dtype=torch.float32)
+    correct, count = labels.new_empty(()), labels.new_empty(())
+    if not needs_grad:
+        return loss, correct, count, []
+    dparameters = [hidden.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
+    return loss, correct, count, [hidden.new_empty(hidden.shape), *dparameters]
+
+
+def _bwd_fake(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(gradient) for gradient in gradients]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.dtypes = [parameter.dtype for parameter in inputs[2:8]]
+    ctx.set_materialize_grads(False)  # the gradients of the gradients would be zeros of the parameters' sizes
+    ctx.save_for_backward(*output[3])
+
+
+def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    dhidden, *dparameters = torch.ops.bert_fast.masked_lm_loss_bwd(dloss, list(ctx.saved_tensors))
+    cast = [gradient.to(dtype) for gradient, dtype in zip(dparameters, ctx.dtypes, strict=True)]
+    return dhidden, None, *cast, None, None, None
+
+
+define(
+    "masked_lm_loss_rows",
+    "(Tensor(a!) logits, Tensor labels, Tensor bias, Tensor(b!) dbias, float scale, bool grad) -> (Tensor, Tensor)",
+    fake=lambda logits, labels, *_: (labels.new_empty((), dtype=torch.float64), labels.new_empty(())),
+)
+define("masked_lm_loss_bwd", "(Tensor dloss, Tensor[] gradients) -> Tensor[]", fake=_bwd_fake)
+define(
+    "masked_lm_loss_fwd",
+    f"(Tensor hidden, Tensor labels, {_PARAMETERS}, float eps, int ignore_index, bool needs_grad) "
+    "-> (Tensor loss, Tensor correct, Tensor count, Tensor[] gradients)",
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+native.register()
+
+
+def _native(hidden: Tensor, labels: Tensor, *parameters_and_settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (hidden, *parameters_and_settings[:6])
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    loss, correct, count, _ = torch.ops.bert_fast.masked_lm_loss_fwd(
+        hidden, labels, *parameters_and_settings, needs_grad
+    )
+    return loss, correct, count
+
 
 ROOM = Room(
     "masked_lm_loss",
-    {"reference": Implementation(masked_lm_loss_reference, None, None)},
-    choices=(),
+    {
+        "reference": Implementation(masked_lm_loss_reference, None, None),
+        "cpu": native_cpu(_native, "masked_lm_loss_rows"),
+    },
+    choices=(
+        Choice(
+            "cpu",
+            "cpu",
+            NATIVE_CPU_DTYPES,
+            measured="forward and backward of 4096 tokens, 15 % labelled, E 256: V 8192 62 ms, eager 79 ms; "
+            "V 30522 250 ms, eager 355 ms; float32 on 2 AVX2 cores, 2026-11-21",
+        ),
+    ),
 )
