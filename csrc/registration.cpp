@@ -8,8 +8,8 @@
 #include "bias_gelu/bias_gelu.h"
 #include "common/cpu_features.h"
 #include "embedding_layer_norm/embedding_layer_norm.h"
-#include "padding/padding.h"
 #include "masked_lm_loss/masked_lm_loss.h"
+#include "padding/padding.h"
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
   m.impl("add_layer_norm_fwd", TORCH_BOX(&bert_fast::add_layer_norm_fwd_cpu));

@@ -211,38 +211,37 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("impl", native_impls())
-@pytest.mark.parametrize("rows", [2000, 20000])
-def test_memory_does_not_grow_with_rows_times_vocabulary(impl: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_rows_times_vocabulary(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 20000 x 15001 the logits would take 1.2 GB; no tensor may be larger than a chunk or one input's gradient.
 
     The kernel is called as the dispatcher would, so that the mode sees the operators inside it.
     """
-    width, vocabulary = 8, 15001
-    monkeypatch.setattr(native, "CHUNK_BYTES", 1 << 20)
+    rows, width, vocabulary = 20000, 8, 15001
+    monkeypatch.setattr(native, "CHUNK_BYTES", 4 << 20)
     inputs = make_inputs(rows, width, vocabulary)
-    labels = make_labels(rows, vocabulary, masked=0.5)
+    labels = make_labels(rows, vocabulary, masked=0.1)
     settings = (*(inputs[name] for name in PARAMETERS), 1e-12, IGNORE, True)
     with LargestTensor() as seen:
         native._fwd(inputs["hidden"], labels, *settings)
-    assert seen.elements <= max((1 << 20) // 4, rows * width, vocabulary * width)
+    assert seen.elements <= max((4 << 20) // 4, rows * width, vocabulary * width)
 
 
 @pytest.mark.parametrize("impl", native_impls())
 def test_resident_memory_stays_below_the_logits(impl: str) -> None:
-    """Every one of 10000 rows labelled, V 30522: the logits alone would take 1.2 GB. Measured in a fresh process."""
+    """Every one of 5000 rows labelled, V 30522: the logits alone would take 610 MB, their gradient as much again. Measured in a fresh process."""
     program = f"""
 import resource, torch
 from bert_fast.kernels import masked_lm_loss
 torch.set_num_threads(2)
-shapes = [(10000, 4), (4, 4), (4,), (4,), (4,), (30522, 4), (30522,)]
+shapes = [(5000, 4), (4, 4), (4,), (4,), (4,), (30522, 4), (30522,)]
 hidden, *parameters = [torch.ones(shape, requires_grad=True) for shape in shapes]
 def step(rows):
-    labels = torch.full((10000,), -100)
+    labels = torch.full((5000,), -100)
     labels[:rows] = 5
     masked_lm_loss(hidden, labels, *parameters, impl={impl!r}).loss.backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = step(10)
-print(step(10000) - before)
+print(step(5000) - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 200 << 10  # KiB; the chunk is 32 MiB, the rest are the allocator's and BLAS's buffers
