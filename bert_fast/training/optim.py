@@ -20,7 +20,8 @@ class Lamb(torch.optim.Optimizer):
     dtype of the parameters, also through `load_state_dict`: a run that is resumed goes on to the bit.
 
     Args:
-        params: tensors, or groups as torch.optim takes them, in which `lr`, `betas`, `eps` and `weight_decay` may differ.
+        params: tensors, or groups as torch.optim takes them; `lr`, `betas`, `eps` and `weight_decay` may be the
+            group's own.
         lr: learning rate; a float, or a () tensor.
         betas: decay of the two moments.
         eps: added to the root of the second moment.

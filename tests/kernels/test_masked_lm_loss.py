@@ -228,7 +228,7 @@ def test_memory_does_not_grow_with_rows_times_vocabulary(impl: str, monkeypatch:
 
 @pytest.mark.parametrize("impl", native_impls())
 def test_resident_memory_stays_below_the_logits(impl: str) -> None:
-    """Every one of 5000 rows labelled, V 30522: the logits alone would take 610 MB, their gradient as much again. Measured in a fresh process."""
+    """Every one of 5000 rows labelled, V 30522: the logits would take 610 MB. Measured in a fresh process."""
     program = f"""
 import resource, torch
 from bert_fast.kernels import masked_lm_loss
