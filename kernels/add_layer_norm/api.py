@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from bert_fast.kernels._common.checks import (
     autocast,
     check_eps,
@@ -12,7 +14,6 @@ from bert_fast.kernels._common.checks import (
 )
 from bert_fast.kernels._common.philox import dropout_state
 from bert_fast.kernels.add_layer_norm.ops import ROOM
-from torch import Tensor
 
 
 def add_layer_norm(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bert_fast.kernels._common.philox import dropout_multiplier
 from torch import Tensor
 from torch.nn import functional as F
+
+from bert_fast.kernels._common.philox import dropout_multiplier
 
 
 def add_layer_norm_reference(

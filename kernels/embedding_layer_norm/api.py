@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from bert_fast.kernels._common.checks import (
     autocast_dtype,
     check_eps,
@@ -15,7 +17,6 @@ from bert_fast.kernels._common.checks import (
 )
 from bert_fast.kernels._common.philox import dropout_state
 from bert_fast.kernels.embedding_layer_norm.ops import ROOM
-from torch import Tensor
 
 
 def embedding_layer_norm(

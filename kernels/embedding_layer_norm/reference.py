@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from bert_fast.kernels._common.philox import dropout_multiplier
 from torch import Tensor
 from torch.nn import functional as F
+
+from bert_fast.kernels._common.philox import dropout_multiplier
 
 
 def embedding_layer_norm_reference(

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bert_fast.kernels._common.philox import dropout_multiplier
-from bert_fast.kernels.embedding_layer_norm.reference import embedding_layer_norm_reference
 from torch import Tensor
 
 from bert_fast.kernels import ImplUnavailableError, available_impls, embedding_layer_norm
+from bert_fast.kernels._common.philox import dropout_multiplier
+from bert_fast.kernels.embedding_layer_norm.reference import embedding_layer_norm_reference
 from bert_fast.testing import assert_three_way, three_way
 
 # Columns: every BERT size, then odd ones around the vector widths (4, 8, 16) and the 16 columns of one dropout draw.

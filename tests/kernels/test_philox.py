@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from bert_fast.kernels._common import philox
 
 # Random123's published known answers for Philox4x32 with 10 rounds: counter, key, result.
