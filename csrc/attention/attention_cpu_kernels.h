@@ -106,25 +106,32 @@ inline void attention_forward(const AttentionHead<T>& head, T* out, int64_t out_
 }
 
 // From scores and the gradient of the dropped probabilities to dropped probabilities and the gradient of the scores,
-// both in place, with zeros behind the last key as far as whole tiles reach. delta, the mean of dp under p, is summed
-// here and not taken from dout and out, whose product is the same in exact arithmetic only: one key then gives a
-// gradient of 0.
+// both in place, with zeros behind the last key as far as whole tiles reach.
+//
+// The probabilities are made to sum to 1 again, since the rounding of lse is up to eps |lse| of each; and delta, the
+// mean of dp under p, is summed here and not taken from dout and out, whose product is the same in exact arithmetic
+// only: so a single key gets a gradient of exactly 0.
 BF_INLINE void softmax_grad_row(float* scores, float* dscores, int64_t length, int64_t stride, float lse,
                                 const uint8_t* bytes, const Dropout& dropout) {
-  vfloat sum{};
-  for (int64_t col = 0; col < length; col += kWidth) {
+  const int64_t padded = round_up(length, kWidth);
+  for (int64_t col = length; col < padded; ++col) scores[col] = -INFINITY;
+  vfloat sum{}, weighted{};
+  for (int64_t col = 0; col < padded; col += kWidth) {
     const vfloat p = vexp(load(scores + col) - lse);
     vfloat dp = load(dscores + col);
-    if (dropout.threshold) dp *= dropout_multiplier(dropout, bytes + col);
-    sum += p * dp;
+    if (dropout.threshold) {
+      dp *= dropout_multiplier(dropout, bytes + col);
+      store(dscores + col, dp);
+    }
+    sum += p;
+    weighted += p * dp;
     store(scores + col, p);
-    store(dscores + col, dp);
   }
-  const float delta = reduce_add(sum);
-  for (int64_t col = 0; col < length; col += kWidth) {
-    const vfloat p = load(scores + col);
+  const float total = reduce_add(sum), inverse = 1.0f / total, delta = reduce_add(weighted) / total;
+  for (int64_t col = 0; col < padded; col += kWidth) {
+    const vfloat p = load(scores + col) * inverse;
     store(dscores + col, p * (load(dscores + col) - delta));
-    if (dropout.threshold) store(scores + col, p * dropout_multiplier(dropout, bytes + col));
+    store(scores + col, dropout.threshold ? p * dropout_multiplier(dropout, bytes + col) : p);
   }
   std::memset(scores + length, 0, (stride - length) * sizeof(float));
   std::memset(dscores + length, 0, (stride - length) * sizeof(float));

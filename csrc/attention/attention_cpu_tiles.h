@@ -6,7 +6,9 @@ namespace BF_ISA {
 
 constexpr int kRows = 6;            // 6 x 2 accumulators, 2 vectors of b and a broadcast: 15 of AVX2's 16 registers
 constexpr int kPanel = 2 * kWidth;  // columns of a tile
-constexpr int64_t kDepth = 256;     // of a product over keys: 6 rows and a panel of that depth stay in the L1 cache
+// Depth of a product over keys: 6 rows and a panel stay in the L1 cache, and a long sum is one of short sums, which
+// keeps more of its digits.
+constexpr int64_t kDepth = 128;
 
 BF_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -15,11 +17,7 @@ BF_INLINE int64_t round_up(int64_t n, int64_t multiple) {
 // c (kRows, kPanel) = a b, or += a b: a (kRows, depth), stored (depth, kRows) if TRANSPOSED; b (depth, kPanel).
 template <bool TRANSPOSED, bool ACCUMULATE>
 inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
-  vfloat sum[kRows][2];
-  for (int row = 0; row < kRows; ++row) {
-    sum[row][0] = ACCUMULATE ? load(c + row * ldc) : vfloat{};
-    sum[row][1] = ACCUMULATE ? load(c + row * ldc + kWidth) : vfloat{};
-  }
+  vfloat sum[kRows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const vfloat b0 = load(b + k * ldb), b1 = load(b + k * ldb + kWidth);
     for (int row = 0; row < kRows; ++row) {
@@ -29,8 +27,9 @@ inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float
     }
   }
   for (int row = 0; row < kRows; ++row) {
-    store(c + row * ldc, sum[row][0]);
-    store(c + row * ldc + kWidth, sum[row][1]);
+    float* to = c + row * ldc;
+    store(to, ACCUMULATE ? load(to) + sum[row][0] : sum[row][0]);
+    store(to + kWidth, ACCUMULATE ? load(to + kWidth) + sum[row][1] : sum[row][1]);
   }
 }
 
