@@ -78,7 +78,7 @@ def _version(package: str) -> str:
 def _cpu_features() -> str:
     """What the CPU kernels found at run time, or what torch found where there are none."""
     try:
-        from bert_fast import _C  # type: ignore[attr-defined]
+        from bert_fast import _C
 
         return f"{_C.cpu_isa()} (bert_fast kernels)"
     except (ImportError, AttributeError):
@@ -89,7 +89,7 @@ def _cpu_features() -> str:
 
 def _host_state(package: Path) -> str:
     try:
-        from bert_fast import _host  # type: ignore[attr-defined]  # noqa: F401
+        from bert_fast import _host  # noqa: F401
     except ImportError as error:
         info = package / "_build_info.json"
         report = json.loads(info.read_text())["_host"] if info.exists() else {"reason": ""}

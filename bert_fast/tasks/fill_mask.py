@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,7 +43,8 @@ def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, *, top_k: int =
     positions = [index for index, token in enumerate(encoding.tokens) if token == MASK]
     if not positions:
         raise ValueError(f"no {MASK} in {text!r}; write {MASK} where a word is to be filled in")
-    longest = model.config.max_position_embeddings  # type: ignore[union-attr]
+    config: Any = model.config
+    longest = config.max_position_embeddings
     if len(encoding.ids) > longest:
         raise ValueError(f"the text has {len(encoding.ids)} tokens; the model takes at most {longest}")
     if not 1 <= top_k <= tokenizer.get_vocab_size():
@@ -51,7 +52,7 @@ def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, *, top_k: int =
     logits = model(**packed([encoding.ids], next(model.parameters()).device)).logits[positions].float()
     best = logits.softmax(-1).topk(top_k)
     return [
-        [Candidate(tokenizer.id_to_token(i), p) for i, p in zip(ids, probabilities, strict=True)]
+        [Candidate(str(tokenizer.id_to_token(i)), p) for i, p in zip(ids, probabilities, strict=True)]
         for ids, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 

@@ -272,7 +272,8 @@ class Trainer:
         """Train to the last step or to a signal. See `pretrain`."""
         log = RunLog(self.output_dir, self.step, tensorboard=self.config.tensorboard, report=self.report)
         progress = Progress(self.total_steps, self.step, shown=self.config.progress)
-        first_tokens, seconds, metrics, interrupted = self.tokens, 0.0, {}, None
+        first_tokens, seconds, interrupted = self.tokens, 0.0, None
+        metrics: dict[str, float] = {}
         try:
             with stop_signals() as stopped:
                 meter = _Meter(self.tokens)

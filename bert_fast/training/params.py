@@ -15,7 +15,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     What is one-dimensional is a bias or a norm's weight in BERT. Shared parameters appear once, frozen ones not at all.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.dim() >= 2 else plain).append(parameter)

@@ -178,7 +178,8 @@ def test_verify_fails_where_a_kernel_is_wrong(
     monkeypatch.setitem(room.impls, "cuda", Implementation(raises, None, None))
     assert main(["verify", "--rooms", "[bias_gelu]"]) == 1
     captured = capsys.readouterr()
-    rows = {impl: [line for line in captured.out.splitlines() if line.split()[:2] == ["bias_gelu", impl]] for impl in room.impls}
+    lines = captured.out.splitlines()
+    rows = {impl: [line for line in lines if line.split()[:2] == ["bias_gelu", impl]] for impl in room.impls}
     assert all(line.endswith("  ok") for line in rows["reference"])
     assert all(line.endswith("  FAILED") for line in rows["triton"] if "float32" in line)
     assert all("RuntimeError: out of registers" in line for line in rows["cuda"])
