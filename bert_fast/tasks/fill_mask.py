@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -55,10 +54,3 @@ def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, *, top_k: int =
         [Candidate(str(tokenizer.id_to_token(i)), p) for i, p in zip(ids, probabilities, strict=True)]
         for ids, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-
-
-def filled(text: str, candidates: Sequence[Sequence[Candidate]]) -> str:
-    """`text` with the likeliest candidate in each [MASK]'s place."""
-    for choices in candidates:
-        text = text.replace(MASK, choices[0].token, 1)
-    return text
