@@ -24,8 +24,9 @@ import yaml
 from torch import Tensor
 
 from bert_fast.cli.main import RECIPES
-from bert_fast.data import PackedBatch, PrepareConfig, load_tokenizer, prepare
-from bert_fast.models import BertForMaskedLM, BertForPreTraining
+from bert_fast.cli.models import load
+from bert_fast.data import PackedBatch, PrepareConfig, prepare
+from bert_fast.models import BertForPreTraining
 from bert_fast.tasks.fill_mask import fill_mask
 from bert_fast.training.config import OptimizerOptions, PretrainConfig, from_mapping
 from bert_fast.training.loop import PretrainResult, forward, pretrain
@@ -150,7 +151,7 @@ def compare_steps(config: PretrainConfig) -> dict[str, Any]:
 
 def fill_masks(folder: str) -> list[dict[str, Any]]:
     """What the model puts in the place of each [MASK]."""
-    model, tokenizer = BertForMaskedLM.from_pretrained(folder), load_tokenizer(folder)
+    model, tokenizer = load("BertForMaskedLM", folder, "cpu")
     rows = []
     for text in TEXTS:
         found = fill_mask(model, tokenizer, text)[0]

@@ -43,7 +43,7 @@ def run(args: Any) -> int:
 
     from bert_fast.tasks.embedding import embed
 
-    model, tokenizer = load("BertModel", args.model, args.device)
+    model, tokenizer = load("BertModel", args.model, args.device, add_pooling_layer=args.pooling == "pooler")
     with _Progress(len(texts)) as advance:
         vectors = embed(
             model,

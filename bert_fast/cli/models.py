@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def load(kind: str, folder: str, device: str) -> tuple[Any, Any]:
-    """The model of the class `bert_fast.models.<kind>` in eval mode on `device`, and its tokenizer."""
+def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any]:
+    """The model of the class `bert_fast.models.<kind>` in eval mode on `device`, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the checkpoint is damaged, or lacks parameters of the model (they would be random).
+    """
     import bert_fast.models
     from bert_fast.data import load_tokenizer
     from bert_fast.training.parts import resolve_device
 
     if not Path(folder).is_dir():
-        raise FileNotFoundError(
-            f"{folder} is not a folder; expected a checkpoint (config.json, model.safetensors, vocab.txt)"
-        )
+        expected = "a checkpoint (config.json, model.safetensors, vocab.txt)"
+        raise FileNotFoundError(f"{folder} is not a folder; expected {expected}")
     target, tokenizer = resolve_device(device), load_tokenizer(folder)
-    return getattr(bert_fast.models, kind).from_pretrained(folder).to(target).eval(), tokenizer
+    with _warnings() as said:
+        model = getattr(bert_fast.models, kind).from_pretrained(folder, **settings)
+    for text in said:
+        if text.startswith("not in the checkpoint"):
+            raise ValueError(f"{folder} can't be used as {kind}: {text}")
+    return model.to(target).eval(), tokenizer
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect the warnings of the logger "bert_fast" in place of printing them: heads left out are no news here."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("bert_fast")
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
 
 
 def read_texts(texts: list[str], file: str | None) -> list[str]:

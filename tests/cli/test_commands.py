@@ -98,6 +98,22 @@ def test_embed_equals_one_text_at_a_time_with_transformers(trained: Path, poolin
         assert torch.allclose(vector, expected[pooling], atol=1e-5)
 
 
+def test_a_checkpoint_without_the_head_or_the_pooler_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bert_fast.models import BertModel
+
+    BertModel.from_pretrained(trained, add_pooling_layer=False).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text((trained / "vocab.txt").read_text())
+    capsys.readouterr()
+    assert main(["fill-mask", str(tmp_path), "a [MASK]"]) == 2
+    assert "can't be used as BertForMaskedLM: not in the checkpoint" in capsys.readouterr().err
+    assert main(["embed", str(tmp_path), "a", "--pooling", "pooler"]) == 2
+    assert "pooler.dense.weight" in capsys.readouterr().err
+    assert main(["embed", str(tmp_path), "a"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_embed_writes_every_format_alike(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
