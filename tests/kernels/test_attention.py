@@ -283,7 +283,7 @@ def test_compiles_whole(impl: str) -> None:
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)  # sums of 12 terms of size 10 in another order
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=15, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 70), max_size=5),
     heads=st.integers(1, 3),
