@@ -67,6 +67,7 @@ Tensor gather_rows_cpu(const Tensor& x, const Tensor& indices) {
   const Tensor from = as_contiguous(x), index = checked_indices(indices, x.size(0));
   const Tensor out = empty(shape_with_rows(x, index.size(0)), x.scalar_type());
   const Rows rows(x);
+  if (rows.bytes == 0) return out;  // no memory behind either tensor
   const char* source = static_cast<const char*>(from.const_data_ptr());
   char* target = static_cast<char*>(out.mutable_data_ptr());
   parallel_for(0, index.size(0), rows.grain(), [&](int64_t begin, int64_t end) {
@@ -83,6 +84,7 @@ Tensor scatter_rows_cpu(const Tensor& x, const Tensor& indices, int64_t rows) {
   check_size(indices, "indices", 0, x.size(0));
   const Tensor out = empty(shape_with_rows(x, rows), x.scalar_type());
   const Rows row(x);
+  if (row.bytes == 0) return out;
   const int64_t* places = data<int64_t>(index);
   const char* source = static_cast<const char*>(from.const_data_ptr());
   char* target = static_cast<char*>(out.mutable_data_ptr());
