@@ -154,7 +154,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main(room: str, cases: Callable[[], list[Case]]) -> None:
-    """Run a room's cases and print the table; `--record` also writes `results/<device>/<room>.json`, `--quick` is short."""
+    """Run a room's cases and print the table; `--record` writes `results/<device>/<room>.json`, `--quick` is short."""
     torch.manual_seed(0)
     seconds = 0.2 if "--quick" in sys.argv[1:] else 2.0
     limits = ceilings()

@@ -4,7 +4,7 @@
 
 A fixed tolerance would have to be guessed for every operation and size; this bound asks that a fused kernel is no
 further from the truth than twice what ordinary PyTorch is. The floor covers results that eager PyTorch happens to
-hit exactly: a few units in the last place of the largest value.
+hit exactly: one unit in the last place of the largest value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FLOOR_ULPS = 4.0  # of the largest magnitude: one rounding of the output, and the order of additions
+FLOOR_ULPS = 1.0  # of the largest magnitude: one rounding of the output, and the order of additions
 FACTOR = 2.0
 
 

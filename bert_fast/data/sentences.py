@@ -141,9 +141,8 @@ def _paragraphs(text: str) -> Iterator[str]:
         field = _FIELD.match(stripped)
         if lines and (depth != indent or field or _DROPPED_FIELD.match(stripped) or _LIST_ITEM.match(stripped)):
             # The first line of a definition may stand alone: a signature, a term, the start of a list item.
-            continues = depth > indent and len(lines) == 1 and _LIST_ITEM.match(lines[0])
-            continues = continues and not _SIGNATURE.fullmatch(lines[0])
-            if not continues:
+            item = depth > indent and len(lines) == 1 and _LIST_ITEM.match(lines[0])
+            if not item or _SIGNATURE.fullmatch(lines[0]):
                 yield from _joined(lines)
                 lines = []
         if not lines or depth != indent:

@@ -152,16 +152,5 @@ BF_INLINE vfloat verf(vfloat x) {
   return x != x ? x : c * p / q;
 }
 
-// tanh(x) = 1 - 2 / (e^2x + 1); near 0, where that cancels, its series.
-BF_INLINE vfloat vtanh(vfloat x) {
-  const vfloat far = 1.0f - 2.0f / (vexp(x + x) + 1.0f);
-  const vfloat s = x * x;
-  const vfloat near =
-      x * (1.0f +
-           s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * (0.0218694885f - s * 0.00886323553f)))));
-  const vfloat magnitude = x < set1(0.0f) ? -x : x;
-  return magnitude < set1(0.25f) ? near : far;
-}
-
 }  // namespace BF_ISA
 }  // namespace bert_fast
