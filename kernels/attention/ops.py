@@ -74,8 +74,8 @@ ROOM = Room(
             "cpu",
             "cpu",
             NATIVE_CPU_DTYPES,
-            measured="2 AVX2 cores, 2026-11-21, N 12, D 64, forward + backward, reference / cpu: "
-            "fp32 4.7 at 8 x 128 and 2.0 at 2 x 512, bf16 16 and 17; README.md has the table",
+            measured="1 thread of 2 AVX2 cores, 2026-11-21, N 12, D 64, forward + backward, reference / cpu: "
+            "fp32 1.6 at 8 x 128 and 2.0 at 2 x 512, bf16 9.8 and 16.7; README.md has the table",
         ),
     ),
 )

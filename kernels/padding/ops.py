@@ -103,9 +103,8 @@ ROOM = Room(
             "cpu",
             "cpu",
             _ANY_DTYPE,
-            measured="2 AVX2 cores, 2026-11-21, reference / cpu: "
-            "(8, 512, 768) fp32 unpad 2.3, pad 3.4, bf16 2.3 and 2.9; "
-            "(32, 128) int64 ids 0.9 and 0.7 (7 and 35 us); README.md has the table",
+            measured="1 thread of 2 AVX2 cores, 2026-11-21, reference / cpu: (8, 512, 768) fp32 unpad 3.1, pad 2.6, "
+            "bf16 3.1 and 3.6; (32, 128) int64 ids 0.9 and 0.7, 8 and 35 us; README.md has the table",
         ),
     ),
 )
