@@ -20,7 +20,9 @@ def run(args: Any) -> int:
     from bert_fast.verification import verify
 
     print("error: largest distance from the reference in float64, forward and every gradient")
-    print("bound: twice that of eager PyTorch in the same dtype, plus one unit in the last place of the largest value\n")
+    print(
+        "bound: twice that of eager PyTorch in the same dtype, plus one unit in the last place of the largest value\n"
+    )
     header = _row("operation", "impl", "device", "dtype", "case", f"{'worst at':<16} {'error':>9} {'bound':>9}")
     print(header)
     print("-" * (len(header) + 8))
