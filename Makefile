@@ -72,16 +72,13 @@ $(VENV)/.packages: requirements.txt | $(VENV)/bin/python
 	@touch $@
 
 $(READY): $(VENV)/.packages
-else
-$(READY):
-	@mkdir -p build
 endif
 
 $(READY): setup.py pyproject.toml $(NATIVE_SOURCES) $(ROOMS)
 	@echo "== setup: build and install bert_fast (editable) with $(RUN)"
 	@PATH="$(abspath $(dir $(RUN))):$$PATH" $(RUN) -m pip install -qq --no-index --no-deps --no-build-isolation --editable .
 	@$(RUN) -c "from bert_fast.kernels._common import native; print('== setup: CPU kernels', native.MISSING or 'built')"
-	@touch $@
+	@mkdir -p $(dir $@) && touch $@
 
 clean:
 	@rm -rf build dist *.egg-info bert_fast/*.so bert_fast/_build_info.json $(VENV)/.ready
