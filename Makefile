@@ -12,7 +12,8 @@ NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 ROOMS := $(wildcard kernels/*/__init__.py)
 
 ifeq ($(strip $(VENV)),)
-RUN := $(PYTHON)
+RUN := $(shell command -v $(PYTHON))
+$(if $(RUN),,$(error PYTHON is "$(PYTHON)", which is no command here; expected the Python whose environment to use))
 READY := build/.ready
 else
 RUN := $(VENV)/bin/python
