@@ -101,10 +101,17 @@ def three_way(
     return [compare(name, found[name], eager[name], truth[name], factor) for name in truth]
 
 
-def compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor, factor: float = FACTOR) -> Comparison:
+def compare(
+    name: str,
+    ours: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    factor: float = FACTOR,
+    floor_ulps: float = FLOOR_ULPS,
+) -> Comparison:
     """One row of the three-way test."""
     scale = float(truth.abs().max()) if truth.numel() else 0.0
-    floor = FLOOR_ULPS * torch.finfo(eager.dtype).eps * scale
+    floor = floor_ulps * torch.finfo(eager.dtype).eps * scale
     eager_error = max_error(eager, truth)
     return Comparison(name, max_error(ours, truth), eager_error, factor * eager_error + floor)
 

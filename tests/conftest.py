@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +39,13 @@ WORDS = [
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def compile_backend() -> str:
+    """inductor where it finds the C++ compiler it needs, else the tracing alone."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return "inductor" if any(name and shutil.which(name) for name in compilers) else "aot_eager"
 
 
 @pytest.fixture

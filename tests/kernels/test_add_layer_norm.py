@@ -205,9 +205,9 @@ def test_opcheck(impl: str) -> None:
         torch.library.opcheck(torch.ops.bert_fast.add_layer_norm_bwd.default, (*detached, mean, rstd, dropout_p, state))
 
 
-def test_compiles_whole() -> None:
+def test_compiles_whole(compile_backend: str) -> None:
     inputs = {name: x.requires_grad_() for name, x in random_inputs(5, 24).items()}
-    compiled = torch.compile(add_layer_norm, fullgraph=True)
+    compiled = torch.compile(add_layer_norm, fullgraph=True, backend=compile_backend)
     options = {"dropout_p": 0.1, "rng_state": RNG_STATE}
     out, expected = compiled(**inputs, **options), add_layer_norm(**inputs, **options)
     assert torch.equal(out, expected)
@@ -216,10 +216,10 @@ def test_compiles_whole() -> None:
     assert all(torch.allclose(a, b) for a, b in zip(grads, wanted, strict=True))
 
 
-def test_compiles_whole_with_a_state_drawn_inside() -> None:
+def test_compiles_whole_with_a_state_drawn_inside(compile_backend: str) -> None:
     inputs = random_inputs(50, 200)
     inputs["residual"].zero_()
-    out = torch.compile(add_layer_norm, fullgraph=True)(**inputs, dropout_p=0.1)
+    out = torch.compile(add_layer_norm, fullgraph=True, backend=compile_backend)(**inputs, dropout_p=0.1)
     assert out.isfinite().all()
     assert not torch.equal(out, add_layer_norm(**inputs))
 

@@ -266,14 +266,14 @@ def test_lse_is_the_logarithm_of_the_sum(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])
-def test_compiles_whole(impl: str) -> None:
+def test_compiles_whole(impl: str, compile_backend: str) -> None:
     qkv, bias = torch.randn(12, 3, 2, 8, requires_grad=True), torch.randn(3, 2, 8, requires_grad=True)
 
     def function(qkv: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
         return attention(qkv, cu_seqlens, 9, bias=bias, dropout_p=0.1, rng_state=RNG_STATE, impl=impl)
 
     # Inductor's own code for the reference adds nothing to know but minutes: what matters is that it traces.
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager" if impl == "reference" else "inductor")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager" if impl == "reference" else compile_backend)
     for lengths in ([5, 7], [9, 3]):
         cu_seqlens = cumulative(lengths)
         out, expected = compiled(qkv, bias, cu_seqlens), function(qkv, bias, cu_seqlens)

@@ -158,14 +158,14 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "auto"])
-def test_compiles_whole(impl: str) -> None:
+def test_compiles_whole(impl: str, compile_backend: str) -> None:
     """T comes out of the mask's values, and one compiled function serves every T."""
 
     def function(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         found = unpad(x, mask, impl=impl)
         return pad(found.x.sin(), found.indices, *mask.shape, impl=impl), found.cu_seqlens
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager" if impl == "reference" else "inductor")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager" if impl == "reference" else compile_backend)
     x = torch.randn(3, 4, 5, requires_grad=True)
     for name in ("holes", "right padded", "an empty sequence"):
         mask = torch.tensor(MASKS[name])
@@ -176,11 +176,13 @@ def test_compiles_whole(impl: str) -> None:
         assert torch.allclose(found, wanted, atol=1e-6)
 
 
-def test_max_seqlen_while_tracing_is_the_padded_length() -> None:
+def test_max_seqlen_while_tracing_is_the_padded_length(compile_backend: str) -> None:
     mask = torch.tensor(MASKS["an empty sequence"])
     x = torch.randn(3, 4, 5)
     assert unpad(x, mask).max_seqlen == 2
-    bound = torch.compile(lambda x, mask: x.new_full((1,), unpad(x, mask).max_seqlen), fullgraph=True)
+    bound = torch.compile(
+        lambda x, mask: x.new_full((1,), unpad(x, mask).max_seqlen), fullgraph=True, backend=compile_backend
+    )
     assert bound(x, mask).item() == 4
 
 

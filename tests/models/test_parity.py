@@ -117,6 +117,11 @@ def test_outputs_losses_and_gradients_in_float64(pair: Pair, name: str) -> None:
         )
 
 
+# Units in the last place. A loss is a single number that eager PyTorch may hit by luck, where a tensor's largest error
+# can't be lucky; after a whole model its rounding is several units.
+FLOOR = 4.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_three_way_against_transformers(pair: Pair, name: str, dtype: torch.dtype) -> None:
@@ -128,7 +133,7 @@ def test_three_way_against_transformers(pair: Pair, name: str, dtype: torch.dtyp
     truth = run(theirs.double(), inputs)  # the same rounded weights
     shifts = [key for key, model in SHIFTS.items() if model == name]
     assert_three_way(
-        [compare(key, ours[key], eager[key], truth[key], factor=3.0) for key in truth if key not in shifts]
+        [compare(key, ours[key], eager[key], truth[key], 3.0, FLOOR) for key in truth if key not in shifts]
     )
     assert all(ours[key].abs().max() < 8 * torch.finfo(dtype).eps for key in shifts)
 
