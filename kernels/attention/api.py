@@ -10,11 +10,10 @@ from bert_fast.kernels._common.checks import (
     autocast,
     check_cu_seqlens,
     check_floating,
-    check_rng_state,
     check_same_device,
     check_shape,
 )
-from bert_fast.kernels._common.philox import dropout_threshold, new_rng_state
+from bert_fast.kernels._common.philox import dropout_state
 from bert_fast.kernels.attention.ops import ROOM
 
 
@@ -68,12 +67,7 @@ def attention(
     check_same_device(qkv, cu_seqlens=cu_seqlens, bias=bias)
     if qkv.shape[3] < 1:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected a head dimension D of at least 1")
-    if dropout_threshold(dropout_p) == 0:
-        rng_state = None
-    elif rng_state is None:
-        rng_state = new_rng_state(qkv.device)
-    else:
-        check_rng_state(rng_state, qkv)
+    rng_state = dropout_state(dropout_p, rng_state, qkv)
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(qkv.shape[3])
     qkv = autocast(qkv)
