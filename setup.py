@@ -129,7 +129,7 @@ setup(
         ),
     ],
     package_dir={f"bert_fast.kernels.{room}": f"kernels/{room}" for room in ROOMS},
-    package_data={"bert_fast": ["py.typed", "recipes/*.yaml", "_build_info.json"]},
+    package_data={"bert_fast": ["py.typed", "recipes/*.yaml", "verified/*.json", "_build_info.json"]},
     ext_modules=[Extension("bert_fast._C", []), Extension("bert_fast._host", [])],
     cmdclass={"build_ext": BuildNative},
 )

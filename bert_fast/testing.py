@@ -9,11 +9,15 @@ hit exactly: one unit in the last place of the largest value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+import bert_fast.kernels  # noqa: F401  (fills ROOMS)
+from bert_fast.kernels._common.dispatch import ROOMS
+from bert_fast.kernels._common.triton_support import INTERPRETED
 
 FLOOR_ULPS = 1.0  # of the largest magnitude: one rounding of the output, and the order of additions
 FACTOR = 2.0
@@ -30,6 +34,45 @@ class Comparison(NamedTuple):
     @property
     def ok(self) -> bool:
         return self.ours <= self.bound
+
+
+def targets(
+    room: str,
+    cases: Sequence[tuple[Any, ...]] = ((),),
+    *,
+    interpreted: Sequence[tuple[Any, ...]] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> list[tuple[Any, ...]]:
+    """What to parametrise a test over: every implementation of `room` to be tested here, on its device, every case.
+
+    Returns (impl, device, *case), or (impl, device, dtype, *case) where `dtypes` are given, for those that the
+    implementation takes.
+
+    The reference is among them on a GPU only: on the CPU it is what the others are held to.
+
+    Args:
+        room: the room's name.
+        cases: tuples to test on; one empty one where there are none.
+        interpreted: the cases for Triton's interpreter, which takes a millisecond a program and more; None for `cases`.
+        dtypes: to test in.
+    """
+    found: list[tuple[Any, ...]] = []
+    for impl, slot in ROOMS[room].impls.items():
+        device = slot.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not slot.availability.ok or (impl, device) == ("reference", "cpu"):
+            continue
+        slow = impl == "triton" and INTERPRETED
+        for case in interpreted if slow and interpreted is not None else cases:
+            if dtypes is None:
+                found.append((impl, device, *case))
+            else:
+                found += [(impl, device, d, *case) for d in dtypes if slot.dtypes is None or d in slot.dtypes]
+    return found
+
+
+def operators(impl: str) -> Any:
+    """The namespace of torch.ops that holds the operators of `impl`."""
+    return torch.ops.bert_fast_triton if impl == "triton" else torch.ops.bert_fast
 
 
 def max_error(x: Tensor, truth: Tensor) -> float:

@@ -1,17 +1,26 @@
-"""Define an operator with torch.library: schema, fake and gradient in Python; the kernels register themselves."""
+"""Define an operator with torch.library: schema, fake and gradient in Python; the kernels register themselves.
+
+An operator is defined twice, with one schema, fake and gradient: `bert_fast::name` for the compiled kernels (dispatch
+keys CPU and CUDA), `bert_fast_triton::name` for the Triton kernels. So both can run in one process on the same device,
+and which of them runs is decided by the room's door, not by who registered last.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bert_fast.kernels._common import native
+from bert_fast.kernels._common import native, triton_support
 from bert_fast.kernels._common.dispatch import AVAILABLE, Availability, Implementation
 
-_LIBRARY = torch.library.Library("bert_fast", "FRAGMENT")
+_NATIVE, _TRITON = "bert_fast", "bert_fast_triton"
+_LIBRARIES = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in (_NATIVE, _TRITON)}
 NATIVE_CPU_DTYPES = (torch.float32, torch.bfloat16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def define(
@@ -22,25 +31,55 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Define `bert_fast::name` with `schema` (arguments and returns), its shapes and, where given, its gradient."""
-    qualified = f"bert_fast::{name}"
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    """Define `name` with `schema` (arguments and returns), its shapes and, where given, its gradient.
+
+    `backward(ops, ctx, *gradients)` finds the operators that it calls in `ops`, the namespace it is registered for.
+    """
+    for namespace, library in _LIBRARIES.items():
+        qualified = f"{namespace}::{name}"
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, fake, lib=library)
+        if backward is not None:
+            gradient = functools.partial(backward, getattr(torch.ops, namespace))
+            torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=library)
 
 
 def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> None:
     """Register a Python kernel for `bert_fast::name` under `dispatch_key`, for rooms whose hot path is partly GEMMs."""
-    _LIBRARY.impl(name, function, dispatch_key)
+    _LIBRARIES[_NATIVE].impl(name, function, dispatch_key)
 
 
 def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
-    """The slot of the compiled CPU kernels: available when `bert_fast._C` registered every one of `operators`."""
-    missing = [name for name in operators if not native.registered(f"bert_fast::{name}", "CPU")]
+    """The slot of the compiled CPU kernels: available when `bert_fast._C` registered every one of `operators`.
+
+    `call(ops, ...)` finds the operators in `ops`.
+    """
+    missing = [name for name in operators if not native.registered(f"{_NATIVE}::{name}", "CPU")]
     if not missing:
         availability = AVAILABLE
     else:
         reason = native.MISSING or f"the compiled module lacks {', '.join(missing)}: build it again"
         availability = Availability(False, False, reason)
-    return Implementation(call, "cpu", NATIVE_CPU_DTYPES, availability)
+    return Implementation(functools.partial(call, torch.ops.bert_fast), "cpu", NATIVE_CPU_DTYPES, availability)
+
+
+def triton_kernels(call: Callable[..., Any], room: str, *operators: str) -> Implementation:
+    """The slot of the Triton kernels: each of `operators` is the function of that name in the room's triton_kernels.py.
+
+    The module is imported, and triton with it, when the first of them runs. `call(ops, ...)` finds the operators in
+    `ops`.
+    """
+
+    def deferred(name: str) -> Callable[..., Any]:
+        def kernel(*arguments: Any) -> Any:
+            module = importlib.import_module(f"bert_fast.kernels.{room}.triton_kernels")
+            return getattr(module, name)(*arguments)
+
+        return kernel
+
+    for name in operators:
+        for key in ("CUDA", "CPU") if triton_support.INTERPRETED else ("CUDA",):
+            _LIBRARIES[_TRITON].impl(name, deferred(name), key)
+    device = "cpu" if triton_support.INTERPRETED else "cuda"
+    availability = triton_support.availability(room)
+    return Implementation(functools.partial(call, torch.ops.bert_fast_triton), device, TRITON_DTYPES, availability)

@@ -50,9 +50,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, residual, weight, x_bias, mean, rstd, rng_state)
 
 
-def _backward(ctx: Any, dout: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, dout: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
     x, residual, weight, x_bias, mean, rstd, rng_state = ctx.saved_tensors
-    dx, dresidual, dweight, dbias, dx_bias = torch.ops.bert_fast.add_layer_norm_bwd(
+    dx, dresidual, dweight, dbias, dx_bias = ops.add_layer_norm_bwd(
         dout, x, residual, weight, x_bias, mean, rstd, ctx.dropout_p, rng_state
     )
     return (
@@ -85,7 +85,8 @@ define(
 )
 
 
-def _native(
+def _run(
+    ops: Any,
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -95,9 +96,7 @@ def _native(
     eps: float,
     rng_state: Tensor | None,
 ) -> Tensor:
-    out: Tensor = torch.ops.bert_fast.add_layer_norm_fwd(x, residual, weight, bias, x_bias, dropout_p, eps, rng_state)[
-        0
-    ]
+    out: Tensor = ops.add_layer_norm_fwd(x, residual, weight, bias, x_bias, dropout_p, eps, rng_state)[0]
     return out
 
 
@@ -105,7 +104,7 @@ ROOM = Room(
     "add_layer_norm",
     {
         "reference": Implementation(add_layer_norm_reference, None, None),
-        "cpu": native_cpu(_native, "add_layer_norm_fwd", "add_layer_norm_bwd"),
+        "cpu": native_cpu(_run, "add_layer_norm_fwd", "add_layer_norm_bwd"),
     },
     choices=(
         Choice(

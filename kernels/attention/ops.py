@@ -34,10 +34,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(qkv, bias, *output, cu_seqlens, rng_state)
 
 
-def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     # dlse is dropped: lse is there for the backward pass, and the door doesn't hand it out.
     qkv, bias, out, lse, cu_seqlens, rng_state = ctx.saved_tensors
-    dqkv, dbias = torch.ops.bert_fast.attention_bwd(
+    dqkv, dbias = ops.attention_bwd(
         dout, qkv, bias, out, lse, cu_seqlens, ctx.max_seqlen, ctx.softmax_scale, ctx.dropout_p, rng_state
     )
     return dqkv, None if bias is None else dbias.to(bias.dtype), None, None, None, None, None
@@ -58,8 +58,8 @@ define(
 )
 
 
-def _native(*arguments: Any) -> Tensor:
-    out: Tensor = torch.ops.bert_fast.attention_fwd(*arguments)[0]
+def _run(ops: Any, *arguments: Any) -> Tensor:
+    out: Tensor = ops.attention_fwd(*arguments)[0]
     return out
 
 
@@ -67,7 +67,7 @@ ROOM = Room(
     "attention",
     {
         "reference": Implementation(attention_reference, None, None),
-        "cpu": native_cpu(_native, "attention_fwd", "attention_bwd"),
+        "cpu": native_cpu(_run, "attention_fwd", "attention_bwd"),
     },
     choices=(
         Choice(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
-from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, define, native_cpu
+from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, TRITON_DTYPES, define, native_cpu, triton_kernels
 from bert_fast.kernels.bias_gelu.reference import bias_gelu_reference
 
 
@@ -25,9 +25,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, bias)
 
 
-def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
     x, bias = ctx.saved_tensors
-    dx, dbias = torch.ops.bert_fast.bias_gelu_bwd(dout, x, bias, ctx.tanh)
+    dx, dbias = ops.bias_gelu_bwd(dout, x, bias, ctx.tanh)
     return dx, dbias.to(bias.dtype), None
 
 
@@ -41,8 +41,8 @@ define(
 )
 
 
-def _native(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
-    out: Tensor = torch.ops.bert_fast.bias_gelu_fwd(x, bias, tanh)
+def _run(ops: Any, x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+    out: Tensor = ops.bias_gelu_fwd(x, bias, tanh)
     return out
 
 
@@ -50,7 +50,8 @@ ROOM = Room(
     "bias_gelu",
     {
         "reference": Implementation(bias_gelu_reference, None, None),
-        "cpu": native_cpu(_native, "bias_gelu_fwd", "bias_gelu_bwd"),
+        "triton": triton_kernels(_run, "bias_gelu", "bias_gelu_fwd", "bias_gelu_bwd"),
+        "cpu": native_cpu(_run, "bias_gelu_fwd", "bias_gelu_bwd"),
     },
     choices=(
         Choice(
@@ -60,6 +61,13 @@ ROOM = Room(
             # benchmarks/results/cpu-amd-epyc-2-threads-avx2/bias_gelu.json
             measured="(128, 3072) to (1024, 3072), 2 AVX2 threads, 2026-11-21: 1.4 to 1.9 times the better of eager "
             "and torch.compile forward, 1.2 to 1.6 times forward + backward",
+        ),
+        Choice(
+            "triton",
+            "cuda",
+            TRITON_DTYPES,
+            measured="no GPU figure yet (benchmarks/results/PENDING.md); by count of bytes: 2 passes over (T, F) "
+            "forward where the reference makes 4, 3 backward where it makes 5",
         ),
     ),
 )

@@ -59,10 +59,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*indices_tables_weight, mean, rstd, rng_state)
 
 
-def _backward(ctx: Any, dout: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ops: Any, ctx: Any, dout: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
     *saved, rng_state = ctx.saved_tensors
     weight = saved[6]
-    dword, dtoken_type, dposition, dweight, dbias = torch.ops.bert_fast.embedding_layer_norm_bwd(
+    dword, dtoken_type, dposition, dweight, dbias = ops.embedding_layer_norm_bwd(
         dout, *saved, ctx.dropout_p, ctx.padding_idx, rng_state
     )
     none_for_ids = (None, None, None)
@@ -90,8 +90,8 @@ define(
 )
 
 
-def _native(*inputs: Any) -> Tensor:
-    out: Tensor = torch.ops.bert_fast.embedding_layer_norm_fwd(*inputs)[0]
+def _run(ops: Any, *inputs: Any) -> Tensor:
+    out: Tensor = ops.embedding_layer_norm_fwd(*inputs)[0]
     return out
 
 
@@ -99,7 +99,7 @@ ROOM = Room(
     "embedding_layer_norm",
     {
         "reference": Implementation(embedding_layer_norm_reference, None, None),
-        "cpu": native_cpu(_native, "embedding_layer_norm_fwd", "embedding_layer_norm_bwd"),
+        "cpu": native_cpu(_run, "embedding_layer_norm_fwd", "embedding_layer_norm_bwd"),
     },
     choices=(
         Choice(

@@ -44,8 +44,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.save_for_backward(*output[3])
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    dhidden, *dparameters = torch.ops.bert_fast.masked_lm_loss_bwd(dloss, list(ctx.saved_tensors))
+def _backward(ops: Any, ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    dhidden, *dparameters = ops.masked_lm_loss_bwd(dloss, list(ctx.saved_tensors))
     cast = [gradient.to(dtype) for gradient, dtype in zip(dparameters, ctx.dtypes, strict=True)]
     return dhidden, None, *cast, None, None, None
 
@@ -67,12 +67,10 @@ define(
 native.register()
 
 
-def _native(hidden: Tensor, labels: Tensor, *parameters_and_settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run(ops: Any, hidden: Tensor, labels: Tensor, *parameters_and_settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (hidden, *parameters_and_settings[:6])
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    loss, correct, count, _ = torch.ops.bert_fast.masked_lm_loss_fwd(
-        hidden, labels, *parameters_and_settings, needs_grad
-    )
+    loss, correct, count, _ = ops.masked_lm_loss_fwd(hidden, labels, *parameters_and_settings, needs_grad)
     return loss, correct, count
 
 
@@ -80,7 +78,7 @@ ROOM = Room(
     "masked_lm_loss",
     {
         "reference": Implementation(masked_lm_loss_reference, None, None),
-        "cpu": native_cpu(_native, "masked_lm_loss_rows"),
+        "cpu": native_cpu(_run, "masked_lm_loss_rows"),
     },
     choices=(
         Choice(

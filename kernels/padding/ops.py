@@ -44,18 +44,18 @@ def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
     ctx.save_for_backward(inputs[1])
 
 
-def _gather_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+def _gather_backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
     (indices,) = ctx.saved_tensors
-    return torch.ops.bert_fast.scatter_rows(dout, indices, ctx.rows), None
+    return ops.scatter_rows(dout, indices, ctx.rows), None
 
 
 def _scatter_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _scatter_backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+def _scatter_backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
     (indices,) = ctx.saved_tensors
-    return torch.ops.bert_fast.gather_rows(dout, indices), None, None
+    return ops.gather_rows(dout, indices), None, None
 
 
 define("unpad_indices", "(Tensor mask) -> (Tensor indices, Tensor cu_seqlens)", fake=_unpad_indices_fake)
@@ -79,8 +79,7 @@ def _reference() -> Functions:
     return Functions(unpad_indices_reference, gather_rows_reference, scatter_rows_reference)
 
 
-def _native() -> Functions:
-    ops = torch.ops.bert_fast
+def _run(ops: Any) -> Functions:
     return Functions(ops.unpad_indices, ops.gather_rows, ops.scatter_rows)
 
 
@@ -94,7 +93,7 @@ ROOM = Room(
     {
         "reference": Implementation(_reference, None, None),
         "cpu": dataclasses.replace(
-            native_cpu(_native, "unpad_indices", "gather_rows", "scatter_rows"),
+            native_cpu(_run, "unpad_indices", "gather_rows", "scatter_rows"),
             dtypes=None,
         ),
     },

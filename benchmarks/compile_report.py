@@ -1,0 +1,198 @@
+"""Compile every Triton kernel ahead of time, for every GPU that is supported, on a machine without one.
+
+    python -m benchmarks.compile_report             compare with the checked-in table; exit code 1 where it is stale
+    python -m benchmarks.compile_report --write     compile what is new or changed and write the table
+
+A row of `results/triton_compile.json` is one kernel in one configuration that dispatch can choose (dtypes, constexprs,
+warps, stages) on one architecture: registers a thread, bytes of stack (what Triton spills), bytes of shared memory, and
+the matrix instructions in the machine code. `sources` is the hash of the kernel and what it calls: rows whose hash is
+still right are not compiled again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
+
+from benchmarks.compile_cases import CASES
+from bert_fast.kernels._common.triton_launch import Launch, recording
+
+TABLE = Path(__file__).parent / "results" / "triton_compile.json"
+ARCHITECTURES = (80, 90, 100, 120)
+# Shared memory that one block may take, in bytes: CUDA C++ programming guide, compute capabilities.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+MATRIX = re.compile(r"\b(HGMMA|HMMA|IMMA|UTC\w*MMA|QGMMA)\b")
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """Signature, constexprs and the arguments divisible by 16, as Triton's own launcher would make them."""
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    aligned = []
+    for param in launch.kernel.params:
+        value = launch.arguments[param.name]
+        if isinstance(value, Tensor):
+            signature[param.name] = f"*{_TYPES[value.dtype]}"
+            aligned.append(param.name)  # torch's allocations are
+        elif param.is_constexpr or value is None or (value == 1 and isinstance(value, int)):
+            signature[param.name] = "constexpr"
+            constexprs[param.name] = value
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(param.name)
+    return signature, constexprs, aligned
+
+
+def describe(launch: Launch, architecture: int) -> dict[str, Any]:
+    """What identifies a row."""
+    signature, constexprs, aligned = specialise(launch)
+    kinds = {name: kind + ("/16" if name in aligned and kind[0] == "i" else "") for name, kind in signature.items()}
+    return {
+        "kernel": f"{launch.kernel.fn.__module__.split('.')[-2]}.{launch.kernel.fn.__name__}",
+        "arch": f"sm_{architecture}",
+        "arguments": " ".join(kind for kind in kinds.values() if kind != "constexpr"),
+        "constexprs": " ".join(f"{name}={value}" for name, value in constexprs.items()),
+        "warps": launch.num_warps,
+        "stages": launch.num_stages,
+    }
+
+
+def sources(kernel: Any) -> str:
+    """Hash of the kernel's source, of the functions that it calls, and of the compiler's version."""
+    return hashlib.sha256(f"{kernel.cache_key} {triton.__version__}".encode()).hexdigest()[:12]
+
+
+def launches() -> list[Launch]:
+    """Every launch of every room's cases, each configuration once."""
+    found: dict[str, Launch] = {}
+    for cases in CASES.values():
+        with recording() as recorded:
+            cases()
+        for launch in recorded:
+            found.setdefault(json.dumps(describe(launch, 0)), launch)
+    return [found[key] for key in sorted(found)]
+
+
+def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
+    """Compile one configuration and read the machine code's resources."""
+    signature, constexprs, aligned = specialise(launch)
+    names = list(signature)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(launch.kernel, signature, {(names.index(n),): v for n, v in constexprs.items()}, attributes)
+    target = GPUTarget("cuda", architecture, 32)
+    options = CUDABackend(target).parse_options({"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    result = triton.compile(source, target=target, options=options.__dict__)
+    usage, code = disassemble(result.asm["cubin"])
+    registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": result.metadata.shared,
+        "matrix": " ".join(sorted(set(MATRIX.findall(code)))),
+    }
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """cuobjdump's resource usage and machine code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    return usage, code
+
+
+def _row(index_and_architecture: tuple[int, int]) -> dict[str, Any]:
+    index, architecture = index_and_architecture
+    launch = launches()[index]  # kernels don't pickle; each process records them for itself
+    return describe(launch, architecture) | {"sources": sources(launch.kernel)} | compiled(launch, architecture)
+
+
+def key(row: dict[str, Any]) -> str:
+    names = ("kernel", "arch", "arguments", "constexprs", "warps", "stages", "sources")
+    return json.dumps([row[name] for name in names])
+
+
+def wanted() -> dict[str, tuple[int, int]]:
+    """The key of every row that the table must have, and which launch and architecture it is."""
+    return {
+        key(describe(launch, architecture) | {"sources": sources(launch.kernel)}): (index, architecture)
+        for index, launch in enumerate(launches())
+        for architecture in ARCHITECTURES
+    }
+
+
+def read() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(TABLE.read_text()) if TABLE.exists() else []
+    return rows
+
+
+def write(rows: Iterable[dict[str, Any]]) -> None:
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    TABLE.write_text(f"[\n{lines}\n]\n")
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row: a spill, or more shared memory than a block may have."""
+    name = f"{row['kernel']} {row['arch']} ({row['arguments']}; {row['constexprs']})"
+    limit = SHARED_LIMIT[int(row["arch"][3:])]
+    found = [f"{name}: {row['stack']} bytes of stack"] if row["stack"] else []
+    return found + ([f"{name}: {row['shared']} of {limit} bytes of shared memory"] if row["shared"] > limit else [])
+
+
+def main() -> int:
+    table = {key(row): row for row in read()}
+    rows = wanted()
+    missing = [where for name, where in rows.items() if name not in table]
+    if "--write" in sys.argv[1:]:
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            table |= {key(row): row for row in pool.map(_row, missing)}
+        write(table[name] for name in rows)
+        print(f"{TABLE.name}: {len(rows)} rows, {len(missing)} of them compiled now")
+    elif missing or len(table) > len(rows):
+        print(
+            f"{TABLE.name} is stale: {len(missing)} rows are missing, {len(set(table) - set(rows))} are of old sources"
+        )
+        print("python -m benchmarks.compile_report --write")
+        return 1
+    wrong = [fault for name in rows for fault in faults(table[name])]
+    print("\n".join(wrong) if wrong else f"{len(rows)} rows: no spill, no shared-memory overflow")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Records of passing runs of `bert-fast verify --record`: what `auto` may choose on a GPU.
+
+A record names the device, the versions, the commit and the errors of every case, and the hash of the sources that ran.
+It counts as long as the room's sources are the same: a changed kernel is unverified until it ran again. For Triton a
+record of any CUDA device counts. Records are part of the package (`bert_fast/verified/<device>.json`); those that a
+user made are in the user's cache and count on that machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import tokenize
+from pathlib import Path
+from typing import Any
+
+_KERNELS = Path(__file__).resolve().parents[1]
+_UNHEARD = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
+_BLOCKS = (tokenize.INDENT, tokenize.DEDENT)
+
+
+def package_folder() -> Path:
+    """The records that come with the package."""
+    spec = importlib.util.find_spec("bert_fast")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "verified"
+
+
+def user_folder() -> Path:
+    """The records of this user's machine: $XDG_CACHE_HOME/bert_fast/verified."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "bert_fast" / "verified"
+
+
+@functools.cache
+def sources_hash(room: str) -> str:
+    """Hash of the Triton sources that the room runs, its own and the shared; comments and blank lines don't count."""
+    digest = hashlib.sha256()
+    for path in sorted([*_KERNELS.glob(f"{room}/triton_*.py"), *_KERNELS.glob("_common/triton_*.py")]):
+        with path.open("rb") as file:
+            for token in tokenize.tokenize(file.readline):
+                if token.type not in _UNHEARD:
+                    # Whitespace inside a token is that of a docstring, or of an f-string, which Python 3.12 splits.
+                    digest.update("".join(token.string.split()).encode())
+                    digest.update(tokenize.tok_name[token.type].encode() if token.type in _BLOCKS else b"")
+    return digest.hexdigest()[:16]
+
+
+def unverified(room: str, impl: str) -> str:
+    """Why no record allows `auto` to choose `impl`, or "" where one does."""
+    outdated = []
+    for folder in (package_folder(), user_folder()):
+        for path in sorted(folder.glob("*.json")):
+            record = read(path)
+            entry = record["rooms"].get(room, {}).get(impl)
+            if entry and entry["sources"] == sources_hash(room):
+                return ""
+            if entry:
+                outdated.append(f"{record['device']}, commit {entry['commit']}")
+    if outdated:
+        return f"its sources have changed since the last passing run ({'; '.join(outdated)}): bert-fast verify --record"
+    return "no passing run on a GPU is recorded: bert-fast verify --record makes one"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record file, or an empty one where there is none."""
+    if not path.exists():
+        return {"device": "", "rooms": {}}
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record

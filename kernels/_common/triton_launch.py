@@ -1,0 +1,91 @@
+"""Launch Triton kernels in one place, so that `benchmarks/compile_report.py` can record what dispatch would launch.
+
+While a recording is on, nothing runs: the operators are called with tensors of the meta device, and every launch is
+noted with its arguments. So the report compiles what the launchers choose, and a configuration can't be forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel, its arguments by name (constexprs among them), and its options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within the block launches are noted in the list and don't run."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
+) -> None:
+    """Run `kernel` over `grid` on the device of its first tensor argument; an empty grid runs nothing.
+
+    Args:
+        kernel: what @triton.jit returned.
+        grid: one to three sizes; the first may pass 2^16, the others must not.
+        arguments: the kernel's arguments that are not constexpr, in order.
+        num_warps, num_stages: of a program, and of its software pipelines.
+        constexprs: by name.
+    """
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False)) | constexprs
+        _recorded.append(Launch(kernel, grid, named, num_warps, num_stages))
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    else:
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constexprs)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below `n`; 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def row_parts(rows: int, smallest: int = 16, most: int = 128) -> tuple[int, int]:
+    """Split `rows` for a sum over rows: (parts, rows of a part), a function of `rows` alone.
+
+    Not of the device: the order of additions, and so the bits of the sum, must not depend on how many multiprocessors
+    there are. 128 parts of several column blocks each fill any of today's GPUs.
+    """
+    each = max(smallest, ceil_div(rows, most))
+    return ceil_div(rows, each), each
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` (T, E) itself where its rows are contiguous, whatever the stride between them; else a copy."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

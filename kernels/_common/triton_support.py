@@ -1,0 +1,50 @@
+"""Whether the Triton kernels can run here, and whether a recorded run verified them. Imports no triton."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+
+import torch
+
+from bert_fast.kernels._common import records
+from bert_fast.kernels._common.dispatch import Availability
+
+OLDEST = (3, 6)
+# Triton reads the variable when a kernel is defined, so it holds for the whole process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _missing() -> str:
+    """Why Triton kernels can't run in this process, or ""."""
+    try:
+        installed = importlib.util.find_spec("triton") is not None
+    except ImportError:
+        installed = False
+    if not installed:
+        return "triton is not installed: pip install 'bert_fast[triton]'"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"triton {version} is too old: expected {'.'.join(map(str, OLDEST))} or newer"
+    if INTERPRETED:
+        return ""
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
+    # Counts through NVML: unlike torch.cuda.is_available() it leaves the process free to fork.
+    if torch.cuda.device_count() == 0:
+        return "no CUDA device was found (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
+    return ""
+
+
+_MISSING = _missing()
+
+
+def availability(room: str) -> Availability:
+    """The state of the room's Triton kernels in this process."""
+    if _MISSING:
+        return Availability(False, False, _MISSING)
+    if INTERPRETED:
+        return Availability(True, False, "in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1): for tests")
+    reason = records.unverified(room, "triton")
+    return Availability(True, not reason, reason)
