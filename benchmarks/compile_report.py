@@ -1,6 +1,7 @@
 """Compile every Triton kernel ahead of time, for every GPU that is supported, on a machine without one.
 
     python -m benchmarks.compile_report             compare with the checked-in table; exit code 1 where it is stale
+    python -m benchmarks.compile_report --sample    compile each kernel once more, for sm_90, and compare that too
     python -m benchmarks.compile_report --write     compile what is new or changed and write the table
 
 A row of `results/triton_compile.json` is one kernel in one configuration that dispatch can choose (dtypes, constexprs,
@@ -174,22 +175,41 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found + ([f"{name}: {row['shared']} of {limit} bytes of shared memory"] if row["shared"] > limit else [])
 
 
+def compile_all(where: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Compile launches by index and architecture, a process a core."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_row, where))
+
+
+def differences(rows: dict[str, tuple[int, int]], table: dict[str, dict[str, Any]]) -> list[str]:
+    """Compile the first row of each kernel on sm_90 anew: which of the table's figures are other ones."""
+    sample: dict[str, tuple[int, int]] = {}
+    for name, where in rows.items():
+        if where[1] == 90:
+            sample.setdefault(table[name]["kernel"], where)
+    found = []
+    for row in compile_all(list(sample.values())):
+        if (old := table[key(row)]) != row:
+            found.append(f"{row['kernel']} {row['arch']}: the table says {old}, compiled now {row}")
+    return found
+
+
 def main() -> int:
     table = {key(row): row for row in read()}
     rows = wanted()
     missing = [where for name, where in rows.items() if name not in table]
     if "--write" in sys.argv[1:]:
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            table |= {key(row): row for row in pool.map(_row, missing)}
+        table |= {key(row): row for row in compile_all(missing)}
         write(table[name] for name in rows)
         print(f"{TABLE.name}: {len(rows)} rows, {len(missing)} of them compiled now")
     elif missing or len(table) > len(rows):
-        print(
-            f"{TABLE.name} is stale: {len(missing)} rows are missing, {len(set(table) - set(rows))} are of old sources"
-        )
+        old = len(set(table) - set(rows))
+        print(f"{TABLE.name} is stale: {len(missing)} rows are missing, {old} are of old sources or never launched")
         print("python -m benchmarks.compile_report --write")
         return 1
     wrong = [fault for name in rows for fault in faults(table[name])]
+    if "--sample" in sys.argv[1:]:
+        wrong += differences(rows, table)
     print("\n".join(wrong) if wrong else f"{len(rows)} rows: no spill, no shared-memory overflow")
     return 1 if wrong else 0
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bert_fast import kernels
+from bert_fast.kernels._common import records
 from bert_fast.kernels._common.dispatch import ROOMS
 from bert_fast.testing import Comparison, compare, three_way
 
 LENGTHS = (1, 2, 63, 64, 65, 0, 127, 33)  # around the sizes of vectors and tiles, and an empty sequence
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DROPOUT = 0.1
 E, F, N, D, V = 128, 512, 4, 32, 1000
 
@@ -207,7 +209,44 @@ def verify(rooms: list[str] | None = None, impls: list[str] | None = None, seed:
             for device in devices:
                 if found.device in (None, device):
                     for dtype in DTYPES:
-                        yield from _verify(room, impl, device, dtype, seed)
+                        if found.dtypes is None or dtype in found.dtypes:
+                            yield from _verify(room, impl, device, dtype, seed)
+
+
+def record(results: list[Result]) -> Path:
+    """Write the passing runs on this machine's GPU, for `auto` to rely on; returns the file.
+
+    In a checkout the file is part of the project (bert_fast/verified), else it is in the user's cache. An
+    implementation is recorded when every one of its cases passed, and struck out of the file when one failed.
+
+    Raises:
+        ValueError: there is no result of a GPU kernel.
+    """
+    runs: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        if result.device == "cuda" and result.impl in records.RECORDED:
+            runs.setdefault((result.room, result.impl), []).append(result)
+    if not runs:
+        raise ValueError(
+            "nothing to record: records are of Triton and CUDA kernels on a CUDA device, and none of them ran here"
+        )
+    passed = {
+        key: [_case(result) for result in found] if all(result.ok for result in found) else None
+        for key, found in runs.items()
+    }
+    return records.write(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), passed)
+
+
+def _case(result: Result) -> dict[str, Any]:
+    worst = result.worst
+    assert worst is not None
+    return {
+        "case": result.case,
+        "dtype": result.dtype,
+        "worst": worst.name,
+        "error": float(f"{worst.ours:.3g}"),
+        "bound": float(f"{worst.bound:.3g}"),
+    }
 
 
 def _verify(room: str, impl: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Result]:

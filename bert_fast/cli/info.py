@@ -29,7 +29,8 @@ def run(args: Any) -> int:
         print(f"  {room}")
         for impl, state in impls.items():
             mark = "*" if state["chosen"] else " "
-            print(f"  {mark} {impl:<12} {'runs' if state['ok'] else state['reason']}")
+            runs = "runs" if state["verified"] else f"runs, unverified: {state['reason']}"
+            print(f"  {mark} {impl:<12} {runs if state['ok'] else state['reason']}")
     return 0
 
 

@@ -10,6 +10,9 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--rooms", type=list[str] | None, default=None, help="operations to test; all if none")
     parser.add_argument("--impls", type=list[str] | None, default=None, help="implementations to test; all if none")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument(
+        "--record", action="store_true", help="note the GPU kernels that passed, so that impl='auto' may choose them"
+    )
 
 
 def _row(room: str, impl: str, device: str, dtype: str, case: str, rest: str) -> str:
@@ -17,7 +20,7 @@ def _row(room: str, impl: str, device: str, dtype: str, case: str, rest: str) ->
 
 
 def run(args: Any) -> int:
-    from bert_fast.verification import verify
+    from bert_fast.verification import record, verify
 
     print("error: largest distance from the reference in float64, forward and every gradient")
     print(
@@ -26,18 +29,20 @@ def run(args: Any) -> int:
     header = _row("operation", "impl", "device", "dtype", "case", f"{'worst at':<16} {'error':>9} {'bound':>9}")
     print(header)
     print("-" * (len(header) + 8))
-    count = failed = 0
+    results = []
     for result in verify(args.rooms, args.impls, args.seed):
-        count += 1
-        failed += not result.ok
+        results.append(result)
         worst = result.worst
         numbers = f"{worst.name:<16} {worst.ours:9.2e} {worst.bound:9.2e}" if worst else result.error
         verdict = "ok" if result.ok else "FAILED"
         row = _row(result.room, result.impl, result.device, result.dtype, result.case, numbers)
         print(f"{row}  {verdict}", flush=True)
-    if not count:
+    if not results:
         raise ValueError("nothing to test: none of the implementations asked for can run here; see bert-fast info")
-    print(f"\n{count - failed} of {count} cases ok")
+    failed = sum(not result.ok for result in results)
+    print(f"\n{len(results) - failed} of {len(results)} cases ok")
+    if args.record:
+        print(f"recorded in {record(results)}")
     if failed:
         print(f"bert-fast verify: {failed} cases failed", file=sys.stderr)
     return 1 if failed else 0

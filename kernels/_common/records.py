@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import subprocess
 import tokenize
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+RECORDED = ("triton", "cuda")  # the implementations that need a record; the others are tested wherever they run
 _KERNELS = Path(__file__).resolve().parents[1]
 _UNHEARD = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
 _BLOCKS = (tokenize.INDENT, tokenize.DEDENT)
@@ -64,6 +70,46 @@ def unverified(room: str, impl: str) -> str:
     if outdated:
         return f"its sources have changed since the last passing run ({'; '.join(outdated)}): bert-fast verify --record"
     return "no passing run on a GPU is recorded: bert-fast verify --record makes one"
+
+
+def write(
+    device: str, capability: tuple[int, int], passed: Mapping[tuple[str, str], list[dict[str, Any]] | None]
+) -> Path:
+    """Add runs to the record of `device`, in one step; returns the file.
+
+    Args:
+        device: the GPU's name.
+        capability: its compute capability.
+        passed: for (room, impl) its cases, or None where one failed: then an older entry is struck out.
+    """
+    checkout = package_folder().parents[1]
+    folder = package_folder() if (checkout / ".git").exists() else user_folder()
+    path = folder / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+    record = read(path) | {"device": device, "arch": f"sm_{capability[0]}{capability[1]}"}
+    versions = {name: importlib.metadata.version(name) for name in ("bert_fast", "torch", "triton")}
+    about = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "commit": _commit(checkout), **versions}
+    for (room, impl), cases in passed.items():
+        impls = record["rooms"].setdefault(room, {})
+        impls.pop(impl, None)
+        if cases is not None:
+            impls[impl] = {"sources": sources_hash(room), **about, "cases": cases}
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def _commit(checkout: Path) -> str:
+    """The commit of a checkout, "+changes" where the kernels differ from it; "release" where there is none."""
+    if not (checkout / ".git").exists():
+        return "release"
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=False).stdout
+
+    changes = git("status", "--porcelain", "kernels", "csrc").strip()
+    return (git("rev-parse", "--short", "HEAD").strip() or "unknown") + ("+changes" if changes else "")
 
 
 def read(path: Path) -> dict[str, Any]:

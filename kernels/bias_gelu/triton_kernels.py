@@ -18,18 +18,27 @@ BLOCK_T, BLOCK_F = 4, 512
 
 
 @triton.jit
+def _sigmoid_2y(u):
+    """sigmoid(2 y) = 0.5 (1 + tanh(y)) for the tanh approximation's y, and its slope in 2 y without cancellation."""
+    z = 1.5957691216057308 * (u + 0.044715 * u * u * u)
+    q = tl.exp(-tl.abs(z))
+    r = 1.0 / (1.0 + q)
+    return tl.where(z >= 0, r, q * r), q * r * r
+
+
+@triton.jit
 def _gelu(u, TANH: tl.constexpr):
     if TANH:
-        # 0.5 (1 + tanh(y)) = sigmoid(2 y)
-        return u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
+        s, _ = _sigmoid_2y(u)
+        return u * s
     return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
 
 
 @triton.jit
 def _gelu_slope(u, TANH: tl.constexpr):
     if TANH:
-        s = tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
-        return s + u * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
+        s, slope = _sigmoid_2y(u)
+        return s + u * slope * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
     return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
 
 
