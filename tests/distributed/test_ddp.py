@@ -1,0 +1,36 @@
+"""The model under DistributedDataParallel, on every implementation that covers its rooms here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bert_fast.kernels import available_impls
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+MODEL_ROOMS = ("add_layer_norm", "attention", "bias_gelu", "embedding_layer_norm", "masked_lm_loss", "padding")
+# On a GPU machine the Triton kernels run on CUDA tensors, which two ranks can't share under gloo.
+IMPLS = [
+    impl
+    for impl in ("reference", "triton", "cpu")
+    if all(available_impls()[room][impl].ok for room in MODEL_ROOMS)
+    and not (impl == "triton" and torch.cuda.is_available())
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_are_the_mean_over_the_ranks(impl: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER, impl],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "equal" in done.stdout
