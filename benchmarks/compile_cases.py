@@ -31,4 +31,20 @@ def bias_gelu() -> None:
         ops.bias_gelu_bwd(x, x, bias, tanh)
 
 
-CASES: dict[str, Callable[[], Any]] = {"bias_gelu": bias_gelu}
+def padding() -> None:
+    from bert_fast.kernels.padding import triton_kernels as ops
+
+    for seqlen in (128, 199, 512, 8192):
+        mask = empty(32, seqlen, dtype=torch.bool)
+        ends, block = ops.count_tokens(mask)
+        ops.write_indices(mask, ends, TOKENS, block)  # unpad_indices without reading T
+    # Rows of ids (8 bytes), of hidden states, and of 6 and 3 bytes: every width of the integers that are moved.
+    rows = [(torch.int64, ()), (torch.float16, (3,)), (torch.int8, (3,))]
+    rows += [(dtype, (E,)) for dtype in (torch.float32, torch.bfloat16) for E in WIDTHS] + [(torch.float32, (33,))]
+    for dtype, shape in rows:
+        x, indices = empty(TOKENS, *shape, dtype=dtype), empty(TOKENS, dtype=torch.int64)
+        ops.gather_rows(x, indices)
+        ops.scatter_rows(x, indices, 2 * TOKENS)
+
+
+CASES: dict[str, Callable[[], Any]] = {"bias_gelu": bias_gelu, "padding": padding}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
-from bert_fast.kernels._common.library import define, native_cpu
+from bert_fast.kernels._common.library import define, native_cpu, triton_kernels
 from bert_fast.kernels.padding.reference import (
     gather_rows_reference,
     scatter_rows_reference,
@@ -83,19 +83,18 @@ def _run(ops: Any) -> Functions:
     return Functions(ops.unpad_indices, ops.gather_rows, ops.scatter_rows)
 
 
-# The CPU kernels move whole rows of bytes, so they take every dtype.
+# The kernels move whole rows of bytes, so they take every dtype.
 _ANY_DTYPE = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
+_OPERATORS = ("unpad_indices", "gather_rows", "scatter_rows")
 ROOM = Room(
     "padding",
     {
         "reference": Implementation(_reference, None, None),
-        "cpu": dataclasses.replace(
-            native_cpu(_run, "unpad_indices", "gather_rows", "scatter_rows"),
-            dtypes=None,
-        ),
+        "triton": dataclasses.replace(triton_kernels(_run, "padding", *_OPERATORS), dtypes=None),
+        "cpu": dataclasses.replace(native_cpu(_run, *_OPERATORS), dtypes=None),
     },
     choices=(
         Choice(
@@ -104,6 +103,13 @@ ROOM = Room(
             _ANY_DTYPE,
             measured="1 thread of 2 AVX2 cores, 2026-11-21, reference / cpu: (8, 512, 768) fp32 unpad 3.1, pad 2.6, "
             "bf16 3.1 and 3.6; (32, 128) int64 ids 0.9 and 0.7, 8 and 35 us; README.md has the table",
+        ),
+        Choice(
+            "triton",
+            "cuda",
+            _ANY_DTYPE,
+            measured="no GPU figure yet (benchmarks/results/PENDING.md); by count of bytes: pad writes the result once "
+            "where the reference fills it with zeros first, 1.5 B S rows at half fill where that moves 2",
         ),
     ),
 )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bert_fast.kernels import ImplUnavailableError, available_impls, pad, unpad
+from bert_fast.testing import operators, targets
 
 MASKS = {
     "right padded": [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]],
@@ -23,9 +24,9 @@ DTYPES = [
     *(torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool),
 ]
 
-
-def impls() -> list[str]:
-    return [impl for impl, found in available_impls()["padding"].items() if found.ok]
+# The reference is tested like the others: what moves values is held to boolean indexing.
+TARGETS = [("reference", "cpu"), *targets("padding")]
+NATIVE = available_impls()["padding"]["cpu"].ok
 
 
 def check_round_trip(x: Tensor, mask: Tensor, impl: str) -> None:
@@ -36,100 +37,131 @@ def check_round_trip(x: Tensor, mask: Tensor, impl: str) -> None:
     assert torch.equal(found.x, x[real])
     assert torch.equal(found.indices, real.flatten().nonzero().squeeze(1))
     assert found.cu_seqlens.dtype == torch.int32
-    assert torch.equal(found.cu_seqlens.long(), torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]))
+    assert torch.equal(found.cu_seqlens.long(), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
     assert found.max_seqlen == (int(lengths.max()) if len(lengths) else 0)
     back = pad(found.x, found.indices, *mask.shape, impl=impl)
-    assert torch.equal(
-        back, torch.where(real.view(*real.shape, *[1] * (x.dim() - 2)), x, torch.zeros((), dtype=x.dtype))
-    )
+    assert torch.equal(back, torch.where(real.view(*real.shape, *[1] * (x.dim() - 2)), x, x.new_zeros(())))
 
 
-@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize(("impl", "device"), TARGETS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_any_mask(impl: str, mask: list[list[int]], poisoned_empty: None) -> None:
-    attention_mask = torch.tensor(mask)
-    check_round_trip(torch.randn(*attention_mask.shape, 5), attention_mask, impl)
+def test_any_mask(impl: str, device: str, mask: list[list[int]], poisoned_empty: None) -> None:
+    attention_mask = torch.tensor(mask, device=device)
+    check_round_trip(torch.randn(*attention_mask.shape, 5, device=device), attention_mask, impl)
 
 
-@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize(("impl", "device"), TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_dtype(impl: str, dtype: torch.dtype) -> None:
-    x = (100 * torch.randn(3, 4, 7)).to(dtype)
-    check_round_trip(x, torch.tensor(MASKS["holes"]), impl)
+def test_any_dtype(impl: str, device: str, dtype: torch.dtype) -> None:
+    x = (100 * torch.randn(3, 4, 7, device=device)).to(dtype)
+    check_round_trip(x, torch.tensor(MASKS["holes"], device=device), impl)
 
 
-@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize(("impl", "device"), TARGETS)
 @pytest.mark.parametrize("trailing", [(), (1,), (6,), (2, 3, 4), (0,)], ids=str)
-def test_any_trailing_shape(impl: str, trailing: tuple[int, ...]) -> None:
-    check_round_trip(torch.randn(3, 4, *trailing), torch.tensor(MASKS["holes"]), impl)
+def test_any_trailing_shape(impl: str, device: str, trailing: tuple[int, ...]) -> None:
+    check_round_trip(torch.randn(3, 4, *trailing, device=device), torch.tensor(MASKS["holes"], device=device), impl)
 
 
-@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize(("impl", "device"), TARGETS)
 @pytest.mark.parametrize(
     "dtype", [torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32, torch.float16], ids=str
 )
-def test_any_dtype_of_the_mask(impl: str, dtype: torch.dtype) -> None:
-    check_round_trip(torch.randn(3, 4, 2), torch.tensor(MASKS["holes"]).to(dtype), impl)
+def test_any_dtype_of_the_mask(impl: str, device: str, dtype: torch.dtype) -> None:
+    mask = torch.tensor(MASKS["holes"], device=device).to(dtype)
+    check_round_trip(torch.randn(3, 4, 2, device=device), mask, impl)
 
 
-@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize(("impl", "device"), TARGETS)
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)], ids=str)
-def test_empty_batch(impl: str, shape: tuple[int, int]) -> None:
-    check_round_trip(torch.randn(*shape, 5), torch.ones(shape), impl)
+def test_empty_batch(impl: str, device: str, shape: tuple[int, int]) -> None:
+    check_round_trip(torch.randn(*shape, 5, device=device), torch.ones(shape, device=device), impl)
 
 
-@pytest.mark.parametrize("impl", impls())
-def test_rows_shared_by_threads(impl: str) -> None:
-    """Enough bytes for several threads, with stretches of padding across their borders."""
-    mask = torch.rand(64, 128) > 0.5
-    mask[10:14] = False
-    mask[30:34] = True
-    check_round_trip(torch.randn(64, 128, 96), mask, impl)
+# For threads, enough bytes for several, with stretches of padding across their borders. A Triton program of the
+# interpreted cases holds part of a row of the mask (1,030 columns: two parts of 1,024), 16 rows of 16 or 64 columns,
+# looks at 128 indices at once, and has to search twice in about 500; 2,049 columns are two programs a row, and 3 bytes
+# a row are copied one by one.
+@pytest.mark.parametrize(
+    ("impl", "device", "batch", "seqlen", "width", "dtype"),
+    [
+        ("reference", "cpu", 64, 128, 96, torch.float32),
+        *targets(
+            "padding",
+            [(64, 128, 96, torch.float32), (3, 8200, 5, torch.float16), (2, 70, 4200, torch.float32)],
+            interpreted=[
+                (2, 1030, 34, torch.float32),
+                (1, 40, 2049, torch.int64),
+                (40, 3, 3, torch.uint8),
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_rows_shared_by_threads_and_programs(
+    impl: str, device: str, batch: int, seqlen: int, width: int, dtype: torch.dtype, poisoned_empty: None
+) -> None:
+    mask = torch.rand(batch, seqlen, device=device) > 0.5
+    mask[batch // 6 : batch // 4] = False
+    mask[batch // 2 : batch // 2 + 4] = True
+    check_round_trip((100 * torch.rand(batch, seqlen, width, device=device)).to(dtype), mask, impl)
 
 
-@pytest.mark.parametrize("impl", impls())
-def test_strided_input(impl: str) -> None:
-    x, mask = torch.randn(4, 3, 10).transpose(0, 1)[..., ::2], torch.tensor(MASKS["holes"]).t().contiguous().t()
+@pytest.mark.parametrize(("impl", "device"), TARGETS)
+def test_strided_input(impl: str, device: str) -> None:
+    x = torch.randn(4, 3, 10, device=device).transpose(0, 1)[..., ::2]
+    mask = torch.tensor(MASKS["holes"], device=device).t().contiguous().t()
     check_round_trip(x, mask, impl)
     found = unpad(x, mask, impl=impl)
-    wide = torch.randn(found.x.shape[0], 10)[:, ::2]
+    wide = torch.randn(found.x.shape[0], 10, device=device)[:, ::2]
     assert torch.equal(
         pad(wide, found.indices, 3, 4, impl=impl), pad(wide.contiguous(), found.indices, 3, 4, impl=impl)
     )
 
 
-@pytest.mark.parametrize("impl", impls())
-def test_gradients_are_the_other_function(impl: str) -> None:
-    mask = torch.tensor(MASKS["holes"])
-    x = torch.randn(3, 4, 5, requires_grad=True)
+@pytest.mark.parametrize(("impl", "device"), TARGETS)
+@pytest.mark.parametrize("start", [1, 2, 4, 8])
+def test_memory_that_starts_anywhere(impl: str, device: str, start: int) -> None:
+    """A view that begins `start` bytes into its memory, with rows of 16 bytes: nothing wider than `start` fits."""
+    x = torch.randint(0, 255, (12 * 16 + start,), dtype=torch.uint8, device=device)[start:].view(3, 4, 16)
+    check_round_trip(x, torch.tensor(MASKS["holes"], device=device), impl)
+
+
+@pytest.mark.parametrize(("impl", "device"), TARGETS)
+def test_gradients_are_the_other_function(impl: str, device: str) -> None:
+    mask = torch.tensor(MASKS["holes"], device=device)
+    x = torch.randn(3, 4, 5, device=device, requires_grad=True)
     found = unpad(x, mask, impl=impl)
     dout = torch.randn_like(found.x)
     (dx,) = torch.autograd.grad(found.x, x, dout)
     assert torch.equal(dx, pad(dout, found.indices, 3, 4, impl=impl))
 
-    packed = torch.randn(found.x.shape, requires_grad=True)
-    dpadded = torch.randn(3, 4, 5)
+    packed = torch.randn(found.x.shape, device=device, requires_grad=True)
+    dpadded = torch.randn(3, 4, 5, device=device)
     (dpacked,) = torch.autograd.grad(pad(packed, found.indices, 3, 4, impl=impl), packed, dpadded)
     assert torch.equal(dpacked, dpadded[mask.bool()])
 
 
-@pytest.mark.parametrize("impl", impls())
-def test_gradcheck(impl: str) -> None:
-    mask = torch.tensor(MASKS["an empty sequence"])
-    x = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+# `fast` compares products with random vectors in the place of whole Jacobians.
+@pytest.mark.parametrize(
+    ("impl", "device", "fast"), [("reference", "cpu", False), *targets("padding", [(False,)], interpreted=[(True,)])]
+)
+def test_gradcheck(impl: str, device: str, fast: bool) -> None:
+    mask = torch.tensor(MASKS["an empty sequence"], device=device)
+    x = torch.randn(3, 4, 2, dtype=torch.float64, device=device, requires_grad=True)
     indices = unpad(x, mask, impl=impl).indices
 
     def there_and_back(x: Tensor) -> Tensor:
         return pad(unpad(x, mask, impl=impl).x.square(), indices, 3, 4, impl=impl)
 
-    assert torch.autograd.gradcheck(there_and_back, (x,))
-    assert torch.autograd.gradgradcheck(there_and_back, (x,))
+    assert torch.autograd.gradcheck(there_and_back, (x,), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(there_and_back, (x,), fast_mode=fast)
 
 
-@pytest.mark.parametrize("impl", impls())
-def test_padding_never_leaks(impl: str) -> None:
-    mask = torch.tensor(MASKS["holes"])
-    x = torch.randn(3, 4, 5).masked_fill(mask.unsqueeze(-1) == 0, float("nan")).requires_grad_()
+@pytest.mark.parametrize(("impl", "device"), TARGETS)
+def test_padding_never_leaks(impl: str, device: str) -> None:
+    mask = torch.tensor(MASKS["holes"], device=device)
+    x = torch.randn(3, 4, 5, device=device).masked_fill(mask.unsqueeze(-1) == 0, float("nan")).requires_grad_()
     found = unpad(x, mask, impl=impl)
     padded = pad(found.x, found.indices, 3, 4, impl=impl)
     (dx,) = torch.autograd.grad(padded.square().sum(), x)
@@ -137,28 +169,29 @@ def test_padding_never_leaks(impl: str) -> None:
     assert torch.equal(dx, 2 * padded)
 
 
-@pytest.mark.parametrize("impl", impls())
+@pytest.mark.parametrize(("impl", "device"), TARGETS)
 @settings(deadline=None, max_examples=50, derandomize=True)
 @given(batch=st.integers(0, 6), seqlen=st.integers(0, 20), width=st.integers(0, 9), data=st.data())
-def test_any_mask_at_all(impl: str, batch: int, seqlen: int, width: int, data: st.DataObject) -> None:
+def test_any_mask_at_all(impl: str, device: str, batch: int, seqlen: int, width: int, data: st.DataObject) -> None:
     bits = data.draw(st.lists(st.booleans(), min_size=batch * seqlen, max_size=batch * seqlen))
-    mask = torch.tensor(bits, dtype=torch.bool).view(batch, seqlen)
-    check_round_trip(torch.arange(batch * seqlen * width).view(batch, seqlen, width) + 1, mask, impl)
+    mask = torch.tensor(bits, dtype=torch.bool, device=device).view(batch, seqlen)
+    check_round_trip(torch.arange(batch * seqlen * width, device=device).view(batch, seqlen, width) + 1, mask, impl)
 
 
-@pytest.mark.skipif("cpu" not in impls(), reason="no native kernels in this build")
-def test_opcheck() -> None:
-    mask = torch.tensor(MASKS["holes"]).bool()
-    x = torch.randn(12, 5, requires_grad=True)
-    indices, _ = torch.ops.bert_fast.unpad_indices(mask)
-    torch.library.opcheck(torch.ops.bert_fast.unpad_indices.default, (mask,))
-    torch.library.opcheck(torch.ops.bert_fast.gather_rows.default, (x, indices))
-    packed = torch.randn(indices.shape[0], 5, requires_grad=True)
-    torch.library.opcheck(torch.ops.bert_fast.scatter_rows.default, (packed, indices, 12))
+@pytest.mark.parametrize(("impl", "device"), [target for target in targets("padding") if target[0] != "reference"])
+def test_opcheck(impl: str, device: str) -> None:
+    ops = operators(impl)
+    mask = torch.tensor(MASKS["holes"], device=device).bool()
+    x = torch.randn(12, 5, device=device, requires_grad=True)
+    indices, _ = ops.unpad_indices(mask)
+    torch.library.opcheck(ops.unpad_indices.default, (mask,))
+    torch.library.opcheck(ops.gather_rows.default, (x, indices))
+    packed = torch.randn(indices.shape[0], 5, device=device, requires_grad=True)
+    torch.library.opcheck(ops.scatter_rows.default, (packed, indices, 12))
 
 
-@pytest.mark.parametrize("impl", ["reference", "auto"])
-def test_compiles_whole(impl: str, compile_backend: str) -> None:
+@pytest.mark.parametrize(("impl", "device"), [*TARGETS, ("auto", "cpu")])
+def test_compiles_whole(impl: str, device: str, compile_backend: str) -> None:
     """T comes out of the mask's values, and one compiled function serves every T."""
 
     def function(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,9 +199,9 @@ def test_compiles_whole(impl: str, compile_backend: str) -> None:
         return pad(found.x.sin(), found.indices, *mask.shape, impl=impl), found.cu_seqlens
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager" if impl == "reference" else compile_backend)
-    x = torch.randn(3, 4, 5, requires_grad=True)
+    x = torch.randn(3, 4, 5, device=device, requires_grad=True)
     for name in ("holes", "right padded", "an empty sequence"):
-        mask = torch.tensor(MASKS[name])
+        mask = torch.tensor(MASKS[name], device=device)
         (out, cu_seqlens), (expected, expected_cu_seqlens) = compiled(x, mask), function(x, mask)
         assert torch.allclose(out, expected, atol=1e-6)
         assert torch.equal(cu_seqlens, expected_cu_seqlens)
@@ -211,12 +244,15 @@ def test_bad_input_is_named() -> None:
         pad(packed, indices.flip(0), 3, 4)
     with pytest.raises(ValueError, match="batch is -1 and seqlen 4"):
         pad(packed, indices, -1, 4)
-    with pytest.raises(ImplUnavailableError, match=r"impl='triton' not built yet.*Available here: reference"):
-        unpad(x, mask, impl="triton")
+    with pytest.raises(ImplUnavailableError, match=r"impl='cuda' not built yet.*Available here: reference"):
+        unpad(x, mask, impl="cuda")
 
 
-@pytest.mark.skipif("cpu" not in impls(), reason="no native kernels in this build")
-@pytest.mark.parametrize("indices", [[-1, 2], [0, 12], [3, 3], [5, 2]], ids=str)
+OUT_OF_BOUNDS = [[-1, 2], [0, 12], [3, 3], [5, 2]]
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native kernels in this build")
+@pytest.mark.parametrize("indices", OUT_OF_BOUNDS, ids=str)
 def test_operators_refuse_indices_that_would_reach_out_of_bounds(indices: list[int]) -> None:
     """What the door checks only where it may read values, the native kernels check always."""
     places = torch.tensor(indices)
@@ -224,3 +260,32 @@ def test_operators_refuse_indices_that_would_reach_out_of_bounds(indices: list[i
         torch.ops.bert_fast.gather_rows(torch.randn(12, 5), places)
     with pytest.raises(RuntimeError, match="expected it to rise strictly within 0 to 11"):
         torch.ops.bert_fast.scatter_rows(torch.randn(2, 5), places, 12)
+
+
+@pytest.mark.parametrize(("impl", "device"), [target for target in targets("padding") if target[0] == "triton"])
+@pytest.mark.parametrize("indices", [*OUT_OF_BOUNDS, [-(2**62), 2**62]], ids=str)
+def test_triton_reaches_nothing_out_of_bounds(impl: str, device: str, indices: list[int]) -> None:
+    """Values that it can't refuse without waiting for the device: rows outside are zeros, and write nowhere."""
+    around = torch.full((36, 5), -1.0, device=device)
+    x, places = around[12:24], torch.tensor(indices, device=device)
+    x.copy_(torch.rand(12, 5) + 1.0)
+    gathered = operators(impl).gather_rows(x, places)
+    for row, index in zip(gathered, indices, strict=True):
+        assert torch.equal(row, x[index] if 0 <= index < 12 else torch.zeros_like(row))
+    scattered = operators(impl).scatter_rows(x[:2], places, 12)
+    rows = [torch.zeros(5, device=device), x[0], x[1]]
+    assert all(any(torch.equal(found, row) for row in rows) for found in scattered)
+
+
+@pytest.mark.parametrize(("impl", "device"), [target for target in targets("padding") if target[0] == "triton"])
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (127, 300), (128, 128), (129, 1000), (16385, 16500)])
+def test_search_finds_every_row(impl: str, device: str, tokens: int, rows: int) -> None:
+    """128 indices are compared at a time: one step up to 128 of them, two up to 128^2, then three."""
+    indices = torch.randperm(rows)[:tokens].sort().values.to(device)
+    if tokens > 10000:  # in the interpreter the programs take time: the first and the last blocks of rows alone
+        indices, rows = indices - int(indices[-1]) + 40, 41
+    x = torch.randn(tokens, 2, device=device)
+    expected = torch.zeros(rows, 2, device=device)
+    inside = indices >= 0
+    expected[indices[inside]] = x[inside]
+    assert torch.equal(operators(impl).scatter_rows(x, indices, rows), expected)
