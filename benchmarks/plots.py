@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-OURS, PEERS = ("#1b6ca8", "#4c9bd6", "#0b3c5d", "#7db9e8"), ("#b8b8b8", "#8f8f8f", "#d4c4a8", "#a89f91", "#c9b7c4")
+OURS = ("#1b6ca8", "#4c9bd6", "#0b3c5d", "#7db9e8")
+PEERS = ("#b8b8b8", "#8f8f8f", "#d9c79a", "#a89f91", "#c9b7c4", "#9fb59a", "#6f6f6f")
 YARDSTICK_COLOUR = "#e8e8e8"
 KIND = re.compile(r"^(?P<size>.*?) (?P<kind>(?:forward|backward|unpad|pad)\b.*|one step.*)$")
 BAR = 0.17  # inches
@@ -84,6 +85,7 @@ def draw_panel(
                 va="center",
                 fontsize=6,
                 color="#444444" if row["ms"] is not None else "#a04040",
+                bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.4},
             )
             place += 1.0
         ticks.append(((first + place - 1) / 2, size))
@@ -112,7 +114,8 @@ def draw(room: str, report: dict[str, Any], file: Path) -> None:
     kinds = panels(rows)
     column, by, unit = measure_of(rows)
     values = [(row[column] or 0.0) / by for row in rows if row["ms"] is not None]
-    log = max(values) > 50 * min(value for value in values if value > 0)
+    best = [max((row[column] or 0.0) for row in found) for sizes in kinds.values() for found in sizes.values()]
+    log = max(best) > 50 * min(value for value in best if value > 0)
     columns = min(2, len(kinds))
     lines = -(-len(kinds) // columns)
     most = [
@@ -129,6 +132,7 @@ def draw(room: str, report: dict[str, Any], file: Path) -> None:
         layout="constrained",
     )
     ceiling = ceiling_of(report, column, by)
+    limits = ", ".join(f"{name} {reached:.3g}" for name, reached in ceiling.items())
     for axes, (kind, sizes) in zip(grid.flat, kinds.items(), strict=False):
         if log:
             axes.set_xscale("log")
@@ -139,25 +143,25 @@ def draw(room: str, report: dict[str, Any], file: Path) -> None:
             if low < reached < axes.get_xlim()[1]:
                 axes.axvline(reached, color="#b04030", linewidth=0.9, linestyle="--")
                 axes.annotate(
-                    name, (reached, 1), xycoords=("data", "axes fraction"), xytext=(-2, -1), rotation=90,
-                    textcoords="offset points", ha="right", va="top", fontsize=6, color="#b04030",
+                    name, (reached, 1), xycoords=("data", "axes fraction"), xytext=(0, 1),
+                    textcoords="offset points", ha="center", va="bottom", fontsize=6, color="#b04030",
                 )  # fmt: skip
         axes.set_title(kind, fontsize=9, loc="left")
     for axes in list(grid.flat)[len(kinds) :]:
         axes.set_visible(False)
     about = report["environment"]
     where = about.get("device_name", about["device"])
-    figure.suptitle(f"{room} on {where}: {unit}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(
+        f"{room} on {where}: {unit}\nlonger is better; dashed: {limits}, measured in the same run; "
+        f"torch {about['torch']}, commit {about['commit']}, {about['date']}",
+        fontsize=8.5,
+        x=0.01,
+        ha="left",
+    )
     figure.legend(
         handles=[Patch(color=shade, label=name) for name, shade in colour.items()],
         loc="outside lower left", ncols=4, fontsize=7, frameon=False,
     )  # fmt: skip
-    figure.supxlabel(
-        f"longer is better; dashed: measured in the same run. torch {about['torch']}, commit {about['commit']}, "
-        f"{about['date']}",
-        fontsize=6.5,
-        color="#666666",
-    )
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None, dpi=110)
     plt.close(figure)
 
@@ -167,7 +171,8 @@ def ceiling_of(report: dict[str, Any], column: str, by: float) -> dict[str, floa
     found = report["ceilings"]
     if column == "gbytes_per_s":
         return {"copy": found["copy_gbytes_per_s"] / by}
-    return {f"{name} GEMM": found[key] / by for name in ("bf16", "fp32") if (key := f"{name}_gemm_gflops") in found}
+    name = "bf16" if "bf16_gemm_gflops" in found else "fp32"
+    return {f"{name} GEMM": found[f"{name}_gemm_gflops"] / by}
 
 
 def draw_folder(folder: Path, suffix: str = ".svg") -> list[Path]:
