@@ -1,0 +1,354 @@
+"""A whole BERT beside transformers' own: a training step, and inference, on the same weights and batches.
+
+    python -m benchmarks.gpu_peers [--device cpu|cuda] [--size base|large|tiny ...] [--quick] [--record] [--budget S]
+
+Training is masked-language-model training: forward, backward and AdamW (fused on CUDA), dropout 0.1, bfloat16 autocast,
+15 % of the tokens masked. Inference is the encoder's last hidden state. transformers gets padded batches with a mask
+and its `sdpa` attention, with and without torch.compile; ours gets the same sequences packed. Both are timed as they
+are called, by the host's clock with the device awaited after each step, the variants in turns, medians. Tokens per
+second count real tokens. Peak memory is what a step adds to the weights and the optimizer's state.
+
+Before a case is timed the losses and hidden states without dropout are compared: ours may be three times as far from
+transformers in float32 as transformers under bfloat16 is, plus a floor; if it is not, nothing is reported.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.devices import Machine, environment, machine_of, reason, rounds_in
+from benchmarks.lengths import half_filled
+from benchmarks.runner import arguments, prepare_compiler, write
+from bert_fast.data import PackedBatch
+from bert_fast.kernels import available_impls, use_impl
+from bert_fast.models import BertConfig, BertForMaskedLM
+from bert_fast.models.checkpoint import load
+
+MASKED = 0.15
+PADDED_TOKENS = {"tiny": 256, "base": 16384, "large": 8192}  # of a batch
+VOCABULARY = {"tiny": 500, "base": 30522, "large": 30522}
+TRAINED = ("attention", "bias_gelu", "add_layer_norm", "embedding_layer_norm", "masked_lm_loss")  # rooms of a step
+FACTOR, FLOOR = 3.0, 2e-3  # of the model-level bound; the floor is relative: a quarter of bfloat16's step
+WARMUPS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run one scenario; `refused` says why where it did not run."""
+
+    case: str
+    variant: str
+    ms: float | None = None
+    tokens_per_s: float | None = None
+    fill: float | None = None
+    peak_mbytes: float | None = None
+    ratio_to_best_peer: float | None = None
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is run: a training step ("train") or the encoder ("infer") on sequences of these lengths."""
+
+    name: str
+    kind: str
+    lengths: list[int]
+    seqlen: int
+
+
+def precision(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 autocast on CUDA; float32 on the CPU, where this only shows that the script works."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def batches(scenario: Scenario, vocabulary: int, device: torch.device) -> tuple[PackedBatch, dict[str, Tensor]]:
+    """The same random sequences packed, and padded as transformers takes them."""
+    lengths, total = torch.tensor(scenario.lengths), sum(scenario.lengths)
+    ids = torch.randint(5, vocabulary, (total,))
+    labels = torch.randint(5, vocabulary, (total,)).where(torch.rand(total) < MASKED, torch.tensor(-100))
+    keep = torch.arange(scenario.seqlen) < lengths[:, None]
+    packed = PackedBatch(
+        input_ids=ids,
+        token_type_ids=torch.zeros_like(ids),
+        position_ids=torch.cat([torch.arange(length) for length in scenario.lengths]),
+        cu_seqlens=torch.tensor([0, *accumulate(scenario.lengths)], dtype=torch.int32),
+        max_seqlen=max(scenario.lengths),
+        labels=labels,
+        next_sentence_label=torch.full((len(scenario.lengths),), -100),
+    )
+    padded = {"input_ids": torch.zeros(keep.shape, dtype=torch.int64), "labels": torch.full(keep.shape, -100)}
+    padded["input_ids"][keep], padded["labels"][keep] = ids, labels
+    padded["attention_mask"] = keep.long()
+    return packed.to(device), {name: x.to(device) for name, x in padded.items()}
+
+
+class Theirs:
+    """transformers' BertForMaskedLM, compiled or not."""
+
+    def __init__(self, model: Any, compiled: bool = False, seqlens: tuple[int, ...] = ()) -> None:
+        self.model, self.seqlens = model, seqlens
+        self.call = torch.compile(model, dynamic=False) if compiled else model
+        self.encoder = torch.compile(model.bert, dynamic=False) if compiled else model.bert
+
+    def loss(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
+        out: Tensor = self.call(**padded).loss
+        return out
+
+    def hidden(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
+        """(B, S, E)."""
+        inputs = {name: x for name, x in padded.items() if name != "labels"}
+        out: Tensor = self.encoder(**inputs).last_hidden_state
+        return out
+
+
+def runs_here(variant: Theirs | Mine, scenario: Scenario) -> bool:
+    """Whether there is time for the variant: each length is another compilation."""
+    return isinstance(variant, Mine) or not variant.seqlens or scenario.seqlen in variant.seqlens
+
+
+class Mine:
+    """bert_fast's BertForMaskedLM on packed batches, with one choice of implementation."""
+
+    def __init__(self, model: BertForMaskedLM, impl: str) -> None:
+        self.model, self.impl = model, impl
+
+    def _inputs(self, packed: PackedBatch) -> dict[str, Any]:
+        names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "max_seqlen")
+        return {name: getattr(packed, name) for name in names}
+
+    def loss(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
+        with use_impl(self.impl):
+            out: Tensor = self.model(labels=packed.labels, **self._inputs(packed)).loss
+        return out
+
+    def hidden(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
+        """(T, E)."""
+        with use_impl(self.impl):
+            out: Tensor = self.model.bert(**self._inputs(packed)).last_hidden_state
+        return out
+
+
+def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[dict[str, Theirs | Mine], int]:
+    """Every variant by name, on the same initial weights, and the vocabulary's size.
+
+    The compiled and the eager variant share one model, and so do ours: the weights move a little while steps are timed,
+    after everything has been compared. `compiled` names the lengths at which torch.compile takes part.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = BertConfig.size(size, vocab_size=VOCABULARY[size])
+    settings = transformers.BertConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
+    settings._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    with device:
+        theirs = transformers.BertForMaskedLM(settings)
+        mine = BertForMaskedLM(config)
+    load(mine, theirs.state_dict())
+    theirs, mine = theirs.to(device), mine.to(device)
+    found: dict[str, Theirs | Mine] = {"transformers": Theirs(theirs)}
+    if compiled:
+        found["transformers, torch.compile"] = Theirs(theirs, True, compiled)
+    found["bert_fast auto"] = Mine(mine, "auto")
+    impls = available_impls()
+    if device.type == "cuda" and all(impls[room]["triton"].ok for room in TRAINED):
+        found["bert_fast triton"] = Mine(mine, "triton")
+    return found, config.vocab_size
+
+
+def check(variants: dict[str, Theirs | Mine], packed: PackedBatch, padded: dict[str, Tensor], name: str) -> None:
+    """SystemExit unless losses and hidden states of ours are as near to float32 as transformers' own are."""
+    device, keep = packed.input_ids.device, padded["attention_mask"].bool()
+    theirs = variants["transformers"]
+
+    def loss_and_hidden(variant: Theirs | Mine) -> tuple[float, Tensor]:
+        variant.model.eval()
+        with torch.no_grad():
+            hidden = variant.hidden(packed, padded)
+            return float(variant.loss(packed, padded)), (hidden[keep] if hidden.dim() == 3 else hidden).float()
+
+    loss, hidden = loss_and_hidden(theirs)
+
+    def errors(variant: Theirs | Mine) -> tuple[float, float]:
+        with precision(device):
+            found, states = loss_and_hidden(variant)
+        return abs(found - loss) / abs(loss), float((states - hidden).norm() / hidden.norm())
+
+    bounds = [FACTOR * error + FLOOR for error in errors(theirs)]
+    for label, variant in variants.items():
+        if isinstance(variant, Mine):
+            for what, error, bound in zip(("loss", "hidden states"), errors(variant), bounds, strict=True):
+                if not error <= bound:
+                    raise SystemExit(f"{name}, {label}: {what} {error:.2e} from float32, over {bound:.2e}; not timed")
+
+
+def training_step(variant: Theirs | Mine, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
+    """Forward, backward, AdamW. The state of AdamW exists after the first step."""
+    device = packed.input_ids.device
+    optimizer = torch.optim.AdamW(variant.model.parameters(), lr=1e-6, fused=device.type == "cuda")
+
+    def step() -> None:
+        variant.model.train()
+        with precision(device):
+            loss = variant.loss(packed, padded)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def inference(variant: Theirs | Mine, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
+    device = packed.input_ids.device
+
+    def step() -> None:
+        variant.model.eval()
+        with torch.inference_mode(), precision(device):
+            variant.hidden(packed, padded)
+
+    return step
+
+
+def awaited(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call, to the end of what it started on the device."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(
+    scenario: Scenario, variants: dict[str, Theirs | Mine], vocabulary: int, machine: Machine, seconds: float
+) -> list[Row]:
+    """Compare, warm up, time in turns."""
+    variants = {name: variant for name, variant in variants.items() if runs_here(variant, scenario)}
+    device = machine.device
+    packed, padded = batches(scenario, vocabulary, device)
+    check(variants, packed, padded, scenario.name)
+    make = training_step if scenario.kind == "train" else inference
+    runs: dict[str, Callable[[], None]] = {}
+    peaks: dict[str, float | None] = {}
+    refused: dict[str, str] = {}
+    for name, variant in variants.items():
+        run = make(variant, packed, padded)
+        try:
+            for _ in range(WARMUPS):  # compiles, and makes the optimizer's state
+                run()
+            peaks[name] = machine.with_peak(run)[1]
+        except Exception as problem:
+            if isinstance(variant, Mine):
+                raise
+            refused[name] = reason(problem)
+            continue
+        runs[name] = run
+    first = sum(awaited(run, device) for run in runs.values())
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds_in(seconds, first)):
+        for name, run in runs.items():
+            times[name].append(awaited(run, device))
+    medians = {name: median(found) for name, found in times.items()}
+    peers = [found for name, found in medians.items() if isinstance(variants[name], Theirs)]
+    total = packed.num_tokens
+    rows = []
+    for name in variants:
+        if name in refused:
+            rows.append(Row(scenario.name, name, refused=refused[name]))
+            continue
+        rows.append(
+            Row(
+                scenario.name,
+                name,
+                ms=medians[name] * 1e3,
+                tokens_per_s=total / medians[name],
+                fill=total / padded["input_ids"].numel(),
+                peak_mbytes=peaks[name],
+                ratio_to_best_peer=min(peers) / medians[name] if peers else None,
+            )
+        )
+    return rows
+
+
+def scenarios(size: str, quick: bool) -> list[Scenario]:
+    """What matters most first: a short budget leaves the rest out."""
+    found = []
+    for kind in ("train", "infer"):
+        for seqlen in (32,) if size == "tiny" else (512, 128):
+            count = PADDED_TOKENS[size] // seqlen
+            full = Scenario(f"{size} S {seqlen} {kind}", kind, [seqlen] * count, seqlen)
+            half = Scenario(f"{size} S {seqlen} half filled {kind}", kind, half_filled(count, seqlen), seqlen)
+            found += [half, full]
+    return [scenario for scenario in found if scenario.kind == "train" or not quick]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| case | variant | ms | real tokens/s | fill | peak MB | x best peer |", "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        if r.ms is None or r.fill is None:
+            lines.append(f"| {r.case} | {r.variant} | refused: {r.refused} | | | | |")
+            continue
+        peak = "" if r.peak_mbytes is None else f"{r.peak_mbytes:,.0f}"
+        ratio = "" if r.ratio_to_best_peer is None else f"{r.ratio_to_best_peer:.2f}"
+        lines.append(
+            f"| {r.case} | {r.variant} | {r.ms:.2f} | {r.tokens_per_s:,.0f} | {r.fill:.0%} | {peak} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = arguments("a whole BERT beside transformers' own")
+    parser.add_argument("--size", nargs="+", choices=tuple(PADDED_TOKENS), default=None)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options = parser.parse_args()
+    prepare_compiler()
+    try:
+        machine = machine_of(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    sizes = options.size or (["base"] if options.quick else ["base", "large"])
+    begin = time.perf_counter()
+    rows: list[Row] = []
+    left_out: list[str] = []
+    for size in sizes:
+        # Compiling the 24 layers of large takes longer than everything else here together.
+        takes_part = size == "base" and not options.no_compile
+        compiled = ((512,) if options.quick else (128, 512)) if takes_part else ()
+        variants, vocabulary = models(size, machine.device, compiled)
+        for scenario in scenarios(size, options.quick):
+            if time.perf_counter() - begin > options.budget:
+                left_out.append(scenario.name)
+                continue
+            rows += measure(scenario, variants, vocabulary, machine, 0.5 if options.quick else 1.5)
+            print(f"{scenario.name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+            machine.release()
+        del variants
+        gc.collect()
+        machine.release()
+    import transformers
+
+    about = {**environment(machine), "transformers": transformers.__version__}
+    print(f"models: {json.dumps(about)}\n{table(rows)}")
+    report: dict[str, Any] = {"environment": about, "rows": [asdict(row) for row in rows]}
+    if left_out:
+        report["left_out"] = left_out
+        print(f"not measured, {options.budget:.0f} s were over: {'; '.join(left_out)}")
+    if options.record:
+        print(f"written: {write(report, 'models', options.results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
