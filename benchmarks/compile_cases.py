@@ -47,4 +47,21 @@ def padding() -> None:
         ops.scatter_rows(x, indices, 2 * TOKENS)
 
 
-CASES: dict[str, Callable[[], Any]] = {"bias_gelu": bias_gelu, "padding": padding}
+def lamb() -> None:
+    from bert_fast.kernels.lamb import triton_kernels as ops
+
+    # The elements of a tensor and the number of tensors are read by the kernels: any sizes do.
+    scale, step = empty(), empty()
+    for param, grad in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), *((d, d) for d in DTYPES[1:])):
+        for offset in (0, 1):  # at the start of its memory, and one element into it: no multiple of 16 bytes
+            lists = [
+                [empty(30522 + offset, dtype=dtype)[offset:] for _ in range(3)]
+                for dtype in (param, grad, torch.float32, torch.float32)
+            ]
+            ops.clip_scale(lists[1], 1.0)
+            ops.lamb_step(*lists, step, scale, (0.9, 0.999), 1e-6, 0.01, scale)  # in a CUDA graph
+            ops.lamb_step(*lists, 7, 0.01, (0.9, 0.999), 1e-6, 0.01, scale)  # clipped
+            ops.lamb_step(*lists, 7, 0.01, (0.9, 0.999), 1e-6, 0.01, 1.0)
+
+
+CASES: dict[str, Callable[[], Any]] = {"bias_gelu": bias_gelu, "lamb": lamb, "padding": padding}

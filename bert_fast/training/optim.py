@@ -28,6 +28,9 @@ class Lamb(torch.optim.Optimizer):
         weight_decay: strength of the decoupled decay.
         max_grad_norm: the gradients of all groups are clipped to this global norm, without writing them; None for no
             clipping. The norm before clipping is kept in `last_grad_norm`, a () tensor.
+        capturable: a step waits for nothing and counts on the device, so that a CUDA graph can capture it, after one
+            ordinary step; the gradients must stay in their memory (`zero_grad(set_to_none=False)`). `lr` has to be a
+            () tensor, on the device, for a change of it to reach the replays. Works without a GPU too.
         impl: the implementation of `bert_fast.kernels.lamb_step`.
 
     Raises:
@@ -43,6 +46,7 @@ class Lamb(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         max_grad_norm: float | None = None,
+        capturable: bool = False,
         impl: str = "auto",
     ) -> None:
         if not isinstance(lr, Tensor) and lr < 0:
@@ -51,6 +55,7 @@ class Lamb(torch.optim.Optimizer):
             raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number above 0, or None")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.max_grad_norm = max_grad_norm
+        self.capturable = capturable
         self.impl = impl
         self.last_grad_norm: Tensor | None = None
 
@@ -64,31 +69,26 @@ class Lamb(torch.optim.Optimizer):
         grad_scale: float | Tensor = 1.0
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
         if self.max_grad_norm is not None and grads:
-            self.last_grad_norm, grad_scale = clip_scale(grads, self.max_grad_norm)
+            self.last_grad_norm, grad_scale = clip_scale(grads, self.max_grad_norm, impl=self.impl)
         for group in self.param_groups:
             self._step_group(group, grad_scale)
         return loss
 
     def _step_group(self, group: dict[str, Any], grad_scale: float | Tensor) -> None:
         # One multi-tensor call takes parameters on one device that have seen the same number of steps.
-        together: dict[tuple[torch.device, int], list[Tensor]] = defaultdict(list)
-        for param in group["params"]:
-            if param.grad is not None:
-                state = self.state[param]
-                if not state:
-                    moment_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-                    state["step"] = 0
-                    state["exp_avg"] = torch.zeros_like(param, dtype=moment_dtype)
-                    state["exp_avg_sq"] = torch.zeros_like(param, dtype=moment_dtype)
-                state["step"] += 1
-                together[param.device, state["step"]].append(param)
-        for (device, step), params in together.items():
+        params = [param for param in group["params"] if param.grad is not None]
+        counts: dict[torch.device, Tensor] = {}
+        for param in params:
+            if not self.state[param]:
+                self._begin(param, counts)
+        for together in self._counted_on_device(group, params) if self.capturable else self._counted(params):
+            device = together[0].device
             lamb_step(
-                params,
-                [param.grad for param in params if param.grad is not None],
-                [self.state[param]["exp_avg"] for param in params],
-                [self.state[param]["exp_avg_sq"] for param in params],
-                step=step,
+                together,
+                [param.grad for param in together if param.grad is not None],
+                [self.state[param]["exp_avg"] for param in together],
+                [self.state[param]["exp_avg_sq"] for param in together],
+                step=self.state[together[0]]["step"],
                 lr=group["lr"],
                 betas=group["betas"],
                 eps=group["eps"],
@@ -97,8 +97,49 @@ class Lamb(torch.optim.Optimizer):
                 impl=self.impl,
             )
 
+    def _begin(self, param: Tensor, counts: dict[torch.device, Tensor]) -> None:
+        """The state before the first step; `counts`: the steps on each device of those who begin together."""
+        moment_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        step = counts.setdefault(param.device, torch.zeros((), device=param.device)) if self.capturable else 0
+        self.state[param]["step"] = step
+        self.state[param]["exp_avg"] = torch.zeros_like(param, dtype=moment_dtype)
+        self.state[param]["exp_avg_sq"] = torch.zeros_like(param, dtype=moment_dtype)
+
+    def _counted(self, params: list[Tensor]) -> list[list[Tensor]]:
+        """One step more for each of `params`; those that are on one device and at the same step together."""
+        found: dict[tuple[torch.device, int], list[Tensor]] = defaultdict(list)
+        for param in params:
+            self.state[param]["step"] += 1
+            found[param.device, self.state[param]["step"]].append(param)
+        return list(found.values())
+
+    def _counted_on_device(self, group: dict[str, Any], params: list[Tensor]) -> list[list[Tensor]]:
+        """The same where the counts are tensors, which can't be compared without waiting for the device.
+
+        Parameters that began together and got every gradient together share one; where some of them have no gradient
+        this time, those that have one go on with a count of their own.
+        """
+        sharing: dict[int, list[Tensor]] = defaultdict(list)
+        for param in group["params"]:
+            if self.state.get(param):
+                sharing[id(self.state[param]["step"])].append(param)
+        found: dict[int, list[Tensor]] = defaultdict(list)
+        for param in params:
+            found[id(self.state[param]["step"])].append(param)
+        for key, together in found.items():
+            count = self.state[together[0]]["step"]
+            if len(together) < len(sharing[key]):
+                count = count.clone()
+                for param in together:
+                    self.state[param]["step"] = count
+            count += 1
+        return list(found.values())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over groups and moments of `state_dict()`; the moments keep the dtype in which they were saved."""
+        """Take over groups and moments of `state_dict()`; the moments keep the dtype in which they were saved.
+
+        The state of an optimizer that is capturable goes into one that is not, and the other way round.
+        """
         super().load_state_dict(state_dict)
         # torch casts floating-point state to the parameter's dtype, which would round moments kept in float32.
         saved_ids = (index for group in state_dict["param_groups"] for index in group["params"])
@@ -107,3 +148,10 @@ class Lamb(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[param][name] = value.detach().clone().to(param.device)
+        for group in self.param_groups:
+            shared: dict[tuple[torch.device, int], Tensor] = {}
+            for param in group["params"]:
+                if state := self.state.get(param):
+                    step = int(state["step"])
+                    count = torch.full((), float(step), device=param.device)
+                    state["step"] = shared.setdefault((param.device, step), count) if self.capturable else step

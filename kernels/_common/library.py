@@ -63,23 +63,28 @@ def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
     return Implementation(functools.partial(call, torch.ops.bert_fast), "cpu", NATIVE_CPU_DTYPES, availability)
 
 
+def triton_function(room: str, name: str) -> Callable[..., Any]:
+    """The function `name` of the room's triton_kernels.py; the module, and triton with it, is imported when it runs."""
+
+    def function(*arguments: Any) -> Any:
+        module = importlib.import_module(f"bert_fast.kernels.{room}.triton_kernels")
+        return getattr(module, name)(*arguments)
+
+    return function
+
+
+def triton_slot(call: Callable[..., Any], room: str) -> Implementation:
+    """The slot of `call`, which runs the room's Triton kernels."""
+    device = "cpu" if triton_support.INTERPRETED else "cuda"
+    return Implementation(call, device, TRITON_DTYPES, triton_support.availability(room))
+
+
 def triton_kernels(call: Callable[..., Any], room: str, *operators: str) -> Implementation:
     """The slot of the Triton kernels: each of `operators` is the function of that name in the room's triton_kernels.py.
 
-    The module is imported, and triton with it, when the first of them runs. `call(ops, ...)` finds the operators in
-    `ops`.
+    `call(ops, ...)` finds the operators in `ops`.
     """
-
-    def deferred(name: str) -> Callable[..., Any]:
-        def kernel(*arguments: Any) -> Any:
-            module = importlib.import_module(f"bert_fast.kernels.{room}.triton_kernels")
-            return getattr(module, name)(*arguments)
-
-        return kernel
-
     for name in operators:
         for key in ("CUDA", "CPU") if triton_support.INTERPRETED else ("CUDA",):
-            _LIBRARIES[_TRITON].impl(name, deferred(name), key)
-    device = "cpu" if triton_support.INTERPRETED else "cuda"
-    availability = triton_support.availability(room)
-    return Implementation(functools.partial(call, torch.ops.bert_fast_triton), device, TRITON_DTYPES, availability)
+            _LIBRARIES[_TRITON].impl(name, triton_function(room, name), key)
+    return triton_slot(functools.partial(call, torch.ops.bert_fast_triton), room)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.checks import check_floating, check_same_device, check_shape
+from bert_fast.kernels._common.library import TRITON_DTYPES
 from bert_fast.kernels.lamb.ops import ROOM
-from bert_fast.kernels.lamb.reference import clip_scale_reference
 
 
 class ClipScale(NamedTuple):
@@ -21,7 +21,7 @@ class ClipScale(NamedTuple):
 
 
 @torch.no_grad()
-def clip_scale(grads: Sequence[Tensor], max_norm: float) -> ClipScale:
+def clip_scale(grads: Sequence[Tensor], max_norm: float, *, impl: str = "auto") -> ClipScale:
     """Norm of all gradients taken as one vector, and the factor min(1, max_norm / norm); neither waits for the device.
 
     Pass `scale` to `lamb_step` as `grad_scale` instead of writing clipped gradients back to memory.
@@ -29,6 +29,7 @@ def clip_scale(grads: Sequence[Tensor], max_norm: float) -> ClipScale:
     Args:
         grads: at least one floating-point tensor, any shapes, dtypes and devices.
         max_norm: the largest norm allowed, above 0.
+        impl: "auto", "reference", "triton", "cuda" or "cpu"; gradients on several devices go to the reference.
 
     Returns:
         norm and scale, () float32 (float64 for float64 gradients) on the device of the first gradient. A norm that is
@@ -37,6 +38,7 @@ def clip_scale(grads: Sequence[Tensor], max_norm: float) -> ClipScale:
     Raises:
         TypeError: a gradient is not a floating-point tensor.
         ValueError: there is no gradient, or `max_norm` is not above 0.
+        ImplUnavailableError: the `impl` asked for can't run here.
     """
     if not grads:
         raise ValueError("grads is empty; expected at least one tensor")
@@ -44,7 +46,11 @@ def clip_scale(grads: Sequence[Tensor], max_norm: float) -> ClipScale:
         raise ValueError(f"max_norm is {max_norm}; expected a number above 0")
     for index, grad in enumerate(grads):
         check_floating(f"grads[{index}]", grad)
-    return ClipScale(*clip_scale_reference(list(grads), max_norm))
+    if impl == "auto" and any(grad.device != grads[0].device for grad in grads):
+        impl = "reference"
+    for index, grad in enumerate(grads) if impl == "triton" else ():
+        check_same_device(grads[0], **{f"grads[{index}]": grad})
+    return ClipScale(*ROOM.select(impl, grads[0], _rarest_dtype(grads))().clip_scale(list(grads), max_norm))
 
 
 @torch.no_grad()
@@ -73,7 +79,8 @@ def lamb_step(
     Args:
         params: floating-point tensors on one device.
         grads: one a parameter, its shape; left as they are.
-        exp_avgs, exp_avg_sqs: the moments m and v, one a parameter, its shape; the step computes in their dtype.
+        exp_avgs, exp_avg_sqs: the moments m and v, one a parameter, its shape; the step computes in their dtype, the
+            Triton kernels in float32 at least.
         step: how many steps have been taken with this one; an int, or a () tensor on the device.
         lr: learning rate; a float, or a () tensor on the device.
         betas: decay of the two moments, each in [0, 1).
@@ -103,9 +110,15 @@ def lamb_step(
             check_shape(f"{name}[{index}]", tensors[index], tuple(param.shape))
             check_same_device(param, **{f"{name}[{index}]": tensors[index]})
     if params:
-        ROOM.select(impl, params[0])(
+        dtype = _rarest_dtype([*params, *grads, *exp_avgs, *exp_avg_sqs])
+        ROOM.select(impl, params[0], dtype)().lamb_step(
             list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), step, lr, betas, eps, weight_decay, grad_scale
         )
+
+
+def _rarest_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that decides which implementation can take tensors of several: one that only the reference takes."""
+    return next((x.dtype for x in tensors if x.dtype not in TRITON_DTYPES), tensors[0].dtype)
 
 
 def _check_numbers(step: int | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

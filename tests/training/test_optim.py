@@ -121,6 +121,106 @@ def test_parameters_without_gradient_stay_and_keep_their_own_step() -> None:
     assert not torch.equal(last, before)
 
 
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_capturable_takes_the_same_steps(clip: float | None) -> None:
+    """To the bit: the corrections are float64 either way, and both kinds of number are rounded to float32 once."""
+    trained = []
+    for capturable in (False, True):
+        model = network()
+        optimizer = Lamb(groups(model), lr=0.02, max_grad_norm=clip, capturable=capturable)
+        train(model, optimizer, range(12))
+        trained.append([*model.parameters(), *(optimizer.state[p]["exp_avg_sq"] for p in model.parameters())])
+        steps = [optimizer.state[p]["step"] for p in model.parameters()]
+        assert all(isinstance(step, Tensor) == capturable and int(step) == 12 for step in steps)
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+
+def test_capturable_reads_a_learning_rate_that_changes_in_place() -> None:
+    rates = (0.02, 0.01, 0.005)
+    model, twin = network(), network()
+    lr = torch.tensor(rates[0])
+    optimizer = Lamb(model.parameters(), lr=lr, capturable=True)
+    other = Lamb(twin.parameters())
+    for step, rate in enumerate(rates):
+        lr.fill_(rate)
+        other.param_groups[0]["lr"] = rate
+        train(model, optimizer, range(step, step + 1))
+        train(twin, other, range(step, step + 1))
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)  # lr is rounded to float32 in one of them
+
+
+def test_capturable_counts_for_those_that_have_a_gradient() -> None:
+    """As without it: `last` misses the second step and the fourth, and shares the count of nobody from then on."""
+    found = []
+    for capturable in (False, True):
+        model = network()
+        first, last = model[0].weight, model[2].weight
+        optimizer = Lamb([first, last], lr=0.02, capturable=capturable)
+        for step in range(5):
+            first.grad = torch.full_like(first, step + 1.0)
+            last.grad = torch.full_like(last, 2.0 - step) if step % 2 == 0 else None
+            optimizer.step()
+        assert (int(optimizer.state[first]["step"]), int(optimizer.state[last]["step"])) == (5, 3)
+        found.append((first, last))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_state_goes_between_capturable_and_not(before: bool, after: bool) -> None:
+    """Resumed to the bit whichever way, and those with the same count share its tensor again."""
+    model = network()
+    optimizer = Lamb(groups(model), lr=0.02, max_grad_norm=1.0, capturable=before)
+    train(model, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(model, optimizer, range(3, 6))
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = network()
+    resumed.load_state_dict(saved["model"])
+    other = Lamb(groups(resumed), max_grad_norm=1.0, capturable=after)
+    other.load_state_dict(saved["optimizer"])
+    assert len({id(other.state[p]["step"]) for p in other.param_groups[0]["params"]}) == 1
+    train(resumed, other, range(3, 6))
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert isinstance(other.state[b]["step"], Tensor) == after
+        assert int(other.state[b]["step"]) == 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_captured_step_equals_an_ordinary_one(impl: str) -> None:
+    """Five replays with new gradients and learning rates, in one optimizer captured and in the other called."""
+    model, twin = network().cuda(), network().cuda()
+    lr = torch.tensor(0.02, device="cuda")
+    made = [Lamb(m.parameters(), lr=lr, max_grad_norm=0.5, capturable=True, impl=impl) for m in (model, twin)]
+    gradients = [[torch.randn_like(p) for p in model.parameters()] for _ in range(6)]
+
+    def fill(m: nn.Module, step: int) -> None:
+        for p, gradient in zip(m.parameters(), gradients[step], strict=True):
+            p.grad = gradient.clone() if p.grad is None else p.grad.copy_(gradient)
+
+    for m, optimizer in zip((model, twin), made, strict=True):
+        fill(m, 0)
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made[0].step()
+    for step in range(1, 6):
+        lr.fill_(0.02 / step)
+        fill(model, step)
+        graph.replay()
+        fill(twin, step)
+        made[1].step()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert int(made[0].state[next(model.parameters())]["step"]) == 6
+
+
 def test_closure_is_called_with_gradients_on() -> None:
     model = network()
     optimizer = Lamb(model.parameters(), lr=0.02)

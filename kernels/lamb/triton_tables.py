@@ -1,0 +1,123 @@
+"""Where the tensors of a multi-tensor call are, for kernels that find them by themselves.
+
+`layout` says how each tensor is cut into chunks and follows from the sizes alone, `pointers` holds the addresses. Both
+are int64 tensors on the device, built once for each set of sizes and of addresses and kept: the key is all that the
+table is made of, so a kept table is never a wrong one. Building one copies from the host, which a CUDA graph must not
+capture.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 8192  # elements of one program; a multiple of the block that it works through
+_MOST_TABLES = 1024  # of each kind; a table of addresses takes 32 bytes a tensor, a layout 16 and 8 more a chunk
+
+
+class _Kept:
+    """Tables by what they are made of: the most recently used, and all that a CUDA graph has captured."""
+
+    def __init__(self) -> None:
+        self.recent: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self.captured: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, device: torch.device, build: Callable[[], Tensor], blocking: bool) -> Tensor:
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        table = self.captured.get(key, self.recent.get(key))
+        if table is None:
+            if capturing:
+                raise RuntimeError(
+                    "lamb: these tensors are new to the CUDA graph that is being captured; run one step with the same "
+                    "tensors before, and keep the gradients in their memory (zero_grad(set_to_none=False))"
+                )
+            host = build()
+            table = host.to(device) if blocking or device.type != "cuda" else _from_pinned(host, device)
+        if capturing:  # a replay reads the table at this address, however much later
+            self.captured[key] = table
+        else:
+            self.recent[key] = table
+            self.recent.move_to_end(key)
+            if len(self.recent) > _MOST_TABLES:
+                self.recent.popitem(last=False)
+            if device.type == "cuda":  # it may be freed while a stream other than its own still reads it
+                table.record_stream(torch.cuda.current_stream(device))
+        return table
+
+
+def _from_pinned(host: Tensor, device: torch.device) -> Tensor:
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+_layouts, _pointers = _Kept(), _Kept()
+
+
+class Tables(NamedTuple):
+    """What a launch over `chunks` programs needs to find its tensors.
+
+    layout: int64, the number of elements of each tensor, its first chunk, then the tensor of each chunk.
+    pointers: int64 (lists, tensors), addresses.
+    """
+
+    layout: Tensor
+    pointers: Tensor
+    tensors: int
+    chunks: int
+    aligned: bool  # every address is a multiple of 16
+
+    @staticmethod
+    def of(lists: Sequence[Sequence[Tensor]]) -> Tables:
+        """The tables of lists of tensors, of the same sizes in each list, dense and none of them empty."""
+        device = lists[0][0].device
+        sizes = tuple(x.numel() for x in lists[0])
+        addresses = tuple(x.data_ptr() for tensors in lists for x in tensors)
+        # The layout may serve two streams that know nothing of each other, so the host waits for its copy, once. The
+        # addresses serve those who write these tensors, and they wait for each other anyway.
+        layout = _layouts.get((device, sizes), device, lambda: _layout(sizes), blocking=True)
+        pointers = _pointers.get(
+            (device, addresses), device, lambda: torch.tensor(addresses, dtype=torch.int64), blocking=False
+        )
+        aligned = all(address % 16 == 0 for address in addresses)
+        return Tables(layout, pointers, len(sizes), layout.shape[0] - 2 * len(sizes), aligned)
+
+
+def _layout(sizes: tuple[int, ...]) -> Tensor:
+    elements = torch.tensor(sizes, dtype=torch.int64)
+    chunks = (elements + CHUNK - 1) // CHUNK
+    return torch.cat([elements, chunks.cumsum(0) - chunks, torch.arange(len(sizes)).repeat_interleave(chunks)])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that one launch can take: lists as they came, with one dtype a list."""
+
+    lists: tuple[tuple[Tensor, ...], ...]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(tensors[0].dtype for tensors in self.lists)
+
+
+def groups(lists: Sequence[Sequence[Tensor]]) -> Iterator[Group]:
+    """The tensors of `lists`, without the empty ones, by the dtypes that they have in each list."""
+    together: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
+    for tensors in zip(*lists, strict=True):
+        if tensors[0].numel():
+            together.setdefault(tuple(x.dtype for x in tensors), []).append(tensors)
+    for found in together.values():
+        yield Group(tuple(zip(*found, strict=True)))
+
+
+def same_dense_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether the n-th element in memory is the same one in each, with nothing between the elements."""
+    if all(x.is_contiguous() for x in tensors):
+        return True
+    first = tensors[0]
+    return all(x.stride() == first.stride() for x in tensors) and bool(
+        torch.ops.aten.is_non_overlapping_and_dense(first)
+    )
