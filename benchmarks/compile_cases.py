@@ -64,4 +64,9 @@ def lamb() -> None:
             ops.lamb_step(*lists, 7, 0.01, (0.9, 0.999), 1e-6, 0.01, 1.0)
 
 
-CASES: dict[str, Callable[[], Any]] = {"bias_gelu": bias_gelu, "lamb": lamb, "padding": padding}
+CASES: dict[str, Callable[[], Any]] = {
+    "add_layer_norm": add_layer_norm,
+    "bias_gelu": bias_gelu,
+    "lamb": lamb,
+    "padding": padding,
+}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
-from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, define, native_cpu
+from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, TRITON_DTYPES, define, native_cpu, triton_kernels
 from bert_fast.kernels.add_layer_norm.reference import add_layer_norm_reference
 
 
@@ -104,6 +104,7 @@ ROOM = Room(
     "add_layer_norm",
     {
         "reference": Implementation(add_layer_norm_reference, None, None),
+        "triton": triton_kernels(_run, "add_layer_norm", "add_layer_norm_fwd", "add_layer_norm_bwd"),
         "cpu": native_cpu(_run, "add_layer_norm_fwd", "add_layer_norm_bwd"),
     },
     choices=(
@@ -115,6 +116,13 @@ ROOM = Room(
             measured="(1024, 768) and (2048, 1024), 2 AVX2 threads, 2026-11-21, against the better of eager and "
             "torch.compile: forward 1.3 to 1.7 times, forward + backward 1.1 to 1.4, with dropout 0.1 3.6 to 4.9; at "
             "(128, 768) 0.7 to 0.8 without dropout, where the call costs more than the work, and 2.0 to 2.3 with it",
+        ),
+        Choice(
+            "triton",
+            "cuda",
+            TRITON_DTYPES,
+            measured="no GPU figure yet (benchmarks/results/PENDING.md); by count of bytes: 3 passes over (T, E) "
+            "forward where the reference makes 8, 10 with dropout, and 5 backward where it makes 8, 10 with dropout",
         ),
     ),
 )

@@ -3,7 +3,6 @@ sources, and nothing in it spills or asks for more shared memory than there is."
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = ROOT / "benchmarks" / "results" / "triton_compile.json"
 # In a process of its own, where Triton compiles: in this one its interpreter may have taken the kernels.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
@@ -27,14 +25,6 @@ def report(*arguments: str, script: str = "") -> subprocess.CompletedProcess[str
 def test_the_table_is_current_and_without_spills() -> None:
     done = report("--sample")
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_matrix_products_use_the_matrix_units() -> None:
-    """The kernels with tl.dot in 16 bits: HGMMA on sm_90 in the tiles of 64 rows and more that it takes."""
-    rows = [row for row in json.loads(TABLE.read_text()) if row["matrix"] and row["arch"] == "sm_90"]
-    assert {row["kernel"].split(".")[0] for row in rows} == {"attention", "masked_lm_loss"}
-    for room in ("attention", "masked_lm_loss"):
-        assert any(row["kernel"].startswith(room) and "HGMMA" in row["matrix"] for row in rows)
 
 
 SPOILED = """

@@ -1,0 +1,223 @@
+"""attention in Triton: the operators, and which kernel in which tiles they launch.
+
+Up to 128 tokens a sequence `triton_short.py` takes all keys at once, one kernel forward and one backward; above it, and
+in float32, `triton_long.py` walks over blocks of keys: one kernel forward, two backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bert_fast.kernels._common.philox import dropout_threshold
+from bert_fast.kernels._common.triton_launch import ceil_div, launch, next_power_of_2
+from bert_fast.kernels.attention import triton_long, triton_short
+
+LARGEST_D = 256
+# Addresses within a tile are 32-bit: 128 rows of a stride below 2^24.
+LARGEST_STRIDE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A kernel's tile of scores, queries by keys, and how many warps and pipeline stages work on it."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class LongLaunch:
+    """The three kernels of the long regime."""
+
+    fwd: Tiles
+    dq: Tiles
+    dkv: Tiles
+
+
+# By (bytes of an element, D padded). No row is measured on a GPU yet: each is the largest tile that compiles without a
+# spill on every architecture, with and without dropout (benchmarks/results/triton_compile.json); 64 rows for 4 warps
+# are the least that Hopper's HGMMA takes.
+LONG = {
+    (2, 16): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    (2, 32): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    (2, 64): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    (2, 128): LongLaunch(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
+    (2, 256): LongLaunch(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1)),
+    (4, 16): LongLaunch(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    (4, 32): LongLaunch(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    (4, 64): LongLaunch(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    (4, 128): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    (4, 256): LongLaunch(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+}
+
+
+@dataclass(frozen=True)
+class ShortLaunch:
+    """The short regime: rows of a tile, rows that a sequence has of them, warps forward and backward."""
+
+    tile: int
+    block_s: int
+    fwd_warps: int
+    bwd_warps: int
+
+
+# By the longest sequence that fits. Not measured on a GPU yet: tiles of 64 rows are the least that HGMMA takes, so
+# shorter sequences share one; 128 rows need twice the warps for the same registers a thread.
+SHORT = (ShortLaunch(64, 16, 4, 4), ShortLaunch(64, 32, 4, 4), ShortLaunch(64, 64, 4, 4), ShortLaunch(128, 128, 8, 8))
+# The backward kernel holds q, k, v, dout and a tile of dz in shared memory: tile x padded D stays within 99 KB.
+SHORT_ELEMENTS = 128 * 64
+
+
+def short_launch(qkv: Tensor, block_d: int, max_seqlen: int) -> ShortLaunch | None:
+    """The first launch of SHORT that takes `max_seqlen`; None for the long regime.
+
+    float32 has no matrix instructions of its own precision: there large tiles gain nothing.
+    """
+    if qkv.element_size() == 4:
+        return None
+    fits = (s for s in SHORT if max_seqlen <= s.block_s and s.tile * block_d <= SHORT_ELEMENTS)
+    return next(fits, None)
+
+
+class _Call:
+    """What every launch of one call needs: the checked input, the sizes, dropout and scale as the kernels take them."""
+
+    def __init__(
+        self,
+        qkv: Tensor,
+        bias: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        dropout_p: float,
+        rng_state: Tensor | None,
+    ) -> None:
+        self.T, _, self.N, self.D = qkv.shape
+        if self.D > LARGEST_D:
+            raise ValueError(
+                f"qkv has a head dimension D of {self.D}; the Triton kernels take at most {LARGEST_D}: "
+                "use impl='reference'"
+            )
+        self.B = cu_seqlens.shape[0] - 1
+        self.max_seqlen = min(max_seqlen, self.T)
+        if (qkv.stride(3) != 1 and self.D > 1) or qkv.stride(0) >= LARGEST_STRIDE:
+            qkv = qkv.contiguous()
+        self.qkv, self.cu_seqlens = qkv, cu_seqlens.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        self.scale = scale
+        self.threshold = dropout_threshold(dropout_p)
+        self.multiplier = 256 / (256 - self.threshold)
+        self.rng_state = rng_state if self.threshold else None
+        self.block_d = max(16, next_power_of_2(self.D))
+        self.short = short_launch(qkv, self.block_d, self.max_seqlen)
+        self.long = LONG[qkv.element_size(), self.block_d]
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.B and self.max_seqlen and self.N)
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        return self.qkv.stride(0), self.qkv.stride(1), self.qkv.stride(2)
+
+    def sizes(self, blocks: int | None = None) -> tuple[int, ...]:
+        return (self.B, self.N, self.T, self.max_seqlen, *(() if blocks is None else (blocks,)), *self.strides)
+
+
+def attention_fwd(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    c = _Call(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
+    out = qkv.new_empty(c.T, c.N, c.D)
+    lse = qkv.new_empty(c.N, c.T, dtype=torch.float32)
+    if c.nothing:
+        return out.zero_(), lse.zero_()
+    # The running maximum wants a scale above 0: its sign, or a 0, goes into the queries.
+    sign = (softmax_scale > 0) - (softmax_scale < 0)
+    scaling = (abs(softmax_scale) or 1.0, float(sign), c.threshold, c.multiplier)
+    tensors = (c.qkv, c.bias, c.cu_seqlens, c.rng_state, out, lse)
+    if c.short:
+        launch(
+            triton_short.fwd_kernel, (ceil_div(c.B, c.short.tile // c.short.block_s) * c.N,),
+            *tensors, *c.sizes(), *scaling,
+            D=c.D, BLOCK_D=c.block_d, TILE=c.short.tile, BLOCK_S=c.short.block_s, num_warps=c.short.fwd_warps,
+        )  # fmt: skip
+        return out, lse
+    tiles = c.long.fwd
+    blocks = ceil_div(c.max_seqlen, tiles.queries)
+    launch(
+        triton_long.fwd_kernel, (blocks * c.N * c.B,), *tensors, *c.sizes(blocks), *scaling,
+        D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    c = _Call(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
+    dqkv = qkv.new_empty(qkv.shape)
+    if c.nothing:
+        return dqkv.zero_(), qkv.new_zeros(qkv.shape[1:], dtype=torch.float32)
+    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
+    run = _short_bwd if c.short else _long_bwd
+    return dqkv, run(c, dout, out, lse, dqkv)
+
+
+def _sum_of_parts(c: _Call, shape: tuple[int, ...]) -> Tensor | None:
+    return None if c.bias is None else c.qkv.new_empty(shape, dtype=torch.float32)
+
+
+def _short_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> Tensor:
+    assert c.short
+    groups = ceil_div(c.B, c.short.tile // c.short.block_s)
+    partial = _sum_of_parts(c, (groups, 3, c.N, c.D))
+    launch(
+        triton_short.bwd_kernel, (groups * c.N,),
+        dout, c.qkv, c.bias, lse, c.cu_seqlens, c.rng_state, dqkv, partial,
+        *c.sizes(), c.scale, c.threshold, c.multiplier,
+        D=c.D, BLOCK_D=c.block_d, TILE=c.short.tile, BLOCK_S=c.short.block_s, num_warps=c.short.bwd_warps,
+    )  # fmt: skip
+    return dqkv.new_zeros(dqkv.shape[1:], dtype=torch.float32) if partial is None else partial.sum(0)
+
+
+def _long_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> Tensor:
+    statistics = lse.new_empty(c.N, 4, c.T)
+    partials = []
+    for tiles, parts in ((c.long.dq, 1), (c.long.dkv, 2)):
+        queries = parts == 1
+        blocks = ceil_div(c.max_seqlen, tiles.queries if queries else tiles.keys)
+        partial = _sum_of_parts(c, (c.B * blocks, parts, c.N, c.D))
+        saved = (out, lse) if queries else ()
+        launch(
+            triton_long.dq_kernel if queries else triton_long.dkv_kernel, (blocks * c.N * c.B,),
+            dout, c.qkv, c.bias, *saved, c.cu_seqlens, c.rng_state, dqkv, partial, statistics,
+            *c.sizes(blocks), c.scale, c.threshold, c.multiplier,
+            D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        partials.append(partial)
+    if c.bias is None:
+        return dqkv.new_zeros(dqkv.shape[1:], dtype=torch.float32)
+    return torch.cat([partial.sum(0) for partial in partials])
