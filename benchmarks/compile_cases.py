@@ -31,6 +31,27 @@ def bias_gelu() -> None:
         ops.bias_gelu_bwd(x, x, bias, tanh)
 
 
+def add_layer_norm() -> None:
+    """Each width in bf16, every dtype and option at 768, the widest tiles in bf16 and fp32."""
+    from bert_fast.kernels.add_layer_norm import triton_kernels as ops
+
+    state, statistics = empty(2, dtype=torch.int64), empty(TOKENS)
+
+    def both(E: int, dtype: torch.dtype, parameters: torch.dtype, dropout_p: float, has_x_bias: bool = True) -> None:
+        x, weight = empty(TOKENS, E, dtype=dtype), empty(E, dtype=parameters)
+        x_bias = weight if has_x_bias else None
+        ops.add_layer_norm_fwd(x, x, weight, weight, x_bias, dropout_p, 1e-12, state)
+        ops.add_layer_norm_bwd(x, x, x, weight, x_bias, statistics, statistics, dropout_p, state)
+
+    for E, dropout_p in product(WIDTHS, (0.0, 0.1)):
+        both(E, torch.bfloat16, torch.float32, dropout_p)
+    for dtype in DTYPES:
+        both(768, dtype, dtype, 0.1)
+    both(768, torch.bfloat16, torch.float32, 0.1, has_x_bias=False)
+    for E, dtype in product((2048, 4096, 8192), (torch.float32, torch.bfloat16)):
+        both(E, dtype, torch.float32, 0.1)
+
+
 def padding() -> None:
     from bert_fast.kernels.padding import triton_kernels as ops
 

@@ -9,10 +9,6 @@ from torch import Tensor
 from bert_fast.kernels._common.philox import dropout_threshold
 from bert_fast.kernels._common.triton_launch import ceil_div, launch, next_power_of_2
 
-# Elements of a row that one thread holds in 16 bytes of bf16: eight neighbours, 32 lanes side by side.
-_WARP_COLUMNS = 256
-_SUM_PARTS, _SUM_COLUMNS = 128, 32
-
 
 @triton.jit
 def row_statistics(s, columns, E, eps):
@@ -63,11 +59,13 @@ def sum_parts(partial: Tensor) -> tuple[Tensor, ...]:
     One launch where `partial.sum(0)` and the copies out of it are several; the sums don't share memory.
     """
     parts, count, E = partial.shape
+    # Narrow strips of many parts, for the loads in flight; wide ones where there is little to add.
+    rows, columns = (128, 32) if parts > 32 else (32, 128)
     sums = tuple(partial.new_empty(E) if parts else partial.new_zeros(E) for _ in range(count))
     if parts:
         launch(
-            _sum_parts_kernel, (ceil_div(E, _SUM_COLUMNS), count), partial, sums[0], sums[1], sums[-1], parts, E,
-            COUNT=count, BLOCK_PARTS=_SUM_PARTS, BLOCK_E=_SUM_COLUMNS,
+            _sum_parts_kernel, (ceil_div(E, columns), count), partial, sums[0], sums[1], sums[-1], parts, E,
+            COUNT=count, BLOCK_PARTS=rows, BLOCK_E=columns,
         )  # fmt: skip
     return sums
 
@@ -100,15 +98,14 @@ def bwd_tile(E: int) -> dict[str, int]:
 
 
 def grad_parts(T: int, rows: int, num_warps: int) -> tuple[int, int]:
-    """(parts, rows of a part), the rows a multiple of `rows`; a function of the shape alone.
+    """(parts, rows of a part), the rows a multiple of `rows` and of 8; a function of the shape alone.
 
     At most 512 parts: 3.9 programs of 4 warps for each of 132 multiprocessors, in one wave where four of them fit;
-    fewer where a program has more warps. The partial sums of 512 parts are 12 bytes x 512 written and read
-    for each column,
-    15 % of the bytes of the rows at T = 8192 in bf16, and in the second cache level.
+    fewer where a program has more warps. The partial sums of 512 parts, three of 4 bytes for each column, written and
+    read, are 15 % of the bytes of the rows at T = 8192 in bf16, but stay in the second cache level.
     """
-    each = max(8, ceil_div(T, min(512, 2048 // num_warps)))
-    each = ceil_div(each, rows) * rows
+    multiple = max(8, rows)
+    each = max(1, ceil_div(ceil_div(T, min(512, 2048 // num_warps)), multiple)) * multiple
     return ceil_div(T, each), each
 
 

@@ -22,6 +22,10 @@ from bert_fast.kernels._common.triton_layer_norm import (
 )
 from bert_fast.kernels._common.triton_philox import keep_tile, load_rng_state
 
+# From this BLOCK_E on the registers of a program hold two sums over rows and no parameter.
+WIDE = 8192
+COLUMN_ROWS, COLUMNS = 8, 512
+
 
 @triton.jit
 def _fwd_kernel(
@@ -56,12 +60,14 @@ def _fwd_kernel(
 @triton.jit
 def _bwd_kernel(
     dout, x, residual, weight, x_bias, mean, rstd, rng_state, dx, dresidual, partial,
-    T, stride_dout, stride_x, stride_residual, threshold, scale, rows,
+    T, stride_dout, stride_x, stride_residual, stride_partial, threshold, scale, rows,
     SUMS: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
-    """A program owns `rows` rows, a multiple of ROWS, and so one (SUMS, E) of `partial`: dweight, dbias, dx_bias."""
-    # In the widest tile the sums leave no registers for the parameters: each row reads them again, from the cache.
-    HELD: tl.constexpr = BLOCK_E < 8192
+    """A program owns `rows` rows, a multiple of ROWS, and so one of `partial`: dweight, dbias and, for SUMS 3, dx_bias.
+
+    The parameters are HELD in registers, or each row reads them again, from the cache.
+    """
     e = tl.arange(0, BLOCK_E)[None, :]
     columns = e < E
     if HELD:
@@ -70,7 +76,7 @@ def _bwd_kernel(
             b = tl.load(x_bias + e, mask=columns, other=0.0).to(tl.float32)
     dweight = tl.zeros((1, BLOCK_E), tl.float32)
     dbias = tl.zeros((1, BLOCK_E), tl.float32)
-    if x_bias is not None:
+    if SUMS == 3:
         dx_bias = tl.zeros((1, BLOCK_E), tl.float32)
     if rng_state is not None:
         key0, key1, offset = load_rng_state(rng_state)
@@ -80,7 +86,6 @@ def _bwd_kernel(
         inside = columns & (t < T)[:, None]
         s = tl.load(x + t[:, None] * stride_x + e, mask=inside, other=0.0).to(tl.float32)
         r = tl.load(residual + t[:, None] * stride_residual + e, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(dout + t[:, None] * stride_dout + e, mask=inside, other=0.0).to(tl.float32)
         m = tl.load(mean + t, mask=t < T, other=0.0)
         rs = tl.load(rstd + t, mask=t < T, other=0.0)
         if x_bias is not None:
@@ -91,22 +96,35 @@ def _bwd_kernel(
             kept = keep_tile(key0, key1, offset, tl.full((), 0, tl.int32), t, 0, threshold, ROWS, BLOCK_E)
             s = tl.where(kept, s * scale, 0.0)
         xhat = tl.where(columns, (s + r - m[:, None]) * rs[:, None], 0.0)
+        d = tl.load(dout + t[:, None] * stride_dout + e, mask=inside, other=0.0).to(tl.float32)
+        dweight += tl.sum(d * xhat, axis=0, keep_dims=True)
+        dbias += tl.sum(d, axis=0, keep_dims=True)
         if not HELD:
             w = tl.load(weight + e, mask=columns, other=0.0).to(tl.float32)
         ds = layer_norm_grad(d * w, xhat, rs, E)
-        dweight += tl.sum(d * xhat, axis=0, keep_dims=True)
-        dbias += tl.sum(d, axis=0, keep_dims=True)
         tl.store(dresidual + t[:, None] * E + e, ds.to(dresidual.dtype.element_ty), mask=inside)
         if rng_state is not None:
             ds = tl.where(kept, ds * scale, 0.0)
         tl.store(dx + t[:, None] * E + e, ds.to(dx.dtype.element_ty), mask=inside)
-        if x_bias is not None:
+        if SUMS == 3:
             dx_bias += tl.sum(ds, axis=0, keep_dims=True)
-    mine = partial + tl.program_id(0).to(tl.int64) * SUMS * E + e
+    mine = partial + tl.program_id(0).to(tl.int64) * stride_partial + e
     tl.store(mine, dweight, mask=columns)
     tl.store(mine + E, dbias, mask=columns)
-    if x_bias is not None:
+    if SUMS == 3:
         tl.store(mine + 2 * E, dx_bias, mask=columns)
+
+
+@triton.jit
+def _column_sum_kernel(x, sums, T, rows, stride_sums, E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Row i of `sums` is the sum over `rows` rows, a multiple of ROWS, of the contiguous x (T, E)."""
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    first = tl.program_id(0).to(tl.int64) * rows
+    total = tl.zeros((ROWS, BLOCK_E), tl.float32)
+    for start in range(0, rows, ROWS):
+        t = first + start + tl.arange(0, ROWS)[:, None]
+        total += tl.load(x + t * E + e, mask=(t < T) & (e < E), other=0.0).to(tl.float32)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * stride_sums + e, tl.sum(total, axis=0, keep_dims=True), mask=e < E)
 
 
 def add_layer_norm_fwd(
@@ -151,11 +169,18 @@ def add_layer_norm_bwd(
     parts, rows = grad_parts(T, tile["ROWS"], tile["num_warps"])
     dx, dresidual = x.new_empty(x.shape), x.new_empty(x.shape)
     partial = x.new_empty((parts, 2 if x_bias is None else 3, E), dtype=torch.float32)
+    held = tile["BLOCK_E"] < WIDE
+    apart = x_bias is not None and not held
     launch(
         _bwd_kernel, (parts,),
         dout, x, residual, weight.contiguous(), None if x_bias is None else x_bias.contiguous(), mean, rstd, state,
-        dx, dresidual, partial, T, dout.stride(0), x.stride(0), residual.stride(0), threshold, scale, rows,
-        SUMS=partial.shape[1], E=E, **tile,
+        dx, dresidual, partial, T, dout.stride(0), x.stride(0), residual.stride(0), partial.stride(0), threshold,
+        scale, rows, SUMS=2 if apart else partial.shape[1], HELD=held, E=E, **tile,
     )  # fmt: skip
+    if apart:
+        launch(
+            _column_sum_kernel, (parts, ceil_div(E, COLUMNS)), dx, partial[:, 2], T, rows, partial.stride(0),
+            E=E, ROWS=COLUMN_ROWS, BLOCK_E=COLUMNS,
+        )  # fmt: skip
     sums = sum_parts(partial)
     return dx, dresidual, sums[0], sums[1], partial.new_empty(0) if x_bias is None else sums[2]
