@@ -209,6 +209,37 @@ def test_compiles_whole(impl: str, device: str, compile_backend: str) -> None:
         assert torch.allclose(found, wanted, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pad_in_a_cuda_graph() -> None:
+    """Forward and backward, replayed with other values at other places of the same number."""
+    first, second = (torch.tensor(MASKS[name], device="cuda") for name in ("holes", "left padded"))
+    second[1, 0], second[2, 0] = 1, 0
+    x = torch.randn(int(first.sum()), 40, device="cuda", requires_grad=True)
+    new, dout = torch.randn_like(x), torch.randn(3, 4, 40, device="cuda")
+    indices, places = (unpad(mask, mask, impl="triton").indices for mask in (first, second))
+
+    def both(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        out = pad(x, indices, 3, 4, impl="triton")
+        return out.detach(), torch.autograd.grad(out, x, dout)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both(x, indices)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both(x, indices)
+    with torch.no_grad():
+        x.copy_(new)
+    indices.copy_(places[: len(indices)])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured[0].flatten(0, 1)[indices], new)
+    assert int(captured[0].any(-1).sum()) == len(indices)
+    assert torch.equal(captured[1], dout.flatten(0, 1)[indices])
+
+
 def test_max_seqlen_while_tracing_is_the_padded_length(compile_backend: str) -> None:
     mask = torch.tensor(MASKS["an empty sequence"])
     x = torch.randn(3, 4, 5)
