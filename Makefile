@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test`. Each sets up what it needs and says what it does; a second run reuses it.
+# `make demo` and `make test`, and `make gpu` on a machine with a CUDA device. Each sets up what it needs and says what
+# it does; a second run reuses it.
 #
 #   VENV=.venv    the environment that is made, with the tested versions of requirements.txt
 #   PYTHON=...    the interpreter that it is made from (python3)
@@ -20,11 +21,12 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test lint sanitize setup clean
+.PHONY: help demo test gpu lint sanitize setup clean
 
 help:
 	@echo "make demo   set up, pretrain a small BERT on the documentation of this Python installation, compare with transformers"
 	@echo "make test   set up, run every test"
+	@echo "make gpu    on a machine with a CUDA device: build, test, verify, sanitize, measure and plot, in under nine minutes"
 	@echo "make lint   ruff, mypy and clang-format"
 	@echo "make sanitize  the native code under the address and undefined-behaviour sanitizers"
 	@echo "make clean  remove what was built (the environment $(VENV) stays)"
@@ -38,6 +40,11 @@ demo: $(READY)
 test: $(READY)
 	@echo "== test: every test that this machine can run"
 	@$(RUN) -m pytest
+
+# It builds for itself, so that a build that fails is a line of its summary like everything else.
+gpu: $(if $(strip $(VENV)),$(VENV)/.packages)
+	@echo "== gpu: what a GPU can prove; GPU_FLAGS=\"--steps benchmarks,plots\" does some of it"
+	@$(RUN) -m benchmarks.gpu $(GPU_FLAGS)
 
 lint: $(READY)
 	@echo "== lint: ruff"

@@ -1,0 +1,265 @@
+"""compute-sanitizer over every Triton operator: memcheck (out of bounds, misaligned) and racecheck (shared memory).
+
+    python -m benchmarks.gpu_sanitize [--rooms attention ...] [--tools memcheck ...] [--jobs 7] [--record]
+
+For each room and tool a process of its own runs `--run ROOM` under the sanitizer: the cases of `bert-fast verify`,
+forward and backward, float32 and bfloat16, with and without dropout, and then the operators with cu_seqlens, ids,
+labels and indices that are wrong: they may refuse them, but not touch memory that is not theirs. torch's allocator
+caches nothing there, so that each tensor is an allocation whose ends the sanitizer knows.
+
+Where the tool or the device is missing, the result is "not run", never "passed". Exit code 0: every room passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.devices import environment, machine_of
+from benchmarks.runner import RESULTS, write
+from bert_fast.kernels._common.dispatch import ROOMS
+from bert_fast.testing import operators, outputs_and_gradients
+from bert_fast.verification import CASES
+
+TOOLS = ("memcheck", "racecheck")
+FOUND = 86  # exit code of the sanitizer where it found something
+DTYPES = (torch.float32, torch.bfloat16)
+STATE = (1234, 5678)
+T, E, V = 67, 48, 31  # small and odd: no multiple of a tile
+
+
+def sanitizer() -> str | None:
+    """Where compute-sanitizer is."""
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+
+
+def command(tool: str, room: str) -> list[str]:
+    path = sanitizer()
+    assert path is not None
+    options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only"]
+    # Space behind each allocation, so that a step past the end of one tensor is not the start of the next.
+    options += ["--padding", "256"] if tool == "memcheck" else []
+    return [path, *options, sys.executable, "-m", "benchmarks.gpu_sanitize", "--run", room]
+
+
+def verified_cases(room: str, device: str) -> int:
+    """The cases of `bert-fast verify`, forward and backward; returns how many ran."""
+    count = 0
+    for dtype in DTYPES:
+        for case in CASES[room]():
+
+            def call(run: Callable[..., Any] = case.call, **inputs: Any) -> Any:
+                return run(impl="triton", **inputs)
+
+            inputs = {name: x.to(device) for name, x in case.inputs.items()}
+            floating = {name for name, x in inputs.items() if x.is_floating_point()}
+            low = {name: torch.float32 if name in case.parameters else dtype for name in floating}
+            if case.gradients:
+                with torch.no_grad():
+                    outs = call(**{name: x.to(low[name]) if name in low else x for name, x in inputs.items()})
+                douts = tuple(torch.randn_like(out) for out in (outs if isinstance(outs, tuple) else (outs,)))
+                outputs_and_gradients(call, inputs, low, douts)
+            else:
+                call(**{name: x.to(low[name]) if name in low else x for name, x in inputs.items()})
+            count += 1
+    return count
+
+
+def wrong_ids(good: int) -> Tensor:
+    """T ids of which some are below 0, some at or past `good`, some far away."""
+    ids = torch.arange(T) % good
+    ids[1::7], ids[2::7], ids[3::7], ids[4::7] = -1, good, 2**31 + 5, -(2**40)
+    return ids
+
+
+def malformed_attention(ops: Any, device: str) -> list[Callable[[], Any]]:
+    qkv, dout = torch.randn(T, 3, 2, 32, device=device), torch.randn(T, 2, 32, device=device)
+    state, lse = torch.tensor(STATE, device=device), torch.randn(2, T, device=device)
+    wrong = (
+        [0, 40, 20, T],  # falls
+        [0, 30, 5000, T],  # past the end
+        [-7, 20, T],  # before the start
+        [0, T, T + 9],  # ends behind T
+        [0, 2**31 - 1, -(2**31), T],
+    )
+
+    def both(ends: Tensor, longest: int) -> None:
+        rest = (ends, longest, 0.2, 0.1, state)
+        ops.attention_fwd(qkv, None, *rest)
+        ops.attention_bwd(dout, qkv, None, dout, lse, *rest)
+
+    tensors = [torch.tensor(ends, dtype=torch.int32, device=device) for ends in wrong]
+    good = torch.tensor([0, 50, T], dtype=torch.int32, device=device)
+    calls: list[Callable[[], Any]] = [lambda ends=ends: both(ends, 64) for ends in tensors]  # type: ignore[misc]
+    return [*calls, lambda: both(good, 17), lambda: both(tensors[1], 4096)]  # longer and shorter than max_seqlen
+
+
+def malformed_embedding(ops: Any, device: str) -> list[Callable[[], Any]]:
+    word, types, position = (torch.randn(rows, E, device=device) for rows in (V, 2, 16))
+    weight, dout = torch.randn(E, device=device), torch.randn(T, E, device=device)
+    ids = [wrong_ids(rows).to(device) for rows in (V, 2, 16)]
+    state = torch.tensor(STATE, device=device)
+
+    def both() -> None:
+        _, mean, rstd = ops.embedding_layer_norm_fwd(
+            *ids, word, types, position, weight, weight, 0.1, 1e-12, 0, state, torch.float32
+        )
+        ops.embedding_layer_norm_bwd(dout, *ids, word, types, position, weight, mean, rstd, 0.1, 0, state)
+
+    return [both]
+
+
+def malformed_loss(ops: Any, device: str) -> list[Callable[[], Any]]:
+    """Through the door: on CUDA it does not read the labels, and the operator's list of settings is the room's own."""
+    from bert_fast.kernels import masked_lm_loss
+
+    shapes = ((T, E), (E, E), (E,), (E,), (E,), (V, E), (V,))
+    hidden, *parameters = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
+    labels = wrong_ids(V).to(device)
+    return [lambda: masked_lm_loss(hidden, labels, *parameters, impl="triton").loss.backward()]
+
+
+def malformed_padding(ops: Any, device: str) -> list[Callable[[], Any]]:
+    x, indices = torch.randn(T, E, device=device), wrong_ids(80).to(device)
+    return [
+        lambda: ops.gather_rows(torch.randn(80, E, device=device), indices),
+        lambda: ops.scatter_rows(x, indices, 80),
+        lambda: ops.scatter_rows(x, indices.flip(0), 3),
+    ]
+
+
+MALFORMED: dict[str, Callable[[Any, str], list[Callable[[], Any]]]] = {
+    "attention": malformed_attention,
+    "embedding_layer_norm": malformed_embedding,
+    "masked_lm_loss": malformed_loss,
+    "padding": malformed_padding,
+}
+
+
+def run_room(room: str, device: str) -> int:
+    """What runs under the sanitizer: a line says how far it came."""
+    torch.manual_seed(0)
+    slot = ROOMS[room].impls["triton"]
+    if not slot.availability.ok:
+        print(f"{room}: not run: {slot.availability.reason}")
+        return 0
+    ran = verified_cases(room, device)
+    refused = malformed = 0
+    for call in MALFORMED.get(room, lambda *_: [])(operators("triton"), device):
+        malformed += 1
+        try:
+            call()
+        except (ValueError, IndexError, RuntimeError) as error:
+            if "CUDA error" in str(error):
+                raise
+            refused += 1
+        if device == "cuda":
+            torch.cuda.synchronize()
+    print(f"{room}: done: {ran} cases, {malformed} malformed calls of which {refused} refused")
+    return 0
+
+
+def judge(tool: str, room: str, code: int, output: str, seconds: float) -> dict[str, Any]:
+    """One entry of the report. Passed: the script came to its end, and the sanitizer's summary has no error."""
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+    done = re.search(rf"^{room}: (done|not run): (.*)$", output, re.MULTILINE)
+    entry: dict[str, Any] = {"room": room, "tool": tool, "seconds": round(seconds, 1), "exit_code": code}
+    if done and done[1] == "not run":
+        return entry | {"result": "not run", "reason": done[2]}
+    if re.search(r"Device not supported|Unable to find|No such file|not supported on this", output) and not done:
+        return entry | {"result": "not run", "reason": _last_line(output)}
+    if code == 0 and done and summary and int(summary[-1]) == 0:
+        return entry | {"result": "passed", "reason": done[2]}
+    return entry | {
+        "result": "failed",
+        "reason": f"{summary[-1]} errors" if summary else "no summary: " + _last_line(output),
+        "output": output[-6000:],
+    }
+
+
+def _last_line(output: str) -> str:
+    lines = [line for line in output.strip().splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no output"
+
+
+def sanitize(tool: str, room: str, limit: float) -> dict[str, Any]:
+    """Run a room under a tool, at most `limit` seconds."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        command(tool, room),
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        seconds = round(time.perf_counter() - begin, 1)
+        return {
+            "room": room, "tool": tool, "seconds": seconds, "exit_code": None,
+            "result": "not run", "reason": f"cut after {limit:.0f} s",
+        }  # fmt: skip
+    return judge(tool, room, process.returncode, output, time.perf_counter() - begin)
+
+
+def missing() -> str:
+    """Why nothing can be run here, or ""."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if sanitizer() is None:
+        return "compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin: it comes with the CUDA toolkit"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="compute-sanitizer over the Triton kernels")
+    parser.add_argument("--rooms", nargs="+", choices=sorted(CASES), default=sorted(CASES))
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--jobs", type=int, default=7, help="processes at a time")
+    parser.add_argument("--limit", type=float, default=150, help="seconds for one room under one tool")
+    parser.add_argument("--record", action="store_true", help="write results/<device>/sanitizer.json")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--run", choices=sorted(CASES), help="what runs under the sanitizer: one room, here")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda", help="of --run; cpu under TRITON_INTERPRET=1"
+    )
+    options = parser.parse_args()
+    if options.run:
+        return run_room(options.run, options.device)
+    pairs = [(tool, room) for tool in options.tools for room in options.rooms]
+    reason = missing()
+    if reason:
+        entries = [{"room": room, "tool": tool, "result": "not run", "reason": reason} for tool, room in pairs]
+    else:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            entries = list(pool.map(lambda pair: sanitize(*pair, options.limit), pairs))
+    for entry in entries:
+        print(f"{entry['room']:<21} {entry['tool']:<10} {entry['result']:<8} {entry['reason']}")
+        if entry["result"] == "failed":
+            print("    " + "\n    ".join(entry["output"].splitlines()[-25:]))
+    if options.record:
+        about = environment(machine_of(None))
+        print(f"written: {write({'environment': about, 'results': entries}, 'sanitizer', options.results)}")
+    return 0 if all(entry["result"] == "passed" for entry in entries) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

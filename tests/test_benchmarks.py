@@ -1,0 +1,249 @@
+"""The benchmarks' own machinery on toy cases: what is timed, refused, aborted, written, drawn and orchestrated."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import gpu, gpu_peers, gpu_sanitize, plots, runner
+from benchmarks.attention_peers import Batch, peers, truth
+from benchmarks.devices import Cpu, machine_of
+from benchmarks.lengths import half_filled
+from benchmarks.runner import Case, Plan, Setting, Variant
+
+BENCHES = sorted(path.stem for path in Path(runner.__file__).parent.glob("bench_*.py"))
+LIMITS = {"copy_gbytes_per_s": 10.0, "fp32_gemm_gflops": 100.0, "bf16_gemm_gflops": 400.0}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Cpu:
+    monkeypatch.setattr(Cpu, "ceilings", lambda _: dict(LIMITS))
+    return Cpu()
+
+
+def waits(seconds: float, result: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        time.sleep(seconds)
+        return result
+
+    return run
+
+
+def refuses() -> Tensor:
+    raise RuntimeError("this backend takes no mask\nand more lines")
+
+
+X = torch.tensor([1.0, -2.0, 4.0])
+
+
+def toy(**more: Callable[[], Tensor] | Variant) -> Case:
+    variants = {"eager": waits(0.004, X), "bert_fast toy": waits(0.002, X + 1e-6), **more}
+    return Case(variants, X.double(), 1e-5, traffic=10_000_000)
+
+
+def test_medians_shares_and_ratios_are_those_of_the_clock(machine: Cpu) -> None:
+    eager, ours = runner.measure("toy", toy(), machine, LIMITS, 0.05)
+    assert (eager.variant, ours.variant, ours.timing) == ("eager", "bert_fast toy", "calls")
+    assert eager.ms is not None
+    assert ours.ms is not None
+    assert 4 <= eager.ms < 40
+    assert 2 <= ours.ms < eager.ms
+    assert ours.gbytes_per_s == pytest.approx(10.0 / ours.ms)
+    assert ours.share_of_ceiling == pytest.approx(1.0 / ours.ms)
+    assert ours.ratio_to_best_peer == pytest.approx(eager.ms / ours.ms)
+    assert ours.error == pytest.approx(1e-6 / 4, rel=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "product"), [(torch.float32, 100.0), (torch.float16, 400.0)], ids=str)
+def test_flops_are_held_against_the_product_of_the_dtype(machine: Cpu, dtype: torch.dtype, product: float) -> None:
+    case = Case({"eager": waits(0.001, X)}, X, 0.0, flops=10**8, dtype=dtype)
+    (row,) = runner.measure("toy", case, machine, LIMITS, 0.01)
+    assert row.gflops is not None
+    assert row.share_of_ceiling == pytest.approx(row.gflops / product)
+
+
+def test_a_wrong_result_of_ours_ends_the_run(machine: Cpu) -> None:
+    with pytest.raises(SystemExit, match=r"toy, bert_fast wrong: error .* nothing was reported"):
+        runner.measure("toy", toy(**{"bert_fast wrong": waits(0.0, X + 1)}), machine, LIMITS, 0.01)
+    with pytest.raises(RuntimeError, match="takes no mask"):
+        runner.measure("toy", toy(**{"bert_fast broken": refuses}), machine, LIMITS, 0.01)
+    not_a_number = waits(0.0, X * float("nan"))
+    with pytest.raises(SystemExit, match="nothing was reported"):
+        runner.measure("toy", toy(**{"bert_fast nan": not_a_number}), machine, LIMITS, 0.01)
+
+
+def test_a_peer_that_cannot_or_is_wrong_is_listed_with_the_reason(machine: Cpu) -> None:
+    case = toy(flash=refuses, other=waits(0.0, X + 1), random=Variant(waits(0.001, -X), comparable=False))
+    rows = {row.variant: row for row in runner.measure("toy", case, machine, LIMITS, 0.01)}
+    assert rows["flash"].refused == "RuntimeError: this backend takes no mask"
+    assert rows["other"].refused.startswith("wrong: error 0.25")
+    assert rows["flash"].ms is rows["other"].ms is None
+    assert rows["random"].error is None
+    assert rows["random"].ms is not None
+    assert "refused: RuntimeError: this backend" in runner.table(list(rows.values()))
+
+
+def test_a_report_is_written_and_says_what_was_left_out(machine: Cpu, tmp_path: Path) -> None:
+    plans = [Plan("(1, 3) float32 forward", toy), Plan("(2, 3) float32 forward", toy)]
+    report = runner.run("toy", plans, machine, 0.01)
+    file = runner.write(report, "toy", tmp_path)
+    read = json.loads(file.read_text())
+    assert file.parent.name == read["environment"]["device"]
+    assert read["ceilings"] == LIMITS
+    assert [row["case"] for row in read["rows"]] == [plan.name for plan in plans for _ in range(2)]
+    assert {"torch", "commit", "date", "threads"} <= read["environment"].keys()
+    late = runner.run("toy", plans, machine, 0.01, budget=0.0)
+    assert late["left_out"] == [plan.name for plan in plans]
+
+
+@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_every_benchmark_names_its_cases_apart(name: str, on_gpu: bool) -> None:
+    setting = Setting(torch.device("cuda" if on_gpu else "cpu"), quick=False)
+    plans_of = importlib.import_module(f"benchmarks.{name}").plans
+    names = [plan.name for plan in plans_of(setting)]
+    quick = [plan.name for plan in plans_of(Setting(setting.device, quick=True))]
+    assert names
+    assert len(set(names)) == len(names)
+    assert set(quick) <= set(names)
+
+
+def test_half_filled_batches_have_the_stated_mean() -> None:
+    lengths = half_filled(100, 512)
+    assert lengths.count(512) == 23
+    assert sum(lengths) / 100 == pytest.approx(254, abs=0.5)
+    assert min(lengths) >= 1
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_peers_of_attention_compute_attention(backward: bool) -> None:
+    lengths = [5, 9, 1]
+    batch = Batch(torch.randn(15, 3, 2, 8), torch.randn(15, 2, 8), lengths)
+    expected = truth(batch, backward)
+    found = peers(batch, 0.0, backward, compiled=False)
+    math = found["SDPA math (eager)"]
+    torch.testing.assert_close(math.result(math.run()).double(), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(NotImplementedError, match="no dropout"):
+        peers(batch, 0.1, backward, compiled=False)["varlen_attn"].run()
+
+
+def test_asking_for_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine_of(None).device.type == "cpu"
+    with pytest.raises(ValueError, match="no CUDA device"):
+        machine_of("cuda")
+
+
+def report_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    about = {"device": "toy", "torch": "0", "commit": "c", "date": "d"}
+    return {"environment": about, "ceilings": LIMITS, "rows": rows}
+
+
+def test_plots_draw_every_report_of_a_folder(tmp_path: Path) -> None:
+    cells = {"gbytes_per_s": 0.0, "refused": ""}
+    rows = [
+        {"case": "S 8 forward", "variant": "bert_fast toy", "ms": 0.5, "gflops": 80.0, **cells},
+        {"case": "S 8 forward", "variant": "peer", "ms": None, "gflops": None, **cells},
+        {"case": "S 8 forward + backward", "variant": "peer", "ms": 123.4, "gflops": 40.0, **cells},
+    ]
+    (tmp_path / "toy.json").write_text(json.dumps(report_of(rows)))
+    (tmp_path / "sanitizer.json").write_text(json.dumps({"results": []}))
+    (file,) = plots.draw_folder(tmp_path)
+    text = file.read_text()
+    assert file.name == "toy.svg"
+    for said in ("0.500 ms", "123 ms", "refused", "bert_fast toy", "S 8", "forward + backward", "bf16 GEMM"):
+        assert said in text, said
+    assert len(text) < 100_000
+
+
+def test_plots_without_matplotlib_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["plots"])
+    assert plots.main() == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "expected"),
+    [
+        (0, "toy: done: 4 cases\n========= ERROR SUMMARY: 0 errors", "passed"),
+        (86, "toy: done: 4 cases\n========= ERROR SUMMARY: 3 errors", "failed"),
+        (0, "toy: done: 4 cases\n= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed"),
+        (0, "toy: done: 4 cases\n= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)", "failed"),
+        (1, "Traceback\nRuntimeError: x\n========= ERROR SUMMARY: 0 errors", "failed"),
+        (0, "========= ERROR SUMMARY: 0 errors", "failed"),
+        (1, "========= Error: Device not supported", "not run"),
+        (0, "toy: not run: not built yet\n========= ERROR SUMMARY: 0 errors", "not run"),
+    ],
+    ids=["clean", "errors", "no hazards", "hazards", "raised", "ended early", "no support", "no kernels"],
+)
+def test_the_sanitizer_passes_only_what_ran_to_its_end(code: int, output: str, expected: str) -> None:
+    assert gpu_sanitize.judge("memcheck", "toy", code, output, 1.0)["result"] == expected
+
+
+def test_without_a_device_the_sanitizer_says_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_sanitize", "--rooms", "attention"])
+    assert gpu_sanitize.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(re.match(r"attention +\w+ +not run +no CUDA device", line) for line in lines)
+
+
+@pytest.fixture
+def logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(gpu, "LOGS", tmp_path)
+    return tmp_path
+
+
+def test_the_gpu_run_goes_on_after_a_failure_and_names_what_was_cut(
+    logs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(name: str, code: str, share: float, needs_gpu: bool = False) -> gpu.Step:
+        def run(options: gpu.Options, limit: float) -> list[gpu.Outcome]:
+            return [gpu.run(name, [sys.executable, "-c", code], limit)]
+
+        return gpu.Step(name, share, needs_gpu, run)
+
+    steps = [
+        step("broken", "print('the reason'); raise SystemExit(3)", 5.0),
+        step("device", "raise AssertionError", 1.0, needs_gpu=True),
+        step("endless", "import time; print('working', flush=True); time.sleep(60)", 3.0),
+        step("good", "print('fine')", 30.0),
+    ]
+    outcomes = gpu.run_steps(steps, gpu.Options(False, logs), 20.0, gpu=False)
+    assert [outcome.result for outcome in outcomes] == ["failed", "not run", "cut", "passed"]
+    assert outcomes[0].detail == "exit code 3"
+    assert "no CUDA device" in outcomes[1].detail
+    assert "working" in outcomes[2].detail
+    assert "the reason" in capsys.readouterr().out
+    assert "1 of 4 passed" in gpu.table(outcomes, 1.0)
+
+
+def test_a_whole_model_is_compared_with_transformers_and_timed(machine: Cpu) -> None:
+    variants, vocabulary = gpu_peers.models("tiny", machine.device, ())
+    scenario = gpu_peers.Scenario("tiny", "train", [8, 3], 8)
+    rows = {row.variant: row for row in gpu_peers.measure(scenario, variants, vocabulary, machine, 0.01)}
+    assert set(rows) == {"transformers", "bert_fast auto"}
+    assert all(row.ms and row.fill == pytest.approx(11 / 16) and not row.refused for row in rows.values())
+    ours = variants["bert_fast auto"]
+    with torch.no_grad():
+        ours.model.bert.encoder.layer[0].attention.self.qkv.weight.mul_(1.5)
+    check = partial(gpu_peers.check, variants, *gpu_peers.batches(scenario, vocabulary, machine.device))
+    with pytest.raises(SystemExit, match=r"bert_fast auto: .* from float32"):
+        check("tiny")
