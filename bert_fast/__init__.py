@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bert_fast.integrations import fuse, unfuse
     from bert_fast.models import (
         BertConfig,
         BertForMaskedLM,
@@ -28,11 +29,15 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
+    "fuse",
+    "unfuse",
 ]
+_INTEGRATIONS = ("fuse", "unfuse")
 
 
 def __getattr__(name: str) -> Any:
     # The models import torch, which takes a second that `bert-fast --help` need not wait for.
     if name in __all__:
-        return getattr(import_module("bert_fast.models"), name)
+        home = "bert_fast.integrations" if name in _INTEGRATIONS else "bert_fast.models"
+        return getattr(import_module(home), name)
     raise AttributeError(f"module 'bert_fast' has no attribute {name!r}")

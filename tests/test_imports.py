@@ -86,8 +86,9 @@ print([name for name in {OPTIONAL!r} if name in sys.modules and name not in befo
 ABOVE = {
     "training": ["cli"],
     "tasks": ["cli"],
-    "models": ["cli", "training", "tasks"],
-    "kernels": ["cli", "training", "tasks", "models"],
+    "integrations": ["cli", "training", "tasks"],
+    "models": ["cli", "training", "tasks", "integrations"],
+    "kernels": ["cli", "training", "tasks", "integrations", "models"],
 }
 
 

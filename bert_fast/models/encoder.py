@@ -23,7 +23,7 @@ from bert_fast.models.inputs import Tokens
 
 _logger = logging.getLogger("bert_fast")
 _EAGER: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}
-_SITES_PER_LAYER = 3  # attention probabilities, attention output, layer output
+SITES_PER_LAYER = 3  # attention probabilities, attention output, layer output
 
 
 class EncoderOutput(NamedTuple):
@@ -41,6 +41,57 @@ def biased_activation(x: Tensor, bias: Tensor, name: str) -> Tensor:
     return _EAGER[name](x + bias.to(x.dtype))
 
 
+def embed(
+    tokens: Tokens,
+    word: nn.Embedding,
+    token_type: nn.Embedding,
+    position: nn.Embedding,
+    norm: nn.LayerNorm,
+    *,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> Tensor:
+    """The tokens' embeddings, summed, normalised and dropped out by `rng_state` (None for no dropout): (T, E)."""
+    if tokens.inputs_embeds is not None:
+        # The given vectors are a table of their own, of which token t takes row t.
+        table = tokens.inputs_embeds
+        ids = torch.arange(table.shape[0], device=table.device)
+        padding_idx = None
+    else:
+        assert tokens.input_ids is not None
+        table, ids, padding_idx = word.weight, tokens.input_ids, word.padding_idx
+    return embedding_layer_norm(
+        ids,
+        tokens.token_type_ids,
+        tokens.position_ids,
+        table,
+        token_type.weight,
+        position.weight,
+        norm.weight,
+        norm.bias,
+        dropout_p=0.0 if rng_state is None else dropout_p,
+        eps=norm.eps,
+        rng_state=rng_state,
+        padding_idx=padding_idx,
+    )
+
+
+def project_add_norm(
+    x: Tensor, residual: Tensor, dense: nn.Linear, norm: nn.LayerNorm, *, dropout_p: float, rng_state: Tensor | None
+) -> Tensor:
+    """The end of a sublayer: x (T, E) or (T, F) projected, dropped out, added to residual (T, E) and normalised."""
+    return add_layer_norm(
+        F.linear(x, dense.weight),
+        residual,
+        norm.weight,
+        norm.bias,
+        x_bias=dense.bias,
+        dropout_p=0.0 if rng_state is None else dropout_p,
+        eps=norm.eps,
+        rng_state=rng_state,
+    )
+
+
 class BertEmbeddings(nn.Module):
     """Word, position and token type embeddings, their LayerNorm and dropout."""
 
@@ -54,28 +105,14 @@ class BertEmbeddings(nn.Module):
 
     def forward(self, tokens: Tokens, rng_state: Tensor | None) -> Tensor:
         """(T, E); `rng_state` int64 (2,), or None for no dropout."""
-        if tokens.inputs_embeds is not None:
-            # The given vectors are a table of their own, of which token t takes row t.
-            word = tokens.inputs_embeds
-            ids = torch.arange(word.shape[0], device=word.device)
-            padding_idx = None
-        else:
-            assert tokens.input_ids is not None
-            word, ids = self.word_embeddings.weight, tokens.input_ids
-            padding_idx = self.word_embeddings.padding_idx
-        return embedding_layer_norm(
-            ids,
-            tokens.token_type_ids,
-            tokens.position_ids,
-            word,
-            self.token_type_embeddings.weight,
-            self.position_embeddings.weight,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
-            dropout_p=0.0 if rng_state is None else self.dropout_p,
-            eps=self.LayerNorm.eps,
+        return embed(
+            tokens,
+            self.word_embeddings,
+            self.token_type_embeddings,
+            self.position_embeddings,
+            self.LayerNorm,
+            dropout_p=self.dropout_p,
             rng_state=rng_state,
-            padding_idx=padding_idx,
         )
 
 
@@ -138,16 +175,7 @@ class BertSelfOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, rng_state: Tensor | None) -> Tensor:
         """x (T, E) or (T, F), residual (T, E) -> (T, E)."""
-        return add_layer_norm(
-            F.linear(x, self.dense.weight),
-            residual,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
-            x_bias=self.dense.bias,
-            dropout_p=0.0 if rng_state is None else self.dropout_p,
-            eps=self.LayerNorm.eps,
-            rng_state=rng_state,
-        )
+        return project_add_norm(x, residual, self.dense, self.LayerNorm, dropout_p=self.dropout_p, rng_state=rng_state)
 
 
 class BertOutput(BertSelfOutput):
@@ -218,7 +246,7 @@ class BertEncoder(nn.Module):
         states, attentions = [hidden], []
         sequences = (tokens.cu_seqlens, tokens.max_seqlen)
         for index, layer in enumerate(self.layer):
-            rows = None if rng_states is None else rng_states[_SITES_PER_LAYER * index :][:_SITES_PER_LAYER]
+            rows = None if rng_states is None else rng_states[SITES_PER_LAYER * index :][:SITES_PER_LAYER]
             if output_attentions:
                 assert isinstance(layer, BertLayer)
                 attentions.append(layer.attention.self.probabilities(hidden, *sequences))
@@ -251,4 +279,4 @@ def draw_rng_states(config: BertConfig, device: torch.device) -> Tensor | None:
     """
     if config.hidden_dropout_prob == 0.0 and config.attention_probs_dropout_prob == 0.0:
         return None
-    return new_rng_state(device, 1 + _SITES_PER_LAYER * config.num_hidden_layers)
+    return new_rng_state(device, 1 + SITES_PER_LAYER * config.num_hidden_layers)

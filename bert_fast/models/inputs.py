@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,13 +18,32 @@ from bert_fast.kernels._common.checks import (
     check_shape,
     values_are_checked,
 )
-from bert_fast.models.config import BertConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 IGNORE_INDEX = -100
 _INTEGERS = (torch.int64, torch.int32)
+
+
+class Sizes(Protocol):
+    """What the checks need to know of a model: `BertConfig` has it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+
+    @property
+    def hidden_size(self) -> int:
+        """E."""
+
+    @property
+    def type_vocab_size(self) -> int:
+        """Rows of the token type embedding."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Rows of the position embedding."""
 
 
 class Inputs(TypedDict, total=False):
@@ -70,16 +89,16 @@ class Tokens:
     indices: Tensor | None
 
     @classmethod
-    def of(cls, config: BertConfig, **inputs: Unpack[Inputs]) -> Tokens:
+    def of(cls, sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
         """Check `inputs` and take their real tokens. Raises ValueError or TypeError as the checks name."""
         if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         packed = inputs.get("cu_seqlens") is not None
-        tokens = _packed(config, **inputs) if packed else _padded(config, **inputs)
+        tokens = _packed(sizes, **inputs) if packed else _padded(sizes, **inputs)
         if tokens.input_ids is not None:
-            check_range("input_ids", tokens.input_ids, config.vocab_size, "vocab_size")
-        check_range("token_type_ids", tokens.token_type_ids, config.type_vocab_size, "type_vocab_size")
-        check_range("position_ids", tokens.position_ids, config.max_position_embeddings, "max_position_embeddings")
+            check_range("input_ids", tokens.input_ids, sizes.vocab_size, "vocab_size")
+        check_range("token_type_ids", tokens.token_type_ids, sizes.type_vocab_size, "type_vocab_size")
+        check_range("position_ids", tokens.position_ids, sizes.max_position_embeddings, "max_position_embeddings")
         return tokens
 
     @property
@@ -187,7 +206,7 @@ def _ids(name: str, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> T
     return x.long()
 
 
-def _given(config: BertConfig, names: tuple[str, ...], **inputs: Unpack[Inputs]) -> tuple[Tensor, tuple[int, ...]]:
+def _given(sizes: Sizes, names: tuple[str, ...], **inputs: Unpack[Inputs]) -> tuple[Tensor, tuple[int, ...]]:
     """The tensor that carries the tokens, checked, and the shape of their ids; `names` are that shape's letters."""
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if ids is not None:
@@ -196,12 +215,12 @@ def _given(config: BertConfig, names: tuple[str, ...], **inputs: Unpack[Inputs])
         return ids, tuple(ids.shape)
     assert embeds is not None
     check_floating("inputs_embeds", embeds)
-    check_shape("inputs_embeds", embeds, (*names, config.hidden_size))
+    check_shape("inputs_embeds", embeds, (*names, sizes.hidden_size))
     return embeds, tuple(embeds.shape[:-1])
 
 
-def _packed(config: BertConfig, **inputs: Unpack[Inputs]) -> Tokens:
-    given, shape = _given(config, ("T",), **inputs)
+def _packed(sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
+    given, shape = _given(sizes, ("T",), **inputs)
     cu_seqlens, max_seqlen = inputs["cu_seqlens"], inputs.get("max_seqlen")
     assert cu_seqlens is not None
     if max_seqlen is None:
@@ -212,7 +231,7 @@ def _packed(config: BertConfig, **inputs: Unpack[Inputs]) -> Tokens:
     check_cu_seqlens(cu_seqlens, shape[0], max_seqlen)
     position_ids = _ids("position_ids", inputs.get("position_ids"), given, shape)
     if position_ids is None:
-        _check_length(config, max_seqlen)
+        _check_length(sizes, max_seqlen)
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
         first = torch.repeat_interleave(starts, lengths, output_size=shape[0])
         position_ids = torch.arange(shape[0], device=given.device) - first
@@ -225,12 +244,12 @@ def _packed(config: BertConfig, **inputs: Unpack[Inputs]) -> Tokens:
     )
 
 
-def _padded(config: BertConfig, **inputs: Unpack[Inputs]) -> Tokens:
+def _padded(sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
     if inputs.get("max_seqlen") is not None:
         raise ValueError("max_seqlen came without cu_seqlens; expected both, for packed input, or neither")
-    given, shape = _given(config, ("B", "S"), **inputs)
+    given, shape = _given(sizes, ("B", "S"), **inputs)
     B, S = shape
-    _check_length(config, S)
+    _check_length(sizes, S)
     input_ids = _ids("input_ids", inputs.get("input_ids"), given, shape)
     token_type_ids = _ids("token_type_ids", inputs.get("token_type_ids"), given, shape)
     if token_type_ids is None:
@@ -273,9 +292,9 @@ def _gather(x: Tensor, indices: Tensor | None) -> Tensor:
     return flat if indices is None else flat.index_select(0, indices)
 
 
-def _check_length(config: BertConfig, length: int) -> None:
-    if length > config.max_position_embeddings:
+def _check_length(sizes: Sizes, length: int) -> None:
+    if length > sizes.max_position_embeddings:
         raise ValueError(
             f"the sequences have {length} tokens; expected at most max_position_embeddings = "
-            f"{config.max_position_embeddings}: truncate them, or split them"
+            f"{sizes.max_position_embeddings}: truncate them, or split them"
         )

@@ -22,7 +22,7 @@ from bert_fast.models import from_hf, to_hf
 from bert_fast.models.files import write_file
 
 Pair = Callable[..., tuple[Any, Any]]
-MODELS = [name for name in bert_fast.__all__ if name != "BertConfig"]
+MODELS = [name for name in bert_fast.__all__ if name.startswith("Bert") and name != "BertConfig"]
 KEY = "encoder.layer.0.attention.self.key.weight"
 
 

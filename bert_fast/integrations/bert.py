@@ -1,0 +1,306 @@
+"""The forward that a fused BertModel has: transformers' modules on packed tokens. Imported only where transformers is.
+
+The weights are those of transformers' modules, read at every call. A module that is what transformers made goes into a
+kernel; one that somebody wrapped (LoRA, quantisation) is called itself, on the packed tokens, since all of them work
+token by token.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.models.bert import modeling_bert as hf
+
+from bert_fast.integrations.reasons import (
+    droppable,
+    plain,
+    plain_linear,
+    plain_norm,
+    wants_input_gradient,
+    why_not_taken,
+)
+from bert_fast.kernels import add_layer_norm, attention, bias_gelu
+from bert_fast.kernels._common.checks import autocast_dtype
+from bert_fast.kernels._common.philox import new_rng_state
+from bert_fast.models.config import GELU_ACTIVATIONS
+from bert_fast.models.encoder import SITES_PER_LAYER, embed, project_add_norm
+from bert_fast.models.inputs import Tokens
+
+# The class of the activation -> the `approximate` argument of bias_gelu.
+_GELUS = {type(ACT2FN[name]): approximate for name, approximate in GELU_ACTIVATIONS.items() if name in ACT2FN}
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_said: set[str] = set()
+
+
+class FusedBert:
+    """Marks a generated class, and makes its objects picklable: they are made again from the class they had before."""
+
+    own: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return (_new, (type(self).own,), *reduced[2:])
+
+
+def _new(own: type[nn.Module]) -> nn.Module:
+    made = fused_class(own)
+    return made.__new__(made)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `fuse` changed this module's class."""
+    return isinstance(module, FusedBert)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a fused module had before."""
+    assert isinstance(module, FusedBert)
+    return module.own
+
+
+def fused_class(own: type[nn.Module]) -> type[nn.Module]:
+    """The one subclass of `own`, a BertModel, that runs on our kernels.
+
+    It goes by the name of `own`: transformers writes a model's class into config.json and keeps tables by it.
+    """
+    if own not in _classes:
+        _classes[own] = _make_class(own)
+    return _classes[own]
+
+
+def _make_class(own: type[nn.Module]) -> type[nn.Module]:
+    original: Callable[..., Any] = own.forward
+    parameters = inspect.signature(original).parameters
+    named = [name for name, one in parameters.items() if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+
+    @wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(named, args, strict=False)), **kwargs}
+        reason = why_not_taken(self, given)
+        if reason is not None:
+            _say_once(reason)
+            return original(self, *args, **kwargs)
+        return _forward(self, given, tuple_keeps_none="return_dict" in named)
+
+    body = {"forward": forward, "own": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
+    return type(own.__name__, (FusedBert, own), {**body, "__doc__": own.__doc__})
+
+
+@torch.compiler.assume_constant_result
+def _say_once(reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(
+            f"bert_fast.fuse: this call runs transformers' own forward, because {reason}", UserWarning, stacklevel=5
+        )
+
+
+class _Sizes(NamedTuple):
+    vocab_size: int
+    hidden_size: int
+    type_vocab_size: int
+    max_position_embeddings: int
+
+
+def _forward(model: Any, given: dict[str, Any], *, tuple_keeps_none: bool) -> Any:
+    """What transformers' forward returns, for arguments that `why_not_taken` has nothing against."""
+    config = model.config
+    with_states = given.get("output_hidden_states")
+    with_states = config.output_hidden_states if with_states is None else with_states
+    hidden, tokens, rng_states = _embedded(model, given)
+    states = [hidden]
+    for index, layer in enumerate(model.encoder.layer):
+        rows = None if rng_states is None else rng_states[1 + SITES_PER_LAYER * index :][:SITES_PER_LAYER]
+        run = partial(_layer, layer, tokens.cu_seqlens, tokens.max_seqlen, rows)
+        if layer.gradient_checkpointing and layer.training:
+            # The dropout of the second run is that of the first: it depends on `rows` only.
+            hidden = layer._gradient_checkpointing_func(run, hidden)
+        else:
+            hidden = run(hidden)
+        states.append(hidden)
+
+    # transformers' residual stream, and so its outputs, keep the parameters' dtype under autocast.
+    norm_weight = getattr(model.embeddings.LayerNorm, "weight", hidden)
+    wanted = norm_weight.dtype if autocast_dtype(hidden) else hidden.dtype
+    restored = [tokens.restore(state.to(wanted)) for state in (states if with_states else states[-1:])]
+    pooled = None
+    if model.pooler is not None and plain(model.pooler, hf.BertPooler):
+        pooled = model.pooler(tokens.first(states[-1].to(wanted)).unsqueeze(1))
+    elif model.pooler is not None:
+        pooled = model.pooler(restored[-1])
+    output = BaseModelOutputWithPoolingAndCrossAttentions(
+        last_hidden_state=restored[-1],
+        pooler_output=pooled,
+        hidden_states=tuple(restored) if with_states else None,
+    )
+    if _wants_dict(config, given, tuple_keeps_none):
+        return output
+    # transformers 4.57 has the pooler's place in the tuple even where there is no pooler.
+    return (
+        (restored[-1], pooled, *output.to_tuple()[1:][pooled is not None :]) if tuple_keeps_none else output.to_tuple()
+    )
+
+
+def _wants_dict(config: Any, given: dict[str, Any], named: bool) -> bool:
+    if named and given.get("return_dict") is None:
+        return bool(config.use_return_dict)
+    return given.get("return_dict", getattr(config, "return_dict", True)) is not False
+
+
+def _embedded(model: Any, given: dict[str, Any]) -> tuple[Tensor, Tokens, Tensor | None]:
+    """The real tokens' embeddings (T, E), the tokens, and the dropout states of every place, int64 (1 + 3L, 2)."""
+    parts = model.embeddings
+    ids, embeds, mask = (given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    types, positions = (_rows(given.get(name)) for name in ("token_type_ids", "position_ids"))
+    if _plain_embeddings(parts, embeds):
+        E = parts.word_embeddings.embedding_dim
+        words, kinds, places = (
+            table.num_embeddings
+            for table in (parts.word_embeddings, parts.token_type_embeddings, parts.position_embeddings)
+        )
+        tokens = Tokens.of(
+            _Sizes(words, E, kinds, places),
+            input_ids=ids,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            token_type_ids=types,
+            position_ids=positions,
+        )
+        rng_states = _rng_states(model, tokens.cu_seqlens.device)
+        hidden = embed(
+            tokens,
+            parts.word_embeddings,
+            parts.token_type_embeddings,
+            parts.position_embeddings,
+            parts.LayerNorm,
+            dropout_p=_p(parts.dropout),
+            rng_state=None if rng_states is None else rng_states[0],
+        )
+        if wants_input_gradient(parts) and torch.is_grad_enabled():
+            hidden.requires_grad_()
+        return hidden, tokens, rng_states
+    # Somebody's wrapper or hook expects to see (B, S): run it so, and take the real tokens from what it returns.
+    out = parts(input_ids=ids, inputs_embeds=embeds, token_type_ids=types, position_ids=positions)
+    tokens = Tokens.of(_Sizes(0, out.shape[2], 1, out.shape[1]), inputs_embeds=out, attention_mask=mask)
+    assert tokens.inputs_embeds is not None
+    return tokens.inputs_embeds, tokens, _rng_states(model, out.device)
+
+
+def _rows(ids: Tensor | None) -> Tensor | None:
+    return ids.unsqueeze(0) if isinstance(ids, Tensor) and ids.dim() == 1 else ids
+
+
+def _plain_embeddings(parts: Any, embeds: Tensor | None) -> bool:
+    tables = (parts.word_embeddings, parts.token_type_embeddings, parts.position_embeddings)
+    if not (plain(parts, hf.BertEmbeddings) and plain_norm(parts.LayerNorm) and droppable(parts.dropout)):
+        return False
+    if any(
+        not plain(table, nn.Embedding) or table.max_norm is not None or table.scale_grad_by_freq or table.sparse
+        for table in tables
+    ):
+        return False
+    dtype = tables[0].weight.dtype
+    return (
+        tables[1].padding_idx is None
+        and tables[2].padding_idx is None
+        and all(table.weight.dtype == dtype for table in tables[1:])
+        and (embeds is None or embeds.dtype == dtype)
+    )
+
+
+def _p(dropout: nn.Module) -> float:
+    """The probability with which `dropout` drops now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _attention_p(module: Any) -> float:
+    # Where transformers hands attention to a function, the attention's own mode decides; where it calls the dropout
+    # module (4.57, eager), that module's.
+    as_argument = hasattr(module, "scaling") or hasattr(module, "dropout_prob")
+    p: float = getattr(module, "dropout_prob", module.dropout.p if isinstance(module.dropout, nn.Dropout) else 0.0)
+    return p if (module.training if as_argument else module.dropout.training) else 0.0
+
+
+def _rng_states(model: Any, device: torch.device) -> Tensor | None:
+    """One draw of the generator's state for every place of dropout, or None where nothing is dropped."""
+    layers = model.encoder.layer
+    drops = _p(model.embeddings.dropout) > 0.0 or any(
+        _attention_p(layer.attention.self) > 0.0
+        or _p(layer.attention.output.dropout) > 0.0
+        or _p(layer.output.dropout) > 0.0
+        for layer in layers
+    )
+    return new_rng_state(device, 1 + SITES_PER_LAYER * len(layers)) if drops else None
+
+
+def _layer(layer: Any, cu_seqlens: Tensor, max_seqlen: int, rng_states: Tensor | None, hidden: Tensor) -> Tensor:
+    """(T, E) -> (T, E)."""
+    rows = (None, None, None) if rng_states is None else rng_states.unbind(0)
+    module = layer.attention.self
+    qkv, bias = _qkv(module, hidden)
+    p = _attention_p(module)
+    out = attention(
+        qkv,
+        cu_seqlens,
+        max_seqlen,
+        bias=bias,
+        softmax_scale=getattr(module, "scaling", None),
+        dropout_p=p,
+        rng_state=rows[0] if p else None,
+    )
+    attended = _end(layer.attention.output, out.flatten(1), hidden, rows[1])
+    return _end(layer.output, _intermediate(layer.intermediate, attended), attended, rows[2])
+
+
+def _qkv(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Queries, keys and values (T, 3, N, D), and their bias (3, N, D) where it is still to be added."""
+    linears = (module.query, module.key, module.value)
+    heads = (module.num_attention_heads, module.attention_head_size)
+    if not all(plain_linear(linear) for linear in linears):
+        return torch.stack([linear(hidden) for linear in linears], dim=1).unflatten(2, heads), None
+    weights = [linear.weight for linear in linears]
+    bias = torch.cat([linear.bias for linear in linears]).view(3, *heads)
+    in_slices = hidden.device.type == "cpu" and not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast_dtype(hidden)
+    )
+    if in_slices:
+        # Three products into one tensor: no copy of the weights, which at few tokens costs as much as the products.
+        packed = hidden.new_empty(hidden.shape[0], 3, weights[0].shape[0])
+        for part, weight in enumerate(weights):
+            torch.mm(hidden, weight.t(), out=packed[:, part])
+    else:
+        packed = F.linear(hidden, torch.cat(weights)).unflatten(1, (3, -1))
+    return packed.unflatten(2, heads), bias
+
+
+def _intermediate(block: Any, hidden: Tensor) -> Tensor:
+    """(T, E) -> (T, F)."""
+    approximate = _GELUS.get(type(block.intermediate_act_fn))
+    if approximate is None or not plain_linear(block.dense):
+        out: Tensor = block(hidden)
+        return out
+    return bias_gelu(F.linear(hidden, block.dense.weight), block.dense.bias, approximate=approximate)
+
+
+def _end(block: Any, x: Tensor, residual: Tensor, rng_state: Tensor | None) -> Tensor:
+    """x (T, E) or (T, F), residual (T, E) -> (T, E)."""
+    dense, norm, dropout = block.dense, block.LayerNorm, block.dropout
+    if not (plain_norm(norm) and droppable(dropout)):
+        out: Tensor = block(x, residual)
+        return out
+    p = _p(dropout)
+    rng_state = rng_state if p else None
+    if plain_linear(dense):
+        return project_add_norm(x, residual, dense, norm, dropout_p=p, rng_state=rng_state)
+    x = dense(x).to(residual.dtype)
+    return add_layer_norm(x, residual, norm.weight, norm.bias, dropout_p=p, eps=norm.eps, rng_state=rng_state)

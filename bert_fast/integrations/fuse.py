@@ -1,0 +1,79 @@
+"""Find transformers' BERT in a module tree and give it our forward, in place."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any, TypeVar
+
+from torch import nn
+
+_HF_BERT = "transformers.models.bert.modeling_bert"
+M = TypeVar("M", bound=nn.Module)
+
+
+def fuse(model: M) -> M:
+    """Make every transformers `BertModel` inside `model` run its encoder on bert_fast's kernels, in place.
+
+    The modules, their Parameters and their names stay what and where they are: only the class of each `BertModel`
+    object changes, to a subclass of its own with another forward. So state_dict, optimizers, Trainer, save_pretrained,
+    deepcopy and pickle go on as before. The weights are read at every call: they may be trained, loaded, moved, cast
+    or wrapped (LoRA) before and after. A call that the kernels don't take (attention probabilities asked for, 3-D
+    masks, a decoder, hooks on layers, export ...) runs transformers' own forward; a UserWarning says so once a reason.
+
+    What differs from transformers: last_hidden_state and hidden_states are zeros at padding, where transformers has
+    values that depend on the padding; so are the gradients of what is computed from them. In training, dropout draws
+    other bits. Under autocast the residual stream is in autocast's dtype between the layers. Under torch.compile,
+    where values can't be looked at, the pooler takes the first real token of each sequence even where padding comes
+    first; in eager mode such a batch runs transformers' own forward.
+
+    Args:
+        model: a `BertModel`, a `BertFor*` head, or any module with them inside.
+
+    Returns:
+        `model`. A `BertModel` that can't be fused (its warning says why) is left as it is, a fused one too.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: there is no transformers `BertModel` inside; the message says what there is.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    hf = sys.modules.get(_HF_BERT)  # a module that holds a BertModel has imported it
+    found = [] if hf is None else [(name, m) for name, m in model.named_modules() if isinstance(m, hf.BertModel)]
+    if not found:
+        raise ValueError(f"{_described(model)}; expected a module with transformers' BertModel inside")
+
+    from bert_fast.integrations.bert import fused_class, is_fused
+    from bert_fast.integrations.reasons import why_not_fused
+
+    for name, module in found:
+        if is_fused(module):
+            continue
+        reason = why_not_fused(module)
+        if reason is None:
+            module.__class__ = fused_class(type(module))
+        else:
+            where = f"the BertModel at {name!r}" if name else "the BertModel"
+            warnings.warn(f"bert_fast.fuse leaves {where} as it is, because {reason}", UserWarning, stacklevel=2)
+    return model
+
+
+def unfuse(model: M) -> M:
+    """Give every `BertModel` that `fuse` changed inside `model` its own class back; returns `model`."""
+    if _HF_BERT in sys.modules:
+        from bert_fast.integrations.bert import is_fused, own_class
+
+        for module in model.modules():
+            if is_fused(module):
+                module.__class__ = own_class(module)
+    return model
+
+
+def _described(model: nn.Module) -> str:
+    if type(model).__module__.startswith("bert_fast."):
+        return f"{type(model).__name__} is bert_fast's own model and runs on its kernels already"
+    configs: list[tuple[nn.Module, Any]] = [(m, getattr(m, "config", None)) for m in model.modules()]
+    encoders = [f"{type(m).__name__} (model_type {c.model_type!r})" for m, c in configs if hasattr(c, "model_type")]
+    kinds = dict.fromkeys(encoders or [type(m).__name__ for m, _ in configs[:8]])
+    return f"found no BertModel in {type(model).__name__}, but {', '.join(kinds)}"
