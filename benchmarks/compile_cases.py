@@ -86,6 +86,7 @@ def lamb() -> None:
 
 
 CASES: dict[str, Callable[[], Any]] = {
+    "add_layer_norm": add_layer_norm,
     "bias_gelu": bias_gelu,
     "lamb": lamb,
     "padding": padding,

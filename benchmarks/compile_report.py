@@ -12,6 +12,7 @@ still right are not compiled again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -19,8 +20,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,7 @@ def sources(kernel: Any) -> str:
     return hashlib.sha256(f"{kernel.cache_key} {triton.__version__}".encode()).hexdigest()[:12]
 
 
+@functools.cache
 def launches() -> list[Launch]:
     """Every launch of every room's cases, each configuration once."""
     found: dict[str, Launch] = {}
@@ -175,10 +178,11 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found + ([f"{name}: {row['shared']} of {limit} bytes of shared memory"] if row["shared"] > limit else [])
 
 
-def compile_all(where: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Compile launches by index and architecture, a process a core."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(_row, where))
+def compile_all(where: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """The rows of launches by index and architecture as they are compiled, a process a core."""
+    # Not forked: a copy of a process that holds the compiler's threads can wait for them for ever.
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        yield from pool.map(_row, where)
 
 
 def differences(rows: dict[str, tuple[int, int]], table: dict[str, dict[str, Any]]) -> list[str]:
@@ -199,8 +203,11 @@ def main() -> int:
     rows = wanted()
     missing = [where for name, where in rows.items() if name not in table]
     if "--write" in sys.argv[1:]:
-        table |= {key(row): row for row in compile_all(missing)}
-        write(table[name] for name in rows)
+        try:
+            for row in compile_all(missing):
+                table[key(row)] = row
+        finally:
+            write(table[name] for name in rows if name in table)  # what an interrupted run compiled is kept
         print(f"{TABLE.name}: {len(rows)} rows, {len(missing)} of them compiled now")
     elif missing or len(table) > len(rows):
         old = len(set(table) - set(rows))
