@@ -45,10 +45,11 @@ test: $(READY)
 	@echo "== test: every test that this machine can run"
 	@$(RUN) -m pytest
 
-# It builds for itself, so that a build that fails is a line of its summary like everything else.
+# It builds for itself, so that a build that fails is a line of its summary like everything else. OUT=folder packs what
+# it writes, for a machine that does not keep it.
 gpu: $(if $(strip $(VENV)),$(VENV)/.packages)
 	@echo "== gpu: what a GPU can prove; GPU_FLAGS=\"--steps benchmarks,plots\" does some of it"
-	@$(RUN) -m benchmarks.gpu $(GPU_FLAGS)
+	@$(RUN) -m benchmarks.gpu $(if $(OUT),--out "$(OUT)") $(GPU_FLAGS)
 
 lint: $(READY)
 	@echo "== lint: ruff"

@@ -320,6 +320,7 @@ def main() -> int:
         parser.error(str(error))
     sizes = options.size or (["base"] if options.quick else ["base", "large"])
     begin = time.perf_counter()
+    seconds = 0.0 if options.warm else 0.5 if options.quick else 1.5
     rows: list[Row] = []
     left_out: list[str] = []
     for size in sizes:
@@ -327,16 +328,22 @@ def main() -> int:
         takes_part = size == "base" and not options.no_compile
         compiled = ((512,) if options.quick else (128, 512)) if takes_part else ()
         variants, vocabulary = models(size, machine.device, compiled)
-        for scenario in scenarios(size, options.quick):
+        for scenario in scenarios(size, options.quick)[: 1 if options.warm else None]:
             if time.perf_counter() - begin > options.budget:
                 left_out.append(scenario.name)
                 continue
-            rows += measure(scenario, variants, vocabulary, machine, 0.5 if options.quick else 1.5)
+            try:
+                rows += measure(scenario, variants, vocabulary, machine, seconds)
+            except KeyboardInterrupt:  # what was measured so far is worth its report
+                left_out.append(scenario.name)
+                options.budget = 0.0
             print(f"{scenario.name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
             machine.release()
         del variants
         gc.collect()
         machine.release()
+    if options.warm:
+        return 0
     import transformers
 
     about = {**environment(machine), "transformers": transformers.__version__}
@@ -344,7 +351,7 @@ def main() -> int:
     report: dict[str, Any] = {"environment": about, "rows": [asdict(row) for row in rows]}
     if left_out:
         report["left_out"] = left_out
-        print(f"not measured, {options.budget:.0f} s were over: {'; '.join(left_out)}")
+        print(f"not measured, the time was over: {'; '.join(left_out)}")
     if options.record:
         print(f"written: {write(report, 'models', options.results)}")
     return 0

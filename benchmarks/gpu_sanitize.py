@@ -1,6 +1,6 @@
 """compute-sanitizer over every Triton operator: memcheck (out of bounds, misaligned) and racecheck (shared memory).
 
-    python -m benchmarks.gpu_sanitize [--rooms attention ...] [--tools memcheck ...] [--jobs 7] [--record]
+    python -m benchmarks.gpu_sanitize [--rooms attention ...] [--tools memcheck ...] [--jobs 14] [--record]
 
 For each room and tool a process of its own runs `--run ROOM` under the sanitizer: the cases of `bert-fast verify`,
 forward and backward, float32 and bfloat16, with and without dropout, and then the operators with cu_seqlens, ids,
@@ -233,7 +233,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="compute-sanitizer over the Triton kernels")
     parser.add_argument("--rooms", nargs="+", choices=sorted(CASES), default=sorted(CASES))
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--jobs", type=int, default=7, help="processes at a time")
+    parser.add_argument("--jobs", type=int, default=14, help="processes at a time")
     parser.add_argument("--limit", type=float, default=150, help="seconds for one room under one tool")
     parser.add_argument("--record", action="store_true", help="write results/<device>/sanitizer.json")
     parser.add_argument("--results", type=Path, default=RESULTS)

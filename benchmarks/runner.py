@@ -1,6 +1,7 @@
 """The one benchmark runner: variants interleaved in one process, medians, ceilings and errors measured in the same run.
 
     python -m benchmarks.bench_<room> [--device cpu|cuda] [--quick] [--record] [--budget SECONDS] [--results FOLDER]
+    python -m benchmarks.bench_<room> --warm     compile and check every case, time nothing
 
 A case that is wrong is not timed: each variant's result is compared with float64 first. A wrong result of ours ends the
 run with nothing reported; a peer that can't run a case, or gets it wrong, is listed as refused, with the reason. The
@@ -271,17 +272,21 @@ def run(
     machine.release()
     rows: list[Row] = []
     left_out = []
-    for plan in plans:
+    for index, plan in enumerate(plans):
         if time.perf_counter() - begin > budget:
             left_out.append(plan.name)
             continue
-        rows += measure(plan.name, plan.make(), machine, limits, seconds)
+        try:
+            rows += measure(plan.name, plan.make(), machine, limits, seconds)
+        except KeyboardInterrupt:  # what was measured so far is worth its report
+            left_out += [later.name for later in plans[index:]]
+            break
         machine.release()
     about = environment(machine)
     rounded = {name: round(value, 1) for name, value in limits.items()}
     print(f"{room}: {json.dumps({**about, **rounded})}\n{table(rows)}")
     if left_out:
-        print(f"not measured, {budget:.0f} s were over: {'; '.join(left_out)}")
+        print(f"not measured, the time was over: {'; '.join(left_out)}")
     print(f"{room}: {len(plans) - len(left_out)} of {len(plans)} cases in {time.perf_counter() - begin:.0f} s")
     return {
         "environment": about,
@@ -289,6 +294,13 @@ def run(
         "rows": [asdict(row) for row in rows],
         **({"left_out": left_out} if left_out else {}),
     }
+
+
+def warm(plans: Sequence[Plan], machine: Machine) -> None:
+    """Check every case and time none: afterwards what they compile lies in the caches of Triton and inductor."""
+    for plan in plans:
+        checked(plan.name, plan.make(), machine)
+        machine.release()
 
 
 def write(report: Mapping[str, Any], name: str, results: Path = RESULTS) -> Path:
@@ -312,6 +324,7 @@ def arguments(what: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="fewer cases and less time for each")
     parser.add_argument("--record", action="store_true", help="write the JSON")
+    parser.add_argument("--warm", action="store_true", help="compile and check, time nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that holds a folder for each device")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
     return parser
@@ -329,8 +342,12 @@ def main(room: str, plans: Callable[[Setting], Sequence[Plan]]) -> None:
         parser.error(str(error))
     on_gpu = machine.device.type == "cuda"
     seconds = (0.1 if on_gpu else 0.2) if options.quick else (0.3 if on_gpu else 2.0)
+    chosen = plans(Setting(machine.device, options.quick))
     with machine.active():
-        report = run(room, plans(Setting(machine.device, options.quick)), machine, seconds, options.budget)
+        if options.warm:
+            warm(chosen, machine)
+            return
+        report = run(room, chosen, machine, seconds, options.budget)
     if options.record:
         file = write(report, room, options.results)
         print(f"written: {file}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, gpu_peers, gpu_sanitize, plots, runner
+from benchmarks import gpu, gpu_peers, gpu_sanitize, plots, runner, targets
 from benchmarks.attention_peers import Batch, peers, truth
 from benchmarks.devices import Cpu, machine_of
 from benchmarks.lengths import half_filled
@@ -211,28 +213,178 @@ def logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def step(name: str, code: str, share: float) -> gpu.Step:
+    def run(options: gpu.Options, limit: float) -> list[gpu.Outcome]:
+        return [gpu.run(name, [sys.executable, "-c", code], limit)]
+
+    return gpu.Step(name, share, False, run)
+
+
 def test_the_gpu_run_goes_on_after_a_failure_and_names_what_was_cut(
-    logs: Path, capsys: pytest.CaptureFixture[str]
+    logs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(name: str, code: str, share: float, needs_gpu: bool = False) -> gpu.Step:
-        def run(options: gpu.Options, limit: float) -> list[gpu.Outcome]:
-            return [gpu.run(name, [sys.executable, "-c", code], limit)]
-
-        return gpu.Step(name, share, needs_gpu, run)
-
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    polite = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what it had')"
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True)\ntime.sleep(60)"
+    )
     steps = [
         step("broken", "print('the reason'); raise SystemExit(3)", 5.0),
-        step("device", "raise AssertionError", 1.0, needs_gpu=True),
-        step("endless", "import time; print('working', flush=True); time.sleep(60)", 3.0),
-        step("good", "print('fine')", 30.0),
+        step("polite", polite, 3.0),
+        step("stubborn", stubborn, 3.0),
+        step("good", "print('fine')", 9.0),
     ]
-    outcomes = gpu.run_steps(steps, gpu.Options(False, logs), 20.0, gpu=False)
-    assert [outcome.result for outcome in outcomes] == ["failed", "not run", "cut", "passed"]
-    assert outcomes[0].detail == "exit code 3"
-    assert "no CUDA device" in outcomes[1].detail
-    assert "working" in outcomes[2].detail
-    assert "the reason" in capsys.readouterr().out
-    assert "1 of 4 passed" in gpu.table(outcomes, 1.0)
+    so_far: list[int] = []
+    outcomes = gpu.run_steps(steps, gpu.Options(False, logs), 18.0, lambda found: so_far.append(len(found)))
+    assert [outcome.result for outcome in outcomes] == ["failed", "cut", "cut", "passed"]
+    assert outcomes[0].detail == "exit code 3; the reason"
+    assert [outcome.detail.partition("; ")[2] for outcome in outcomes[1:3]] == ["what it had", "on"]
+    assert all(outcome.seconds < 8 for outcome in outcomes)
+    assert so_far == [1, 2, 3, 4]
+    assert "    the reason" in capsys.readouterr().out
+    assert "1 of 4 passed" in gpu.table(outcomes)
+    (late,) = gpu.run_steps([steps[-1]], gpu.Options(False, logs), 0.0)
+    assert (late.result, late.detail) == ("not run", "the time was over")
+
+
+def test_a_gpu_run_without_a_device_says_so_and_runs_nothing(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(logs / "out")])
+    assert gpu.main() == 2
+    said = capsys.readouterr()
+    assert "no CUDA device was found" in said.err
+    assert said.out == ""
+    assert not list(logs.iterdir())
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert "can't import torch" in gpu.missing()
+
+
+def test_a_run_is_packed_after_each_step(logs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results, out = tmp_path / "results", tmp_path / "out"
+    (results / "gpu-x").mkdir(parents=True)
+    old = results / "gpu-x" / "old.json"
+    old.write_text("{}")
+    os.utime(old, (1e9, 1e9))
+    writes = f"open({str(results / 'gpu-x' / 'new.json')!r}, 'w').write('1')"
+    monkeypatch.setattr(gpu, "STEPS", (step("one", writes, 1.0), step("two", "raise SystemExit(1)", 1.0)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "bert_fast" / "verified").mkdir(parents=True)
+    (tmp_path / "bert_fast" / "verified" / "gpu-x.json").write_text("record")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--results", str(results), "--out", str(out)])
+    assert gpu.main() == 1
+    with tarfile.open(out / "gpu.tar.gz") as archive:
+        names = archive.getnames()
+        summary = archive.extractfile("build/gpu/summary.txt")
+        assert summary is not None
+        assert re.search(rb"^one +passed .*\ntwo +failed", summary.read(), re.MULTILINE)
+    for name in ("benchmarks/results/gpu-x/new.json", "bert_fast/verified/gpu-x.json", "build/gpu/one.log"):
+        assert names.count(name) == 1, name
+    assert "benchmarks/results/gpu-x/old.json" not in names
+
+
+@pytest.mark.parametrize("limit", [13.0, 200.0])
+def test_a_benchmark_stops_before_its_limit(limit: float, tmp_path: Path) -> None:
+    flags = gpu.recorded(gpu.Options(False, tmp_path), limit)
+    assert float(flags[flags.index("--budget") + 1]) + gpu.GRACE <= limit
+    assert "--quick" in flags
+    assert "--quick" not in gpu.recorded(gpu.Options(True, tmp_path), limit)
+
+
+def test_the_shares_of_the_gpu_run_are_less_than_nine_minutes() -> None:
+    assert sum(step.share for step in gpu.STEPS) <= 525
+
+
+def test_warming_up_checks_every_case_and_times_none(machine: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cpu, "interleaved", lambda *_: pytest.fail("timed"))
+    made: list[str] = []
+    plans = [Plan(name, lambda name=name: made.append(name) or toy()) for name in ("a", "b")]  # type: ignore[misc,func-returns-value]
+    runner.warm(plans, machine)
+    assert made == ["a", "b"]
+    with pytest.raises(SystemExit, match="nothing was reported"):
+        runner.warm([Plan("c", lambda: toy(**{"bert_fast wrong": waits(0.0, X + 1)}))], machine)
+
+
+def test_an_interrupt_leaves_a_report_of_what_was_measured(machine: Cpu) -> None:
+    def interrupted() -> Case:
+        raise KeyboardInterrupt
+
+    plans = [Plan("a", toy), Plan("b", interrupted), Plan("c", toy)]
+    report = runner.run("toy", plans, machine, 0.01)
+    assert {row["case"] for row in report["rows"]} == {"a"}
+    assert report["left_out"] == ["b", "c"]
+
+
+def timing(case: str, variant: str, ms: float | None, share: float = 0.0) -> dict[str, Any]:
+    return {"case": case, "variant": variant, "ms": ms, "share_of_ceiling": share}
+
+
+def test_targets_are_judged_by_the_right_peers(tmp_path: Path) -> None:
+    forward, backward = "(8, 8) bfloat16 forward", "(8, 8) bfloat16 backward, dropout"
+    full, half = "S 512 bfloat16 forward", "S 512 half filled bfloat16 forward"
+    dropout = "S 512 bfloat16 forward + backward, dropout"
+    reports = {
+        "bias_gelu": [
+            timing(forward, "bert_fast triton", 1.0, 0.85),
+            timing(forward, "copy of as many bytes", 0.9, 0.99),
+            timing("(9, 9) bfloat16 forward", "eager", 1.0, 0.9),
+            timing(backward, "bert_fast triton", 1.0, 0.74),
+        ],
+        "attention": [
+            timing(full, "SDPA flash", 2.0),
+            timing(full, "varlen_attn", 0.1),
+            timing(full, "bert_fast triton", 2.5),
+            timing(full, "bert_fast cuda", 2.0),
+            timing(full, "bert_fast cuda, with bias", 1.0),
+            timing(dropout, "SDPA cuDNN", None),
+            timing(dropout, "flash varlen op", 2.9),
+            timing(dropout, "SDPA efficient", 9.0),
+            timing(dropout, "bert_fast triton", 2.0),
+            timing(half, "varlen_attn", 1.0),
+            timing(half, "SDPA efficient", 1.9),
+            timing(half, "bert_fast triton", 1.0),
+        ],
+    }
+    about = {"commit": "c", "date": "d"}
+    for room, rows in reports.items():
+        report = {"environment": about, "rows": rows, "left_out": [f"{half} + backward"] if room == "attention" else []}
+        (tmp_path / f"{room}.json").write_text(json.dumps(report))
+    entries = {(entry["room"], entry["case"]): entry for entry in targets.judge_folder(tmp_path)}
+
+    def result(room: str, case: str) -> tuple[Any, ...]:
+        entry = entries.pop((room, case))
+        return entry["result"], entry.get("ratio"), entry.get("to", entry.get("reason"))
+
+    assert result("bias_gelu", forward) == ("met", 0.85, "copy bandwidth")
+    assert result("bias_gelu", "(9, 9) bfloat16 forward")[::2] == (
+        "not measured",
+        "no implementation of ours was timed",
+    )
+    assert result("bias_gelu", backward) == ("missed", 0.74, "copy bandwidth")
+    assert result("attention", full) == ("met", 1.0, "SDPA flash")
+    assert result("attention", dropout) == ("missed", 1.45, "flash varlen op")
+    assert result("attention", half) == ("met", 1.9, "SDPA efficient")
+    assert result("attention", f"{half} + backward")[::2] == ("not measured", "the time was over")
+    assert {entry["reason"] for entry in entries.values()} == {"the room has no report"}
+    assert {room for room, _ in entries} == {"add_layer_norm", "embedding_layer_norm"}
+
+
+def test_every_target_has_a_quick_case_on_a_gpu() -> None:
+    setting = Setting(torch.device("cuda"), quick=True)
+    for target in targets.TARGETS:
+        plans = importlib.import_module(f"benchmarks.bench_{target.room}").plans(setting)
+        assert any(re.fullmatch(target.cases, plan.name) for plan in plans), target
+
+
+def test_targets_without_a_report_are_not_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["targets", str(tmp_path)])
+    assert targets.main() == 0
+    written = json.loads((tmp_path / "targets.json").read_text())["targets"]
+    assert {entry["result"] for entry in written} == {"not measured"}
+    assert f"0 met, 0 missed, {len(targets.TARGETS)} not measured" in capsys.readouterr().out
 
 
 def test_a_whole_model_is_compared_with_transformers_and_timed(machine: Cpu) -> None:

@@ -1,0 +1,133 @@
+"""The targets on a GPU, as ratios of what one run measured: met, missed or not measured.
+
+    python -m benchmarks.targets [FOLDER ...]      benchmarks/results/<device>; every GPU's where none is named
+
+Reads the recorded benchmarks of a device and writes targets.json beside them. A missed target is a result and no
+failure: the exit code is 0. Where ours has several implementations, the fastest is judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+OURS = re.compile(r"bert_fast (?!.*with bias)")  # attention's peers add no bias
+Row = dict[str, Any]
+
+
+def of_copy(ours: Row, rows: list[Row]) -> tuple[float, str] | None:
+    """The share of the measured copy bandwidth that the floor's bytes move at."""
+    return ours["share_of_ceiling"], "copy bandwidth"
+
+
+def faster_than(peers: str) -> Callable[[Row, list[Row]], tuple[float, str] | None]:
+    """How many times faster than the fastest of the peers whose name matches."""
+
+    def ratio(ours: Row, rows: list[Row]) -> tuple[float, str] | None:
+        timed = [row for row in rows if row["ms"] and re.match(peers, row["variant"])]
+        if not timed:
+            return None
+        best = min(timed, key=lambda row: row["ms"])
+        return best["ms"] / ours["ms"], best["variant"]
+
+    return ratio
+
+
+@dataclass(frozen=True)
+class Target:
+    """`ratio` is to be at least `goal` in every case of `room` whose name matches."""
+
+    room: str
+    cases: str
+    goal: float
+    ratio: Callable[[Row, list[Row]], tuple[float, str] | None]
+
+
+TARGETS = (
+    *(
+        Target(room, rf".* bfloat16 {which}(, dropout)?", goal, of_copy)
+        for room in ("add_layer_norm", "bias_gelu", "embedding_layer_norm")
+        for which, goal in (("forward", 0.85), ("backward", 0.75))
+    ),
+    Target("attention", r"S 512 bfloat16 forward", 1.0, faster_than("SDPA ")),
+    # A backend without dropout refuses the case, so that those which were timed have it.
+    Target("attention", r"S 512 bfloat16 forward \+ backward, dropout", 1.5, faster_than("(?!bert_fast|copy of)")),
+    Target("attention", r"S 512 half filled bfloat16 .*", 1.8, faster_than("SDPA |torch.compile")),
+)
+
+
+def judge(target: Target, report: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """An entry for each case of the target, at least one."""
+    about = {"room": target.room, "goal": target.goal}
+    if report is None:
+        return [{**about, "case": target.cases, "result": "not measured", "reason": "the room has no report"}]
+    about |= {name: report["environment"][name] for name in ("commit", "date")}
+    cases: dict[str, list[Row]] = {}
+    for row in report["rows"]:
+        if re.fullmatch(target.cases, row["case"]):
+            cases.setdefault(row["case"], []).append(row)
+    found: list[dict[str, Any]] = []
+    for case, rows in cases.items():
+        ours = min((r for r in rows if r["ms"] and OURS.match(r["variant"])), key=lambda r: r["ms"], default=None)
+        ratio = target.ratio(ours, rows) if ours else None
+        if ours is None or ratio is None:
+            reason = "no peer could be timed" if ours else "no implementation of ours was timed"
+            found.append({**about, "case": case, "result": "not measured", "reason": reason})
+            continue
+        verdict = "met" if ratio[0] >= target.goal else "missed"
+        beside = {"variant": ours["variant"], "ratio": round(ratio[0], 3), "to": ratio[1]}
+        found.append({**about, "case": case, "result": verdict, **beside})
+    for case in report.get("left_out", []):
+        if re.fullmatch(target.cases, case):
+            found.append({**about, "case": case, "result": "not measured", "reason": "the time was over"})
+    nothing = {**about, "case": target.cases, "result": "not measured", "reason": "the report has no such case"}
+    return found or [nothing]
+
+
+def judge_folder(folder: Path) -> list[dict[str, Any]]:
+    """The entries of every target, from the reports in the folder of a device."""
+    found = []
+    for target in TARGETS:
+        file = folder / f"{target.room}.json"
+        found += judge(target, json.loads(file.read_text()) if file.exists() else None)
+    return found
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """The entries as a Markdown table."""
+    lines = ["| room | case | goal | measured | of, or faster than | result |", "|---|---|---|---|---|---|"]
+    for entry in entries:
+        measured = f"{entry['ratio']:.2f} ({entry['variant']})" if "ratio" in entry else ""
+        last = f"{entry['result']}: {entry['reason']}" if "reason" in entry else entry["result"]
+        lines.append(
+            f"| {entry['room']} | {entry['case']} | {entry['goal']:.2f} | {measured} | {entry.get('to', '')} | {last} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="the targets on a GPU, from the recorded benchmarks")
+    parser.add_argument("folders", nargs="*", type=Path, help="results/<device>; every GPU's where none is named")
+    named = parser.parse_args().folders
+    folders = named or sorted(p for p in RESULTS.iterdir() if p.is_dir() and not p.name.startswith("cpu-"))
+    if not folders:
+        print("targets: not measured: no benchmark on a GPU is recorded; make gpu does it on a machine that has one")
+    for folder in folders:
+        entries = judge_folder(folder)
+        (folder / "targets.json").write_text(json.dumps({"targets": entries}, indent=1) + "\n")
+        counts = (
+            f"{sum(e['result'] == result for e in entries)} {result}" for result in ("met", "missed", "not measured")
+        )
+        print(f"{table(entries)}\ntargets on {folder.name}: {', '.join(counts)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
