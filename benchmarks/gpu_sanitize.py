@@ -5,7 +5,8 @@
 For each room and tool a process of its own runs `--run ROOM` under the sanitizer: the cases of `bert-fast verify`,
 forward and backward, float32 and bfloat16, with and without dropout, and then the operators with cu_seqlens, ids,
 labels and indices that are wrong: they may refuse them, but not touch memory that is not theirs. torch's allocator
-caches nothing there, so that each tensor is an allocation whose ends the sanitizer knows.
+caches nothing there, so that each tensor is an allocation whose ends the sanitizer knows. A kernel of the room that
+none of this launches is a failure.
 
 Where the tool or the device is missing, the result is "not run", never "passed". Exit code 0: every room passed.
 """
@@ -13,6 +14,7 @@ Where the tool or the device is missing, the result is "not run", never "passed"
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shutil
@@ -20,8 +22,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from torch import Tensor
 
 from benchmarks.devices import environment, machine_of
 from benchmarks.runner import RESULTS, write
+from bert_fast.kernels import add_layer_norm, attention, clip_scale, lamb_step
+from bert_fast.kernels._common import dispatch
 from bert_fast.kernels._common.dispatch import ROOMS
 from bert_fast.testing import operators, outputs_and_gradients
 from bert_fast.verification import CASES
@@ -149,6 +154,73 @@ MALFORMED: dict[str, Callable[[Any, str], list[Callable[[], Any]]]] = {
 }
 
 
+def long_attention(device: str) -> None:
+    """Sequences that take several blocks of keys, in bfloat16, where `bert-fast verify` has short ones alone."""
+    ends = torch.tensor([0, 150, 150, 193, 202], dtype=torch.int32, device=device)
+    for D in (32, 64):
+        qkv = torch.randn(202, 3, 1, D, device=device, dtype=torch.bfloat16, requires_grad=True)
+        bias = torch.randn(3, 1, D, device=device, requires_grad=True)
+        state = torch.tensor(STATE, device=device)
+        attention(qkv, ends, 150, bias=bias, dropout_p=0.1, rng_state=state, impl="triton").sum().backward()
+
+
+def clipped_lamb(device: str) -> None:
+    """The global norm over tensors of several chunks, on addresses that are no multiple of 16 bytes."""
+    params = [torch.randn(size, device=device)[1:] for size in (70_001, 3, 34)]
+    grads = [torch.randn_like(param) for param in params]
+    states = [[torch.zeros_like(param) for param in params] for _ in range(2)]
+    scale = clip_scale(grads, 1.0, impl="triton").scale
+    lamb_step(params, grads, *states, step=1, lr=0.01, grad_scale=scale, impl="triton")
+
+
+def wide_add_layer_norm(device: str) -> None:
+    """Rows that no program holds, whose x_bias gets its gradient from a kernel of its own."""
+    x, residual = (torch.randn(5, 8100, device=device, requires_grad=True) for _ in range(2))
+    weight, bias, x_bias = (torch.randn(8100, device=device, requires_grad=True) for _ in range(3))
+    state = torch.tensor(STATE, device=device)
+    out = add_layer_norm(x, residual, weight, bias, x_bias=x_bias, dropout_p=0.1, rng_state=state, impl="triton")
+    out.sum().backward()
+
+
+MORE: dict[str, Callable[[str], None]] = {
+    "add_layer_norm": wide_add_layer_norm,
+    "attention": long_attention,
+    "lamb": clipped_lamb,
+}
+
+
+def kernels_of(room: str) -> set[str]:
+    """The room's kernels as "module.name"; a function that kernels call has no name that ends so."""
+    found = set()
+    for path in Path(dispatch.__file__).parents[1].glob(f"{room}/triton_*.py"):
+        module = importlib.import_module(f"bert_fast.kernels.{room}.{path.stem}")
+        found |= {f"{path.stem}.{name}" for name, value in vars(module).items() if _is_kernel(name, value, module)}
+    return found
+
+
+def _is_kernel(name: str, value: Any, module: Any) -> bool:
+    return name.endswith("kernel") and getattr(getattr(value, "fn", None), "__module__", "") == module.__name__
+
+
+@contextmanager
+def launches() -> Iterator[set[str]]:
+    """The kernels that are launched within the block, as "module.name"."""
+    from triton.runtime.jit import KernelInterface
+
+    found: set[str] = set()
+    before = KernelInterface.__getitem__
+
+    def noted(kernel: Any, grid: Any) -> Any:
+        found.add(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
+        return before(kernel, grid)
+
+    KernelInterface.__getitem__ = noted
+    try:
+        yield found
+    finally:
+        KernelInterface.__getitem__ = before
+
+
 def run_room(room: str, device: str) -> int:
     """What runs under the sanitizer: a line says how far it came."""
     torch.manual_seed(0)
@@ -156,10 +228,25 @@ def run_room(room: str, device: str) -> int:
     if not slot.availability.ok:
         print(f"{room}: not run: {slot.availability.reason}")
         return 0
-    ran = verified_cases(room, device)
-    refused = malformed = 0
-    for call in MALFORMED.get(room, lambda *_: [])(operators("triton"), device):
-        malformed += 1
+    with launches() as launched:
+        ran = verified_cases(room, device)
+        if room in MORE:
+            MORE[room](device)
+        malformed, refused = run_malformed(room, device)
+    missing = sorted(kernels_of(room) - launched)
+    if missing:
+        print(f"{room}: never launched: {', '.join(missing)}")
+        return 1
+    said = f"{ran} cases, {malformed} malformed calls of which {refused} refused, {len(kernels_of(room))} kernels"
+    print(f"{room}: done: {said}")
+    return 0
+
+
+def run_malformed(room: str, device: str) -> tuple[int, int]:
+    """How many malformed calls ran, and how many of them were refused."""
+    calls = MALFORMED[room](operators("triton"), device) if room in MALFORMED else []
+    refused = 0
+    for call in calls:
         try:
             call()
         except (ValueError, IndexError, RuntimeError) as error:
@@ -168,8 +255,7 @@ def run_room(room: str, device: str) -> int:
             refused += 1
         if device == "cuda":
             torch.cuda.synchronize()
-    print(f"{room}: done: {ran} cases, {malformed} malformed calls of which {refused} refused")
-    return 0
+    return len(calls), refused
 
 
 def judge(tool: str, room: str, code: int, output: str, seconds: float) -> dict[str, Any]:
@@ -183,9 +269,10 @@ def judge(tool: str, room: str, code: int, output: str, seconds: float) -> dict[
         return entry | {"result": "not run", "reason": _last_line(output)}
     if code == 0 and done and summary and int(summary[-1]) == 0:
         return entry | {"result": "passed", "reason": done[2]}
+    never = re.search(rf"^{room}: (never launched: .*)$", output, re.MULTILINE)
     return entry | {
         "result": "failed",
-        "reason": f"{summary[-1]} errors" if summary else "no summary: " + _last_line(output),
+        "reason": never[1] if never else f"{summary[-1]} errors" if summary else "no summary: " + _last_line(output),
         "output": output[-6000:],
     }
 

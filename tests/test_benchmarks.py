@@ -187,13 +187,29 @@ def test_plots_without_matplotlib_say_what_to_install(
         (0, "toy: done: 4 cases\n= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)", "failed"),
         (1, "Traceback\nRuntimeError: x\n========= ERROR SUMMARY: 0 errors", "failed"),
         (0, "========= ERROR SUMMARY: 0 errors", "failed"),
+        (1, "toy: never launched: triton_kernels._fwd_kernel\n========= ERROR SUMMARY: 0 errors", "failed"),
         (1, "========= Error: Device not supported", "not run"),
         (0, "toy: not run: not built yet\n========= ERROR SUMMARY: 0 errors", "not run"),
     ],
-    ids=["clean", "errors", "no hazards", "hazards", "raised", "ended early", "no support", "no kernels"],
+    ids=["clean", "errors", "no hazards", "hazards", "raised", "ended early", "one missed", "no support", "no kernels"],
 )
 def test_the_sanitizer_passes_only_what_ran_to_its_end(code: int, output: str, expected: str) -> None:
     assert gpu_sanitize.judge("memcheck", "toy", code, output, 1.0)["result"] == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's run of what compute-sanitizer runs on a GPU")
+def test_the_sanitizer_launches_every_kernel_of_a_room(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_sanitize, "DTYPES", (torch.float32,))
+    kernels = {f"triton_kernels._{name}_kernel" for name in ("count", "write", "gather", "scatter")}
+    assert gpu_sanitize.kernels_of("padding") == kernels
+    assert gpu_sanitize.run_room("padding", "cpu") == 0
+    assert re.search(r"padding: done: 1 cases, 3 malformed calls .*, 4 kernels", capsys.readouterr().out)
+    monkeypatch.setattr(gpu_sanitize, "verified_cases", lambda *_: 0)  # the malformed calls gather and scatter
+    assert gpu_sanitize.run_room("padding", "cpu") == 1
+    said = "padding: never launched: triton_kernels._count_kernel, triton_kernels._write_kernel"
+    assert said in capsys.readouterr().out
 
 
 def test_without_a_device_the_sanitizer_says_not_run(
