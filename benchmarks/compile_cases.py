@@ -85,6 +85,19 @@ def lamb() -> None:
             ops.lamb_step(*lists, 7, 0.01, (0.9, 0.999), 1e-6, 0.01, 1.0)
 
 
+def masked_lm_loss() -> None:
+    from bert_fast.kernels.masked_lm_loss import triton_kernels as ops
+
+    tokens, vocabulary = 4 * TOKENS, 30522  # several chunks in every dtype
+    labels, settings = empty(tokens, dtype=torch.int64), (1e-12, -100, 0.1, 1e-4)
+    for dtype, width in product(DTYPES, WIDTHS):
+        shapes = ((width, width), (width,), (width,), (width,), (vocabulary, width), (vocabulary,))
+        tensors = empty(tokens, width, dtype=dtype), labels, *(empty(*shape) for shape in shapes)
+        ops.masked_lm_loss_fwd(*tensors, *settings, False)
+        *_, gradients = ops.masked_lm_loss_fwd(*tensors, *settings, True)
+        ops.masked_lm_loss_bwd(empty(), gradients)
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "add_layer_norm": add_layer_norm,
     "bias_gelu": bias_gelu,

@@ -2,6 +2,17 @@
 
 #include "masked_lm_loss/masked_lm_loss.h"
 
+namespace bert_fast {
+namespace {
+
+// What a row's loss is made of, and what its gradient is multiplied by.
+struct Terms {
+  double scale, label_smoothing, z_loss;
+};
+
+}  // namespace
+}  // namespace bert_fast
+
 #define BF_KERNELS "masked_lm_loss/masked_lm_loss_cpu_kernels.h"
 #include "common/foreach_isa.h"
 
@@ -19,7 +30,7 @@ void check_labels(const int64_t* labels, int64_t rows, int64_t cols) {
 }
 
 template <class T, bool GRAD>
-void rows_loss(const Tensor& logits, const int64_t* labels, const float* bias, float scale, double* losses,
+void rows_loss(const Tensor& logits, const int64_t* labels, const float* bias, const Terms& terms, double* losses,
                bool* hits) {
   const int64_t cols = logits.size(1);
   const auto loss_of = BF_DISPATCH(softmax_row<T, GRAD>);
@@ -28,7 +39,7 @@ void rows_loss(const Tensor& logits, const int64_t* labels, const float* bias, f
         const std::unique_ptr<float[]> exps(new float[cols]);
         for (int64_t row = begin; row < end; ++row) {
           losses[row] =
-              loss_of(mutable_data<T>(logits) + row * cols, bias, exps.get(), labels[row], scale, cols, hits + row);
+              loss_of(mutable_data<T>(logits) + row * cols, bias, exps.get(), labels[row], terms, cols, hits + row);
         }
       });
 }
@@ -47,7 +58,8 @@ void bias_grad(const Tensor& logits, float* dbias) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> masked_lm_loss_rows_cpu(const Tensor& logits, const Tensor& labels, const Tensor& bias,
-                                                   const Tensor& dbias, double scale, bool grad) {
+                                                   const Tensor& dbias, double scale, double label_smoothing,
+                                                   double z_loss, bool grad) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "masked_lm_loss: expected contiguous logits (C, V)");
   const int64_t rows = logits.size(0), cols = logits.size(1);
   check_size(labels, "labels", 0, rows);
@@ -66,7 +78,8 @@ std::tuple<Tensor, Tensor> masked_lm_loss_rows_cpu(const Tensor& logits, const T
   dispatch_float(logits.scalar_type(), "masked_lm_loss", [&](auto element) {
     using T = decltype(element);
     const auto run = grad ? rows_loss<T, true> : rows_loss<T, false>;
-    run(logits, data<int64_t>(targets), data<float>(shift), static_cast<float>(scale), losses.data(), hits.get());
+    run(logits, data<int64_t>(targets), data<float>(shift), {scale, label_smoothing, z_loss}, losses.data(),
+        hits.get());
     if (grad) bias_grad<T>(logits, mutable_data<float>(dbias));
   });
 

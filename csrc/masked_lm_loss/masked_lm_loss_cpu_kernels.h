@@ -7,9 +7,11 @@ namespace BF_ISA {
 
 constexpr int64_t kBlock = 1024;  // columns added up in float before they go into a double
 
-// Returns the loss of one row. exps (V,) is scratch. With GRAD, x becomes (softmax(x + bias) - onehot(label)) * scale.
+// Returns the loss of one row. exps (V,) is scratch. With GRAD, x becomes the loss's gradient times terms.scale:
+// softmax(x + bias) (1 + 2 z lse) - (1 - s) onehot(label) - s / V.
 template <class T, bool GRAD>
-inline double softmax_row(T* x, const float* bias, float* exps, int64_t label, float scale, int64_t cols, bool* hit) {
+inline double softmax_row(T* x, const float* bias, float* exps, int64_t label, const Terms& terms, int64_t cols,
+                          bool* hit) {
   vfloat highest = set1(-INFINITY);
   for_columns(cols, [&](int64_t col, int n) {
     const vfloat logit = load_n(x + col, n) + load_n(bias + col, n);
@@ -24,30 +26,39 @@ inline double softmax_row(T* x, const float* bias, float* exps, int64_t label, f
   *hit = wanted == top;
   for (int64_t col = 0; *hit && col < label; ++col) *hit = exps[col] != top;
 
-  double sum = 0.0;
+  double sum = 0.0, below = 0.0;  // of the exponentials, and of the logits less the largest
   for (int64_t start = 0; start < cols; start += kBlock) {
-    vfloat lanes = set1(0.0f);
-    float tail = 0.0f;
+    vfloat lanes = set1(0.0f), lanes_below = set1(0.0f);
+    float tail = 0.0f, tail_below = 0.0f;
     float* block = exps + start;
     for_columns(std::min(kBlock, cols - start), [&](int64_t col, int n) {
-      const vfloat value = vexp(load_n(block + col, n) - top);
-      store_n(block + col, value, n);
+      const vfloat logit = load_n(block + col, n) - top;
+      const vfloat value = vexp(logit);
       if (n == kWidth) {
         lanes += value;
+        lanes_below += logit;
       } else {
-        for (int i = 0; i < n; ++i) tail += block[col + i];
+        for (int i = 0; i < n; ++i) tail_below += block[col + i] - top;
       }
+      store_n(block + col, value, n);
+      for (int i = 0; n < kWidth && i < n; ++i) tail += block[col + i];
     });
     sum += static_cast<double>(reduce_add(lanes)) + tail;
+    below += static_cast<double>(reduce_add(lanes_below)) + tail_below;
   }
 
+  const double lse = std::log(sum) + top, smoothing = terms.label_smoothing;
   if (GRAD) {
-    const float factor = static_cast<float>(scale / sum);
-    const vfloat at_label = set1((static_cast<float>(exps[label] / sum) - 1.0f) * scale);
-    for_columns(cols, [&](int64_t col, int n) { store_n(x + col, load_n(exps + col, n) * factor, n); });
-    store_n(x + label, at_label, 1);
+    const double weight = 1.0 + 2.0 * terms.z_loss * lse;
+    const float factor = static_cast<float>(terms.scale * weight / sum);
+    const vfloat everywhere = set1(static_cast<float>(-terms.scale * smoothing / cols));
+    const double at_label = exps[label] / sum * weight - (1.0 - smoothing) - smoothing / cols;
+    for_columns(cols, [&](int64_t col, int n) { store_n(x + col, load_n(exps + col, n) * factor + everywhere, n); });
+    store_n(x + label, set1(static_cast<float>(at_label * terms.scale)), 1);
   }
-  return std::log(sum) - (static_cast<double>(wanted) - top);
+  const double loss = std::log(sum) - (1.0 - smoothing) * (static_cast<double>(wanted) - top);
+  // Not with 0 times the mean: a logit of minus infinity would make it NaN.
+  return loss + (smoothing > 0.0 ? -smoothing * (below / cols) : 0.0) + terms.z_loss * lse * lse;
 }
 
 // total (cols) += the sum over the rows of x, rows `stride` apart, in their order.

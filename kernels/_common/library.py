@@ -30,12 +30,16 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    triton: bool = True,
 ) -> None:
     """Define `name` with `schema` (arguments and returns), its shapes and, where given, its gradient.
 
     `backward(ops, ctx, *gradients)` finds the operators that it calls in `ops`, the namespace it is registered for.
+    `triton=False` is for operators that only the compiled kernels have.
     """
     for namespace, library in _LIBRARIES.items():
+        if namespace == _TRITON and not triton:
+            continue
         qualified = f"{namespace}::{name}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(qualified, fake, lib=library)

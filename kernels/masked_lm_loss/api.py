@@ -38,12 +38,16 @@ def masked_lm_loss(
     *,
     eps: float = 1e-12,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     impl: str = "auto",
 ) -> MaskedLMLoss:
     """Cross entropy of BERT's masked-language-model head, computed for the rows that have a label.
 
     h = LayerNorm(gelu(hidden dense_weight^T + dense_bias)), logits = h decoder_weight^T + decoder_bias,
-    loss = mean over the labelled rows of logsumexp(logits) - logits[label].
+    loss = mean over the labelled rows of
+           (1 - s) (lse - logits[label]) + s (lse - mean(logits)) + z lse^2,
+    with lse = logsumexp(logits), s = label_smoothing, z = z_loss.
 
     Args:
         hidden: (T, E) float32, bfloat16, float16 or float64; the encoder's output.
@@ -53,6 +57,9 @@ def masked_lm_loss(
         decoder_weight: (V, E), often the word embedding itself, with decoder_bias (V,).
         eps: added to LayerNorm's variance.
         ignore_index: the label of rows that take no part.
+        label_smoothing: how much of each target is spread evenly over the vocabulary, 0 <= s < 1, as in
+            torch.nn.functional.cross_entropy.
+        z_loss: weight of lse^2, >= 0, which keeps the logits from drifting; PaLM took 1e-4.
         impl: "auto", "reference", "triton", "cuda" or "cpu".
 
         The parameters have the dtype of `hidden` or float32; under autocast the matrix products run in its dtype.
@@ -62,12 +69,17 @@ def masked_lm_loss(
         largest logit (the first of equals) is the label's; count () int64, the labelled rows. With no labelled row
         the loss is 0 and every gradient is zero.
 
+        A label that is neither `ignore_index` nor in [0, V) is an error. The labels of CUDA tensors are not read at
+        the door (BERT_FAST_CHECK=1 does): there the Triton kernels take no part of such a row and don't count it.
+
     Raises:
         TypeError: a tensor is not floating point, or `labels` is not int64.
-        ValueError: a shape or a device does not fit, or a label is neither `ignore_index` nor in [0, V).
+        ValueError: a shape or a device does not fit, `label_smoothing` or `z_loss` is out of range, or a label is
+            neither `ignore_index` nor in [0, V).
         ImplUnavailableError: the `impl` asked for can't run here.
 
-    Source: Devlin et al., "BERT", 2019, section 3.1 and appendix A.2.
+    Source: Devlin et al., "BERT", 2019, section 3.1 and appendix A.2; label smoothing: Szegedy et al., "Rethinking the
+    Inception architecture", 2016, section 7; z-loss: Chowdhery et al., "PaLM", 2022, section 5.
     """
     parameters = {
         "dense_weight": dense_weight,
@@ -90,10 +102,16 @@ def masked_lm_loss(
     for name in ("dense_bias", "norm_weight", "norm_bias"):
         check_shape(name, parameters[name], (width,))
     check_same_device(hidden, labels=labels, **parameters)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected a number from 0 to below 1")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss is {z_loss}; expected a number that is not negative, such as 1e-4")
     _check_labels(labels, decoder_weight.shape[0], ignore_index)
     hidden = autocast(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return MaskedLMLoss(*ROOM.select(impl, hidden)(hidden, labels, *parameters.values(), eps, ignore_index))
+        call = ROOM.select(impl, hidden)
+        found = call(hidden, labels, *parameters.values(), eps, ignore_index, label_smoothing, z_loss)
+        return MaskedLMLoss(*found)
 
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:

@@ -29,6 +29,8 @@ def _fwd(
     decoder_bias: Tensor,
     eps: float,
     ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     dtype = GEMM_DTYPE[hidden.dtype]
@@ -41,7 +43,8 @@ def _fwd(
         product = torch.mm(x, dense.T).float()
         activated = torch.ops.bert_fast.bias_gelu_fwd(product, dense_bias, False)
         normed, mean, rstd = torch.native_layer_norm(activated, [width], scale, shift, eps)
-        loss, correct, ddecoder = _decode(normed, labels[rows], decoder_weight.to(dtype), decoder_bias, needs_grad)
+        decoder = decoder_weight.to(dtype), decoder_bias
+        loss, correct, ddecoder = _decode(normed, labels[rows], *decoder, label_smoothing, z_loss, needs_grad)
         if not needs_grad:
             return loss, correct, count, []
 
@@ -61,7 +64,13 @@ def _fwd(
 
 
 def _decode(
-    normed: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, needs_grad: bool
+    normed: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Mean loss and hits of rows `normed` (M, E) float32; with `needs_grad` also dnormed, dweight, dbias in float32."""
     count, vocabulary = normed.shape[0], weight.shape[0]
@@ -78,7 +87,7 @@ def _decode(
         chunk = normed[start : start + step].to(weight.dtype)  # (C, E)
         logits = torch.mm(chunk, weight.T, out=buffer[: chunk.shape[0]])  # (C, V)
         chunk_loss, hits = torch.ops.bert_fast.masked_lm_loss_rows(
-            logits, labels[start : start + step], bias, dbias, 1.0 / count, needs_grad
+            logits, labels[start : start + step], bias, dbias, 1.0 / count, label_smoothing, z_loss, needs_grad
         )
         total += chunk_loss
         correct += hits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
-from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, define, native_cpu
+from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, TRITON_DTYPES, define, native_cpu, triton_kernels
 from bert_fast.kernels.masked_lm_loss import native
 from bert_fast.kernels.masked_lm_loss.reference import masked_lm_loss_reference
 
@@ -31,7 +31,9 @@ def _fwd_fake(
     if not needs_grad:
         return loss, correct, count, []
     dparameters = [hidden.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
-    return loss, correct, count, [hidden.new_empty(hidden.shape), *dparameters]
+    # In float16 most of dhidden would be below the smallest number until the loss scale has multiplied it.
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return loss, correct, count, [hidden.new_empty(hidden.shape, dtype=dtype), *dparameters]
 
 
 def _bwd_fake(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
@@ -39,26 +41,29 @@ def _bwd_fake(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.dtypes = [parameter.dtype for parameter in inputs[2:8]]
+    ctx.dtypes = [x.dtype for x in (inputs[0], *inputs[2:8])]
     ctx.set_materialize_grads(False)  # the gradients of the gradients would be zeros of the parameters' sizes
     ctx.save_for_backward(*output[3])
 
 
 def _backward(ops: Any, ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    dhidden, *dparameters = ops.masked_lm_loss_bwd(dloss, list(ctx.saved_tensors))
-    cast = [gradient.to(dtype) for gradient, dtype in zip(dparameters, ctx.dtypes, strict=True)]
-    return dhidden, None, *cast, None, None, None
+    gradients = ops.masked_lm_loss_bwd(dloss, list(ctx.saved_tensors))
+    dhidden, *dparameters = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+    return dhidden, None, *dparameters, None, None, None, None, None
 
 
 define(
     "masked_lm_loss_rows",
-    "(Tensor(a!) logits, Tensor labels, Tensor bias, Tensor(b!) dbias, float scale, bool grad) -> (Tensor, Tensor)",
+    "(Tensor(a!) logits, Tensor labels, Tensor bias, Tensor(b!) dbias, float scale, float label_smoothing, "
+    "float z_loss, bool grad) -> (Tensor, Tensor)",
     fake=lambda logits, labels, *_: (labels.new_empty((), dtype=torch.float64), labels.new_empty(())),
+    triton=False,
 )
 define("masked_lm_loss_bwd", "(Tensor dloss, Tensor[] gradients) -> Tensor[]", fake=_bwd_fake)
 define(
     "masked_lm_loss_fwd",
-    f"(Tensor hidden, Tensor labels, {_PARAMETERS}, float eps, int ignore_index, bool needs_grad) "
+    f"(Tensor hidden, Tensor labels, {_PARAMETERS}, float eps, int ignore_index, float label_smoothing, "
+    "float z_loss, bool needs_grad) "
     "-> (Tensor loss, Tensor correct, Tensor count, Tensor[] gradients)",
     fake=_fwd_fake,
     setup_context=_setup_context,
@@ -78,6 +83,7 @@ ROOM = Room(
     "masked_lm_loss",
     {
         "reference": Implementation(masked_lm_loss_reference, None, None),
+        "triton": triton_kernels(_run, "masked_lm_loss", "masked_lm_loss_fwd", "masked_lm_loss_bwd"),
         "cpu": native_cpu(_run, "masked_lm_loss_rows"),
     },
     choices=(
@@ -87,6 +93,13 @@ ROOM = Room(
             NATIVE_CPU_DTYPES,
             measured="forward and backward of 4096 tokens, 15 % labelled, E 256: V 8192 62 ms, eager 79 ms; "
             "V 30522 250 ms, eager 355 ms; float32 on 2 AVX2 cores, 2026-11-21",
+        ),
+        Choice(
+            "triton",
+            "cuda",
+            TRITON_DTYPES,
+            measured="no GPU figure yet (benchmarks/results/PENDING.md); by count: the same 3 products of 2 M E V as "
+            "the reference, M known on the device alone, no (M, V) tensor beyond 256 MiB",
         ),
     ),
 )

@@ -16,6 +16,8 @@ def masked_lm_loss_reference(
     decoder_bias: Tensor,
     eps: float,
     ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = hidden.dtype
     masked = labels != ignore_index
@@ -28,5 +30,10 @@ def masked_lm_loss_reference(
     logits = F.linear(x, decoder_weight.to(dtype), decoder_bias.to(dtype))
     correct = ((logits.argmax(dim=-1) == labels) & (labels != ignore_index)).sum()
     precise = logits if dtype == torch.float64 else logits.float()
-    total = F.cross_entropy(precise, labels, ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(
+        precise, labels, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
+    if z_loss:
+        square = precise.logsumexp(dim=-1).square()
+        total = total + z_loss * square.masked_fill(labels == ignore_index, 0.0).sum()
     return total / count.clamp(min=1), correct, count
