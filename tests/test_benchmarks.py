@@ -300,6 +300,25 @@ def test_a_run_is_packed_after_each_step(logs: Path, monkeypatch: pytest.MonkeyP
     assert "benchmarks/results/gpu-x/old.json" not in names
 
 
+@pytest.mark.parametrize(("code", "natives"), [(0, [None]), (1, [None, "0"])], ids=["built", "no compiler"])
+def test_a_build_that_fails_is_followed_by_one_without_native_code(
+    code: int, natives: list[str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[str | None] = []
+
+    def run(name: str, command: list[str], limit: float, environment: dict[str, str]) -> gpu.Outcome:
+        seen.append(environment.get("BERT_FAST_NATIVE"))
+        assert "--no-index" in command
+        assert limit >= 25
+        return gpu.Outcome(name, "passed" if seen[-1] == "0" or code == 0 else "failed", 1.0)
+
+    monkeypatch.setattr(gpu, "run", run)
+    outcomes = gpu.build(gpu.Options(False, tmp_path), 90.0)
+    assert seen == natives
+    assert len(outcomes) == len(natives)
+    assert outcomes[-1].result == "passed"
+
+
 @pytest.mark.parametrize("limit", [13.0, 200.0])
 def test_a_benchmark_stops_before_its_limit(limit: float, tmp_path: Path) -> None:
     flags = gpu.recorded(gpu.Options(False, tmp_path), limit)
