@@ -22,7 +22,7 @@ from bert_fast.testing import Comparison, compare, three_way
 LENGTHS = (1, 2, 63, 64, 65, 0, 127, 33)  # around the sizes of vectors and tiles, and an empty sequence
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DROPOUT = 0.1
-E, F, N, D, V = 128, 512, 4, 32, 1000
+E, F, N, D, V = 128, 512, 2, 32, 1000
 
 
 @dataclass(frozen=True)

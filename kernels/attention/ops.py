@@ -82,9 +82,8 @@ ROOM = Room(
             "triton",
             "cuda",
             TRITON_DTYPES,
-            measured="no GPU figure yet (benchmarks/results/PENDING.md); by count of bytes: no (S, S) matrix in memory,"
-            " "
-            "S = 512, D 64, bf16: 0.5 KB a token and head forward where the reference moves 5 KB",
+            measured="no GPU figure yet (benchmarks/results/PENDING.md); by count of bytes: no (S, S) matrix in "
+            "memory, S = 512, D 64, bf16: 0.5 KB a token and head forward where the reference moves 5 KB",
         ),
     ),
 )

@@ -45,7 +45,7 @@ class LongLaunch:
 LONG = {
     (2, 16): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
     (2, 32): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
-    (2, 64): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    (2, 64): LongLaunch(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
     (2, 128): LongLaunch(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
     (2, 256): LongLaunch(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1)),
     (4, 16): LongLaunch(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
@@ -58,18 +58,27 @@ LONG = {
 
 @dataclass(frozen=True)
 class ShortLaunch:
-    """The short regime: rows of a tile, rows that a sequence has of them, warps forward and backward."""
+    """The short regime: rows of a tile, rows that a sequence has of them, warps forward and backward.
+
+    `chunk`: the queries that the backward kernel of one sequence takes at a time; 0 for that of several sequences.
+    """
 
     tile: int
     block_s: int
     fwd_warps: int
     bwd_warps: int
+    chunk: int
 
 
 # By the longest sequence that fits. Not measured on a GPU yet: tiles of 64 rows are the least that HGMMA takes, so
 # shorter sequences share one; 128 rows need twice the warps for the same registers a thread.
-SHORT = (ShortLaunch(64, 16, 4, 4), ShortLaunch(64, 32, 4, 4), ShortLaunch(64, 64, 4, 4), ShortLaunch(128, 128, 8, 8))
-# The backward kernel holds q, k, v, dout and a tile of dz in shared memory: tile x padded D stays within 99 KB.
+SHORT = (
+    ShortLaunch(64, 16, 4, 4, 0),
+    ShortLaunch(64, 32, 4, 8, 0),
+    ShortLaunch(64, 64, 4, 4, 32),
+    ShortLaunch(128, 128, 8, 8, 32),
+)
+# The backward kernel holds q, k, v, dout and a tile of dz in shared memory: tile x padded D within 99 KB (sm_120).
 SHORT_ELEMENTS = 128 * 64
 
 
@@ -193,31 +202,45 @@ def _short_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -
     assert c.short
     groups = ceil_div(c.B, c.short.tile // c.short.block_s)
     partial = _sum_of_parts(c, (groups, 3, c.N, c.D))
-    launch(
-        triton_short.bwd_kernel, (groups * c.N,),
-        dout, c.qkv, c.bias, lse, c.cu_seqlens, c.rng_state, dqkv, partial,
-        *c.sizes(), c.scale, c.threshold, c.multiplier,
-        D=c.D, BLOCK_D=c.block_d, TILE=c.short.tile, BLOCK_S=c.short.block_s, num_warps=c.short.bwd_warps,
-    )  # fmt: skip
+    tensors = (dout, c.qkv, c.bias, lse, c.cu_seqlens, c.rng_state, dqkv, partial)
+    rest = (*c.sizes(), c.scale, c.threshold, c.multiplier)
+    shape = {"D": c.D, "BLOCK_D": c.block_d, "TILE": c.short.tile}
+    if c.short.chunk:
+        kernel, shape["CHUNK"] = triton_short.bwd_one_kernel, c.short.chunk
+    else:
+        kernel, shape["BLOCK_S"] = triton_short.bwd_several_kernel, c.short.block_s
+    launch(kernel, (groups * c.N,), *tensors, *rest, **shape, num_warps=c.short.bwd_warps)
     return dqkv.new_zeros(dqkv.shape[1:], dtype=torch.float32) if partial is None else partial.sum(0)
 
 
 def _long_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> Tensor:
     statistics = lse.new_empty(c.N, 4, c.T)
-    partials = []
-    for tiles, parts in ((c.long.dq, 1), (c.long.dkv, 2)):
-        queries = parts == 1
-        blocks = ceil_div(c.max_seqlen, tiles.queries if queries else tiles.keys)
-        partial = _sum_of_parts(c, (c.B * blocks, parts, c.N, c.D))
-        saved = (out, lse) if queries else ()
-        launch(
-            triton_long.dq_kernel if queries else triton_long.dkv_kernel, (blocks * c.N * c.B,),
-            dout, c.qkv, c.bias, *saved, c.cu_seqlens, c.rng_state, dqkv, partial, statistics,
-            *c.sizes(blocks), c.scale, c.threshold, c.multiplier,
-            D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-        partials.append(partial)
-    if c.bias is None:
+    biased_q = None if c.bias is None else c.qkv.new_empty(out.shape)
+    query = c.qkv if biased_q is None else biased_q  # of qkv the queries come first
+    query_strides = (query.stride(0), query.stride(-2))
+    scaling = (c.scale, c.threshold, c.multiplier)
+
+    tiles = c.long.dq
+    blocks = ceil_div(c.max_seqlen, tiles.queries)
+    dq_partial = _sum_of_parts(c, (c.B * blocks, 1, c.N, c.D))
+    launch(
+        triton_long.dq_kernel, (blocks * c.N * c.B,),
+        dout, c.qkv, c.bias, out, lse, c.cu_seqlens, c.rng_state, dqkv, dq_partial, statistics, biased_q,
+        *c.sizes(blocks), *scaling,
+        D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+    tiles = c.long.dkv
+    blocks = ceil_div(c.max_seqlen, tiles.keys)
+    dkv_partial = _sum_of_parts(c, (c.B * blocks, 2, c.N, c.D))
+    launch(
+        triton_long.dkv_kernel, (blocks * c.N * c.B,),
+        dout, query, c.qkv, c.cu_seqlens, c.rng_state, dqkv, dkv_partial, statistics,
+        *c.sizes(blocks), *query_strides, *scaling,
+        D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    if dq_partial is None or dkv_partial is None:
         return dqkv.new_zeros(dqkv.shape[1:], dtype=torch.float32)
-    return torch.cat([partial.sum(0) for partial in partials])
+    return torch.cat([dq_partial.sum(0), dkv_partial.sum(0)])

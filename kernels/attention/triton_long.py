@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bert_fast.kernels._common.triton_philox import keep_tile, load_rng_state
 from bert_fast.kernels._common.triton_support import INTERPRETED as _INTERPRETED
+from bert_fast.kernels.attention.triton_dropout import keep_scores
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -21,22 +21,32 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def rounded(x, dtype):
+    """x in a dtype of its own or of fewer bits, to the nearest number."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        # Triton 3.6's interpreter cuts the last 16 bits off; of sums with one sign that bias would stay.
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + ((bits >> 16) & 1) + 0x7FFF) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def dot(a, b, acc):
-    """acc + a b, accumulated in float32; float32 is not rounded to tf32."""
-    if a.dtype == tl.float32:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+    """acc + a b, a rounded to the dtype of b, accumulated in float32; None for an acc of zeros."""
+    if b.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision="ieee")  # not rounded to tf32
     elif INTERPRETED:
         # Triton 3.6's interpreter multiplies the bits of bfloat16 as if they were integers.
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        acc = tl.dot(rounded(a, b.dtype).to(tl.float32), b.to(tl.float32), acc)
     else:
-        acc = tl.dot(a, b, acc)
+        acc = tl.dot(a.to(b.dtype), b, acc)
     return acc
 
 
 @triton.jit
 def dot_transposed(a, b):
     """a b^T."""
-    return dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32))
+    return dot(a, tl.trans(b), None)
 
 
 @triton.jit
@@ -115,7 +125,7 @@ def _query_tile(q, bias, n, rows, stride, length, D: tl.constexpr, BLOCK_D: tl.c
     tile = _tile(q, rows, stride, length, D, BLOCK_D, True)
     if bias is not None:
         vector = load_vector(bias + n * D, tl.arange(0, BLOCK_D), D, BLOCK_D)
-        tile = (tile.to(tl.float32) + vector[None, :]).to(tile.dtype)
+        tile = rounded(tile.to(tl.float32) + vector[None, :], tile.dtype)
     return tile
 
 
@@ -136,13 +146,12 @@ def _fwd_step(
     decay = tl.exp2((m - new_m) * scale2)
     total = total * decay + tl.sum(probs, axis=1)
     if rng_state is not None:
-        key0, key1, counter = load_rng_state(rng_state)
-        keep = keep_tile(key0, key1, counter, n, tokens, j // 16, threshold, tokens.shape[0], BLOCK_N)
+        keep = keep_scores(rng_state, n, tokens, j // 16, threshold, tokens.shape[0], BLOCK_N, False)
         probs = tl.where(keep, probs, 0.0)
         if HAS_BIAS:
             kept = kept * decay + tl.sum(probs, axis=1)
     values = _tile(v + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
-    acc = dot(probs.to(values.dtype), values, acc * decay[:, None])
+    acc = dot(probs, values, acc * decay[:, None])
     return new_m, total, kept, acc
 
 
@@ -167,16 +176,17 @@ def fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     kept = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tokens = (first + rows).to(tl.uint32)
     k, v = base + stride_s, base + 2 * stride_s
     whole = length // BLOCK_N * BLOCK_N
     for j in range(0, whole, BLOCK_N):
         m, total, kept, acc = _fwd_step(
-            m, total, kept, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, first + rows, threshold,
+            m, total, kept, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold,
             bias is not None, D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
     if whole < length:
         m, total, kept, acc = _fwd_step(
-            m, total, kept, acc, q, k, v, whole, stride_t, length, scale2, rng_state, n, first + rows, threshold,
+            m, total, kept, acc, q, k, v, whole, stride_t, length, scale2, rng_state, n, tokens, threshold,
             bias is not None, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
     row_lse = m * scale + tl.log2(total) * LN_2
@@ -190,7 +200,7 @@ def fwd_kernel(
         else:
             acc += bias_v[None, :]
     at = out + ((first + rows) * N + n)[:, None] * D + d[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=tile_mask(rows < length, d, D, BLOCK_D))
+    tl.store(at, rounded(acc, out.dtype.element_ty), mask=tile_mask(rows < length, d, D, BLOCK_D))
     tl.store(lse + n.to(tl.int64) * T + first + rows, row_lse, mask=rows < length)
 
 
@@ -206,10 +216,14 @@ def _slope(probs, dp, shift, dropped, keep, DROPOUT: tl.constexpr):
 
 @triton.jit
 def _dq_step(
-    acc, total, q, dout, k, v, j, stride_t, length, scale2, lse2, shift, dropped, rng_state, n, tokens, threshold,
+    acc, total, excess, weighted, q, dout, k, v, j, stride_t, length, scale2, lse2, shift, dropped,
+    rng_state, n, tokens, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: acc = dZ K and the sums of P, which are 1 but for the rounding of lse."""
+    """One block of keys: acc = dZ K; for float32 also the sums total of P and excess of dZ, and weighted = P K.
+
+    Of exact lse and delta total is 1 and excess 0: they tell what the rounding of the two has done.
+    """
     columns = tl.arange(0, BLOCK_N)
     offset = tl.cast(j, tl.int64) * stride_t
     keys = _tile(k + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
@@ -220,26 +234,28 @@ def _dq_step(
     values = _tile(v + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
     dp = dot_transposed(dout, values)
     if rng_state is not None:
-        key0, key1, counter = load_rng_state(rng_state)
-        keep = keep_tile(key0, key1, counter, n, tokens, j // 16, threshold, tokens.shape[0], BLOCK_N)
+        keep = keep_scores(rng_state, n, tokens, j // 16, threshold, tokens.shape[0], BLOCK_N, False)
         dz = _slope(probs, dp, shift[:, None], dropped[:, None], keep, True)
     else:
         dz = _slope(probs, dp, shift[:, None], 0.0, 0, False)
     if keys.dtype == tl.float32:
         total += tl.sum(probs, axis=1)
-    return dot(dz.to(keys.dtype), keys, acc), total
+        excess += tl.sum(dz, axis=1)
+        weighted = dot(probs, keys, weighted)
+    return dot(dz, keys, acc), total, excess, weighted
 
 
 @triton.jit
 def dq_kernel(
-    dout, qkv, bias, out, lse, cu_seqlens, rng_state, dqkv, partial, statistics,
+    dout, qkv, bias, out, lse, cu_seqlens, rng_state, dqkv, partial, statistics, biased_q,
     B, N, T, max_seqlen, blocks, stride_t, stride_s, stride_n, scale, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries and walks over the keys.
 
-    It also writes what the other kernel needs of each query to `statistics` (N, 4, T) float32: lse2 without the bias of
-    the keys, the two vectors of `_slope`, and for float32 what P has to be multiplied with to sum to 1.
+    It also writes what the other kernel needs of each query: q + bias to `biased_q` (T, N, D), and to `statistics`
+    (N, 4, T) float32: lse2 without the bias of the keys, the two vectors of `_slope`, and for float32 what P
+    has to be multiplied with to sum to 1.
     """
     zero_tail(dqkv, None, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), 3 * N * D)
     b, n, block, i, first, length = _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK_M)
@@ -266,44 +282,55 @@ def dq_kernel(
         bias_v = load_vector(bias + (2 * N + n) * D, d, D, BLOCK_D)
         lse2 -= tl.sum(q.to(tl.float32) * bias_k[None, :], axis=1) * scale2
         shift += tl.sum(do.to(tl.float32) * bias_v[None, :], axis=1)
+        at = biased_q + packed + (local * N * D)[:, None] + d[None, :]
+        tl.store(at, q, mask=tile_mask(inside, d, D, BLOCK_D))
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    excess = tl.zeros((BLOCK_M,), tl.float32)
+    weighted = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tokens = (first + rows).to(tl.uint32)
+    k, v = base + stride_s, base + 2 * stride_s
+    whole = length // BLOCK_N * BLOCK_N
+    for j in range(0, whole, BLOCK_N):
+        acc, total, excess, weighted = _dq_step(
+            acc, total, excess, weighted, q, do, k, v, j, stride_t, length, scale2, lse2, shift, -delta, rng_state, n,
+            tokens, threshold, D, BLOCK_D, BLOCK_N, False,
+        )  # fmt: skip
+    if whole < length:
+        acc, total, excess, weighted = _dq_step(
+            acc, total, excess, weighted, q, do, k, v, whole, stride_t, length, scale2, lse2, shift, -delta, rng_state,
+            n, tokens, threshold, D, BLOCK_D, BLOCK_N, True,
+        )  # fmt: skip
     own = statistics + 4 * n.to(tl.int64) * T + first + rows
+    if dqkv.dtype.element_ty == tl.float32:
+        normal = 1.0 / tl.where(inside, total, 1.0)
+        excess *= normal
+        acc = (acc - excess[:, None] * weighted) * normal[:, None]
+        shift -= excess
+        delta += excess
+        tl.store(own + 3 * tl.cast(T, tl.int64), normal, mask=inside)
     tl.store(own, lse2, mask=inside)
     tl.store(own + T, shift, mask=inside)
     if rng_state is not None:
         tl.store(own + 2 * tl.cast(T, tl.int64), -delta, mask=inside)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    k, v = base + stride_s, base + 2 * stride_s
-    whole = length // BLOCK_N * BLOCK_N
-    for j in range(0, whole, BLOCK_N):
-        acc, total = _dq_step(
-            acc, total, q, do, k, v, j, stride_t, length, scale2, lse2, shift, -delta, rng_state, n, first + rows,
-            threshold, D, BLOCK_D, BLOCK_N, False,
-        )  # fmt: skip
-    if whole < length:
-        acc, total = _dq_step(
-            acc, total, q, do, k, v, whole, stride_t, length, scale2, lse2, shift, -delta, rng_state, n, first + rows,
-            threshold, D, BLOCK_D, BLOCK_N, True,
-        )  # fmt: skip
     acc *= scale * multiplier
-    if dqkv.dtype.element_ty == tl.float32:
-        normal = 1.0 / tl.where(inside, total, 1.0)
-        acc *= normal[:, None]
-        tl.store(own + 3 * tl.cast(T, tl.int64), normal, mask=inside)
     at = dqkv + ((first + rows) * 3 * N + n)[:, None] * D + d[None, :]
-    tl.store(at, acc.to(dqkv.dtype.element_ty), mask=tile_mask(inside, d, D, BLOCK_D))
+    tl.store(at, rounded(acc, dqkv.dtype.element_ty), mask=tile_mask(inside, d, D, BLOCK_D))
     if sums is not None:
         tl.store(sums + d, tl.sum(acc, axis=0), mask=d < D)  # rows behind the end hold zeros
 
 
 @triton.jit
 def dkv_kernel(
-    dout, qkv, bias, cu_seqlens, rng_state, dqkv, partial, statistics,
-    B, N, T, max_seqlen, blocks, stride_t, stride_s, stride_n, scale, threshold, multiplier,
+    dout, query, qkv, cu_seqlens, rng_state, dqkv, partial, statistics,
+    B, N, T, max_seqlen, blocks, stride_t, stride_s, stride_n, query_stride_t, query_stride_n,
+    scale, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_N keys and walks over the queries; its tiles are transposed, a row a key."""
+    """A program owns BLOCK_N keys and walks over the queries; its tiles are transposed, a row a key.
+
+    `query` holds q + bias: `biased_q` of `dq_kernel`, or without a bias `qkv`.
+    """
     b, n, block, j, first, length = _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK_N)
     rows, d = j + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     sums = partial if partial is None else partial + ((b.to(tl.int64) * blocks + block) * 2 * N + n) * D
@@ -327,30 +354,31 @@ def dkv_kernel(
         # Behind the end: probabilities of 0, whatever the rest.
         lse2 = tl.load(at, mask=inside, other=float("inf"))
         shift = tl.load(at + T, mask=inside, other=0.0)
-        q = _query_tile(base + tl.cast(i, tl.int64) * stride_t, bias, n, queries, stride_t, length - i, D, BLOCK_D)
-        do = _tile(dout + ((first + i) * N + n) * D, queries, N * D, length - i, D, BLOCK_D, True)
+        q = _tile(
+            query + (first + i) * query_stride_t + tl.cast(n, tl.int64) * query_stride_n,
+            queries, query_stride_t, length - i, D, BLOCK_D, True,
+        )  # fmt: skip
         scores = dot_transposed(k, q)
         probs = tl.exp2(scores * scale2 - lse2[None, :])
         if q.dtype == tl.float32:
             probs *= tl.load(at + 3 * tl.cast(T, tl.int64), mask=inside, other=0.0)[None, :]
+        do = _tile(dout + ((first + i) * N + n) * D, queries, N * D, length - i, D, BLOCK_D, True)
         dp = dot_transposed(v, do)
         if rng_state is not None:
-            key0, key1, counter = load_rng_state(rng_state)
-            keep = keep_tile(key0, key1, counter, n, token, j // 16, threshold, BLOCK_M, BLOCK_N)
-            keep = tl.trans(keep)
+            keep = keep_scores(rng_state, n, token, j // 16, threshold, BLOCK_M, BLOCK_N, True)
             dropped = tl.load(at + 2 * tl.cast(T, tl.int64), mask=inside, other=0.0)
-            dv = dot(tl.where(keep, probs, 0.0).to(do.dtype), do, dv)
+            dv = dot(tl.where(keep, probs, 0.0), do, dv)
             dz = _slope(probs, dp, shift[None, :], dropped[None, :], keep, True)
         else:
-            dv = dot(probs.to(do.dtype), do, dv)
+            dv = dot(probs, do, dv)
             dz = _slope(probs, dp, shift[None, :], 0.0, 0, False)
-        dk = dot(dz.to(q.dtype), q, dk)
+        dk = dot(dz, q, dk)
     dk *= scale * multiplier
     dv *= multiplier
     mask = tile_mask(rows < length, d, D, BLOCK_D)
     at = dqkv + ((first + rows) * 3 * N + n)[:, None] * D + d[None, :]
-    tl.store(at + N * D, dk.to(dqkv.dtype.element_ty), mask=mask)
-    tl.store(at + 2 * N * D, dv.to(dqkv.dtype.element_ty), mask=mask)
+    tl.store(at + N * D, rounded(dk, dqkv.dtype.element_ty), mask=mask)
+    tl.store(at + 2 * N * D, rounded(dv, dqkv.dtype.element_ty), mask=mask)
     if sums is not None:
         tl.store(sums + d, tl.sum(tl.where(mask, dk, 0.0), axis=0), mask=d < D)
         tl.store(sums + N * D + d, tl.sum(tl.where(mask, dv, 0.0), axis=0), mask=d < D)
