@@ -70,7 +70,7 @@ def masked_lm_loss(
         the loss is 0 and every gradient is zero.
 
         A label that is neither `ignore_index` nor in [0, V) is an error. The labels of CUDA tensors are not read at
-        the door (BERT_FAST_CHECK=1 does): there the Triton kernels take no part of such a row and don't count it.
+        the door (BERT_FAST_CHECK=1 does): there the Triton kernels leave such a row out, and don't count it.
 
     Raises:
         TypeError: a tensor is not floating point, or `labels` is not int64.

@@ -18,8 +18,8 @@ from bert_fast.kernels._common import triton_support
 from bert_fast.kernels._common.triton_launch import ceil_div, launch
 
 # Tiles. 16 bits: two warp groups of 64 x 128 by Hopper's matrix instruction, three stages of 32 KiB, under the 99 KiB
-# of sm_120 and twice in the 227 KiB of sm_90. The narrow one is for an (E, E) result, which has too few 128 x 128 tiles
-# to fill a GPU. float32: exact products without matrix units. By counts of registers and bytes, not measured yet.
+# of sm_120. The narrow one is for an (E, E) result, which has too few 128 x 128 tiles to fill a GPU. float32: exact
+# products without matrix units. By counts of registers and bytes, not measured yet.
 WIDE: dict[str, int] = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 NARROW: dict[str, int] = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 EXACT: dict[str, int] = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}

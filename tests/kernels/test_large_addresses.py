@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bert_fast.kernels import add_layer_norm, attention, bias_gelu
+from bert_fast.kernels import add_layer_norm, attention, bias_gelu, masked_lm_loss
 from bert_fast.testing import targets
 
 ROWS, STRIDE, COLS = 4, 2**30, 96  # each stride fits into 32 bits, the offset of row 2 and 3 does not
@@ -44,7 +44,19 @@ def call_attention(x: Tensor, impl: str) -> Tensor:
     return attention(x.view(ROWS, 3, 1, COLS // 3), cu_seqlens, ROWS - 1, impl=impl)
 
 
-CALLS = {"bias_gelu": call_bias_gelu, "add_layer_norm": call_add_layer_norm, "attention": call_attention}
+def call_masked_lm_loss(x: Tensor, impl: str) -> Tensor:
+    dense, decoder = torch.linspace(-1, 1, 2 * COLS * COLS, device=x.device).sin().view(2, COLS, COLS)
+    weight = torch.linspace(0.5, 1.5, COLS, device=x.device)
+    labels = torch.tensor([7, -100, 0, 95], device=x.device)
+    return masked_lm_loss(x, labels, dense, weight, weight, weight, decoder, weight, impl=impl).loss
+
+
+CALLS = {
+    "bias_gelu": call_bias_gelu,
+    "add_layer_norm": call_add_layer_norm,
+    "attention": call_attention,
+    "masked_lm_loss": call_masked_lm_loss,
+}
 
 
 @pytest.mark.parametrize(("room", "impl", "device"), [(room, *target) for room in CALLS for target in targets(room)])
