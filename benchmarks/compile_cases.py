@@ -52,6 +52,29 @@ def add_layer_norm() -> None:
         both(E, dtype, torch.float32, 0.1)
 
 
+def embedding_layer_norm() -> None:
+    """fp32 tables under autocast at the widths of four tiles, all dtypes and options at 768, the widest tiles."""
+    from bert_fast.kernels.embedding_layer_norm import triton_kernels as ops
+
+    state, statistics = empty(2, dtype=torch.int64), empty(TOKENS)
+
+    def both(E: int, table: torch.dtype, out: torch.dtype, dropout_p: float = 0.1, words: int = 30522) -> None:
+        # Up to 32767 rows of all tables the tokens are sorted by keys of 16 bits.
+        ids = [empty(TOKENS, dtype=torch.int64 if words < 2**15 else torch.int32)] * 3
+        tables = [empty(rows, E, dtype=table) for rows in (words, 2, 512)]
+        weight, dout = empty(E), empty(TOKENS, E, dtype=out)
+        ops.embedding_layer_norm_fwd(*ids, *tables, weight, weight, dropout_p, 1e-12, 0, state, out)
+        ops.embedding_layer_norm_bwd(dout, *ids, *tables, weight, statistics, statistics, dropout_p, 0, state)
+
+    for E in (128, 384, 768, 1024):
+        both(E, torch.float32, torch.bfloat16)
+    for dtype in DTYPES:
+        both(768, dtype, dtype)
+    both(768, torch.float32, torch.bfloat16, 0.0, words=119547)
+    for E in (4096, 8192):
+        both(E, torch.float32, torch.float32)
+
+
 def padding() -> None:
     from bert_fast.kernels.padding import triton_kernels as ops
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
-from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, define, native_cpu
+from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, TRITON_DTYPES, define, native_cpu, triton_kernels
 from bert_fast.kernels.embedding_layer_norm.reference import embedding_layer_norm_reference
 
 
@@ -99,6 +99,7 @@ ROOM = Room(
     "embedding_layer_norm",
     {
         "reference": Implementation(embedding_layer_norm_reference, None, None),
+        "triton": triton_kernels(_run, "embedding_layer_norm", "embedding_layer_norm_fwd", "embedding_layer_norm_bwd"),
         "cpu": native_cpu(_run, "embedding_layer_norm_fwd", "embedding_layer_norm_bwd"),
     },
     choices=(
@@ -110,6 +111,13 @@ ROOM = Room(
             measured="1024 tokens, 2 AVX2 threads, 2026-11-21, against the better of eager and torch.compile: E 768, "
             "V 30522 forward 1.3 to 1.5 times, forward + backward 1.0 (zeroing the gradient of word decides); E 256, "
             "V 8192 0.8; with dropout 0.1 2.4 to 5.9 times eager at 4096 x 768 on one thread",
+        ),
+        Choice(
+            "triton",
+            "cuda",
+            TRITON_DTYPES,
+            measured="no GPU figure yet (benchmarks/results/PENDING.md); by count of bytes: 4 passes over (T, E) "
+            "forward where the reference makes 10, 12 with dropout, and a backward pass without atomics",
         ),
     ),
 )
