@@ -4,9 +4,10 @@
 
 Training is masked-language-model training: forward, backward and AdamW (fused on CUDA), dropout 0.1, bfloat16 autocast,
 15 % of the tokens masked. Inference is the encoder's last hidden state. transformers gets padded batches with a mask
-and its `sdpa` attention, with and without torch.compile; ours gets the same sequences packed. Both are timed as they
-are called, by the host's clock with the device awaited after each step, the variants in turns, medians. Tokens per
-second count real tokens. Peak memory is what a step adds to the weights and the optimizer's state.
+and its `sdpa` attention, with and without torch.compile; ours gets the same sequences packed, and
+the fused transformers model the padded ones. All are timed as they are called, by the host's clock with the device
+awaited after each step, the variants in turns, medians. Tokens per second count real tokens. Peak memory is what a
+step adds to the weights and the optimizer's state.
 
 Before a case is timed the losses and hidden states without dropout are compared: ours may be three times as far from
 transformers in float32 as transformers under bfloat16 is, plus a floor; if it is not, nothing is reported.
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from statistics import median
@@ -31,6 +33,7 @@ from torch import Tensor
 from benchmarks.devices import Machine, environment, machine_of, reason, rounds_in
 from benchmarks.lengths import half_filled
 from benchmarks.runner import arguments, prepare_compiler, write
+from bert_fast import fuse
 from bert_fast.data import PackedBatch
 from bert_fast.kernels import available_impls, use_impl
 from bert_fast.models import BertConfig, BertForMaskedLM
@@ -121,7 +124,7 @@ def runs_here(variant: Theirs | Mine, scenario: Scenario) -> bool:
 class Mine:
     """bert_fast's BertForMaskedLM on packed batches, with one choice of implementation."""
 
-    def __init__(self, model: BertForMaskedLM, impl: str) -> None:
+    def __init__(self, model: Any, impl: str) -> None:
         self.model, self.impl = model, impl
 
     def _inputs(self, packed: PackedBatch) -> dict[str, Any]:
@@ -138,6 +141,19 @@ class Mine:
         with use_impl(self.impl):
             out: Tensor = self.model.bert(**self._inputs(packed)).last_hidden_state
         return out
+
+
+class Fused(Mine):
+    """transformers' BertForMaskedLM after bert_fast.fuse, on the padded batches that transformers takes."""
+
+    def loss(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
+        with use_impl(self.impl):
+            return Theirs(self.model).loss(packed, padded)
+
+    def hidden(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
+        """(B, S, E)."""
+        with use_impl(self.impl):
+            return Theirs(self.model).hidden(packed, padded)
 
 
 def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[dict[str, Theirs | Mine], int]:
@@ -162,6 +178,7 @@ def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[
     if compiled:
         found["transformers, torch.compile"] = Theirs(theirs, True, compiled)
     found["bert_fast auto"] = Mine(mine, "auto")
+    found["transformers, fused"] = Fused(fuse(deepcopy(theirs)), "auto")
     impls = available_impls()
     if device.type == "cuda" and all(impls[room]["triton"].ok for room in TRAINED):
         found["bert_fast triton"] = Mine(mine, "triton")

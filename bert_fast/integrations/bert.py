@@ -1,5 +1,7 @@
 """The forward that a fused BertModel has: transformers' modules on packed tokens. Imported only where transformers is.
 
+BertForQuestionAnswering has one too, since its softmax is over the tokens, padding among them.
+
 The weights are those of transformers' modules, read at every call. A module that is what transformers made goes into a
 kernel; one that somebody wrapped (LoRA, quantisation) is called itself, on the packed tokens, since all of them work
 token by token.
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, QuestionAnsweringModelOutput
 from transformers.models.bert import modeling_bert as hf
 
 from bert_fast.integrations.reasons import (
@@ -37,6 +39,7 @@ from bert_fast.models.inputs import Tokens
 
 # The class of the activation -> the `approximate` argument of bias_gelu.
 _GELUS = {type(ACT2FN[name]): approximate for name, approximate in GELU_ACTIVATIONS.items() if name in ACT2FN}
+_OF_THE_ANSWER = ("start_positions", "end_positions", "return_dict")
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 _said: set[str] = set()
 
@@ -68,8 +71,15 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return module.own
 
 
+def reads_padding(module: Any) -> bool:
+    """Whether this is a head over a fused encoder whose loss reads what the encoder returns at padding."""
+    head = hf.BertForQuestionAnswering
+    untouched = isinstance(module, head) and type(module).forward is head.forward and "forward" not in module.__dict__
+    return untouched and is_fused(module.bert)
+
+
 def fused_class(own: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of `own`, a BertModel, that runs on our kernels.
+    """The one subclass of `own`, a BertModel or BertForQuestionAnswering, that goes with our kernels.
 
     It goes by the name of `own`: transformers writes a model's class into config.json and keeps tables by it.
     """
@@ -83,14 +93,15 @@ def _make_class(own: type[nn.Module]) -> type[nn.Module]:
     parameters = inspect.signature(original).parameters
     named = [name for name, one in parameters.items() if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
 
+    tuple_keeps_none = "return_dict" in named
+    ours = _answers if issubclass(own, hf.BertForQuestionAnswering) else _encoded
+
     @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(named) or any(name in kwargs for name in named[: len(args)]):
+            return original(self, *args, **kwargs)  # which says what is wrong
         given = {**dict(zip(named, args, strict=False)), **kwargs}
-        reason = why_not_taken(self, given)
-        if reason is not None:
-            _say_once(reason)
-            return original(self, *args, **kwargs)
-        return _forward(self, given, tuple_keeps_none="return_dict" in named)
+        return ours(self, original, given, tuple_keeps_none=tuple_keeps_none)
 
     body = {"forward": forward, "own": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
     return type(own.__name__, (FusedBert, own), {**body, "__doc__": own.__doc__})
@@ -101,8 +112,39 @@ def _say_once(reason: str) -> None:
     if reason not in _said:
         _said.add(reason)
         warnings.warn(
-            f"bert_fast.fuse: this call runs transformers' own forward, because {reason}", UserWarning, stacklevel=5
+            f"bert_fast.fuse: this call runs transformers' own forward, because {reason}", UserWarning, stacklevel=6
         )
+
+
+def _encoded(model: Any, original: Callable[..., Any], given: dict[str, Any], *, tuple_keeps_none: bool) -> Any:
+    reason = why_not_taken(model, given)
+    if reason is None:
+        return _forward(model, given, tuple_keeps_none=tuple_keeps_none)
+    _say_once(reason)
+    return original(model, **given)
+
+
+def _answers(model: Any, original: Callable[..., Any], given: dict[str, Any], *, tuple_keeps_none: bool) -> Any:
+    """BertForQuestionAnswering where the encoder leaves padding out: so does the softmax over the tokens."""
+    mask, encoder = given.get("attention_mask"), model.bert
+    positions = [given.get(f"{end}_positions") for end in ("start", "end")]
+    inputs = {name: x for name, x in given.items() if name not in _OF_THE_ANSWER}
+    if mask is None or not is_fused(encoder) or why_not_taken(encoder, inputs) is not None:
+        return original(model, **given)
+    output = original(model, **inputs, return_dict=True)
+    padding = mask == 0
+    losses = []
+    for name, wanted in zip(("start_logits", "end_logits"), positions, strict=True):
+        logits = output[name].masked_fill(padding, torch.finfo(output[name].dtype).min)
+        output[name] = logits
+        if wanted is not None:
+            # Like transformers, a position past the end is left out; so is one at padding.
+            wanted = wanted.reshape(-1).clamp(0, logits.shape[1])
+            outside = F.pad(padding, (0, 1), value=True).gather(1, wanted[:, None])[:, 0]
+            losses.append(F.cross_entropy(logits, wanted.masked_fill(outside, -100)))
+    loss = (losses[0] + losses[1]) / 2 if len(losses) == 2 else None
+    output = QuestionAnsweringModelOutput(**{**output, "loss": loss})
+    return output if _wants_dict(model.config, given, tuple_keeps_none) else output.to_tuple()
 
 
 class _Sizes(NamedTuple):

@@ -15,17 +15,19 @@ M = TypeVar("M", bound=nn.Module)
 def fuse(model: M) -> M:
     """Make every transformers `BertModel` inside `model` run its encoder on bert_fast's kernels, in place.
 
-    The modules, their Parameters and their names stay what and where they are: only the class of each `BertModel`
-    object changes, to a subclass of its own with another forward. So state_dict, optimizers, Trainer, save_pretrained,
-    deepcopy and pickle go on as before. The weights are read at every call: they may be trained, loaded, moved, cast
-    or wrapped (LoRA) before and after. A call that the kernels don't take (attention probabilities asked for, 3-D
-    masks, a decoder, hooks on layers, export ...) runs transformers' own forward; a UserWarning says so once a reason.
+    The modules, their Parameters and their names stay what and where they are: only the class of each `BertModel` (and
+    `BertForQuestionAnswering`) object changes, to a subclass of its own with another forward. So state_dict,
+    optimizers, Trainer, save_pretrained, deepcopy and pickle go on as before. The weights are read at every call: they
+    may be trained, loaded, moved, cast or wrapped (LoRA) before and after. A call that the kernels don't take
+    (attention probabilities asked for, 3-D masks, a decoder, hooks on layers, export ...) runs transformers' own
+    forward; a UserWarning says so once a reason.
 
     What differs from transformers: last_hidden_state and hidden_states are zeros at padding, where transformers has
-    values that depend on the padding; so are the gradients of what is computed from them. In training, dropout draws
-    other bits. Under autocast the residual stream is in autocast's dtype between the layers. Under torch.compile,
-    where values can't be looked at, the pooler takes the first real token of each sequence even where padding comes
-    first; in eager mode such a batch runs transformers' own forward.
+    values that depend on the padding; so are the gradients of what is computed from them. A question answering head's
+    logits at padding are the lowest finite value, and take no part in its loss. In training, dropout draws other
+    bits. Under autocast the residual stream is in autocast's dtype between the layers. Under torch.compile, where
+    values can't be looked at, the pooler takes the first real token of each sequence even where padding comes first;
+    in eager mode such a batch runs transformers' own forward.
 
     Args:
         model: a `BertModel`, a `BertFor*` head, or any module with them inside.
@@ -44,7 +46,7 @@ def fuse(model: M) -> M:
     if not found:
         raise ValueError(f"{_described(model)}; expected a module with transformers' BertModel inside")
 
-    from bert_fast.integrations.bert import fused_class, is_fused
+    from bert_fast.integrations.bert import fused_class, is_fused, reads_padding
     from bert_fast.integrations.reasons import why_not_fused
 
     for name, module in found:
@@ -56,11 +58,14 @@ def fuse(model: M) -> M:
         else:
             where = f"the BertModel at {name!r}" if name else "the BertModel"
             warnings.warn(f"bert_fast.fuse leaves {where} as it is, because {reason}", UserWarning, stacklevel=2)
+    for module in model.modules():
+        if reads_padding(module):
+            module.__class__ = fused_class(type(module))
     return model
 
 
 def unfuse(model: M) -> M:
-    """Give every `BertModel` that `fuse` changed inside `model` its own class back; returns `model`."""
+    """Give every module that `fuse` changed inside `model` its own class back; returns `model`."""
     if _HF_BERT in sys.modules:
         from bert_fast.integrations.bert import is_fused, own_class
 
