@@ -31,6 +31,7 @@ CHUNK_BYTES = 256 << 20
 CHUNK_ROWS = 128  # chunks are whole tiles
 VOCABULARY_MULTIPLE = 64  # logits' rows are padded to it: 16-byte loads, which rows of 30522 would not allow
 SCAN_BLOCK = 1024
+LOSS_BLOCK = 2048  # logits of a program at a time: 4 a thread, since with 8 the three sums over a row spill (sm_100, sm_120)
 # Sums over rows are split in this many parts: the order of additions, and so the bits, must not depend on the device. A
 # part has every 256th block of rows, since the labelled rows are the first M and the parts should have as many each.
 PARTS = 256
@@ -124,8 +125,8 @@ def _decode(
     padded = ceil_div(V, VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     most = max(1, CHUNK_BYTES // (padded * normed.element_size()) // CHUNK_ROWS) * CHUNK_ROWS
     logits = normed.new_empty(min(most, T), padded)
-    block = min(4096, next_power_of_2(padded))
-    together = 4096 // block  # rows of a program
+    block = min(LOSS_BLOCK, next_power_of_2(padded))
+    together = LOSS_BLOCK // block  # rows of a program
     losses = normed.new_zeros(T, dtype=torch.float32)
     hits = labels.new_zeros(T, dtype=torch.int32)
     dnormed = normed.new_empty(T if needs_grad else 0, E)
@@ -139,7 +140,7 @@ def _decode(
         launch(
             loss_kernel, (min(ceil_div(z.shape[0], together), programs(z.device, 4)),),
             z, bias, labels, index, losses, hits, count, start, z.shape[0], V, padded, label_smoothing, z_loss,
-            GRAD=needs_grad, BLOCK_R=together, BLOCK_V=block, num_warps=8,
+            GRAD=needs_grad, BLOCK_R=together, BLOCK_V=block, num_warps=16,
         )  # fmt: skip
         if needs_grad:  # the logits are their own gradient now
             gemm("NN", z, decoder, dnormed[start : start + most], count, start=start)
