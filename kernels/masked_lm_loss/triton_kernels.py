@@ -31,7 +31,7 @@ CHUNK_BYTES = 256 << 20
 CHUNK_ROWS = 128  # chunks are whole tiles
 VOCABULARY_MULTIPLE = 64  # logits' rows are padded to it: 16-byte loads, which rows of 30522 would not allow
 SCAN_BLOCK = 1024
-LOSS_BLOCK = 2048  # logits of a program at a time: 4 a thread, since with 8 the three sums over a row spill (sm_100, sm_120)
+LOSS_BLOCK = 2048  # logits of a program at a time: 4 a thread, since with 8 the three sums over a row spill
 # Sums over rows are split in this many parts: the order of additions, and so the bits, must not depend on the device. A
 # part has every 256th block of rows, since the labelled rows are the first M and the parts should have as many each.
 PARTS = 256
