@@ -57,7 +57,7 @@ lint: $(READY)
 	@echo "== lint: mypy, against a plain install (it can't follow an editable one)"
 	@rm -rf build/typecheck build/lib
 	@BERT_FAST_NATIVE=0 $(RUN) -m pip install -qq --no-index --no-deps --no-build-isolation --target build/typecheck .
-	@cd build/typecheck && $(abspath $(RUN)) -m mypy --config-file ../../pyproject.toml -p bert_fast
+	@cd build/typecheck && $(abspath $(RUN)) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p bert_fast
 	@echo "== lint: clang-format"
 	@$(dir $(RUN))clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
 
