@@ -26,6 +26,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # The import name of an optional package and the extra of bert_fast that installs it.
 EXTRAS = {
     **dict.fromkeys(("jsonargparse", "yaml", "pyarrow", "tokenizers", "tensorboard", "tqdm", "huggingface_hub"), "cli"),
+    **dict.fromkeys(("sklearn", "scipy", "seqeval"), "finetune"),
     "datasets": "datasets",
     "triton": "triton",
 }

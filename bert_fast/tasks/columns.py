@@ -80,3 +80,60 @@ def choose_columns(
                 f"--columns.{role.name} COLUMN"
             )
     return chosen
+
+
+def describe(table: Table, columns: Mapping[str, str]) -> str:
+    """The sentence that tells the user which columns are read."""
+    left = [name for name in table.columns if name not in columns.values()]
+    chosen = ", ".join(f"{role} = {name!r}" if role != name else role for role, name in columns.items())
+    return f"{table.source}: {len(table):,} rows; {chosen}" + (f"; not read: {', '.join(left)}" if left else "")
+
+
+def texts(table: Table, column: str) -> list[str]:
+    """A column of texts; numbers become their text, a missing value the empty text.
+
+    Raises:
+        ValueError: a value is no text; the message says where.
+    """
+    found = []
+    for row, value in enumerate(table[column]):
+        if value is None:
+            value = ""
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        elif not isinstance(value, str):
+            raise ValueError(f"{table.where(row)}: {column!r} holds {type(value).__name__}; expected a text")
+        found.append(value)
+    return found
+
+
+def settle_empty(table: Table, columns: Sequence[str], policy: str, fill: str = "") -> tuple[Table, list[int], str]:
+    """Rows whose text in one of `columns` is empty or only spaces: refused, dropped, or filled.
+
+    Args:
+        policy: refuse, drop or fill.
+        fill: the text that is put in with policy "fill".
+
+    Returns:
+        The table, the indices (in the one given) of its rows, and a sentence for the user, "" if nothing was done.
+
+    Raises:
+        ValueError: there are such rows and the policy is "refuse".
+    """
+    everything = list(range(len(table)))
+    empty = {column: [row for row, text in enumerate(texts(table, column)) if not text.strip()] for column in columns}
+    bad = sorted({row for rows in empty.values() for row in rows})
+    if not bad:
+        return table, everything, ""
+    listed = ", ".join(str(table.numbers[row]) for row in bad[:10]) + (" ..." if len(bad) > 10 else "")
+    what = f"{table.source}: {len(bad)} of {len(table)} rows have no text ({table.counted} {listed})"
+    if policy == "refuse":
+        raise ValueError(f"{what}; give data.empty: drop to leave them out, or fill to put a text in")
+    if policy == "drop":
+        kept = sorted(set(everything) - set(bad))
+        return table.select(kept), kept, f"{what}; left out"
+    for column, rows in empty.items():
+        missing = set(rows)
+        filled = [fill if row in missing else text for row, text in enumerate(texts(table, column))]
+        table = table.with_column(column, filled)
+    return table, everything, f"{what}; filled with {fill!r}"

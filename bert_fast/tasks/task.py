@@ -11,13 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bert_fast.tasks.columns import Role
+from bert_fast.tasks.settings import TextSettings
+from bert_fast.tasks.sources import read_table
 from bert_fast.tasks.table import Table
 
 if TYPE_CHECKING:
@@ -35,25 +38,6 @@ TASKS = {
     "sentence-embedding": "bert_fast.tasks.sentence_embedding:SentenceEmbedding",
 }
 Columns = Mapping[str, str]  # role -> column of the table; roles that are not there have none
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """How texts become tokens.
-
-    Args:
-        max_length: most tokens of an example, [CLS] and [SEP] among them.
-        truncation: where a pair is too long: cut the longer text, or always the first or the second.
-        direction: cut a text's end (right) or its beginning (left).
-    """
-
-    max_length: int = 128
-    truncation: Literal["longest_first", "only_first", "only_second"] = "longest_first"
-    direction: Literal["right", "left"] = "right"
-
-    def __post_init__(self) -> None:
-        if self.max_length < 4:
-            raise ValueError(f"text.max_length is {self.max_length}; expected 4 or more: [CLS] a b [SEP]")
 
 
 @dataclass(frozen=True)
@@ -174,6 +158,7 @@ class Task(ABC):
         model_class: of `bert_fast.models` (and, by the same name, of transformers).
         roles: the columns it reads.
         options_class: a frozen dataclass of its own settings, with defaults.
+        text_roles: those roles that may not be empty (data.empty says what happens to rows where one is).
         rows_together: whether all examples of a row have to be in one batch (choices, pairs of an embedding).
         main_metric: the metric that drives early stopping and the choice of the best model.
         higher_is_better: whether more of it is better.
@@ -183,12 +168,17 @@ class Task(ABC):
     model_class: ClassVar[str]
     roles: ClassVar[tuple[Role, ...]]
     options_class: ClassVar[type] = NoOptions
+    text_roles: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     rows_together: ClassVar[bool] = False
     main_metric: str = "loss"
     higher_is_better: bool = True
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.options_class() if options is None else options
+
+    def read(self, source: str | Path, names: Sequence[str] | None = None) -> Table:
+        """The table of a source; for tasks with a file format of their own, that too."""
+        return read_table(source, names)
 
     @abstractmethod
     def fit(self, table: Table, columns: Columns) -> None:

@@ -1,0 +1,203 @@
+"""Labels, examples, losses and predictions of classification, multi-label and regression."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from bert_fast.models import BertConfig, BertForSequenceClassification
+from bert_fast.tasks.settings import TextSettings
+from bert_fast.tasks.table import Table
+from bert_fast.tasks.task import (
+    CONFIG_KEY,
+    Batch,
+    Example,
+    LossOptions,
+    Task,
+    make_task,
+    run_model,
+    task_entry,
+    task_from_config,
+)
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "good", "bad", "##s"]
+COLUMNS = {"text": "text", "label": "label"}
+ONE = LossOptions()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    made = Tokenizer(models.WordPiece({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return made
+
+
+def table(labels: list[Any], **more: Any) -> Table:
+    return Table({"text": ["a b c"] * len(labels), "label": labels, **more}, "my.csv")
+
+
+def fitted(name: str, labels: list[Any], options: dict[str, Any] | None = None) -> Task:
+    task = make_task(name, options)
+    task.fit(table(labels), COLUMNS)
+    return task
+
+
+def test_labels_are_ordered_and_come_back_from_the_configuration() -> None:
+    task = fitted("classification", ["10", 9, 2.0, "x", "9"])
+    assert task.settings() == {"labels": ["2", "9", "10", "x"]}
+    config = BertConfig(**task.model_config(), extra={CONFIG_KEY: task_entry(task)})
+    again = task_from_config(json.loads(json.dumps(config.to_dict())))
+    assert again.settings() == task.settings()
+    assert config.to_dict()["id2label"] == {"0": "2", "1": "9", "2": "10", "3": "x"}
+    with pytest.raises(ValueError, match="expected a model written by bert-fast finetune"):
+        task_from_config({})
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "message"),
+    [
+        ("classification", ["a", "a"], "every row has the label 'a'; expected two classes or more"),
+        ("classification", [], "there are no rows"),
+        ("classification", ["a", None], "my.csv, row 2: no label in 'label'"),
+        ("classification", ["a", float("nan")], "my.csv, row 2: no label"),
+        ("classification", [["a"], ["b"]], "lists of labels are the task multi-label"),
+        ("classification", list(range(60)), "60 different labels in 60 rows"),
+        ("multi-label", ["a,b", "b , a"], "every row has the same labels (a, b)"),
+        ("multi-label", ["", None], "no row has a label"),
+        ("regression", ["1", "much"], "my.csv, row 2: 'label' holds 'much'; expected a number"),
+        ("regression", ["1", "inf"], "holds 'inf'"),
+        ("regression", [2, 2], "every row has the value 2.0"),
+    ],
+)
+def test_what_can_not_be_learnt_is_refused(name: str, labels: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fitted(name, labels)
+
+
+@pytest.mark.parametrize("name", ["classification", "multi-label"])
+def test_labels_unseen_in_training_are_listed_with_counts(name: str) -> None:
+    task = fitted(name, ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"unseen in training: 'x' \(2 rows\), 'y' \(1 rows\); training had a, b, c"):
+        task.check(table(["a", "x", "y", "x"]), COLUMNS)
+    assert task.check(table(["a", "b"]), COLUMNS) == ["my.csv has no row of c"]
+
+
+def test_unknown_tasks_and_options_are_named() -> None:
+    with pytest.raises(ValueError, match=r"task is 'classify'; expected one of classification, multi-label"):
+        make_task("classify")
+    with pytest.raises(ValueError, match=r"multi-label has no option sep; its options: separator, columns, threshold"):
+        make_task("multi-label", {"sep": ";"})
+
+
+def test_examples_of_texts_and_pairs(tokenizer: Tokenizer) -> None:
+    task = fitted("classification", ["no", "yes"])
+    rows = Table({"text": ["a b c", "goods"], "pair": ["b", "c"], "label": ["yes", "no"]})
+    single = task.encode(rows, COLUMNS, tokenizer, TextSettings(max_length=4), training=True)
+    assert [(list(one.input_ids), one.target) for one in single] == [([2, 5, 6, 3], 1), ([2, 8, 10, 3], 0)]
+    pair = task.encode(rows, {**COLUMNS, "text_pair": "pair"}, tokenizer, TextSettings(), training=True)
+    assert list(pair[0].input_ids) == [2, 5, 6, 7, 3, 6, 3]
+    assert list(pair[0].token_type_ids) == [0, 0, 0, 0, 0, 1, 1]
+    left = task.encode(rows, COLUMNS, tokenizer, TextSettings(max_length=4, direction="left"), training=True)
+    assert list(left[0].input_ids) == [2, 6, 7, 3]
+    assert task.encode(rows, {"text": "text"}, tokenizer, TextSettings(), training=False)[0].target is None
+
+
+def examples(targets: list[Any]) -> list[Example]:
+    return [Example(row, [2, 5 + row % 3, 3], [0, 0, 0], target) for row, target in enumerate(targets)]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "targets", "tensor"),
+    [
+        ("classification", ["a", "b", "c"], [0, 2, 1, 2], torch.tensor([0, 2, 1, 2])),
+        ("multi-label", ["a,b", "c"], [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], torch.tensor([[1.0, 1, 0], [0, 0, 0]])),
+        ("regression", [1, 2], [0.5, -2.0], torch.tensor([0.5, -2.0])),
+    ],
+)
+def test_the_loss_is_that_of_the_models_own_head(name: str, labels: Any, targets: Any, tensor: torch.Tensor) -> None:
+    task = fitted(name, labels)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForSequenceClassification(BertConfig(vocab_size=11, **sizes, **task.model_config())).eval()
+    batch = Batch.of(examples(targets))
+    logits = task.forward(model, batch)
+    expected = model(**batch.padded(), labels=tensor)
+    assert torch.allclose(logits, expected.logits, atol=1e-6)
+    mean = task.loss(logits, batch.examples, ONE) / task.weight(batch.examples, ONE)
+    assert torch.allclose(mean, expected.loss, atol=1e-6)
+
+
+def test_packed_and_padded_models_agree() -> None:
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.BertConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    batch = Batch.of([Example(0, [2, 5, 6, 3], [0, 0, 1, 1]), Example(1, [2, 3], [0, 0])])
+    model = transformers.BertForTokenClassification(settings).eval()
+    with torch.no_grad():
+        packed = run_model(model, batch)["logits"]
+        alone = [
+            model(torch.tensor([one.input_ids]), token_type_ids=torch.tensor([one.token_type_ids])).logits[0]
+            for one in batch.examples
+        ]
+        choice = run_model(transformers.BertForMultipleChoice(settings).eval(), batch, num_choices=1)["logits"]
+    assert torch.allclose(packed, torch.cat(alone), atol=1e-6)
+    assert choice.shape == (2, 1)
+
+
+def test_weighted_smoothed_and_focal_losses_by_hand() -> None:
+    task = fitted("classification", ["a", "b"])
+    logits = torch.tensor([[2.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    both = examples([0, 1])
+    p = logits.softmax(-1)
+    weighted = LossOptions(class_weights=torch.tensor([1.0, 3.0], dtype=torch.float64))
+    expected = -p[0, 0].log() - 3 * p[1, 1].log()
+    assert float(task.loss(logits, both, weighted)) == pytest.approx(float(expected))
+    assert task.weight(both, weighted) == 4.0
+    focal = -((1 - p[0, 0]) ** 2) * p[0, 0].log() - (1 - p[1, 1]) ** 2 * p[1, 1].log()
+    assert float(task.loss(logits, both, LossOptions(focal_gamma=2.0))) == pytest.approx(float(focal))
+    smooth = sum(-0.9 * p[row, row].log() - 0.05 * p[row].log().sum() for row in (0, 1))
+    assert float(task.loss(logits, both, LossOptions(label_smoothing=0.1))) == pytest.approx(float(smooth))
+
+
+def test_multi_label_weights_count_where_the_label_applies() -> None:
+    task = fitted("multi-label", ["a", "b"])
+    logits = torch.tensor([[0.0, 0.0]], dtype=torch.float64)
+    weighted = LossOptions(class_weights=torch.tensor([5.0, 7.0], dtype=torch.float64))
+    assert float(task.loss(logits, examples([[1.0, 0.0]]), weighted)) == pytest.approx(6 * np.log(2))
+
+
+def test_multi_label_from_columns_of_marks() -> None:
+    rows = Table({"text": ["x", "y", "z"], "toxic": [1, 0, 0], "insult": ["1", "0", "1"]}, "my.csv")
+    task = make_task("multi-label", {"columns": ["toxic", "insult"], "threshold": 0.4})
+    task.fit(rows, {"text": "text"})
+    assert task.targets(rows, {"text": "text"}) == [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"my.csv, row 1: 'toxic' holds '2'; expected 0 or 1"):
+        task.check(rows.with_column("toxic", [2, 0, 0]), {"text": "text"})
+
+
+def test_predictions_average_the_examples_of_a_row() -> None:
+    task = fitted("classification", ["a", "b"])
+    parts = [Example(0, [2, 3], [0, 0]), Example(0, [2, 3], [0, 0]), Example(1, [2, 3], [0, 0])]
+    outputs = [np.array([4.0, 0.0]), np.array([0.0, 2.0]), np.array([0.0, 1.0])]
+    rows = table(["a", "b"])
+    found = task.decode(outputs, parts, rows, COLUMNS)
+    assert [one["label"] for one in found] == ["a", "b"]
+    assert found[0]["scores"]["a"] == pytest.approx(1 / (1 + np.exp(-1)))
+    metrics = task.evaluate(found, rows, COLUMNS)
+    assert metrics["accuracy"] == 1.0
+    assert metrics["confusion_matrix"] == [[1, 0], [0, 1]]
+    several = fitted("multi-label", ["a", "b,c"])
+    found = several.decode([np.array([3.0, -3.0, 0.1])], [Example(0, [2, 3], [0, 0])], table(["a"]), COLUMNS)
+    assert found[0]["labels"] == ["a", "c"]
+    assert several.evaluate(found, table(["a,c"]), COLUMNS)["accuracy"] == 1.0
+    number = fitted("regression", [1, 2])
+    found = number.decode([np.array([1.5]), np.array([2.5])], examples([1, 2]), table([1, 2]), COLUMNS)
+    assert number.evaluate(found, table([1, 2]), COLUMNS)["mae"] == 0.5
