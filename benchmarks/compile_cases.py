@@ -75,6 +75,31 @@ def embedding_layer_norm() -> None:
         both(E, torch.float32, torch.float32)
 
 
+def attention() -> None:
+    """Every regime and packing at D of BERT (64, MiniLM and others: 32), the others with the dropout of training."""
+    from bert_fast.kernels.attention import triton_kernels as ops
+
+    N = 12
+    cu_seqlens, rng_state = empty(65, dtype=torch.int32), empty(2, dtype=torch.int64)
+
+    def both(dtype: torch.dtype, D: int, max_seqlen: int, dropout_p: float) -> None:
+        qkv, bias, out = empty(TOKENS, 3, N, D, dtype=dtype), empty(3, N, D), empty(TOKENS, N, D, dtype=dtype)
+        rest = (cu_seqlens, max_seqlen, 0.125, dropout_p, rng_state)
+        ops.attention_fwd(qkv, bias, *rest)
+        ops.attention_bwd(out, qkv, bias, out, empty(N, TOKENS), *rest)
+
+    sizes = [(64, 16), (64, 32), (64, 64), (64, 128), (64, 512), (32, 128), (32, 512)]
+    for (D, max_seqlen), dropout_p in product(sizes, (0.0, 0.1)):
+        both(torch.bfloat16, D, max_seqlen, dropout_p)
+    for D, max_seqlen in ((128, 64), (128, 512), (256, 512), (40, 512)):
+        both(torch.bfloat16, D, max_seqlen, 0.1)
+    for max_seqlen in (128, 512):
+        both(torch.float16, 64, max_seqlen, 0.1)
+    both(torch.float32, 64, 512, 0.0)
+    for D in (32, 64, 128, 256):  # one regime for all lengths
+        both(torch.float32, D, 512, 0.1)
+
+
 def padding() -> None:
     from bert_fast.kernels.padding import triton_kernels as ops
 
