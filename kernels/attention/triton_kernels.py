@@ -39,58 +39,57 @@ class LongLaunch:
     dkv: Tiles
 
 
-# By (bytes of an element, D padded). No row is measured on a GPU yet: each is the largest tile that compiles without a
-# spill on every architecture, with and without dropout (benchmarks/results/triton_compile.json); 64 rows for 4 warps
-# are the least that Hopper's HGMMA takes.
+# By (bytes of an element, D padded). No row is measured on a GPU yet: chosen among what compiles without a spill (but for D
+# 256 in float32); 64 rows for 4 warps are the least that Hopper's HGMMA takes.
 LONG = {
     (2, 16): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
     (2, 32): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
     (2, 64): LongLaunch(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
-    (2, 128): LongLaunch(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
-    (2, 256): LongLaunch(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1)),
-    (4, 16): LongLaunch(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
-    (4, 32): LongLaunch(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
-    (4, 64): LongLaunch(Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
-    (4, 128): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    (4, 256): LongLaunch(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1)),
+    (2, 128): LongLaunch(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
+    (2, 256): LongLaunch(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    (4, 16): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 16, 8, 1), Tiles(32, 32, 8, 1)),
+    (4, 32): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 16, 8, 1), Tiles(32, 32, 8, 1)),
+    (4, 64): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 16, 8, 1), Tiles(32, 32, 8, 1)),
+    (4, 128): LongLaunch(Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(32, 32, 8, 1)),
+    (4, 256): LongLaunch(Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
 
 
 @dataclass(frozen=True)
 class ShortLaunch:
-    """The short regime: rows of a tile, rows that a sequence has of them, warps forward and backward.
+    """The short regime: the largest padded D, rows that a sequence has of a tile, the forward kernel's tile and warps.
 
-    `chunk`: the queries that the backward kernel of one sequence takes at a time; 0 for that of several sequences.
+    `chunk`: the queries that the backward kernel takes at a time, a program a sequence; 0 for the kernel of several
+    sequences, whose tile is the forward kernel's.
     """
 
-    tile: int
+    largest_d: int
     block_s: int
+    tile: int
     fwd_warps: int
     bwd_warps: int
     chunk: int
 
 
-# By the longest sequence that fits. Not measured on a GPU yet: tiles of 64 rows are the least that HGMMA takes, so
-# shorter sequences share one; 128 rows need twice the warps for the same registers a thread.
+# By the longest sequence and the largest D that fit. Not measured on a GPU yet: tiles of 64 rows are the least that
+# HGMMA takes, so shorter sequences share one; 128 rows need twice the warps for the same registers a thread.
 SHORT = (
-    ShortLaunch(64, 16, 4, 4, 0),
-    ShortLaunch(64, 32, 4, 8, 0),
-    ShortLaunch(64, 64, 4, 4, 32),
-    ShortLaunch(128, 128, 8, 8, 32),
+    ShortLaunch(64, 16, 64, 4, 4, 0),
+    ShortLaunch(64, 32, 64, 4, 4, 32),
+    ShortLaunch(64, 64, 64, 4, 4, 32),
+    ShortLaunch(128, 64, 64, 4, 8, 32),
+    ShortLaunch(64, 128, 128, 8, 8, 32),
 )
-# The backward kernel holds q, k, v, dout and a tile of dz in shared memory: tile x padded D within 99 KB (sm_120).
-SHORT_ELEMENTS = 128 * 64
 
 
 def short_launch(qkv: Tensor, block_d: int, max_seqlen: int) -> ShortLaunch | None:
-    """The first launch of SHORT that takes `max_seqlen`; None for the long regime.
+    """The first launch of SHORT that takes `max_seqlen` and D; None for the long regime.
 
     float32 has no matrix instructions of its own precision: there large tiles gain nothing.
     """
     if qkv.element_size() == 4:
         return None
-    fits = (s for s in SHORT if max_seqlen <= s.block_s and s.tile * block_d <= SHORT_ELEMENTS)
-    return next(fits, None)
+    return next((s for s in SHORT if max_seqlen <= s.block_s and block_d <= s.largest_d), None)
 
 
 class _Call:
@@ -200,16 +199,15 @@ def _sum_of_parts(c: _Call, shape: tuple[int, ...]) -> Tensor | None:
 
 def _short_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> Tensor:
     assert c.short
-    groups = ceil_div(c.B, c.short.tile // c.short.block_s)
+    groups = c.B if c.short.chunk else ceil_div(c.B, c.short.tile // c.short.block_s)
     partial = _sum_of_parts(c, (groups, 3, c.N, c.D))
     tensors = (dout, c.qkv, c.bias, lse, c.cu_seqlens, c.rng_state, dqkv, partial)
     rest = (*c.sizes(), c.scale, c.threshold, c.multiplier)
-    shape = {"D": c.D, "BLOCK_D": c.block_d, "TILE": c.short.tile}
     if c.short.chunk:
-        kernel, shape["CHUNK"] = triton_short.bwd_one_kernel, c.short.chunk
+        kernel, shape = triton_short.bwd_one_kernel, {"TILE": c.short.block_s, "CHUNK": c.short.chunk}
     else:
-        kernel, shape["BLOCK_S"] = triton_short.bwd_several_kernel, c.short.block_s
-    launch(kernel, (groups * c.N,), *tensors, *rest, **shape, num_warps=c.short.bwd_warps)
+        kernel, shape = triton_short.bwd_several_kernel, {"TILE": c.short.tile, "BLOCK_S": c.short.block_s}
+    launch(kernel, (groups * c.N,), *tensors, *rest, D=c.D, BLOCK_D=c.block_d, **shape, num_warps=c.short.bwd_warps)
     return dqkv.new_zeros(dqkv.shape[1:], dtype=torch.float32) if partial is None else partial.sum(0)
 
 

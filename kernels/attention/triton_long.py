@@ -178,11 +178,15 @@ def fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tokens = (first + rows).to(tl.uint32)
     k, v = base + stride_s, base + 2 * stride_s
-    whole = length // BLOCK_N * BLOCK_N
+    # Blocks of keys that are whole need no mask; but where registers are short one copy of the step is all that fits.
+    WHOLE: tl.constexpr = qkv.dtype.element_ty != tl.float32 and BLOCK_D <= 128
+    whole = length
+    if WHOLE:
+        whole = length // BLOCK_N * BLOCK_N
     for j in range(0, whole, BLOCK_N):
         m, total, kept, acc = _fwd_step(
             m, total, kept, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold,
-            bias is not None, D, BLOCK_D, BLOCK_N, False,
+            bias is not None, D, BLOCK_D, BLOCK_N, not WHOLE,
         )  # fmt: skip
     if whole < length:
         m, total, kept, acc = _fwd_step(
@@ -241,7 +245,7 @@ def _dq_step(
     if keys.dtype == tl.float32:
         total += tl.sum(probs, axis=1)
         excess += tl.sum(dz, axis=1)
-        weighted = dot(probs, keys, weighted)
+        weighted = tl.dot(probs, keys, weighted, input_precision="tf32")  # excess is some eps: 11 bits will do
     return dot(dz, keys, acc), total, excess, weighted
 
 
@@ -290,11 +294,14 @@ def dq_kernel(
     weighted = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tokens = (first + rows).to(tl.uint32)
     k, v = base + stride_s, base + 2 * stride_s
-    whole = length // BLOCK_N * BLOCK_N
+    WHOLE: tl.constexpr = qkv.dtype.element_ty != tl.float32 and BLOCK_D <= 128
+    whole = length
+    if WHOLE:
+        whole = length // BLOCK_N * BLOCK_N
     for j in range(0, whole, BLOCK_N):
         acc, total, excess, weighted = _dq_step(
             acc, total, excess, weighted, q, do, k, v, j, stride_t, length, scale2, lse2, shift, -delta, rng_state, n,
-            tokens, threshold, D, BLOCK_D, BLOCK_N, False,
+            tokens, threshold, D, BLOCK_D, BLOCK_N, not WHOLE,
         )  # fmt: skip
     if whole < length:
         acc, total, excess, weighted = _dq_step(
