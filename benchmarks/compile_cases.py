@@ -150,6 +150,8 @@ def masked_lm_loss() -> None:
 CASES: dict[str, Callable[[], Any]] = {
     "add_layer_norm": add_layer_norm,
     "bias_gelu": bias_gelu,
+    "embedding_layer_norm": embedding_layer_norm,
     "lamb": lamb,
+    "masked_lm_loss": masked_lm_loss,
     "padding": padding,
 }

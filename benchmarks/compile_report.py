@@ -62,17 +62,18 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str
     aligned = []
     for param in launch.kernel.params:
         value = launch.arguments[param.name]
+        specialised = not param.do_not_specialize
         if isinstance(value, Tensor):
             signature[param.name] = f"*{_TYPES[value.dtype]}"
             aligned.append(param.name)  # torch's allocations are
-        elif param.is_constexpr or value is None or (value == 1 and isinstance(value, int)):
+        elif param.is_constexpr or value is None or (specialised and value == 1 and isinstance(value, int)):
             signature[param.name] = "constexpr"
             constexprs[param.name] = value
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         else:
             signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if specialised and value % 16 == 0:
                 aligned.append(param.name)
     return signature, constexprs, aligned
 
@@ -117,8 +118,10 @@ def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
     target = GPUTarget("cuda", architecture, 32)
     options = CUDABackend(target).parse_options({"num_warps": launch.num_warps, "num_stages": launch.num_stages})
     result = triton.compile(source, target=target, options=options.__dict__)
-    usage, code = disassemble(result.asm["cubin"])
+    usage = cuobjdump("--dump-resource-usage", result.asm["cubin"])
     registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    # Disassembling takes longer than compiling. Without such an instruction in the PTX there is none in the machine code.
+    code = cuobjdump("--dump-sass", result.asm["cubin"]) if "mma" in result.asm["ptx"] else ""
     return {
         "registers": registers,
         "stack": stack,
@@ -127,17 +130,13 @@ def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
     }
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """cuobjdump's resource usage and machine code."""
+def cuobjdump(option: str, cubin: bytes) -> str:
+    """What cuobjdump, which comes with Triton, prints about a binary."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    return usage, code
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _row(index_and_architecture: tuple[int, int]) -> dict[str, Any]:
