@@ -14,7 +14,7 @@ from torch import nn
 from bert_fast.tasks.embedding import batches_by_length
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
-from bert_fast.tasks.task import Batch, Example, LossOptions, Task
+from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, Task
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,6 +44,13 @@ def groups_of(task: Task, examples: Sequence[Example]) -> list[list[int]]:
         else:
             found.append([index])
     return found
+
+
+def text_settings(model: nn.Module) -> TextSettings:
+    """How texts became tokens when `model` was fine-tuned."""
+    config: Any = model.config
+    found = getattr(config, "extra", {}).get(CONFIG_KEY) or getattr(config, CONFIG_KEY, {})
+    return TextSettings(**found.get("text", {"max_length": config.max_position_embeddings}))
 
 
 @torch.inference_mode()
@@ -105,13 +112,11 @@ def predict(
     Args:
         model: of the class `task.model_class`, ours or transformers' (fused or not); runs on its device.
         columns: role -> column; targets are not needed and not looked at.
-        text: as in training, if None with the longest length that the model takes.
+        text: as in training if None, which the model's configuration remembers.
     """
     roles = {role.name: role for role in task.roles}
     inputs = {name: column for name, column in columns.items() if not roles[name].target}
-    if text is None:
-        config: Any = model.config
-        text = TextSettings(max_length=config.max_position_embeddings)
+    text = text or text_settings(model)
     examples = task.encode(table, inputs, tokenizer, text, training=False)
     outputs = run_examples(
         model, task, examples, tokens_per_batch=tokens_per_batch, precision=precision, progress=progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from itertools import pairwise
 
@@ -33,3 +34,13 @@ def test_peak_once_and_zero_only_after_the_end(warmup: int, total: int) -> None:
     # Equal steps down after the peak.
     after = [Fraction(factor).limit_denominator(10**6) for factor in factors[warmup:]]
     assert all(a - b == Fraction(1, total + 1 - warmup) for a, b in pairwise(after))
+
+
+def test_cosine_falls_slowly_at_both_ends_and_constant_stays() -> None:
+    factors = [lr_factor(step, 2, 9, "cosine") for step in range(1, 10)]
+    assert factors[:2] == [0.5, 1.0]
+    assert factors[5] == pytest.approx(0.5)  # half of the way from the peak to 0
+    assert factors[2] == pytest.approx((1 + math.cos(math.pi / 8)) / 2)
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+    assert factors[-1] > 0
+    assert lr_factor(9, 2, 9, "constant") == 1.0
