@@ -70,6 +70,14 @@ def is_cjk(character: str) -> bool:
     return code >= 0x3040 and any(first <= code <= last for first, last in _CJK)
 
 
+def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The ids of [CLS] and [SEP]."""
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    if cls is None or sep is None:
+        raise ValueError("the tokenizer has no [CLS] or no [SEP]; expected BERT's")
+    return cls, sep
+
+
 def text_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Pieces]:
     """The pieces of each text."""
     return [_pieces(encoding) for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bert_fast.tasks.squad import is_squad, squad_table
 from bert_fast.tasks.table import Table
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll", ".iob", ".bio", ".txt")
@@ -23,7 +24,7 @@ def read_table(source: str | Path, names: Sequence[str] | None = None) -> Table:
         .csv            comma-separated, quoted as RFC 4180 says; the first line names the columns
         .tsv            tab-separated, without quoting
         .jsonl          an object a line
-        .json           a list of objects, or an object of lists
+        .json           a list of objects, an object of lists, or SQuAD's articles (a row a question)
         .parquet        as it is
         .conll .iob .bio   a token and its tag a line, blank lines between sentences: columns `tokens` and `tags`
         .txt            a text a line: column `text`
@@ -139,6 +140,8 @@ def _read_json(path: Path) -> Table:
         found = json.loads("\n".join(line for _, line in _lines(path)))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+    if is_squad(found):
+        return squad_table(found, str(path))
     if isinstance(found, list) and all(isinstance(row, dict) for row in found):
         return _of_objects(found, str(path), [], "row")
     if isinstance(found, dict) and found and all(isinstance(values, list) for values in found.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seqeval.metrics.sequence_labeling import get_entities
 
 from bert_fast.tasks.alignment import split_words
 from bert_fast.tasks.iob import (
@@ -64,8 +65,7 @@ def test_entities_round_trip_and_what_is_written_is_valid(drawn: tuple[list[Enti
 @given(TAGS)
 @settings(deadline=None)
 def test_any_sequence_is_read_as_seqeval_reads_it(tags: list[str]) -> None:
-    entities = pytest.importorskip("seqeval.metrics.sequence_labeling").get_entities
-    assert read_tags(tags) == [Entity(kind, first, last + 1) for kind, first, last in entities(tags)]
+    assert read_tags(tags) == [Entity(kind, first, last + 1) for kind, first, last in get_entities(tags)]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bert_fast.tasks.sources import read_table
 from bert_fast.tasks.squad import (
     Answer,
     answer_f1,
@@ -27,7 +30,7 @@ def squad(*questions: dict[str, Any]) -> dict[str, Any]:
     return {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": CONTEXT, "qas": list(questions)}]}]}
 
 
-def test_a_row_for_each_question() -> None:
+def test_a_row_for_each_question(tmp_path: Path) -> None:
     answers = [{"text": "1833", "answer_start": 19}]
     found = squad(
         {"id": "a", "question": "When?", "answers": answers},
@@ -44,6 +47,8 @@ def test_a_row_for_each_question() -> None:
         "is_impossible": [False, True],
     }
     assert table.where(1) == "file.json, question 2"
+    (tmp_path / "dev.json").write_text(json.dumps(found))
+    assert read_table(tmp_path / "dev.json").columns == table.columns
     assert not is_squad({"data": [1, 2]})
     assert not is_squad([{"paragraphs": []}])
 

@@ -1,0 +1,230 @@
+"""Vectors of texts, learnt from pairs that belong together, triplets, or scored pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_fast.tasks.columns import Role, texts
+from bert_fast.tasks.embedding import pool
+from bert_fast.tasks.metrics import regression_metrics
+from bert_fast.tasks.settings import TextSettings
+from bert_fast.tasks.table import Table
+from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, encode_texts, run_model
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Array = np.ndarray[Any, Any]
+
+TEXT = Role("text", ("text", "anchor", "sentence1", "query", "question1", "question", "sentence", "premise"))
+PAIR = Role(
+    "text_pair",
+    ("text_pair", "positive", "sentence2", "text2", "passage", "answer", "question2", "hypothesis"),
+    required=False,
+)
+NEGATIVE = Role("negative", ("negative", "hard_negative"), required=False)
+SCORE = Role("label", ("label", "score", "similarity", "similarity_score", "labels"), required=False, target=True)
+ROLES = ("text", "text_pair", "negative")  # the kinds of an example, by its `extra`
+
+
+@dataclass(frozen=True)
+class SentenceEmbeddingOptions:
+    """Settings of the task sentence-embedding.
+
+    Args:
+        objective: contrastive: each text has to find its pair among all pairs, and negatives, of its batch; triplet:
+            the pair has to be closer than the negative by a margin; cosine: the pair's cosine is its score. auto takes
+            cosine where there are scores, else contrastive.
+        pooling: of the last hidden states: mean, cls, max or pooler.
+        temperature: by which the contrastive objective divides cosines.
+        margin: of the triplet objective, in cosines.
+        score_low, score_high: the scores that stand for a cosine of 0 and of 1; by default the lowest and highest of
+            the training rows.
+    """
+
+    objective: Literal["auto", "contrastive", "triplet", "cosine"] = "auto"
+    pooling: Literal["mean", "cls", "max", "pooler"] = "mean"
+    temperature: float = 0.05
+    margin: float = 0.3
+    score_low: float | None = None
+    score_high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; expected more than 0")
+        if self.margin < 0:
+            raise ValueError(f"margin is {self.margin}; expected 0 or more")
+
+
+class SentenceEmbedding(Task):
+    """A vector for each text, such that texts which belong together are close (Reimers and Gurevych, 2019).
+
+    The contrastive objective is the one of multiple negatives ranking (Henderson et al., 2017): the bigger the batch,
+    the harder it is.
+    """
+
+    name = "sentence-embedding"
+    model_class = "BertModel"
+    roles = (TEXT, PAIR, NEGATIVE, SCORE)
+    options_class = SentenceEmbeddingOptions
+    rows_together = True
+    main_metric = "mrr"
+    objective: str
+    low: float
+    high: float
+
+    def fit(self, table: Table, columns: Columns) -> None:
+        if not len(table):
+            raise ValueError(f"{table.source}: there are no rows")
+        self.objective = self.options.objective
+        if self.objective == "auto":
+            self.objective = "cosine" if "label" in columns and "negative" not in columns else "contrastive"
+        self.low, self.high = 0.0, 1.0
+        self._check_columns(table, columns)
+        if self.objective == "cosine":
+            scores = self._scores(table, columns)
+            low, high = self.options.score_low, self.options.score_high
+            self.low, self.high = min(scores) if low is None else low, max(scores) if high is None else high
+            if self.low >= self.high:
+                raise ValueError(
+                    f"{table.source}: scores from {self.low} to {self.high}; expected different ones, or "
+                    "options.score_low and options.score_high"
+                )
+        self._choose_metric()
+
+    def _check_columns(self, table: Table, columns: Columns) -> None:
+        needs = {"contrastive": ["text_pair"], "triplet": ["text_pair", "negative"], "cosine": ["text_pair", "label"]}
+        if missing := [role for role in needs[self.objective] if role not in columns]:
+            raise ValueError(
+                f"{table.source}: the objective {self.objective} needs a column for {', '.join(missing)}; it has "
+                f"{', '.join(table.columns)}: name it with --columns.{missing[0]}"
+            )
+
+    def _choose_metric(self) -> None:
+        self.main_metric = {"contrastive": "mrr", "triplet": "triplet_accuracy", "cosine": "spearman"}[self.objective]
+
+    def check(self, table: Table, columns: Columns) -> list[str]:
+        self._check_columns(table, columns)
+        if self.objective != "cosine":
+            return []
+        outside = sum(not self.low <= score <= self.high for score in self._scores(table, columns))
+        return [f"{table.source}: {outside} scores are outside {self.low} to {self.high}"] if outside else []
+
+    def settings(self) -> dict[str, Any]:
+        return {"objective": self.objective, "low": self.low, "high": self.high}
+
+    def restore(self, settings: Mapping[str, Any]) -> None:
+        self.objective = settings["objective"]
+        self.low, self.high = float(settings["low"]), float(settings["high"])
+        self._choose_metric()
+
+    def _scores(self, table: Table, columns: Columns) -> list[float]:
+        found = []
+        for row, value in enumerate(table[columns["label"]]):
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = np.nan
+            if not np.isfinite(number):
+                raise ValueError(f"{table.where(row)}: {columns['label']!r} holds {value!r}; expected a number")
+            found.append(number)
+        return found
+
+    def encode(
+        self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool
+    ) -> list[Example]:
+        """A row's text, pair and negative, as far as there are; `extra` is 0, 1 or 2."""
+        kinds = [kind for kind, role in enumerate(ROLES) if role in columns]
+        found = {kind: encode_texts(tokenizer, texts(table, columns[ROLES[kind]]), None, text) for kind in kinds}
+        targets: list[float | None] = [None] * len(table)
+        if self.objective == "cosine" and "label" in columns:
+            targets = [(score - self.low) / (self.high - self.low) for score in self._scores(table, columns)]
+        return [
+            Example(row, found[kind][row].ids, found[kind][row].type_ids, targets[row], kind)
+            for row in range(len(table))
+            for kind in kinds
+        ]
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(B, E): the vector of each text, fp32."""
+        out = run_model(model, batch)
+        return pool(out["last_hidden_state"], batch.cu_seqlens, self.options.pooling, out.get("pooler_output"))
+
+    def loss(self, logits: Tensor, examples: Sequence[Example], options: LossOptions) -> Tensor:
+        vectors = F.normalize(logits, dim=-1)
+        by_kind = {kind: [i for i, item in enumerate(examples) if item.extra == kind] for kind in range(len(ROLES))}
+        anchors, pairs = vectors[by_kind[0]], vectors[by_kind[1]]
+        if self.objective == "cosine":
+            targets = torch.tensor([examples[i].target for i in by_kind[0]], device=logits.device, dtype=vectors.dtype)
+            return ((anchors * pairs).sum(-1) - targets).square().sum()
+        if self.objective == "triplet":
+            closer = (anchors * (pairs - vectors[by_kind[2]])).sum(-1)
+            return (self.options.margin - closer).clamp(min=0).sum()
+        among = [*by_kind[1], *by_kind[2]]
+        cosines = anchors @ vectors[among].T / self.options.temperature
+        # A pair that is there twice, or is the text itself, is no wrong answer.
+        ids = [tuple(examples[i].input_ids) for i in among]
+        own = [
+            {tuple(examples[i].input_ids), tuple(examples[j].input_ids)}
+            for i, j in zip(by_kind[0], by_kind[1], strict=True)
+        ]
+        same = torch.tensor([[text in mine for text in ids] for mine in own], device=logits.device)
+        same.fill_diagonal_(False)
+        targets = torch.arange(len(anchors), device=logits.device)
+        return F.cross_entropy(cosines.masked_fill(same, -torch.inf), targets, reduction="sum")
+
+    def weight(self, examples: Sequence[Example], options: LossOptions) -> float:
+        return float(sum(example.extra == 0 for example in examples))
+
+    def decode(
+        self, outputs: Sequence[Array], examples: Sequence[Example], table: Table, columns: Columns
+    ) -> list[dict[str, Any]]:
+        """Of texts alone their `vector`. Of pairs `similarity` (the cosine) and `rank`, the place of a text's pair
+        among the pairs of all rows, from 1; of triplets also `negative_similarity`."""
+        rows = len(table)
+        vectors: dict[int, Array] = {}
+        for kind in {example.extra for example in examples}:
+            own = [np.asarray(x) for x, example in zip(outputs, examples, strict=True) if example.extra == kind]
+            vectors[kind] = np.stack(own)
+        if 1 not in vectors:
+            return [{"vector": vector.tolist()} for vector in vectors.get(0, np.zeros((rows, 0)))]
+        unit = {kind: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for kind, x in vectors.items()}
+        similarity = (unit[0] * unit[1]).sum(1)
+        texts_of_pairs = texts(table, columns["text_pair"])
+        number = {text: i for i, text in enumerate(dict.fromkeys(texts_of_pairs))}
+        distinct = np.array([number[text] for text in texts_of_pairs])
+        first = np.unique(distinct, return_index=True)[1]
+        found = []
+        for row in range(rows):
+            cosines = unit[1][first] @ unit[0][row]
+            # Equal ones come before: a model that finds everything alike ranks last.
+            ahead = cosines >= cosines[distinct[row]]
+            item = {"similarity": float(similarity[row]), "rank": int(ahead.sum())}
+            if 2 in unit:
+                item["negative_similarity"] = float(unit[2][row] @ unit[0][row])
+            found.append(item)
+        return found
+
+    def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
+        """Of scored pairs pearson and spearman of cosines and scores. Of others mrr and recall_at_1, _5, _10 of each
+        text's pair among all pairs; of triplets also triplet_accuracy."""
+        if not len(table):
+            raise ValueError("no row came; expected at least one to compute metrics of")
+        similarity = np.array([item["similarity"] for item in predictions])
+        if self.objective == "cosine":
+            scores = (np.array(self._scores(table, columns)) - self.low) / (self.high - self.low)
+            return regression_metrics(scores.tolist(), similarity.tolist())
+        ranks = np.array([item["rank"] for item in predictions])
+        found = {"mrr": float((1 / ranks).mean()), "mean_similarity": float(similarity.mean())}
+        found |= {f"recall_at_{n}": float((ranks <= n).mean()) for n in (1, 5, 10)}
+        if "negative_similarity" in predictions[0]:
+            negative = np.array([item["negative_similarity"] for item in predictions])
+            found["triplet_accuracy"] = float((similarity > negative).mean())
+        return found

@@ -1,0 +1,153 @@
+"""Choices: learnt, in the loss of transformers, in different numbers, by number, letter or text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from bert_fast.tasks.columns import choose_columns
+from bert_fast.tasks.multiple_choice import MultipleChoice
+from bert_fast.tasks.settings import TextSettings
+from bert_fast.tasks.table import Table
+from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, make_task, task_entry, task_from_config
+
+TEXT = TextSettings(max_length=16)
+ANIMALS, FOODS, FILLERS = ["cat", "dog"], ["rice", "soup"], ["red", "new"]
+
+
+def rows(count: int, seed: int, choices: tuple[int, int] = (2, 4)) -> Table:
+    """What can be eaten is right, whatever else there is to choose from."""
+    generator = random.Random(seed)
+    columns: dict[str, list[Any]] = {"text": [], "choices": [], "label": []}
+    for _ in range(count):
+        own = [f"{generator.choice(FILLERS)} {generator.choice(ANIMALS)}" for _ in range(generator.randint(*choices))]
+        place = generator.randrange(len(own))
+        own[place] = f"{generator.choice(FILLERS)} {generator.choice(FOODS)}"
+        columns["text"].append("you eat")
+        columns["choices"].append(own)
+        columns["label"].append(place)
+    return Table(columns, "made up")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_of: Callable[..., Tokenizer]) -> Tokenizer:
+    return tokenizer_of(" ".join(["you", "eat", *ANIMALS, *FOODS, *FILLERS]))
+
+
+def fitted(table: Table, **options: Any) -> tuple[MultipleChoice, dict[str, str]]:
+    task = make_task("multiple-choice", options)
+    assert isinstance(task, MultipleChoice)
+    columns = choose_columns(table, task.roles)
+    task.fit(table, columns)
+    return task, columns
+
+
+def test_it_learns_to_choose(tokenizer: Tokenizer, learn: Callable[..., Any], predict: Callable[..., Any]) -> None:
+    train, test = rows(120, 0), rows(40, 1)
+    task, columns = fitted(train)
+    assert task.check(test, columns) == []
+    examples = task.encode(train, columns, tokenizer, TEXT, training=True)
+    model = learn(task, tokenizer, examples, epochs=5, rows=8)
+    predictions = predict(task, model, tokenizer, test, columns, TEXT)
+    assert task.evaluate(predictions, test, columns)["accuracy"] == 1.0
+    for item, choices, label in zip(predictions, test["choices"], test["label"], strict=True):
+        assert (item["choice"], item["text"]) == (label, choices[label])
+        assert len(item["probabilities"]) == len(choices)
+        assert sum(item["probabilities"]) == pytest.approx(1.0)
+
+
+def test_the_loss_is_that_of_transformers(
+    tokenizer: Tokenizer, models_for: Callable[..., Any], mean_loss: Callable[..., Any]
+) -> None:
+    table = rows(7, 2, (3, 3))
+    task, columns = fitted(table)
+    examples = task.encode(table, columns, tokenizer, TEXT, training=True)
+    ours, theirs = models_for(task, tokenizer)
+    inputs = {name: x.view(7, 3, -1) for name, x in Batch.of(examples).padded().items()}
+    expected = theirs(**inputs, labels=torch.tensor(table["label"])).loss
+    torch.testing.assert_close(mean_loss(task, ours, examples), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(mean_loss(task, theirs, examples), expected, rtol=1e-9, atol=0)
+
+
+def test_rows_with_different_numbers_of_choices_count_alike(
+    tokenizer: Tokenizer, models_for: Callable[..., Any], mean_loss: Callable[..., Any]
+) -> None:
+    table = rows(9, 3)
+    assert len({len(own) for own in table["choices"]}) > 1
+    task, columns = fitted(table)
+    examples = task.encode(table, columns, tokenizer, TEXT, training=True)
+    ours, _ = models_for(task, tokenizer)
+    alone = [mean_loss(task, ours, [x for x in examples if x.row == row]) for row in range(9)]
+    torch.testing.assert_close(mean_loss(task, ours, examples), torch.stack(alone).mean(), rtol=1e-9, atol=0)
+    twice = [x for x in examples if x.row == 0] * 2
+    torch.testing.assert_close(mean_loss(task, ours, twice), alone[0], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 2, 1], [0, 2, 1]),
+        (["1", "3", "2"], [0, 2, 1]),
+        ([1.0, 3.0, 1.0], [0, 2, 0]),
+        (["A", "c", "B"], [0, 2, 1]),
+        (["red", "blue 5", "green"], [0, 2, 1]),
+    ],
+    ids=["from 0", "from 1", "floats", "letters", "texts"],
+)
+def test_forms_of_labels(labels: list[Any], expected: list[int]) -> None:
+    table = Table({"context": ["t"] * 3, "choices": [["red", "green", "blue 5"]] * 3, "answer": labels})
+    task, columns = fitted(table)
+    assert task.targets(table, columns) == expected
+    again = task_from_config({CONFIG_KEY: task_entry(task)})
+    assert again.settings() == task.settings()
+
+
+def test_choices_in_columns_of_their_own_and_a_question(tokenizer: Tokenizer) -> None:
+    table = Table(
+        {"context": ["you"], "question": ["eat"], "ending0": ["rice"], "ending1": ["cat"], "label": ["0"], "id": [5]}
+    )
+    task, columns = fitted(table)
+    assert columns == {"text": "context", "question": "question", "label": "label"}
+    assert task.choices(table, columns) == [["rice", "cat"]]
+    examples = task.encode(table, columns, tokenizer, TEXT, training=True)
+    tokens = [[tokenizer.id_to_token(i) for i in example.input_ids] for example in examples]
+    assert tokens == [["[CLS]", "you", "eat", "[SEP]", choice, "[SEP]"] for choice in ("rice", "cat")]
+    assert examples[1].token_type_ids == [0, 0, 0, 0, 1, 1]
+    named, _ = fitted(table, columns=["ending1", "ending0"])
+    assert named.choices(table, columns) == [["cat", "rice"]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"choices": [["a", "b"]], "label": [3]}, "f, row 1: the label is 3; expected a number from 0 to 1"),
+        ({"choices": [["a", "b"]], "label": ["c d"]}, "the label is 'c d'; .* a letter from A to B"),
+        ({"choices": [["a", "b"]], "label": [None]}, "the label is None"),
+        ({"choices": [["a", "a"]], "label": ["a a"]}, "the label is 'a a'"),
+        ({"choices": [["a"]], "label": [0]}, "f, row 1: 1 choices; expected two or more"),
+        ({"choices": ["ab"], "label": [0]}, "the choices are 'ab'; expected a list of texts"),
+        ({"label": [0]}, "f: which columns are the choices"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_can_not_be_learnt(columns: dict[str, list[Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fitted(Table({"text": ["t"], **columns}, "f"))
+
+
+def test_scores_decide() -> None:
+    table = Table({"text": ["t"] * 2, "choices": [["a", "b"], ["c", "d", "e"]], "label": [1, 1]})
+    task, columns = fitted(table)
+    scores = [np.float32(x) for x in (0.0, 2.0, 0.0, 1.0, 3.0)]
+    places = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    examples = [Example(row, [0], [0], None, choice) for row, choice in places]
+    found = task.decode(scores, examples, table, columns)  # type: ignore[arg-type]
+    assert [item["text"] for item in found] == ["b", "e"]
+    assert found[0]["probabilities"][1] == pytest.approx(1 / (1 + np.exp(-2.0)))
+    assert task.evaluate(found, table, columns) == {"accuracy": 0.5, "most_frequent_accuracy": 1.0}

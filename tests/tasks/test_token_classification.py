@@ -1,0 +1,218 @@
+"""Tags of words: learnt, in the loss of transformers, through windows, in every scheme, by words and by characters."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from bert_fast.tasks.columns import choose_columns
+from bert_fast.tasks.iob import convert_tags
+from bert_fast.tasks.settings import TextSettings
+from bert_fast.tasks.table import Table
+from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, make_task, task_entry, task_from_config
+from bert_fast.tasks.token_classification import TokenClassification, entity_metrics
+
+FILLERS = ["the", "met", "in", "walking", "saw"]
+ENTITIES = {"ada babbage": "PER", "paris": "LOC", "rome": "LOC"}
+PIECES = "the met in walk ##ing saw ada bab ##bage paris rome"
+COLUMNS = {"tokens": "tokens", "tags": "tags"}
+TEXT = TextSettings(max_length=12)
+
+
+def sentences(count: int, seed: int, scheme: str = "iob2") -> Table:
+    """Random words and entities, some of them side by side."""
+    generator = random.Random(seed)
+    tokens, tags = [], []
+    for _ in range(count):
+        words: list[str] = []
+        row: list[str] = []
+        for unit in generator.choices([*FILLERS, *ENTITIES], k=generator.randint(1, 14)):
+            words += unit.split()
+            kind = ENTITIES.get(unit)
+            row += [f"{'I' if number else 'B'}-{kind}" if kind else "O" for number in range(len(unit.split()))]
+        tokens.append(words)
+        tags.append(convert_tags(row, scheme))
+    return Table({"tokens": tokens, "tags": tags}, "made up")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_of: Callable[..., Tokenizer]) -> Tokenizer:
+    return tokenizer_of(PIECES)
+
+
+def fitted(table: Table, **options: Any) -> TokenClassification:
+    task = make_task("token-classification", options)
+    assert isinstance(task, TokenClassification)
+    task.fit(table, COLUMNS)
+    return task
+
+
+@pytest.mark.parametrize(("scheme", "learnt"), [("iob1", "iob2"), ("iob2", "iobes")], ids=lambda name: name)
+def test_it_learns_entities(
+    scheme: str, learnt: str, tokenizer: Tokenizer, learn: Callable[..., Any], predict: Callable[..., Any]
+) -> None:
+    train, test = sentences(120, 0, scheme), sentences(30, 1, scheme)
+    task = fitted(train, learnt_scheme=learnt, overlap=4)
+    assert task.scheme == scheme
+    assert task.check(test, COLUMNS) == []
+    examples = task.encode(train, COLUMNS, tokenizer, TEXT, training=True)
+    assert len(examples) > 120, "long sentences come in several windows"
+    model = learn(task, tokenizer, examples, epochs=8, rows=8, lr=5e-3)
+    predictions = predict(task, model, tokenizer, test, COLUMNS, TEXT)
+    metrics = task.evaluate(predictions, test, COLUMNS)
+    assert metrics["f1"] == metrics["accuracy"] == 1.0
+    assert [item["tags"] for item in predictions] == test["tags"], "in the scheme of the data"
+    assert task.main_metric == "f1"
+    json.dumps(predictions)
+
+
+@pytest.mark.parametrize("all_pieces", [False, True], ids=["first pieces", "all pieces"])
+def test_the_loss_is_that_of_transformers(
+    all_pieces: bool, tokenizer: Tokenizer, models_for: Callable[..., Any], mean_loss: Callable[..., Any]
+) -> None:
+    table = sentences(9, 2)
+    task = fitted(table, all_pieces=all_pieces)
+    examples = task.encode(table, COLUMNS, tokenizer, TextSettings(max_length=48), training=True)
+    ours, theirs = models_for(task, tokenizer)
+    batch = Batch.of(examples)
+    inputs = batch.padded()
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, example in zip(labels, examples, strict=True):
+        row[: len(example.target)] = torch.tensor(example.target)
+    expected = theirs(**inputs, labels=labels).loss
+    torch.testing.assert_close(mean_loss(task, ours, examples), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(mean_loss(task, theirs, examples), expected, rtol=1e-9, atol=0)
+    weights = torch.rand(len(task.labels), dtype=torch.float64) + 0.5
+    weighted = torch.nn.functional.cross_entropy(theirs(**inputs).logits.flatten(0, 1), labels.flatten(), weights)
+    found = mean_loss(task, ours, examples, LossOptions(class_weights=weights))
+    torch.testing.assert_close(found, weighted, rtol=1e-9, atol=0)
+
+
+def test_every_word_is_learnt_and_predicted_once(tokenizer: Tokenizer) -> None:
+    table = sentences(40, 3)
+    task = fitted(table, overlap=5)
+    examples = task.encode(table, COLUMNS, tokenizer, TEXT, training=False)
+    assert max(len(example.input_ids) for example in examples) == TEXT.max_length
+    assert task.weight(examples, LossOptions()) == sum(map(len, table["tokens"]))
+    outputs = []
+    for example in examples:
+        # An oracle that is right about what the example's target says and wrong about everything else.
+        scores = np.full((len(example.input_ids), len(task.labels)), 0.0)
+        for place, label in enumerate(example.target):
+            scores[place, label if label >= 0 else 1] = 9.0
+        outputs.append(scores)
+    predictions = task.decode(outputs, examples, table, COLUMNS)
+    assert [item["tags"] for item in predictions] == table["tags"]
+    assert task.class_counts(examples)[0] == sum(tags.count("O") for tags in table["tags"])
+
+
+def oracle(task: TokenClassification, examples: list[Example]) -> list[Any]:
+    eye = np.eye(len(task.labels)) * 9
+    return [np.stack([eye[max(label, 0)] for label in example.target]) for example in examples]
+
+
+def test_texts_with_entities_by_characters(tokenizer_of: Callable[..., Tokenizer]) -> None:
+    texts = ["Ada Lovelace met 李雷 in Zu\u0308rich.", "the\u200b \u200b man", ""]
+    spans = [[(0, 12, "PER"), (17, 19, "PER"), (23, 31, "LOC")], [], []]
+    entities = [[{"start": a, "end": b, "label": kind} for a, b, kind in row] for row in spans]
+    table = Table({"text": texts, "entities": entities})
+    task = make_task("token-classification")
+    columns = choose_columns(table, task.roles)
+    assert columns == {"tokens": "text", "tags": "entities"}
+    task.fit(table, columns)
+    examples = task.encode(table, columns, tokenizer_of("ada love ##lace met in zu ##rich"), TEXT, training=True)
+    predictions = task.decode(oracle(task, examples), examples, table, columns)  # type: ignore[arg-type]
+    found = [[(item["start"], item["end"], item["kind"]) for item in row["entities"]] for row in predictions]
+    assert found == spans
+    assert [item["text"] for item in predictions[0]["entities"]] == ["Ada Lovelace", "李雷", "Zu\u0308rich."]
+    assert predictions[1]["tags"] == ["O", "O", "O"], "a word of dropped characters is outside"
+    assert predictions[2] == {"tags": [], "probabilities": [], "entities": []}
+    assert task.evaluate(predictions, table, columns)["f1"] == 1.0
+
+
+def test_plain_tags(tokenizer: Tokenizer, learn: Callable[..., Any], predict: Callable[..., Any]) -> None:
+    kinds = {"the": "DET", "in": "ADP"}
+    rows = sentences(60, 4)["tokens"]
+    table = Table({"tokens": rows, "pos": [[kinds.get(word, "X") for word in row] for row in rows]})
+    columns = choose_columns(table, TokenClassification.roles)
+    task = make_task("token-classification")
+    task.fit(table, columns)
+    assert task.settings() == {"labels": ["ADP", "DET", "X"], "scheme": "none", "fallback": "X"}
+    model = learn(task, tokenizer, task.encode(table, columns, tokenizer, TEXT, training=True), epochs=5, lr=5e-3)
+    predictions = predict(task, model, tokenizer, table, columns, TEXT)
+    assert task.evaluate(predictions, table, columns)["accuracy"] == 1.0
+    assert task.main_metric == "accuracy"
+
+
+def test_entity_metrics_by_hand() -> None:
+    """Two of three predicted entities are right, of four there are; the wrong one has the kind, and a word too few."""
+    true = [["B-P", "I-P", "O", "B-L"], ["B-P", "O", "B-L", "I-L"]]
+    found = [["B-P", "I-P", "O", "B-L"], ["O", "O", "B-L", "O"]]
+    metrics = entity_metrics(true, found)
+    assert metrics["precision"] == pytest.approx(2 / 3)
+    assert metrics["recall"] == pytest.approx(2 / 4)
+    assert metrics["f1"] == pytest.approx(4 / 7)
+    assert metrics["accuracy"] == pytest.approx(6 / 8)
+    assert metrics["per_kind"]["P"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
+    assert metrics["per_kind"]["L"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 0.5) / 2)
+    assert entity_metrics([["O"]], [["O"]])["f1"] == 0.0
+
+
+def test_it_comes_back_from_the_configuration_of_a_model() -> None:
+    table = sentences(20, 5, "iobes")
+    task = fitted(table, learnt_scheme="iobes", overlap=7)
+    again = task_from_config(json.loads(json.dumps({CONFIG_KEY: task_entry(task)})))
+    assert isinstance(again, TokenClassification)
+    assert (again.labels, again.scheme, again.options) == (task.labels, task.scheme, task.options)
+    assert again.model_config()["id2label"][0] == "O"
+    assert again.main_metric == "f1"
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"tokens": [["a", "b"]], "tags": [["O"]]}, {}, "line 7: 1 tags came for 2 words"),
+        ({"tokens": [["a"]], "tags": [["O"]]}, {}, "every word is tagged O"),
+        ({"tokens": [["a"]], "tags": [["X"]]}, {}, "every word has the tag 'X'"),
+        ({"tokens": [[]], "tags": [[]]}, {}, "no row has words"),
+        ({"tokens": [7], "tags": [["O"]]}, {}, "line 7: 'tokens' holds 7; expected a text or a list of words"),
+        ({"tokens": [["a"]], "tags": [None]}, {}, "line 7: 'tags' holds None"),
+        ({"tokens": [["a"]], "tags": [["N"]]}, {"scheme": "iob2"}, "line 7: 'N' is no entity tag.*scheme: none"),
+        (
+            {"tokens": [["a", "b"]], "tags": [["O", "I-P"]]},
+            {"scheme": "iob2", "invalid": "refuse"},
+            "line 7, word 2: I-P continues no P, in IOB2",
+        ),
+        (
+            {"tokens": ["ab cd"], "tags": [[{"start": 1, "end": 2, "label": "P"}]]},
+            {},
+            "line 7: the entity .* does not start and end with a word",
+        ),
+        ({"tokens": ["ab"], "tags": [[{"start": 1, "label": "P"}]]}, {}, "line 7: .*expected start, end and label"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_can_not_be_learnt(columns: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fitted(Table(columns, "file", [7], "line"), **options)
+
+
+def test_what_does_not_fit_the_training_rows() -> None:
+    task = fitted(sentences(20, 6))
+    other = Table({"tokens": [["a", "b"]], "tags": [["B-ORG", "I-ORG"]]}, "dev.conll")
+    with pytest.raises(
+        ValueError, match=r"dev.conll: labels unseen in training: 'B-ORG' \(1 rows\), 'I-ORG' \(1 rows\)"
+    ):
+        task.check(other, COLUMNS)
+    repaired = Table({"tokens": [["a", "b"]], "tags": [["O", "I-PER"]]}, "dev.conll")
+    said = task.check(repaired, COLUMNS)
+    assert "1 rows have tags that IOB2 forbids" in said[0]
+    assert "dev.conll, row 1, word 2: I-PER continues no PER" in said[0]
