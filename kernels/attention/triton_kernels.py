@@ -39,8 +39,8 @@ class LongLaunch:
     dkv: Tiles
 
 
-# By (bytes of an element, D padded). No row is measured on a GPU yet: chosen for Hopper, where all but float32 at 256
-# compile without a spill; 64 rows for 4 warps are the least that HGMMA takes.
+# By (bytes of an element, D padded). No row is measured on a GPU yet: chosen for Hopper, where 16 bits compile without
+# a spill (float32's dQ has 8 bytes of it at 64, 136 at 256); 64 rows for 4 warps are the least that HGMMA takes.
 LONG = {
     (2, 16): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
     (2, 32): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
