@@ -50,6 +50,9 @@ OPTIONAL = (
     "tensorboard",
     "huggingface_hub",
     "datasets",
+    "sklearn",
+    "scipy",
+    "seqeval",
 )
 
 

@@ -17,6 +17,9 @@ from typing import Any
 COMMANDS = {
     "prepare": "text into a vocabulary and tokenised shards",
     "pretrain": "train a BERT on prepared data, or go on with a run that stopped",
+    "finetune": "fine-tune a model on a task: classification, regression, pairs, tokens, answers ...",
+    "predict": "what a fine-tuned model says about texts or rows",
+    "evaluate": "metrics of a fine-tuned model on rows with the true answers",
     "fill-mask": "what could stand where a text says [MASK]",
     "embed": "texts into vectors",
     "info": "versions, device, CPU features, which implementation runs here and why the others can't",
@@ -62,6 +65,8 @@ def _run(command: str, arguments: list[str]) -> int:
         prog=f"bert-fast {command}", description=module.__doc__, exit_on_error=False, parser_mode="yaml"
     )
     module.add_arguments(parser)
+    if hasattr(module, "positional"):
+        arguments = module.positional(arguments)
     result: int = module.run(parser.parse_args(_with_recipe(arguments)))
     return result
 

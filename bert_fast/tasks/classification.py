@@ -106,7 +106,7 @@ class Classification(_TextTask):
         if len(self.labels) > max(50, len(names) // 2):
             raise ValueError(
                 f"{table.source}: {len(self.labels)} different labels in {len(names)} rows of {columns['label']!r}; "
-                "is it another column (--columns.label), or the task regression?"
+                "is it another column (columns.label), or the task regression?"
             )
 
     def check(self, table: Table, columns: Columns) -> list[str]:
@@ -242,8 +242,8 @@ class MultiLabel(_TextTask):
             ]
         if "label" not in columns:
             raise ValueError(
-                f"{table.source}: which column has the labels? It has {', '.join(table.columns)}; name one with "
-                "--columns.label, or columns of 0 and 1 with --options.columns"
+                f"{table.source}: which column has the labels? It has {', '.join(table.columns)}; give one as "
+                "columns.label, or several of 0 and 1 as options.columns"
             )
         found = []
         for value in table[columns["label"]]:

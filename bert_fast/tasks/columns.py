@@ -13,7 +13,7 @@ class Role:
     """A column that a task reads.
 
     Args:
-        name: of the role, as in `--columns.<name>`.
+        name: of the role, as in the setting `columns.<name>`.
         usual: column names by which it is guessed, the likeliest first; compared without case.
         required: whether there has to be one.
         target: whether it is what the model learns to predict: not needed for predictions.
@@ -76,10 +76,9 @@ def choose_columns(
             by_name.pop(found.lower())
         elif role.required and (training or not role.target):
             raise ValueError(
-                f"{table.source}: which column is the {role.name}? It has {there}; name it with "
-                f"--columns.{role.name} COLUMN"
+                f"{table.source}: which column is the {role.name}? It has {there}; give one as columns.{role.name}"
             )
-    return chosen
+    return {role.name: chosen[role.name] for role in roles if role.name in chosen}
 
 
 def describe(table: Table, columns: Mapping[str, str]) -> str:

@@ -1,1 +1,1 @@
-"""Pretraining: configuration, optimizers, schedule, loop, checkpoints and logs."""
+"""Training: configurations, optimizers, schedules, the loops of pretraining and fine-tuning, checkpoints and logs."""

@@ -59,6 +59,12 @@ def test_without_a_command_the_overview_and_a_failure(capsys: pytest.CaptureFixt
         (["pretrain", "--config", "absent.yaml"], "absent.yaml"),
         (["pretrain", "--recipe", "absent"], "--recipe is 'absent'; expected one of"),
         (["pretrain", "--learning_rate", "1"], "learning_rate"),
+        (
+            ["finetune", "classification", "--model", "m", "--output_dir", "o", "--data.train", "t"],
+            "model is m, which is no",
+        ),
+        (["predict", "absent", "a"], "expected the folder that bert-fast finetune wrote"),
+        (["evaluate", "absent", "a.csv"], "expected the folder that bert-fast finetune wrote"),
         (["fill-mask", "absent", "a [MASK]"], "absent is not a folder; expected a checkpoint"),
         (["embed", "absent", "a", "--pooling", "median"], "median"),
         (["embed", "absent", "a", "--output", "vectors.txt"], "expected a name ending in .npy, .jsonl, .parquet"),
@@ -134,7 +140,8 @@ def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = "prepare" if path.stem.endswith("prepare") else "pretrain"
+    endings = {"prepare": "prepare", "finetune": "finetune"}
+    command = next((name for ending, name in endings.items() if path.stem.endswith(ending)), "pretrain")
     with pytest.raises(SystemExit, match="0"):
         main([command, "--recipe", path.stem, "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)

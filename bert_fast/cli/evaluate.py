@@ -1,0 +1,45 @@
+"""Metrics of a fine-tuned model on rows with the true answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bert_fast.cli import rows
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("model", type=str, help="folder that bert-fast finetune wrote")
+    parser.add_argument("data", type=str, help="rows: csv, tsv, jsonl, json, parquet, conll, or datasets:NAME")
+    parser.add_argument("--metrics", type=str | None, default=None, help="a .json file for all metrics")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help=f"predictions, a file ending in {', '.join(rows.FORMATS)}"
+    )
+    rows.add_row_arguments(parser)
+
+
+def run(args: Any) -> int:
+    rows.check_output(args.output)
+    loaded = rows.load_task(args.model, args.device)
+    task = loaded[2]
+    table = task.read(args.data, args.names)
+
+    from bert_fast.tasks.columns import choose_columns
+
+    columns = choose_columns(table, task.roles, args.columns)
+    table = rows.settle(args, task, table, columns)
+    if not len(table):
+        raise ValueError(f"{args.data}: no row is left to evaluate on")
+    for sentence in task.check(table, columns):
+        print(sentence, file=sys.stderr)
+    predictions = rows.predictions_of(args, loaded, table, columns)
+    metrics = task.evaluate(predictions, table, columns)
+    rows.print_metrics(metrics)
+    if args.metrics is not None:
+        text = json.dumps(metrics, indent=1, ensure_ascii=False)
+        Path(args.metrics).write_text(text + "\n", encoding="utf-8")
+    if args.output is not None:
+        rows.write_predictions(task, table, columns, predictions, args.output)
+    return 0

@@ -1,0 +1,44 @@
+"""Fine-tune a pretrained model on a task: your rows in, a model folder that transformers loads out."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from bert_fast.training.config import from_mapping
+from bert_fast.training.finetune_config import FinetuneConfig
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "--config", action="config", help="YAML file; --recipe NAME takes one that comes with bert_fast"
+    )
+    parser.add_class_arguments(FinetuneConfig)
+
+
+def positional(arguments: list[str]) -> list[str]:
+    """`finetune TASK ...` as `finetune --task TASK ...`, so that the task can stand in a YAML file too."""
+    if arguments and not arguments[0].startswith("-"):
+        return ["--task", *arguments]
+    return arguments
+
+
+def run(args: Any) -> int:
+    values = dict(vars(args))
+    values.pop("config", None)
+    config = from_mapping(FinetuneConfig, values)
+
+    from bert_fast.cli.rows import print_metrics
+    from bert_fast.training.finetune import finetune
+
+    result = finetune(config, report=lambda text: print(text, file=sys.stderr))
+    for split in ("dev", "test"):
+        if split in result.metrics:
+            print_metrics(result.metrics[split], f"{split} ")
+            print()
+    run = result.metrics["run"]
+    print(f"{'steps':<22} {run['steps']}, best {run['best_step']}{', stopped early' if run['stopped_early'] else ''}")
+    if run["tokens_per_second"]:
+        print(f"{'tokens per second':<22} {run['tokens_per_second']:,.0f}")
+    print(f"{'model':<22} {result.folder}")
+    return 0
