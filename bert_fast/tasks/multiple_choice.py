@@ -15,7 +15,7 @@ from bert_fast.tasks.classification import label_name, softmax
 from bert_fast.tasks.columns import Role, texts
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
-from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, encode_texts, run_model
+from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, encode_texts, refuse_options, run_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,6 +55,7 @@ class MultipleChoice(Task):
     model_class = "BertForMultipleChoice"
     roles = (TEXT, QUESTION, CHOICES, LABEL)
     options_class = MultipleChoiceOptions
+    text_roles = ("text",)
     rows_together = True
     main_metric = "accuracy"
     first: int  # the number of the first choice in the data
@@ -151,6 +152,7 @@ class MultipleChoice(Task):
 
     def loss(self, logits: Tensor, examples: Sequence[Example], options: LossOptions) -> Tensor:
         """Cross entropy over the choices of each row."""
+        refuse_options(self.name, options, "focal_gamma")
         starts = row_starts(examples)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         losses = [

@@ -26,7 +26,7 @@ from bert_fast.tasks.columns import Role, texts
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.squad import Answer, By, best_scores, best_threshold, place_answer, read_answers
 from bert_fast.tasks.table import Table
-from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, run_model
+from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, refuse_options, run_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -97,6 +97,7 @@ class QuestionAnswering(Task):
     model_class = "BertForQuestionAnswering"
     roles = (QUESTION, CONTEXT, ANSWERS, ANSWER_START)
     options_class = QuestionAnsweringOptions
+    text_roles = ("question", "context")
     main_metric = "f1"
     without_answer: bool  # whether some questions have none
     by: By
@@ -207,6 +208,7 @@ class QuestionAnswering(Task):
 
     def loss(self, logits: Tensor, examples: Sequence[Example], options: LossOptions) -> Tensor:
         """Half of the cross entropy of the start and of the end, each over the tokens of an example."""
+        refuse_options(self.name, options, "focal_gamma", "label_smoothing")
         lengths = torch.tensor([len(example.input_ids) for example in examples], device=logits.device)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         columns = torch.arange(int(lengths.max()), device=logits.device)

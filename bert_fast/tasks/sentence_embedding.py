@@ -16,7 +16,7 @@ from bert_fast.tasks.embedding import pool
 from bert_fast.tasks.metrics import regression_metrics
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
-from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, encode_texts, run_model
+from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, encode_texts, refuse_options, run_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,6 +74,7 @@ class SentenceEmbedding(Task):
     model_class = "BertModel"
     roles = (TEXT, PAIR, NEGATIVE, SCORE)
     options_class = SentenceEmbeddingOptions
+    text_roles = ROLES
     rows_together = True
     main_metric = "mrr"
     objective: str
@@ -158,6 +159,7 @@ class SentenceEmbedding(Task):
         return pool(out["last_hidden_state"], batch.cu_seqlens, self.options.pooling, out.get("pooler_output"))
 
     def loss(self, logits: Tensor, examples: Sequence[Example], options: LossOptions) -> Tensor:
+        refuse_options(self.name, options, "focal_gamma", "label_smoothing")
         vectors = F.normalize(logits, dim=-1)
         by_kind = {kind: [i for i, item in enumerate(examples) if item.extra == kind] for kind in range(len(ROLES))}
         anchors, pairs = vectors[by_kind[0]], vectors[by_kind[1]]

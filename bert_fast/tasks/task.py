@@ -73,6 +73,12 @@ class LossOptions:
     label_smoothing: float = 0.0
 
 
+def refuse_options(task: str, options: LossOptions, *names: str) -> None:
+    """ValueError where one of the options that `task` has no use for is set."""
+    if found := [name for name in names if getattr(options, name)]:
+        raise ValueError(f"loss.{found[0]} is {getattr(options, found[0])}, which {task} has no use for; leave it at 0")
+
+
 @dataclass(frozen=True)
 class Batch:
     """B examples and their T tokens, one after the other, without padding.

@@ -76,6 +76,7 @@ class TokenClassification(Task):
     model_class = "BertForTokenClassification"
     roles = (TOKENS, TAGS)
     options_class = TokenClassificationOptions
+    text_roles = ()  # a sentence without words has no tags, and takes no part
     main_metric = "f1"
     scheme: str  # of the data, "none" for plain tags
     labels: list[str]  # of the model

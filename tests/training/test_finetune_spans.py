@@ -1,0 +1,196 @@
+"""The loop, from a file to a folder that transformers loads, for the tasks over words, spans, choices and pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import bert_fast
+from bert_fast.data import load_tokenizer
+from bert_fast.models import BertConfig, BertModel
+from bert_fast.tasks.columns import choose_columns
+from bert_fast.tasks.prediction import predict
+from bert_fast.tasks.table import Table
+from bert_fast.tasks.task import task_class, task_from_config
+from bert_fast.training.config import from_mapping
+from bert_fast.training.finetune import FinetuneResult, finetune
+from bert_fast.training.finetune_config import FinetuneConfig
+from bert_fast.training.log import read_log
+
+NAMES, PLACES, FILLERS = ["ada", "bob", "eva"], ["rome", "oslo", "bonn"], ["the", "we", "saw", "went", "in", "to"]
+QUESTIONS = ["who", "where", "?"]
+FAMILY = {"ada": "eva", "rome": "bonn", "saw": "went"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pretrained model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *NAMES, *PLACES, *FILLERS, *QUESTIONS]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, initializer_range=0.2, **sizes))
+    model.save_pretrained(folder)
+    return folder
+
+
+def words_of(number: int) -> list[str]:
+    """Fillers with one name and one place in them, at places and of a length that depend on `number`."""
+    words = [FILLERS[(number * 7 + place * 5) % len(FILLERS)] for place in range(3 + number % 9)]
+    words.insert(number % 4, NAMES[number % 3])
+    words.insert((number * 3) % len(words), PLACES[number // 3 % 3])
+    return words
+
+
+def conll(folder: Path, numbers: range) -> Path:
+    lines = []
+    for number in numbers:
+        for word in words_of(number):
+            lines.append(f"{word}\t{'B-PER' if word in NAMES else 'B-LOC' if word in PLACES else 'O'}")
+        lines.append("")
+    path = folder / f"{numbers.start}.conll"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def squad(folder: Path, numbers: range) -> Path:
+    """A context a number, with two questions."""
+    paragraphs = []
+    for number in numbers:
+        context = " ".join(words_of(number))
+        qas = []
+        for question, kind in (("who ?", NAMES), ("where ?", PLACES)):
+            text = next(word for word in words_of(number) if word in kind)
+            answers = [{"text": text, "answer_start": context.index(text)}]
+            qas.append({"id": f"{number}-{question}", "question": question, "answers": answers})
+        paragraphs.append({"context": context, "qas": qas})
+    path = folder / f"{numbers.start}.json"
+    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return path
+
+
+def choices(folder: Path, numbers: range) -> Path:
+    """The name is right, the place wrong."""
+    rows = []
+    for number in numbers:
+        pair = [NAMES[number % 3], PLACES[number // 3 % 3]]
+        rows.append({"text": "who ?", "choices": pair if number % 2 else pair[::-1], "label": 1 - number % 2})
+    path = folder / f"{numbers.start}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs(folder: Path, numbers: range) -> Path:
+    path = folder / f"{numbers.start}.csv"
+    keys = list(FAMILY)
+    rows = [(f"the {keys[n % 3]}", f"{'we' if n % 2 else 'in'} {FAMILY[keys[n % 3]]}") for n in numbers]
+    path.write_text("anchor,positive\n" + "".join(f"{anchor},{pair}\n" for anchor, pair in rows))
+    return path
+
+
+WRITERS = {
+    "token-classification": conll,
+    "question-answering": squad,
+    "multiple-choice": choices,
+    "sentence-embedding": pairs,
+}
+
+
+def run(task: str, base: Path, folder: Path, model: Any = None, **settings: Any) -> tuple[FinetuneResult, list[str]]:
+    said: list[str] = []
+    write = WRITERS[task]
+    # Of the pairs' dev rows each pair is there once: it is the only right one.
+    dev = write(folder, range(100, 103 if task == "sentence-embedding" else 124))
+    config = from_mapping(
+        FinetuneConfig,
+        {
+            "task": task,
+            "model": str(base),
+            "output_dir": str(folder / "run"),
+            "data": {"train": str(write(folder, range(0, 90))), "dev": str(dev)},
+            "text": {"max_length": 14},
+            "optimizer": {"lr": 4e-3},
+            "epochs": 8,
+            "dropout": 0.0,
+            "progress": False,
+            "device": "cpu",
+            **settings,
+        },
+    )
+    return finetune(config, model, report=said.append), said
+
+
+@pytest.mark.parametrize("task", WRITERS)
+def test_it_learns_and_transformers_loads_what_it_writes(task: str, base: Path, tmp_path: Path) -> None:
+    result, said = run(task, base, tmp_path)
+    folder = Path(result.folder)
+    dev = result.task.read(next(tmp_path.glob("100.*")))
+    assert result.metrics["dev"][result.task.main_metric] == 1.0
+    assert any(f"{len(dev)} rows; " in line for line in said), "which columns are read is said"
+    assert len((folder / "predictions.dev.jsonl").read_text().splitlines()) == len(dev)
+    again = task_from_config(json.loads((folder / "config.json").read_text()))
+    tokenizer = load_tokenizer(folder)
+    theirs, loading = getattr(transformers, result.task.model_class).from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    ours = getattr(bert_fast, result.task.model_class).from_pretrained(folder)
+    columns = choose_columns(dev, again.roles, training=False)
+    expected = predict(ours, again, tokenizer, dev, columns)
+    found = predict(theirs.eval(), again, tokenizer, dev, columns)
+    assert len(expected) == len(found) == len(dev)
+    key = {"token-classification": "tags", "question-answering": "answer", "multiple-choice": "text"}.get(task, "rank")
+    assert [item[key] for item in found] == [item[key] for item in expected]
+    if task == "token-classification":
+        assert theirs.config.id2label == {0: "O", 1: "B-LOC", 2: "I-LOC", 3: "B-PER", 4: "I-PER"}
+        text = "  ".join(words_of(105)).upper()
+        alone = predict(ours, again, tokenizer, Table({"text": [text]}), {"tokens": "text"})[0]
+        named = [(item["text"], item["kind"]) for item in alone["entities"]]
+        assert named == [(w.upper(), "PER" if w in NAMES else "LOC") for w in words_of(105) if w not in FILLERS]
+        assert all(text[item["start"] : item["end"]] == item["text"] for item in alone["entities"])
+
+
+@pytest.mark.parametrize("task", WRITERS)
+def test_a_fused_model_of_transformers_takes_the_same_steps(task: str, base: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("plain", "fused"):
+        folder = tmp_path / name
+        folder.mkdir()
+        labels = {"num_labels": 5} if task == "token-classification" else {}
+        torch.manual_seed(1)
+        kind = getattr(transformers, task_class(task).model_class)
+        model = kind.from_pretrained(base, attn_implementation="eager", **labels)
+        model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if name == "fused":
+            bert_fast.fuse(model)
+        result, _ = run(task, base, folder, model, steps=4, log_interval=1)
+        lines = [line for line in read_log(Path(result.folder) / "log.jsonl") if line["kind"] == "train"]
+        found.append([line["loss"] for line in lines])
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=2e-4)
+
+
+@pytest.mark.parametrize("task", ["question-answering", "sentence-embedding"])
+def test_options_that_a_task_has_no_use_for_are_refused(task: str, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"loss.label_smoothing is 0.1, which {task} has no use for"):
+        run(task, base, tmp_path, steps=1, loss={"label_smoothing": 0.1})
+    with pytest.raises(ValueError, match=rf"loss.class_weights is balanced, and {task} has no classes"):
+        run(task, base, tmp_path, steps=1, loss={"class_weights": "balanced"})
+    assert not (tmp_path / "run").exists()
