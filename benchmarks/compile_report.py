@@ -120,7 +120,7 @@ def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
     result = triton.compile(source, target=target, options=options.__dict__)
     usage = cuobjdump("--dump-resource-usage", result.asm["cubin"])
     registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    # Disassembling takes longer than compiling. Without such an instruction in the PTX there is none in the machine code.
+    # Disassembling takes longer than compiling. Without such an instruction in the PTX the machine code has none.
     code = cuobjdump("--dump-sass", result.asm["cubin"]) if "mma" in result.asm["ptx"] else ""
     return {
         "registers": registers,

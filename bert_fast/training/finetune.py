@@ -289,7 +289,8 @@ class Finetuner:
         name, value, score = self._score(metrics)
         log.write("eval", self.step, {key: x for key, x in metrics.items() if isinstance(x, (int, float))})
         shown = "not defined" if value is None else f"{value:.4f}"
-        progress.say(f"step {self.step}: dev {name} {shown}, loss {metrics['loss'] or 0:.4f}")
+        loss = "" if metrics["loss"] is None else f", loss {metrics['loss']:.4f}"
+        progress.say(f"step {self.step}: dev {name} {shown}{loss}")
         if self.best is None or score > self.best["score"]:
             self.best = {"score": score, "step": self.step}
             self.waited = 0
