@@ -171,7 +171,7 @@ class MultipleChoice(Task):
     def decode(
         self, outputs: Sequence[Array], examples: Sequence[Example], table: Table, columns: Columns
     ) -> list[dict[str, Any]]:
-        """A row's `choice` (its index from 0), that one's `text`, and the `probabilities` of all."""
+        """A row's `choice` (its index from 0), that one's text as `chosen`, and the `probabilities` of all."""
         choices = self.choices(table, columns)
         scores = [np.zeros(len(own)) for own in choices]
         for score, example in zip(outputs, examples, strict=True):
@@ -179,7 +179,7 @@ class MultipleChoice(Task):
         found = []
         for own, values in zip(choices, scores, strict=True):
             best = int(values.argmax())
-            found.append({"choice": best, "text": own[best], "probabilities": softmax(values).tolist()})
+            found.append({"choice": best, "chosen": own[best], "probabilities": softmax(values).tolist()})
         return found
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:

@@ -221,8 +221,10 @@ class QuestionAnswering(Task):
     def decode(
         self, outputs: Sequence[Array], examples: Sequence[Example], table: Table, columns: Columns
     ) -> list[dict[str, Any]]:
-        """A row's answer ("" for none), its characters, and `n_best`; null_difference is the score of no answer less
-        that of the best answer."""
+        """A row's answer ("" for none), its characters, `n_best`, and the row's id where it has one.
+
+        null_difference is the score of no answer less that of the best answer.
+        """
         contexts = texts(table, columns["context"])
         candidates: list[list[Candidate]] = [[] for _ in contexts]
         null = [np.inf] * len(contexts)
@@ -230,7 +232,10 @@ class QuestionAnswering(Task):
             null[example.row] = min(null[example.row], float(scores[0].sum()))
             best = window_answers(scores, example.extra, contexts[example.row], self.options)
             candidates[example.row] += best
-        return [self._prediction(*parts) for parts in zip(contexts, candidates, null, strict=True)]
+        found = [self._prediction(*parts) for parts in zip(contexts, candidates, null, strict=True)]
+        if "id" in table.columns:  # by which SQuAD's own evaluation finds the question
+            found = [{"id": name, **item} for name, item in zip(table["id"], found, strict=True)]
+        return found
 
     def _prediction(self, context: str, candidates: Sequence[Candidate], null: float) -> dict[str, Any]:
         by_place: dict[Span, Candidate] = {}

@@ -279,7 +279,7 @@ class TokenClassification(Task):
         return {"tags": iob.convert_tags(tags, self.scheme), "probabilities": sure, "entities": entities}
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
-        """Of entities: precision, recall and f1 over all, macro_f1, per_kind, as seqeval defines them, and accuracy of
+        """Of entities: precision, recall and f1 over all, macro_f1, per_class, as seqeval defines them, and accuracy of
         the tags. Of plain tags: accuracy, macro_f1 and per_class."""
         raw = self._raw_tags(table, columns)
         predicted = [list(prediction["tags"]) for prediction in predictions]
@@ -327,7 +327,7 @@ def entity_metrics(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[s
         }
         result["macro_f1"] = float(report["macro avg"]["f1-score"]) if listed else 0.0
         result["accuracy"] = float(metrics.accuracy_score(gold, found))
-    result["per_kind"] = {
+    result["per_class"] = {
         kind: {
             "precision": float(report[kind]["precision"]),
             "recall": float(report[kind]["recall"]),

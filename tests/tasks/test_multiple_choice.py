@@ -57,7 +57,7 @@ def test_it_learns_to_choose(tokenizer: Tokenizer, learn: Callable[..., Any], pr
     predictions = predict(task, model, tokenizer, test, columns, TEXT)
     assert task.evaluate(predictions, test, columns)["accuracy"] == 1.0
     for item, choices, label in zip(predictions, test["choices"], test["label"], strict=True):
-        assert (item["choice"], item["text"]) == (label, choices[label])
+        assert (item["choice"], item["chosen"]) == (label, choices[label])
         assert len(item["probabilities"]) == len(choices)
         assert sum(item["probabilities"]) == pytest.approx(1.0)
 
@@ -148,6 +148,6 @@ def test_scores_decide() -> None:
     places = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
     examples = [Example(row, [0], [0], None, choice) for row, choice in places]
     found = task.decode(scores, examples, table, columns)  # type: ignore[arg-type]
-    assert [item["text"] for item in found] == ["b", "e"]
+    assert [item["chosen"] for item in found] == ["b", "e"]
     assert found[0]["probabilities"][1] == pytest.approx(1 / (1 + np.exp(-2.0)))
     assert task.evaluate(found, table, columns) == {"accuracy": 0.5, "most_frequent_accuracy": 1.0}

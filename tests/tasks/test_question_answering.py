@@ -243,10 +243,11 @@ def test_chinese_is_found_out_and_comes_back_from_the_configuration() -> None:
 
 def test_without_answers_or_context_there_is_still_a_prediction(tokenizer: Tokenizer) -> None:
     task = fitted(rows(6, 3))
-    table = Table({"question": ["who?", "who?"], "context": ["", "ada met"]})
+    table = Table({"id": ["x", "y"], "question": ["who?", "who?"], "context": ["", "ada met"]})
     columns = {"question": "question", "context": "context"}
     examples = task.encode(table, columns, tokenizer, TEXT, training=False)
     assert [example.target for example in examples] == [None, None]
     found = task.decode([np.ones((len(example.input_ids), 2)) for example in examples], examples, table, columns)
+    assert [item["id"] for item in found] == ["x", "y"]
     assert found[0]["answer"] == ""
     assert found[1]["answer"] in ("ada", "met", "ada met")

@@ -160,8 +160,8 @@ def test_entity_metrics_by_hand() -> None:
     assert metrics["recall"] == pytest.approx(2 / 4)
     assert metrics["f1"] == pytest.approx(4 / 7)
     assert metrics["accuracy"] == pytest.approx(6 / 8)
-    assert metrics["per_kind"]["P"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
-    assert metrics["per_kind"]["L"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    assert metrics["per_class"]["P"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
+    assert metrics["per_class"]["L"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
     assert metrics["macro_f1"] == pytest.approx((2 / 3 + 0.5) / 2)
     assert entity_metrics([["O"]], [["O"]])["f1"] == 0.0
 

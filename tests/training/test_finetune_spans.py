@@ -135,6 +135,14 @@ def run(task: str, base: Path, folder: Path, model: Any = None, **settings: Any)
     return finetune(config, model, report=said.append), said
 
 
+PREDICTED = {
+    "token-classification": "tags",
+    "question-answering": "answer",
+    "multiple-choice": "chosen",
+    "sentence-embedding": "rank",
+}
+
+
 @pytest.mark.parametrize("task", WRITERS)
 def test_it_learns_and_transformers_loads_what_it_writes(task: str, base: Path, tmp_path: Path) -> None:
     result, said = run(task, base, tmp_path)
@@ -153,7 +161,9 @@ def test_it_learns_and_transformers_loads_what_it_writes(task: str, base: Path, 
     expected = predict(ours, again, tokenizer, dev, columns)
     found = predict(theirs.eval(), again, tokenizer, dev, columns)
     assert len(expected) == len(found) == len(dev)
-    key = {"token-classification": "tags", "question-answering": "answer", "multiple-choice": "text"}.get(task, "rank")
+    key = PREDICTED[task]
+        task, "rank"
+    )
     assert [item[key] for item in found] == [item[key] for item in expected]
     if task == "token-classification":
         assert theirs.config.id2label == {0: "O", 1: "B-LOC", 2: "I-LOC", 3: "B-PER", 4: "I-PER"}
