@@ -162,8 +162,6 @@ def test_it_learns_and_transformers_loads_what_it_writes(task: str, base: Path, 
     found = predict(theirs.eval(), again, tokenizer, dev, columns)
     assert len(expected) == len(found) == len(dev)
     key = PREDICTED[task]
-        task, "rank"
-    )
     assert [item[key] for item in found] == [item[key] for item in expected]
     if task == "token-classification":
         assert theirs.config.id2label == {0: "O", 1: "B-LOC", 2: "I-LOC", 3: "B-PER", 4: "I-PER"}
