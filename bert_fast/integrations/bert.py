@@ -149,9 +149,10 @@ def _answers(model: Any, original: Callable[..., Any], given: dict[str, Any], *,
 
 class _Sizes(NamedTuple):
     vocab_size: int
-    hidden_size: int
+    input_size: int
     type_vocab_size: int
     max_position_embeddings: int
+    first_position: int = 0
 
 
 def _forward(model: Any, given: dict[str, Any], *, tuple_keeps_none: bool) -> Any:

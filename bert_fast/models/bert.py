@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bert_fast.models import checkpoint
 from bert_fast.models.config import BertConfig
 from bert_fast.models.encoder import BertEmbeddings, BertEncoder, BertPooler, draw_rng_states
+from bert_fast.models.family import ARCHITECTURES, FOR_ALL, Names
 from bert_fast.models.inputs import Tokens
 from bert_fast.models.outputs import BaseModelOutputWithPooling, ModelOutput
 
@@ -48,10 +49,17 @@ class BertPreTrainedModel(nn.Module):
     """Base of the models: `config`, initialisation as BERT's, tied weights, from_pretrained and save_pretrained."""
 
     base_model_prefix: ClassVar[str] = "bert"
+    head: ClassVar[str] = "Model"  # the end of transformers' class name
+    model_types: ClassVar[tuple[str, ...]] = tuple(ARCHITECTURES)  # that have this head
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         config.validate()
+        if config.model_type not in self.model_types:
+            raise ValueError(
+                f"{type(self).__name__} is there for {', '.join(self.model_types)} only, and the configuration's "
+                f"model_type is {config.model_type!r}; expected one of {', '.join(FOR_ALL)}"
+            )
         self.config = config
 
     @property
@@ -60,6 +68,16 @@ class BertPreTrainedModel(nn.Module):
         model = getattr(self, self.base_model_prefix, self)
         assert isinstance(model, BertModel)
         return model
+
+    @property
+    def hf_class(self) -> str:
+        """The name of transformers' class for this model, as "RobertaForMaskedLM"."""
+        return self.config.architecture.prefix + self.head
+
+    @property
+    def hf_names(self) -> Names:
+        """The names of the tensors in a checkpoint: pairs, ours first."""
+        return self.config.architecture.names_of(self.head)
 
     @property
     def device(self) -> torch.device:
@@ -173,15 +191,20 @@ class BertPreTrainedModel(nn.Module):
 
 
 class BertModel(BertPreTrainedModel):
-    """The encoder, with a pooler of the first token unless `add_pooling_layer` is False."""
+    """The encoder of every architecture, with a pooler of the first token where it has one.
+
+    None with `add_pooling_layer` False, and in DistilBERT and ELECTRA.
+    """
 
     model_arguments = ("add_pooling_layer",)
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.embeddings = BertEmbeddings(config)
+        projected = config.input_size != config.hidden_size
+        self.embeddings_project = nn.Linear(config.input_size, config.hidden_size) if projected else None
         self.encoder = BertEncoder(config)
-        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.pooler = BertPooler(config) if add_pooling_layer and config.architecture.pooler else None
         self.finish()
 
     def forward(
@@ -225,6 +248,8 @@ class BertModel(BertPreTrainedModel):
         )
         rng_states = draw_rng_states(self.config, tokens.cu_seqlens.device) if self.training else None
         hidden = self.embeddings(tokens, None if rng_states is None else rng_states[0])
+        if self.embeddings_project is not None:
+            hidden = self.embeddings_project(hidden)
         encoded = self.encoder(
             hidden,
             tokens,

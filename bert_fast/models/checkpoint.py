@@ -1,6 +1,7 @@
 """Checkpoints in transformers' format: the names of the tensors both ways, reading, and writing.
 
 Inside a model query, key and value are one tensor, `attention.self.qkv`; on disk they are three, as everywhere else.
+Inside a model of another architecture the names are BERT's; on disk they are its own (`bert_fast.models.family`).
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from bert_fast.models.family import Names, rename, to_ours, to_theirs
 from bert_fast.models.files import (
     INDEX_NAME,
     PICKLE_INDEX_NAME,
@@ -38,12 +40,18 @@ _OLD_NAMES = (
     (re.compile(r"\bLayerNorm\.beta$"), "LayerNorm.bias"),
 )
 _BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")
-_HEADS = re.compile(r"(cls\.predictions|cls\.seq_relationship|classifier|qa_outputs|(?:bert\.)?pooler)\.")
+_HEADS = re.compile(
+    r"(?:pre_)?(cls\.predictions|cls\.seq_relationship|classifier|qa_outputs|(?:\w+\.)?pooler|lm_head|sequence_summary"
+    r"|discriminator_predictions|generator_predictions|generator_lm_head|vocab_(?:transform|layer_norm|projector))\."
+)
 _DECODER, _BIAS = "cls.predictions.decoder", "cls.predictions.bias"
 
 
-def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names to transformers': each packed `qkv` becomes query, key and value."""
+def to_hf(state_dict: Mapping[str, Tensor], names: Names = ()) -> dict[str, Tensor]:
+    """Our names to transformers': each packed `qkv` becomes query, key and value.
+
+    `names`: the `hf_names` of the model; those of BERT need none.
+    """
     found: dict[str, Tensor] = {}
     for name, x in state_dict.items():
         if match := _PACKED.fullmatch(name):
@@ -51,24 +59,27 @@ def to_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found.update({f"{prefix}{part}.{kind}": piece for part, piece in zip(_PARTS, x.chunk(3), strict=True)})
         else:
             found[name] = x
-    return found
+    return {to_theirs(name, names): x for name, x in found.items()}
 
 
-def from_hf(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_hf(state_dict: Mapping[str, Tensor], names: Names = ()) -> dict[str, Tensor]:
     """Transformers' names to ours; old names (gamma, beta) are renamed, stored position_ids dropped.
+
+    `names`: the `hf_names` of the model; those of BERT need none.
 
     Raises ValueError where one of a layer's query, key and value is missing, or their shapes differ.
     """
     found: dict[str, Tensor] = {}
     groups: dict[str, dict[str, Tensor]] = {}
-    for name, x in _modern_names(state_dict).items():
+    for theirs, x in _modern_names(state_dict).items():
+        name = to_ours(theirs, names)
         if match := _SPLIT.fullmatch(name):
             prefix, part, kind = match.groups()
             groups.setdefault(f"{prefix}qkv.{kind}", {})[part] = x
         else:
             found[name] = x
     for name, parts in groups.items():
-        missing = [name.replace("qkv", part) for part in _PARTS if part not in parts]
+        missing = [to_theirs(name.replace("qkv", part), names) for part in _PARTS if part not in parts]
         if missing:
             raise ValueError(f"the checkpoint lacks {', '.join(missing)}; expected query, key and value of every layer")
         shapes = {part: tuple(parts[part].shape) for part in _PARTS}
@@ -154,19 +165,22 @@ def load(
     """Fill the parameters of `model` from tensors under transformers' names; `from_pretrained` says what may differ."""
     own = model.state_dict()
     expected = own.keys() - _tied_names(model)
-    found = from_hf(_matching_names(model, stored))
+    names = model.hf_names
+    stored, foreign = _matching_names(model, stored)
+    found = from_hf(stored, names)
     wrong = [name for name in sorted(expected & found.keys()) if own[name].shape != found[name].shape]
     anew = {name for name in wrong if ignore_mismatched_sizes and _HEADS.match(name)}
     if wrong_shapes := [name for name in wrong if name not in anew]:
         listed = "; ".join(
-            f"{name} is {tuple(found[name].shape)}, expected {tuple(own[name].shape)}" for name in wrong_shapes
+            f"{to_theirs(name, names)} is {tuple(found[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in wrong_shapes
         )
         hint = " (ignore_mismatched_sizes=True initialises a head anew)" if all(map(_HEADS.match, wrong_shapes)) else ""
         raise ValueError(f"the checkpoint does not fit the configuration: {listed}{hint}")
     missing = (expected - found.keys()) | anew
     new_heads = _whole_heads(missing, expected)
-    unexpected = set(found.keys() - own.keys())
-    _report(missing - new_heads, new_heads, unexpected, strict)
+    unexpected = foreign | set(_hf_names(found.keys() - own.keys(), names))
+    _report(_hf_names(missing - new_heads, names), _hf_names(new_heads, names), sorted(unexpected), strict)
     _initialise(model, missing)
     with torch.no_grad():
         for name in expected - missing:
@@ -175,25 +189,33 @@ def load(
 
 def _tied_names(model: BertPreTrainedModel) -> set[str]:
     """Names under which a tied parameter appears a second time; they are neither stored nor expected."""
-    if model.config.tie_word_embeddings and hasattr(model, "cls") and hasattr(model.cls, "predictions"):
-        return {f"{_DECODER}.weight", f"{_DECODER}.bias"}
-    return set()
+    if not (model.config.tie_word_embeddings and hasattr(model, "cls") and hasattr(model.cls, "predictions")):
+        return set()
+    return {f"{_DECODER}.weight", f"{_DECODER}.bias"} if model.config.architecture.lm_bias else {f"{_DECODER}.weight"}
 
 
-def _matching_names(model: BertPreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`stored` with or without the prefix "bert.", as `model` has it, and the decoder's bias under both its names."""
-    names = _modern_names(stored)
-    has_prefix = any(name.startswith("bert.") for name in names)
+def _matching_names(model: BertPreTrainedModel, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """`stored` with or without the encoder's prefix, as `model` has it, and the decoder's bias under both its names.
+
+    And the names of tensors that another head has under a name that is ours, as `classifier.weight`.
+    """
+    names, base = model.hf_names, f"{model.config.architecture.base}."
+    tensors = _modern_names(stored)
+    has_prefix = any(name.startswith(base) for name in tensors)
     wants_prefix = model.base_model is not model
     if has_prefix and not wants_prefix:
-        names = {name.removeprefix("bert."): x for name, x in names.items()}
+        tensors = {name.removeprefix(base): x for name, x in tensors.items()}
     own = model.state_dict()
+    theirs = to_hf(own, names)
     if wants_prefix and not has_prefix:
-        names = {name if name in own or name.startswith("cls.") else f"bert.{name}": x for name, x in names.items()}
-    for name, other in ((_BIAS, f"{_DECODER}.bias"), (f"{_DECODER}.bias", _BIAS)):
-        if name in own and name not in names and other in names:
-            names[name] = names[other]
-    return names
+        of_encoder = [name for name in tensors if name.startswith("pooler.") or not _HEADS.match(name)]
+        tensors = rename(tensors, [(name, base + name) for name in of_encoder if name not in theirs])
+    bias, decoder_bias = (to_theirs(name, names) for name in (_BIAS, f"{_DECODER}.bias"))
+    for name, other in ((bias, decoder_bias), (decoder_bias, bias)):
+        if name in theirs and name not in tensors and other in tensors:
+            tensors[name] = tensors[other]
+    foreign = {name for name in tensors if to_theirs(to_ours(name, names), names) != name}
+    return {name: x for name, x in tensors.items() if name not in foreign}, foreign
 
 
 def _whole_heads(missing: set[str], expected: set[str]) -> set[str]:
@@ -203,24 +225,23 @@ def _whole_heads(missing: set[str], expected: set[str]) -> set[str]:
     return {name for name in missing if (match := _HEADS.match(name)) and match.group(1) in absent}
 
 
-def _report(missing: set[str], new_heads: set[str], unexpected: set[str], strict: bool) -> None:
-    other_heads = {name for name in unexpected if _HEADS.match(name)}
-    unknown = unexpected - other_heads
+def _report(missing: list[str], new_heads: list[str], unexpected: list[str], strict: bool) -> None:
+    unknown = [name for name in unexpected if not _HEADS.match(name)]
     if strict and (missing or unknown):
-        parts = [f"it lacks {', '.join(_hf_names(missing))}"] if missing else []
-        parts += [f"it has the unexpected {', '.join(_hf_names(unknown))}"] if unknown else []
+        parts = [f"it lacks {', '.join(missing)}"] if missing else []
+        parts += [f"it has the unexpected {', '.join(unknown)}"] if unknown else []
         raise ValueError(
             f"the checkpoint does not fit the model: {'; '.join(parts)} (strict=False initialises the first anew and "
             "leaves the second out)"
         )
-    if new_heads | missing:
-        _logger.warning("not in the checkpoint, initialised anew: %s", ", ".join(_hf_names(new_heads | missing)))
-    if other_heads | unknown:
-        _logger.warning("in the checkpoint and left out: %s", ", ".join(_hf_names(other_heads | unknown)))
+    if new_heads or missing:
+        _logger.warning("not in the checkpoint, initialised anew: %s", ", ".join(sorted(new_heads + missing)))
+    if unexpected:
+        _logger.warning("in the checkpoint and left out: %s", ", ".join(unexpected))
 
 
-def _hf_names(names: set[str]) -> list[str]:
-    return sorted(to_hf({name: torch.empty(3, device="meta") for name in names}))
+def _hf_names(ours: Iterable[str], names: Names) -> list[str]:
+    return sorted(to_hf({name: torch.empty(3, device="meta") for name in ours}, names))
 
 
 def _initialise(model: BertPreTrainedModel, missing: set[str]) -> None:
@@ -238,7 +259,7 @@ def save(model: BertPreTrainedModel, folder: Path) -> None:
         raise NotADirectoryError(f"{folder} is a file; expected a folder, or a path where one can be made")
     tied = _tied_names(model)
     named = {name: x for name, x in model.state_dict().items() if name not in tied}
-    tensors = {name: x.detach().to("cpu").contiguous().clone() for name, x in to_hf(named).items()}
+    tensors = {name: x.detach().to("cpu").contiguous().clone() for name, x in to_hf(named, model.hf_names).items()}
     write_file(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     dtype = str(model.dtype).removeprefix("torch.")
-    model.config.replace(architectures=[type(model).__name__], dtype=dtype).save_pretrained(folder)
+    model.config.replace(architectures=[model.hf_class], dtype=dtype).save_pretrained(folder)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from bert_fast.models.family import ARCHITECTURES, Architecture, rename
 from bert_fast.models.files import CONFIG_NAME, find_file, write_text
 
 # hidden_act -> the `approximate` argument of bias_gelu; the others are computed by PyTorch.
@@ -47,16 +48,18 @@ _POSITIVE = (
     "num_attention_heads",
     "intermediate_size",
     "max_position_embeddings",
-    "type_vocab_size",
 )
-_NOT_KEPT = ("model_type", "transformers_version", "_name_or_path", "torch_dtype")
+_NOT_KEPT = ("transformers_version", "_name_or_path", "torch_dtype")
 
 
 @dataclass(kw_only=True)
 class BertConfig:
-    """The settings of a BERT model. Names and defaults are those of transformers' `BertConfig`.
+    """The settings of a model. Names and defaults are those of transformers' `BertConfig`.
+
+    `from_dict` and `from_pretrained` read those of the other architectures too, with their names and defaults.
 
     Attributes:
+        model_type: bert, or another architecture of `bert_fast.models.family`.
         vocab_size: V, rows of the word embedding.
         hidden_size: E. `num_attention_heads` N must divide it.
         num_hidden_layers: L.
@@ -73,6 +76,7 @@ class BertConfig:
         ValueError: a setting is out of range, or two contradict each other; the message names them.
     """
 
+    model_type: str = "bert"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -100,8 +104,31 @@ class BertConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.model_type not in ARCHITECTURES:
+            raise ValueError(f"model_type is {self.model_type!r}; expected one of {', '.join(ARCHITECTURES)}")
+        for name, value in self.architecture.fixed.items():
+            setattr(self, name, value)
         self._complete_labels()
         self.validate()
+
+    @property
+    def architecture(self) -> Architecture:
+        """What `model_type` stands for."""
+        return ARCHITECTURES[self.model_type]
+
+    @property
+    def input_size(self) -> int:
+        """The width of the embeddings: hidden_size, but for ELECTRA's embedding_size."""
+        size: int = self.extra.get("embedding_size", self.hidden_size)
+        return size
+
+    @property
+    def first_position(self) -> int:
+        """The row of the position embedding for the first token of a sequence; see `bert_fast.models.inputs.Sizes`."""
+        if not self.architecture.positions_after_padding:
+            return 0
+        assert self.pad_token_id is not None
+        return self.pad_token_id + 1
 
     @property
     def head_size(self) -> int:
@@ -127,6 +154,8 @@ class BertConfig:
             self._check_count(name, 1)
         for name in ("num_hidden_layers", "num_labels"):
             self._check_count(name, 0)
+        self._check_count("type_vocab_size", 0 if "type_vocab_size" in self.architecture.fixed else 1)
+        self._check_positions()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size} and num_attention_heads is {self.num_attention_heads}; "
@@ -150,6 +179,16 @@ class BertConfig:
                 "expected pad_token_id in [0, vocab_size), or None"
             )
         self._check_labels()
+
+    def _check_positions(self) -> None:
+        if not self.architecture.positions_after_padding:
+            return
+        if self.pad_token_id is None or self.max_position_embeddings <= self.first_position:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id} and max_position_embeddings is {self.max_position_embeddings}; "
+                f"the positions of {self.model_type} start at pad_token_id + 1, so expected it below "
+                "max_position_embeddings - 1"
+            )
 
     def _check_count(self, name: str, low: int) -> None:
         value = getattr(self, name)
@@ -194,14 +233,15 @@ class BertConfig:
         Raises ValueError where the file describes something else than this encoder (a decoder, relative positions,
         pruned heads, a quantised model, another model type).
         """
-        merged = {**settings, **overrides}
+        architecture = ARCHITECTURES.get({**settings, **overrides}.get("model_type", "bert"), ARCHITECTURES["bert"])
+        to_ours = [(theirs, ours) for ours, theirs in architecture.settings.items()]
+        settings, overrides = rename(settings, to_ours), rename(overrides, to_ours)
+        merged = {**architecture.defaults, **settings, **overrides}
         if "num_labels" in overrides and not {"id2label", "label2id"} & overrides.keys():
             named = settings.get("id2label")
             if named is None or len(named) != overrides["num_labels"]:
                 merged.pop("id2label", None)
                 merged.pop("label2id", None)
-        if merged.get("model_type", "bert") != "bert":
-            raise ValueError(f"model_type is {merged['model_type']!r}; expected 'bert', the only encoder here")
         for name, accepted in _UNSUPPORTED:
             if name in merged and merged[name] not in accepted:
                 raise ValueError(
@@ -217,13 +257,14 @@ class BertConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that transformers reads."""
         assert self.id2label is not None
-        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
+        left_out = {"extra", *self.architecture.fixed}
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
         if settings.pop("num_labels") == 2 and self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:
             settings.pop("id2label")
             settings.pop("label2id")
         else:
             settings["id2label"] = {str(index): label for index, label in self.id2label.items()}
-        return {**self.extra, **settings, "model_type": "bert"}
+        return {**self.extra, **rename(settings, self.architecture.settings.items())}
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, **overrides: Any) -> BertConfig:

@@ -44,14 +44,17 @@ def biased_activation(x: Tensor, bias: Tensor, name: str) -> Tensor:
 def embed(
     tokens: Tokens,
     word: nn.Embedding,
-    token_type: nn.Embedding,
+    token_type: nn.Embedding | None,
     position: nn.Embedding,
     norm: nn.LayerNorm,
     *,
     dropout_p: float,
     rng_state: Tensor | None,
 ) -> Tensor:
-    """The tokens' embeddings, summed, normalised and dropped out by `rng_state` (None for no dropout): (T, E)."""
+    """The tokens' embeddings, summed, normalised and dropped out by `rng_state` (None for no dropout): (T, E).
+
+    `token_type` is None where there are no token types.
+    """
     if tokens.inputs_embeds is not None:
         # The given vectors are a table of their own, of which token t takes row t.
         table = tokens.inputs_embeds
@@ -65,8 +68,8 @@ def embed(
         tokens.token_type_ids,
         tokens.position_ids,
         table,
-        token_type.weight,
-        position.weight,
+        word.weight.new_zeros(1, word.embedding_dim) if token_type is None else token_type.weight,
+        _without_gradient_at_padding(position),
         norm.weight,
         norm.bias,
         dropout_p=0.0 if rng_state is None else dropout_p,
@@ -74,6 +77,15 @@ def embed(
         rng_state=rng_state,
         padding_idx=padding_idx,
     )
+
+
+def _without_gradient_at_padding(table: nn.Embedding) -> Tensor:
+    """The rows of `table`; that of its padding_idx gets no gradient, as in nn.Embedding."""
+    weight: Tensor = table.weight
+    if table.padding_idx is None or not (weight.requires_grad and torch.is_grad_enabled()):
+        return weight
+    rows = torch.arange(weight.shape[0], device=weight.device).unsqueeze(1)
+    return torch.where(rows == table.padding_idx, weight.detach(), weight)
 
 
 def project_add_norm(
@@ -97,14 +109,16 @@ class BertEmbeddings(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        E = config.input_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, E, padding_idx=config.pad_token_id)
+        padding_idx = config.first_position - 1 if config.first_position else None
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, E, padding_idx=padding_idx)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, E) if config.type_vocab_size else None
+        self.LayerNorm = nn.LayerNorm(E, eps=config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, tokens: Tokens, rng_state: Tensor | None) -> Tensor:
-        """(T, E); `rng_state` int64 (2,), or None for no dropout."""
+        """(T, config.input_size); `rng_state` int64 (2,), or None for no dropout."""
         return embed(
             tokens,
             self.word_embeddings,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast.kernels._common.checks import check_integer, check_same_device, check_shape
-from bert_fast.models.bert import BertHeadModel, Options
+from bert_fast.models.bert import BertHeadModel, Encoded, Options
 from bert_fast.models.config import BertConfig
+from bert_fast.models.encoder import biased_activation
 from bert_fast.models.losses import class_labels, mean_binary_cross_entropy, mean_cross_entropy, mean_squared_error
 from bert_fast.models.outputs import (
     MultipleChoiceModelOutput,
@@ -22,20 +24,50 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _classifier_dropout(config: BertConfig) -> nn.Dropout:
-    return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
+def _dropout(config: BertConfig, name: str) -> nn.Dropout:
+    """With the probability of the setting `name`; see `Pooling`."""
+    if name == "classifier":
+        name = "hidden_dropout_prob" if config.classifier_dropout is None else "classifier_dropout"
+    return nn.Dropout(getattr(config, name) if hasattr(config, name) else config.extra.get(name, 0.0))
 
 
-class BertForSequenceClassification(BertHeadModel):
+class _SequenceModel(BertHeadModel):
+    """Base of the models with a linear layer on one vector of a sequence: the encoder's pooled one, or their own."""
+
+    def __init__(self, config: BertConfig, classes: int, dropout: str) -> None:
+        pooling = config.architecture.pooling.get(self.head)
+        super().__init__(config, add_pooling_layer=pooling is None)
+        if pooling is not None:
+            for name, value in pooling.needs:
+                if config.extra.get(name, value) != value:
+                    raise ValueError(f"{name} is {config.extra[name]!r}; {self.hf_class} is here with {value!r} only")
+            self.pre_classifier = nn.Linear(config.hidden_size, config.hidden_size)
+            self.pre_dropout = _dropout(config, pooling.before)
+            dropout = pooling.after
+        self.pooling = pooling
+        self.dropout = _dropout(config, dropout)
+        self.classifier = nn.Linear(config.hidden_size, classes)
+        self.finish()
+
+    def classify(self, encoded: Encoded) -> Tensor:
+        """The logits of every sequence: (B, classes)."""
+        pooled = encoded.pooled
+        if self.pooling is not None:
+            dense, first = self.pre_classifier, self.pre_dropout(encoded.tokens.first(encoded.hidden))
+            pooled = biased_activation(F.linear(first, dense.weight), dense.bias, self.pooling.activation)
+        logits: Tensor = self.classifier(self.dropout(pooled))
+        return logits
+
+
+class BertForSequenceClassification(_SequenceModel):
     """BERT with a linear layer on the pooled output: one class, several classes, or regression."""
 
+    head = "ForSequenceClassification"
+
     def __init__(self, config: BertConfig) -> None:
-        super().__init__(config)
         assert config.num_labels is not None
+        super().__init__(config, config.num_labels, "classifier")
         self.num_labels = config.num_labels
-        self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
-        self.finish()
 
     def forward(
         self,
@@ -55,7 +87,7 @@ class BertForSequenceClassification(BertHeadModel):
         several classes for floating-point labels (B, num_labels).
         """
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
-        logits = self.classifier(self.dropout(encoded.pooled))
+        logits = self.classify(encoded)
         loss = None if labels is None else self._loss(logits, labels)
         return self.finished(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.states), return_dict)
 
@@ -75,11 +107,13 @@ class BertForSequenceClassification(BertHeadModel):
 class BertForTokenClassification(BertHeadModel):
     """BERT with a linear layer on every token."""
 
+    head = "ForTokenClassification"
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
         assert config.num_labels is not None
         self.num_labels = config.num_labels
-        self.dropout = _classifier_dropout(config)
+        self.dropout = _dropout(config, "classifier")
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.finish()
 
@@ -111,12 +145,15 @@ class BertForTokenClassification(BertHeadModel):
 class BertForQuestionAnswering(BertHeadModel):
     """BERT that finds where an answer starts and ends."""
 
+    head = "ForQuestionAnswering"
+
     def __init__(self, config: BertConfig) -> None:
         if config.num_labels != 2:
             raise ValueError(
                 f"num_labels is {config.num_labels}; expected 2, a score for the start and one for the end"
             )
         super().__init__(config, add_pooling_layer=False)
+        self.dropout = _dropout(config, "qa_dropout")  # of DistilBERT
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.finish()
 
@@ -143,7 +180,7 @@ class BertForQuestionAnswering(BertHeadModel):
         """
         encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         tokens = encoded.tokens
-        scores = self.qa_outputs(encoded.hidden)  # (T, 2)
+        scores = self.qa_outputs(self.dropout(encoded.hidden))  # (T, 2)
         places = tokens.places()
         start, end = (tokens.scatter(part, places, torch.finfo(scores.dtype).min) for part in scores.unbind(1))
         loss = None
@@ -177,14 +214,13 @@ def _answer_loss(name: str, logits: Tensor, real: Tensor, positions: Tensor) -> 
     return mean_cross_entropy(logits, torch.where(inside, positions, width), ignore_index=width)
 
 
-class BertForMultipleChoice(BertHeadModel):
+class BertForMultipleChoice(_SequenceModel):
     """BERT that chooses one of several continuations."""
 
+    head = "ForMultipleChoice"
+
     def __init__(self, config: BertConfig) -> None:
-        super().__init__(config)
-        self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, 1)
-        self.finish()
+        super().__init__(config, 1, config.architecture.choice_dropout)
 
     def forward(
         self,
@@ -213,7 +249,7 @@ class BertForMultipleChoice(BertHeadModel):
             raise ValueError(
                 f"there are {encoded.tokens.batch} sequences and {num_choices} choices; expected a multiple of these"
             )
-        logits = self.classifier(self.dropout(encoded.pooled)).view(-1, num_choices)
+        logits = self.classify(encoded).view(-1, num_choices)
         loss = None if labels is None else mean_cross_entropy(logits, class_labels("labels", labels, logits))
         return self.finished(MultipleChoiceModelOutput(loss=loss, logits=logits, **encoded.states), return_dict)
 

@@ -34,26 +34,35 @@ class Sizes(Protocol):
         """V."""
 
     @property
-    def hidden_size(self) -> int:
-        """E."""
+    def input_size(self) -> int:
+        """E of inputs_embeds."""
 
     @property
     def type_vocab_size(self) -> int:
-        """Rows of the token type embedding."""
+        """Rows of the token type embedding; 0 for none, and then token types are not looked at."""
 
     @property
     def max_position_embeddings(self) -> int:
         """Rows of the position embedding."""
+
+    @property
+    def first_position(self) -> int:
+        """The row for the first token of a sequence: 0, or 1 + the padding token's id, as in RoBERTa.
+
+        In the second case rows count the tokens that are not the padding token; the padding token itself has the row
+        of its id.
+        """
 
 
 class Inputs(TypedDict, total=False):
     """The tensors that describe a batch, as every model's forward takes them.
 
     Padded: input_ids (B, S) and attention_mask (B, S), 1 for real tokens, 0 for padding, anywhere in a row; without a
-    mask every token is real. token_type_ids default to zeros, position_ids to the column (padding included), as in
+    mask every token is real. token_type_ids default to zeros, position_ids to the column (padding included) or, where
+    `Sizes.first_position` is not 0, to that and the number of tokens before that are not the padding token, as in
     transformers; both (B, S) or (1, S). inputs_embeds (B, S, E) stand in for input_ids.
 
-    Packed: input_ids (T,), token_type_ids (T,), position_ids (T,) (default: from 0 in every sequence), cu_seqlens
+    Packed: input_ids (T,), token_type_ids (T,), position_ids (T,) (default: counted anew in every sequence), cu_seqlens
     int32 (B+1,) and max_seqlen; no attention_mask. inputs_embeds (T, E) stand in for input_ids.
     """
 
@@ -97,7 +106,8 @@ class Tokens:
         tokens = _packed(sizes, **inputs) if packed else _padded(sizes, **inputs)
         if tokens.input_ids is not None:
             check_range("input_ids", tokens.input_ids, sizes.vocab_size, "vocab_size")
-        check_range("token_type_ids", tokens.token_type_ids, sizes.type_vocab_size, "type_vocab_size")
+        if sizes.type_vocab_size:
+            check_range("token_type_ids", tokens.token_type_ids, sizes.type_vocab_size, "type_vocab_size")
         check_range("position_ids", tokens.position_ids, sizes.max_position_embeddings, "max_position_embeddings")
         return tokens
 
@@ -206,6 +216,12 @@ def _ids(name: str, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> T
     return x.long()
 
 
+def _types(sizes: Sizes, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`x` as int64 in `shape`; zeros where there is none, or no embedding of token types."""
+    found = _ids("token_type_ids", x, like, shape) if sizes.type_vocab_size else None
+    return torch.zeros(shape, dtype=torch.int64, device=like.device) if found is None else found
+
+
 def _given(sizes: Sizes, names: tuple[str, ...], **inputs: Unpack[Inputs]) -> tuple[Tensor, tuple[int, ...]]:
     """The tensor that carries the tokens, checked, and the shape of their ids; `names` are that shape's letters."""
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
@@ -215,7 +231,7 @@ def _given(sizes: Sizes, names: tuple[str, ...], **inputs: Unpack[Inputs]) -> tu
         return ids, tuple(ids.shape)
     assert embeds is not None
     check_floating("inputs_embeds", embeds)
-    check_shape("inputs_embeds", embeds, (*names, sizes.hidden_size))
+    check_shape("inputs_embeds", embeds, (*names, sizes.input_size))
     return embeds, tuple(embeds.shape[:-1])
 
 
@@ -229,16 +245,21 @@ def _packed(sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
         raise ValueError("attention_mask came with cu_seqlens; packed input has no padding, so leave the mask out")
     check_same_device(given, cu_seqlens=cu_seqlens)
     check_cu_seqlens(cu_seqlens, shape[0], max_seqlen)
+    input_ids = _ids("input_ids", inputs.get("input_ids"), given, shape)
     position_ids = _ids("position_ids", inputs.get("position_ids"), given, shape)
     if position_ids is None:
         _check_length(sizes, max_seqlen)
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        first = torch.repeat_interleave(starts, lengths, output_size=shape[0])
-        position_ids = torch.arange(shape[0], device=given.device) - first
-    token_type_ids = _ids("token_type_ids", inputs.get("token_type_ids"), given, shape)
-    if token_type_ids is None:
-        token_type_ids = torch.zeros(shape, dtype=torch.int64, device=given.device)
-    input_ids = _ids("input_ids", inputs.get("input_ids"), given, shape)
+        if sizes.first_position and input_ids is not None:
+            counted = (input_ids != sizes.first_position - 1).long()
+            before = torch.cat([counted.new_zeros(1), counted.cumsum(0)])
+            starts = before[starts.clamp(0, shape[0])]
+            places = (before[1:] - torch.repeat_interleave(starts, lengths, output_size=shape[0])) * counted - 1
+        else:
+            first = torch.repeat_interleave(starts, lengths, output_size=shape[0])
+            places = torch.arange(shape[0], device=given.device) - first
+        position_ids = places + sizes.first_position
+    token_type_ids = _types(sizes, inputs.get("token_type_ids"), given, shape)
     return Tokens(
         input_ids, inputs.get("inputs_embeds"), token_type_ids, position_ids, cu_seqlens, max_seqlen, None, None
     )
@@ -249,16 +270,21 @@ def _padded(sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
         raise ValueError("max_seqlen came without cu_seqlens; expected both, for packed input, or neither")
     given, shape = _given(sizes, ("B", "S"), **inputs)
     B, S = shape
-    _check_length(sizes, S)
     input_ids = _ids("input_ids", inputs.get("input_ids"), given, shape)
-    token_type_ids = _ids("token_type_ids", inputs.get("token_type_ids"), given, shape)
-    if token_type_ids is None:
-        token_type_ids = torch.zeros(shape, dtype=torch.int64, device=given.device)
+    token_type_ids = _types(sizes, inputs.get("token_type_ids"), given, shape)
     position_ids = _ids("position_ids", inputs.get("position_ids"), given, shape)
-    if position_ids is None:
-        position_ids = torch.arange(S, device=given.device).expand(B, S)
-    embeds = inputs.get("inputs_embeds")
+    by_token = bool(sizes.first_position) and position_ids is None and input_ids is not None
+    if not by_token:  # else the columns of padding need no row of their own
+        _check_length(sizes, S)
     cu_seqlens, max_seqlen, indices = _sequences(given, inputs.get("attention_mask"), (B, S))
+    if by_token:
+        assert input_ids is not None
+        _check_length(sizes, max_seqlen)
+        counted = (input_ids != sizes.first_position - 1).long()
+        position_ids = counted.cumsum(1) * counted + sizes.first_position - 1
+    elif position_ids is None:
+        position_ids = (torch.arange(S, device=given.device) + sizes.first_position).expand(B, S)
+    embeds = inputs.get("inputs_embeds")
     return Tokens(
         None if input_ids is None else _gather(input_ids, indices),
         None if embeds is None else _gather(embeds, indices),
@@ -293,8 +319,9 @@ def _gather(x: Tensor, indices: Tensor | None) -> Tensor:
 
 
 def _check_length(sizes: Sizes, length: int) -> None:
-    if length > sizes.max_position_embeddings:
+    if length > sizes.max_position_embeddings - sizes.first_position:
+        first = f" - {sizes.first_position}" if sizes.first_position else ""
         raise ValueError(
-            f"the sequences have {length} tokens; expected at most max_position_embeddings = "
-            f"{sizes.max_position_embeddings}: truncate them, or split them"
+            f"the sequences have {length} tokens; expected at most max_position_embeddings{first} = "
+            f"{sizes.max_position_embeddings - sizes.first_position}: truncate them, or split them"
         )

@@ -26,12 +26,12 @@ class BertPredictionHeadTransform(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.hidden_act = config.hidden_act
+        self.dense = nn.Linear(config.hidden_size, config.input_size)
+        self.LayerNorm = nn.LayerNorm(config.input_size, eps=config.layer_norm_eps)
+        self.hidden_act = config.architecture.lm_activation or config.hidden_act
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(M, E) -> (M, E)."""
+        """(M, E) -> (M, config.input_size), the width of the word embedding."""
         x = biased_activation(F.linear(hidden, self.dense.weight), self.dense.bias, self.hidden_act)
         out: Tensor = self.LayerNorm(x)
         return out
@@ -43,8 +43,9 @@ class BertLMPredictionHead(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.transform = BertPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder = nn.Linear(config.input_size, config.vocab_size)
+        if config.architecture.lm_bias:
+            self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(M, E) -> (M, V)."""
@@ -54,7 +55,7 @@ class BertLMPredictionHead(nn.Module):
     def loss(self, hidden: Tensor, labels: Tensor) -> MaskedLMLoss:
         """Mean loss over the rows of hidden (T, E) whose label is not -100; labels int64 (T,)."""
         dense, norm = self.transform.dense, self.transform.LayerNorm
-        if GELU_ACTIVATIONS.get(self.transform.hidden_act) != "none":
+        if GELU_ACTIVATIONS.get(self.transform.hidden_act) != "none" or dense.in_features != dense.out_features:
             return self._eager_loss(hidden, labels)
         return masked_lm_loss(
             hidden,
@@ -70,7 +71,7 @@ class BertLMPredictionHead(nn.Module):
         )
 
     def _eager_loss(self, hidden: Tensor, labels: Tensor) -> MaskedLMLoss:
-        """The same for the activations that masked_lm_loss does not have."""
+        """The same for the activations and widths that masked_lm_loss does not have."""
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         labels = labels[rows]
         scores = self(hidden[rows])
@@ -107,7 +108,8 @@ def _tie(model: BertHeadModel, head: BertLMPredictionHead) -> None:
     """One matrix for words in and words out, and one bias, unless the configuration says otherwise."""
     if model.config.tie_word_embeddings:
         head.decoder.weight = model.bert.embeddings.word_embeddings.weight
-        head.decoder.bias = head.bias
+        if model.config.architecture.lm_bias:
+            head.decoder.bias = head.bias
 
 
 def _masked_lm(
@@ -123,6 +125,9 @@ def _masked_lm(
 
 class BertForPreTraining(BertHeadModel):
     """BERT with the heads of its pretraining: masked words and next sentence."""
+
+    head = "ForPreTraining"
+    model_types = ("bert",)
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -179,6 +184,8 @@ class BertForPreTraining(BertHeadModel):
 class BertForMaskedLM(BertHeadModel):
     """BERT that predicts masked words."""
 
+    head = "ForMaskedLM"
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
@@ -217,6 +224,9 @@ class BertForMaskedLM(BertHeadModel):
 
 class BertForNextSentencePrediction(BertHeadModel):
     """BERT that says whether the second sentence follows the first."""
+
+    head = "ForNextSentencePrediction"
+    model_types = ("bert",)
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)

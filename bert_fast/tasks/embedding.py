@@ -18,17 +18,15 @@ def packed(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu
     """Token ids (of single segments) as the packed input of a model: keywords for its forward.
 
     Returns:
-        input_ids, token_type_ids, position_ids int64 (T,), cu_seqlens int32 (B+1,), max_seqlen.
+        input_ids, token_type_ids int64 (T,), cu_seqlens int32 (B+1,), max_seqlen.
     """
     lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
     cu_seqlens = torch.zeros(len(sequences) + 1, dtype=torch.int32)
     cu_seqlens[1:] = lengths.cumsum(0)
     input_ids = torch.tensor([i for ids in sequences for i in ids], dtype=torch.int64)
-    position_ids = torch.arange(len(input_ids)) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
     return {
         "input_ids": input_ids.to(device),
         "token_type_ids": torch.zeros_like(input_ids).to(device),
-        "position_ids": position_ids.to(device),
         "cu_seqlens": cu_seqlens.to(device),
         "max_seqlen": int(lengths.max()) if len(sequences) else 0,
     }

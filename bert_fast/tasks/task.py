@@ -135,7 +135,7 @@ def run_model(model: nn.Module, batch: Batch, **arguments: Any) -> dict[str, Ten
 
     if any(isinstance(module, BertPreTrainedModel) for module in model.modules()):
         arguments = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, **arguments}
-        names = ("input_ids", "token_type_ids", "position_ids")
+        names = ("input_ids", "token_type_ids")  # the model knows which positions its architecture gives them
         out = model(**{name: getattr(batch, name) for name in names}, **arguments)
         return {name: x for name, x in out.items() if isinstance(x, Tensor)}
     inputs = batch.padded(getattr(model.config, "pad_token_id", None) or 0)

@@ -53,7 +53,7 @@ def test_contradictions_are_named(settings: dict[str, object], words: list[str])
         {"add_cross_attention": True},
         {"position_embedding_type": "relative_key"},
         {"pruned_heads": {"0": [1]}},
-        {"model_type": "roberta"},
+        {"model_type": "gpt2"},
         {"quantization_config": {"bits": 8}},
     ],
     ids=lambda setting: next(iter(setting)),

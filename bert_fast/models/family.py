@@ -1,0 +1,138 @@
+"""The architectures that the encoder computes, as data: what each calls things, and where it differs from BERT.
+
+Inside, every model has BERT's names and mathematics. An architecture says how its checkpoints and its config.json name
+them, what it leaves out, which row of the position embedding comes first, and how its heads make one vector of a
+sequence. Sources: Liu et al., "RoBERTa", 2019; Conneau et al., "Unsupervised cross-lingual representation learning at
+scale", 2020; Martin et al., "CamemBERT", 2020; Sanh et al., "DistilBERT", 2019; Clark et al., "ELECTRA", 2020.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Names = tuple[tuple[str, str], ...]  # (ours, transformers'), in the order in which ours are replaced
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """One vector of a sequence, made by a head itself: dropout(activation(dense(dropout(first token)))).
+
+    Attributes:
+        activation: its name in a configuration.
+        before, after: the settings with the probabilities of the dropouts; "classifier" is classifier_dropout, or
+            hidden_dropout_prob where that is None; "" is no dropout.
+        names: of the tensors of this head.
+        needs: settings with the only values that are computed here.
+    """
+
+    activation: str
+    before: str
+    after: str
+    names: Names
+    needs: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is the architecture's own.
+
+    Attributes:
+        model_type: its name in config.json.
+        prefix: of transformers' class names.
+        base: the encoder's name inside a model with a head.
+        names: of the tensors.
+        settings: names in config.json, ours to transformers'.
+        defaults: where a config.json is silent and BERT's don't hold.
+        fixed: settings that it does not have, and what they are; they are not written.
+        pooler: whether the encoder has a pooler.
+        positions_after_padding: whether positions count from pad_token_id + 1, over the tokens that are not padding.
+        lm_activation: of the masked language model's head; None for the encoder's.
+        lm_bias: whether that head has a bias beside the decoder's own.
+        pooling: of the heads that don't use the encoder's pooler, by the end of their class names.
+        choice_dropout: the setting with the dropout before the classifier of multiple choice, as in `Pooling`.
+    """
+
+    model_type: str
+    prefix: str
+    base: str
+    names: Names = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    pooler: bool = True
+    positions_after_padding: bool = False
+    lm_activation: str | None = None
+    lm_bias: bool = True
+    pooling: Mapping[str, Pooling] = field(default_factory=dict)
+    choice_dropout: str = "classifier"
+
+    def names_of(self, head: str) -> Names:
+        """The names of a model's tensors; `head` is the end of its class name, as "ForMaskedLM"."""
+        own = self.pooling[head].names if head in self.pooling else ()
+        return (("bert.", f"{self.base}."), *self.names, *own)
+
+
+def to_theirs(name: str, names: Names) -> str:
+    """Our name of a tensor in transformers' words."""
+    for ours, theirs in names:
+        name = _replace(name, ours, theirs)
+    return name
+
+
+def to_ours(name: str, names: Names) -> str:
+    """Transformers' name of a tensor in ours."""
+    for ours, theirs in reversed(names):
+        name = _replace(name, theirs, ours)
+    return name
+
+
+def _replace(name: str, old: str, new: str) -> str:
+    """`new` in place of `old` where that starts at a dot, or at the beginning."""
+    return re.sub(rf"(?<![^.]){re.escape(old)}", new, name)
+
+
+def rename(settings: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """`settings` with each first name of `pairs` replaced by the second."""
+    changed = dict(pairs)
+    return {changed.get(name, name): value for name, value in settings.items()}
+
+
+# The models that every architecture has.
+FOR_ALL = (
+    "BertModel",
+    "BertForMaskedLM",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+    "BertForMultipleChoice",
+)
+_CLASSIFIER_NAMES = (("classifier.", "classifier.out_proj."), ("pre_classifier.", "classifier.dense."))
+_BERT = Architecture("bert", "Bert", "bert")
+_ROBERTA = Architecture(
+    "roberta",
+    "Roberta",
+    "roberta",
+    names=(
+        ("cls.predictions.transform.dense.", "lm_head.dense."),
+        ("cls.predictions.transform.LayerNorm.", "lm_head.layer_norm."),
+        ("cls.predictions.decoder.", "lm_head.decoder."),
+        ("cls.predictions.bias", "lm_head.bias"),
+    ),
+    defaults={"pad_token_id": 1},
+    positions_after_padding=True,
+    lm_activation="gelu",
+    pooling={"ForSequenceClassification": Pooling("tanh", "classifier", "classifier", _CLASSIFIER_NAMES)},
+    choice_dropout="hidden_dropout_prob",
+)
+ARCHITECTURES = {
+    architecture.model_type: architecture
+    for architecture in (
+        _BERT,
+        _ROBERTA,
+        replace(_ROBERTA, model_type="xlm-roberta", prefix="XLMRoberta"),
+        replace(_ROBERTA, model_type="camembert", prefix="Camembert"),
+    )
+}

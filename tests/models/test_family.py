@@ -1,0 +1,233 @@
+"""The other architectures through the same encoder: transformers' outputs, gradients and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+import bert_fast
+from bert_fast import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
+from bert_fast.models import from_hf, to_hf
+from bert_fast.models.family import ARCHITECTURES, FOR_ALL
+
+BATCH, SEQLEN, PAD = 3, 13, 1
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 80,
+    "max_position_embeddings": 40,
+    "pad_token_id": PAD,
+}
+OWN = {
+    "roberta": {"type_vocab_size": 1},
+    "xlm-roberta": {"type_vocab_size": 1},
+    "camembert": {
+        "type_vocab_size": 2,
+        "hidden_act": "gelu_new",
+    },  # the LM head keeps gelu
+}
+NO_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+CASES = [(model_type, head) for model_type in OWN for head in FOR_ALL]
+LABELS = {"ForSequenceClassification": 3, "ForTokenClassification": 3}
+
+
+def transformers_class(model_type: str, end: str) -> Any:
+    return getattr(transformers, ARCHITECTURES[model_type].prefix + end)
+
+
+def pair(model_type: str, name: str, **settings: Any) -> tuple[Any, Any]:
+    """Ours and transformers' model in float64 and eval mode, their weights the same."""
+    end = name.removeprefix("Bert")
+    names = ARCHITECTURES[model_type].settings
+    given = {**SIZES, **dict.fromkeys(NO_DROPOUT, 0.0), **OWN[model_type], **settings}
+    if end in LABELS:
+        given["num_labels"] = LABELS[end]
+    config = transformers_class(model_type, "Config")(**{names.get(key, key): value for key, value in given.items()})
+    config._attn_implementation = "eager"
+    torch.manual_seed(7)
+    theirs = transformers_class(model_type, end)(config)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            noise = torch.randn(parameter.shape) * (0.15 if parameter.dim() > 1 else 0.3)
+            parameter.copy_(noise + (1.0 if "norm" in key.lower() and key.endswith("weight") else 0.0))
+    ours = getattr(bert_fast, name)(BertConfig.from_dict(config.to_dict()))
+    ours, theirs = ours.double().eval(), theirs.double().eval()
+    ours.load_state_dict(from_hf(theirs.state_dict(), ours.hf_names))
+    return ours, theirs
+
+
+def inputs_of(model_type: str, name: str) -> dict[str, Tensor]:
+    """A batch with labels, padded on the right; padding tokens among the real ones too, and a word of its id alone."""
+    generator = torch.Generator().manual_seed(11)
+    shape = (BATCH, 2, SEQLEN) if name == "BertForMultipleChoice" else (BATCH, SEQLEN)
+    ids = torch.randint(2, 61, shape, generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, ..., 9:] = 0
+    ids[0, ..., 9:] = PAD
+    ids[1, ..., 4:6] = PAD  # attended to, as where a caller gives no mask
+    mask[2, ..., 12:] = 0  # a word, and padding nevertheless
+    words = torch.randint(0, 61, shape, generator=generator).masked_fill(mask == 0, -100)
+    labels = {
+        "BertForMaskedLM": {"labels": words},
+        "BertForSequenceClassification": {"labels": torch.tensor([2, 0, 1])},
+        "BertForTokenClassification": {"labels": torch.where(words < 0, words, words % 3)},
+        "BertForMultipleChoice": {"labels": torch.tensor([1, 0, 1])},
+    }
+    given = {"input_ids": ids, "attention_mask": mask}
+    if OWN[model_type].get("type_vocab_size", 2) == 2:
+        given["token_type_ids"] = torch.randint(0, 2, shape, generator=generator)
+    if name == "BertForQuestionAnswering":  # transformers has padding in the softmax
+        given["attention_mask"] = torch.ones_like(mask)
+        return {**given, "start_positions": torch.tensor([1, 3, 99]), "end_positions": torch.tensor([2, 7, 99])}
+    return {**given, **labels.get(name, {})}
+
+
+def results(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Loss, outputs and hidden states at the real tokens, and the gradient of every parameter, in our names."""
+    out = model(**inputs, output_hidden_states=True)
+    mask = inputs["attention_mask"].flatten(0, -2).bool()
+    found = {}
+    for key, value in out.items():
+        if not key.startswith("mlm_"):
+            for index, x in enumerate(value if isinstance(value, tuple) else (value,)):
+                found[f"{key} {index}"] = x[mask] if x.shape[:2] == mask.shape else x
+    loss = out["loss"] if "loss" in out else sum(x.square().sum() for x in found.values())
+    loss.backward()
+    gradients = {key: p.grad for key, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    return {**{key: x.detach() for key, x in found.items()}, **{f"d {key}": x for key, x in gradients.items()}}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, **EXACT, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize(("model_type", "name"), CASES)
+def test_outputs_losses_and_gradients(model_type: str, name: str) -> None:
+    ours, theirs = pair(model_type, name)
+    inputs = inputs_of(model_type, name)
+    found, expected = results(ours, inputs), results(theirs, inputs)
+    gradients = from_hf({key[2:]: x for key, x in expected.items() if key.startswith("d ")}, ours.hf_names)
+    outputs = {key: x for key, x in expected.items() if not key.startswith("d ")}
+    same(found, {**outputs, **{f"d {key}": x for key, x in gradients.items()}})
+
+
+@pytest.mark.parametrize(("model_type", "name"), CASES)
+def test_round_trip_through_both_libraries(model_type: str, name: str, tmp_path: Path) -> None:
+    _, theirs = pair(model_type, name)
+    wanted = theirs.config.to_dict()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = getattr(bert_fast, name).from_pretrained(tmp_path / "theirs", dtype="auto")
+    inputs = inputs_of(model_type, name)
+    with torch.no_grad():
+        for key, x in ours(**inputs).items():
+            if not key.startswith("mlm_"):
+                mask = inputs["attention_mask"].bool()
+                real = mask if x.shape[:2] == mask.shape else ...
+                torch.testing.assert_close(x[real], theirs(**inputs)[key][real], **EXACT)
+    ours.save_pretrained(tmp_path / "ours")
+    assert load_file(tmp_path / "ours" / "model.safetensors").keys() == to_hf_file(tmp_path / "theirs")
+    back, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    changed = {"architectures": [type(theirs).__name__], "dtype": "float64", "_name_or_path": str(tmp_path / "ours")}
+    read = back.config.to_dict()
+    assert {key: read[key] for key in wanted} == {**wanted, **changed}
+    assert not written.keys() & ARCHITECTURES[model_type].fixed.keys()
+
+
+def to_hf_file(folder: Path) -> Any:
+    return load_file(folder / "model.safetensors").keys()
+
+
+def pack(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    real = inputs["attention_mask"].bool()
+    lengths = real.sum(1)
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    packed = {key: x[real] for key, x in inputs.items() if key in ("input_ids", "token_type_ids")}
+    return {**packed, "cu_seqlens": ends, "max_seqlen": int(lengths.max())}
+
+
+@pytest.mark.parametrize("model_type", list(OWN))
+def test_packed_input_has_the_same_positions(model_type: str) -> None:
+    ours, theirs = pair(model_type, "BertModel")
+    inputs = inputs_of(model_type, "BertModel")
+    real = inputs["attention_mask"].bool()
+    expected = theirs(**inputs).last_hidden_state[real]
+    torch.testing.assert_close(ours(**pack(inputs)).last_hidden_state, expected, **EXACT)
+    embeds = torch.randn(BATCH, SEQLEN, ours.config.input_size, dtype=torch.float64)
+    right = {"attention_mask": inputs["attention_mask"]}
+    found = ours(inputs_embeds=embeds, **right).last_hidden_state[real]
+    torch.testing.assert_close(found, theirs(inputs_embeds=embeds, **right).last_hidden_state[real], **EXACT)
+    packed = {key: x for key, x in pack(inputs).items() if key in ("cu_seqlens", "max_seqlen")}
+    torch.testing.assert_close(ours(inputs_embeds=embeds[real], **packed).last_hidden_state, found, **EXACT)
+
+
+def test_positions_that_do_not_exist_are_named() -> None:
+    ours, _ = pair("roberta", "BertModel")
+    ids = torch.full((1, 39), 5)
+    with pytest.raises(ValueError, match="39 tokens; expected at most max_position_embeddings - 2 = 38"):
+        ours(ids)
+    ids[0, 38] = PAD  # padding takes no position: 38 tokens are left
+    mask = (ids != PAD).long()
+    assert ours(ids, mask).last_hidden_state.shape == (1, 39, 48)
+    assert torch.equal(ours(ids, mask).last_hidden_state[:, :38], ours(ids[:, :38]).last_hidden_state)
+
+
+def test_a_head_of_another_checkpoint_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`classifier.weight` is another tensor in each of the two: neither is taken for the other."""
+    tokens, _ = pair("roberta", "BertForTokenClassification")
+    tokens.save_pretrained(tmp_path / "tokens")
+    with caplog.at_level(logging.WARNING, logger="bert_fast"):
+        model = BertForSequenceClassification.from_pretrained(tmp_path / "tokens", num_labels=3, dtype="auto")
+    assert "initialised anew: classifier.dense.bias" in caplog.text
+    assert "left out: classifier.bias, classifier.weight" in caplog.text
+    assert not torch.equal(model.classifier.weight, tokens.classifier.weight)
+    model.save_pretrained(tmp_path / "sequences")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="bert_fast"):
+        again = BertForTokenClassification.from_pretrained(tmp_path / "sequences", dtype="auto")
+    assert "initialised anew: classifier.bias, classifier.weight" in caplog.text
+    assert "left out: classifier.dense.bias" in caplog.text
+    assert torch.equal(again.bert.embeddings.word_embeddings.weight, tokens.bert.embeddings.word_embeddings.weight)
+
+
+@pytest.mark.parametrize("model_type", list(OWN))
+def test_an_encoder_alone_goes_into_a_head_and_back(model_type: str, tmp_path: Path) -> None:
+    head, theirs = pair(model_type, "BertForMaskedLM")
+    theirs.save_pretrained(tmp_path / "head")
+    encoder = BertModel.from_pretrained(tmp_path / "head", add_pooling_layer=False, dtype="auto")
+    assert all(torch.equal(x, head.bert.state_dict()[key]) for key, x in encoder.state_dict().items())
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = BertForMaskedLM.from_pretrained(tmp_path / "encoder", dtype="auto")
+    assert all(torch.equal(x, again.bert.state_dict()[key]) for key, x in encoder.state_dict().items())
+
+
+def test_a_head_that_an_architecture_does_not_have_is_refused() -> None:
+    config = BertConfig(model_type="roberta", vocab_size=9)
+    with pytest.raises(ValueError, match=r"BertForPreTraining is there for bert only.*'roberta'.*BertForMaskedLM"):
+        bert_fast.BertForPreTraining(config)
+    with pytest.raises(ValueError, match="'gpt2'; expected one of bert, roberta"):
+        BertConfig(model_type="gpt2")
+    with pytest.raises(ValueError, match=r"pad_token_id is None.*positions of roberta start"):
+        BertConfig(model_type="roberta", pad_token_id=None)
+
+
+def test_the_names_of_tensors_both_ways() -> None:
+    for model_type, name in CASES:
+        ours, theirs = pair(model_type, name)
+        assert to_hf(ours.state_dict(), ours.hf_names).keys() == theirs.state_dict().keys(), (model_type, name)
