@@ -122,7 +122,7 @@ def theirs(files: dict[str, str], folder: Path, seed: int, options: Any) -> Run:
 
     train = examples("train")
     steps = -(-len(train) // BATCH) * options.epochs
-    trainer = transformers.Trainer(
+    trainer: Any = transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(
             output_dir=str(folder / f"theirs-{seed}"),
@@ -139,13 +139,13 @@ def theirs(files: dict[str, str], folder: Path, seed: int, options: Any) -> Run:
             disable_tqdm=True,
             logging_strategy="no",
         ),
-        train_dataset=train,  # type: ignore[arg-type]
+        train_dataset=train,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
     )
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    found = trainer.predict(examples("test"))  # type: ignore[arg-type]
+    found = trainer.predict(examples("test"))
     predicted = found.predictions.argmax(-1)
     macro = f1_score(found.label_ids, predicted, average="macro")
     return Run(float(accuracy_score(found.label_ids, predicted)), float(macro), seconds)
