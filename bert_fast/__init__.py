@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         BertForSequenceClassification,
         BertForTokenClassification,
         BertModel,
+        ElectraForPreTraining,
     )
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
+    "ElectraForPreTraining",
     "fuse",
     "unfuse",
 ]

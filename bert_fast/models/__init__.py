@@ -9,7 +9,12 @@ from bert_fast.models.heads import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
-from bert_fast.models.pretraining import BertForMaskedLM, BertForNextSentencePrediction, BertForPreTraining
+from bert_fast.models.pretraining import (
+    BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    ElectraForPreTraining,
+)
 
 __all__ = [
     "BertConfig",
@@ -22,6 +27,7 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "BertPreTrainedModel",
+    "ElectraForPreTraining",
     "from_hf",
     "to_hf",
 ]

@@ -127,6 +127,74 @@ _ROBERTA = Architecture(
     pooling={"ForSequenceClassification": Pooling("tanh", "classifier", "classifier", _CLASSIFIER_NAMES)},
     choice_dropout="hidden_dropout_prob",
 )
+_DISTILBERT_POOLING = Pooling("relu", "", "seq_classif_dropout", names=())
+_DISTILBERT = Architecture(
+    "distilbert",
+    "DistilBert",
+    "distilbert",
+    names=(
+        ("encoder.layer.", "transformer.layer."),
+        ("attention.self.query.", "attention.q_lin."),
+        ("attention.self.key.", "attention.k_lin."),
+        ("attention.self.value.", "attention.v_lin."),
+        ("attention.output.dense.", "attention.out_lin."),
+        ("attention.output.LayerNorm.", "sa_layer_norm."),
+        ("intermediate.dense.", "ffn.lin1."),
+        ("output.dense.", "ffn.lin2."),
+        ("output.LayerNorm.", "output_layer_norm."),
+        ("cls.predictions.transform.dense.", "vocab_transform."),
+        ("cls.predictions.transform.LayerNorm.", "vocab_layer_norm."),
+        ("cls.predictions.decoder.", "vocab_projector."),
+    ),
+    settings={
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
+        "hidden_dropout_prob": "dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+    },
+    defaults={"num_hidden_layers": 6, "qa_dropout": 0.1, "seq_classif_dropout": 0.2},
+    fixed={"type_vocab_size": 0, "layer_norm_eps": 1e-12, "classifier_dropout": None},
+    pooler=False,
+    lm_bias=False,
+    pooling={"ForSequenceClassification": _DISTILBERT_POOLING, "ForMultipleChoice": _DISTILBERT_POOLING},
+)
+_ELECTRA = Architecture(
+    "electra",
+    "Electra",
+    "electra",
+    names=(
+        ("cls.predictions.transform.", "generator_predictions."),
+        ("cls.predictions.decoder.", "generator_lm_head."),
+    ),
+    defaults={
+        "embedding_size": 128,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+        "summary_last_dropout": 0.1,
+    },
+    pooler=False,
+    lm_activation="gelu",
+    lm_bias=False,
+    pooling={
+        "ForSequenceClassification": Pooling("gelu", "classifier", "classifier", _CLASSIFIER_NAMES),
+        "ForMultipleChoice": Pooling(
+            "gelu",
+            "summary_first_dropout",
+            "summary_last_dropout",
+            names=(("pre_classifier.", "sequence_summary.summary."),),
+            needs=(
+                ("summary_type", "first"),
+                ("summary_use_proj", True),
+                ("summary_activation", "gelu"),
+                ("summary_proj_to_labels", False),
+            ),
+        ),
+    },
+)
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
@@ -134,5 +202,7 @@ ARCHITECTURES = {
         _ROBERTA,
         replace(_ROBERTA, model_type="xlm-roberta", prefix="XLMRoberta"),
         replace(_ROBERTA, model_type="camembert", prefix="Camembert"),
+        _DISTILBERT,
+        _ELECTRA,
     )
 }

@@ -111,6 +111,16 @@ class MaskedLMOutput(ModelOutput):
 
 
 @dataclass
+class ElectraForPreTrainingOutput(ModelOutput):
+    """Of `ElectraForPreTraining`. logits (B, S), zeros at padding, or (T,): above 0 where a word was replaced."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: States | None = None
+    attentions: States | None = None
+
+
+@dataclass
 class NextSentencePredictorOutput(ModelOutput):
     """Of `BertForNextSentencePrediction`. logits (B, 2)."""
 

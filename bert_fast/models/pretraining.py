@@ -1,4 +1,4 @@
-"""The models of pretraining: masked language modelling, next sentence prediction, and both."""
+"""The models of pretraining: masked words, next sentences, both, and ELECTRA's replaced words."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from bert_fast.models.bert import BertHeadModel, Options
 from bert_fast.models.config import GELU_ACTIVATIONS, BertConfig
 from bert_fast.models.encoder import biased_activation
 from bert_fast.models.inputs import IGNORE_INDEX, Tokens
-from bert_fast.models.losses import class_labels, mean_cross_entropy
-from bert_fast.models.outputs import BertForPreTrainingOutput, MaskedLMOutput, NextSentencePredictorOutput
+from bert_fast.models.losses import class_labels, mean_binary_cross_entropy, mean_cross_entropy
+from bert_fast.models.outputs import (
+    BertForPreTrainingOutput,
+    ElectraForPreTrainingOutput,
+    MaskedLMOutput,
+    NextSentencePredictorOutput,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -250,3 +255,54 @@ class BertForNextSentencePrediction(BertHeadModel):
         logits = self.cls.seq_relationship(encoded.pooled)
         loss = None if labels is None else mean_cross_entropy(logits, class_labels("labels", labels, logits))
         return self.finished(NextSentencePredictorOutput(loss=loss, logits=logits, **encoded.states), return_dict)
+
+
+class ElectraDiscriminatorPredictions(nn.Module):
+    """Projection, activation and one score for every token."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense_prediction = nn.Linear(config.hidden_size, 1)
+        self.hidden_act = config.hidden_act
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(T, E) -> (T, 1)."""
+        x = biased_activation(F.linear(hidden, self.dense.weight), self.dense.bias, self.hidden_act)
+        scores: Tensor = self.dense_prediction(x)
+        return scores
+
+
+class ElectraForPreTraining(BertHeadModel):
+    """ELECTRA's discriminator, which says of every token whether it was replaced."""
+
+    head = "ForPreTraining"
+    model_types = ("electra",)
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, add_pooling_layer=False)
+        self.discriminator_predictions = ElectraDiscriminatorPredictions(config)
+        self.finish()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        **options: Unpack[Options],
+    ) -> ElectraForPreTrainingOutput | tuple[Any, ...]:
+        """logits (B, S), zeros at padding; labels int64 (B, S), 1 for a replaced token, 0 for others, -100 for none."""
+        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
+        scores = self.discriminator_predictions(encoded.hidden)
+        loss = None
+        if labels is not None:
+            chosen = encoded.tokens.select_labels("labels", labels, 2).unsqueeze(1)
+            rows = (chosen != IGNORE_INDEX).nonzero()[:, 0]
+            loss = mean_binary_cross_entropy(scores[rows], chosen[rows])
+        logits = encoded.tokens.restore(scores).squeeze(-1)
+        return self.finished(ElectraForPreTrainingOutput(loss=loss, logits=logits, **encoded.states), return_dict)

@@ -85,7 +85,7 @@ class Batch:
 
     Attributes:
         examples: the B examples.
-        input_ids, token_type_ids, position_ids: int64 (T,).
+        input_ids, token_type_ids: int64 (T,).
         cu_seqlens: int32 (B+1,), where each example starts, and T.
         max_seqlen: tokens of the longest.
     """
@@ -93,7 +93,6 @@ class Batch:
     examples: Sequence[Example]
     input_ids: Tensor
     token_type_ids: Tensor
-    position_ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
 
@@ -104,10 +103,9 @@ class Batch:
         ends = np.concatenate([[0], lengths.cumsum()])
         tokens = np.concatenate([np.asarray(example.input_ids, dtype=np.int64) for example in examples])
         segments = np.concatenate([np.asarray(example.token_type_ids, dtype=np.int64) for example in examples])
-        places = np.arange(len(tokens)) - np.repeat(ends[:-1], lengths)
-        arrays = (tokens, segments, places, ends.astype(np.int32))
-        ids, types, positions, cu_seqlens = (torch.from_numpy(x).to(device) for x in arrays)
-        return cls(examples, ids, types, positions, cu_seqlens, int(lengths.max()))
+        arrays = (tokens, segments, ends.astype(np.int32))
+        ids, types, cu_seqlens = (torch.from_numpy(x).to(device) for x in arrays)
+        return cls(examples, ids, types, cu_seqlens, int(lengths.max()))
 
     def padded(self, pad_id: int = 0) -> dict[str, Tensor]:
         """The same, padded, as transformers takes it: input_ids, token_type_ids, attention_mask int64 (B, S)."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,13 +33,13 @@ SIZES = {
 OWN = {
     "roberta": {"type_vocab_size": 1},
     "xlm-roberta": {"type_vocab_size": 1},
-    "camembert": {
-        "type_vocab_size": 2,
-        "hidden_act": "gelu_new",
-    },  # the LM head keeps gelu
+    "camembert": {"hidden_act": "gelu_new"},  # the head of masked words keeps the exact gelu
+    "distilbert": {"activation": "relu"},
+    "electra": {"embedding_size": 32},
 }
 NO_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 CASES = [(model_type, head) for model_type in OWN for head in FOR_ALL]
+CASES.append(("electra", "ElectraForPreTraining"))
 LABELS = {"ForSequenceClassification": 3, "ForTokenClassification": 3}
 
 
@@ -48,7 +49,7 @@ def transformers_class(model_type: str, end: str) -> Any:
 
 def pair(model_type: str, name: str, **settings: Any) -> tuple[Any, Any]:
     """Ours and transformers' model in float64 and eval mode, their weights the same."""
-    end = name.removeprefix("Bert")
+    end = name.removeprefix("Bert").removeprefix("Electra")
     names = ARCHITECTURES[model_type].settings
     given = {**SIZES, **dict.fromkeys(NO_DROPOUT, 0.0), **OWN[model_type], **settings}
     if end in LABELS:
@@ -82,10 +83,11 @@ def inputs_of(model_type: str, name: str) -> dict[str, Tensor]:
         "BertForMaskedLM": {"labels": words},
         "BertForSequenceClassification": {"labels": torch.tensor([2, 0, 1])},
         "BertForTokenClassification": {"labels": torch.where(words < 0, words, words % 3)},
+        "ElectraForPreTraining": {"labels": words % 2},
         "BertForMultipleChoice": {"labels": torch.tensor([1, 0, 1])},
     }
     given = {"input_ids": ids, "attention_mask": mask}
-    if OWN[model_type].get("type_vocab_size", 2) == 2:
+    if model_type in ("camembert", "electra"):
         given["token_type_ids"] = torch.randint(0, 2, shape, generator=generator)
     if name == "BertForQuestionAnswering":  # transformers has padding in the softmax
         given["attention_mask"] = torch.ones_like(mask)
@@ -103,6 +105,9 @@ def results(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             for index, x in enumerate(value if isinstance(value, tuple) else (value,)):
                 found[f"{key} {index}"] = x[mask] if x.shape[:2] == mask.shape else x
     loss = out["loss"] if "loss" in out else sum(x.square().sum() for x in found.values())
+    if isinstance(model, transformers.ElectraForPreTraining):  # whose loss takes the labels in float32
+        loss = F.binary_cross_entropy_with_logits(out.logits[mask], inputs["labels"][mask].double())
+        found["loss 0"] = loss
     loss.backward()
     gradients = {key: p.grad for key, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     return {**{key: x.detach() for key, x in found.items()}, **{f"d {key}": x for key, x in gradients.items()}}
@@ -133,12 +138,13 @@ def test_round_trip_through_both_libraries(model_type: str, name: str, tmp_path:
     inputs = inputs_of(model_type, name)
     with torch.no_grad():
         for key, x in ours(**inputs).items():
-            if not key.startswith("mlm_"):
+            if key != "loss" and not key.startswith("mlm_"):
                 mask = inputs["attention_mask"].bool()
                 real = mask if x.shape[:2] == mask.shape else ...
                 torch.testing.assert_close(x[real], theirs(**inputs)[key][real], **EXACT)
     ours.save_pretrained(tmp_path / "ours")
-    assert load_file(tmp_path / "ours" / "model.safetensors").keys() == to_hf_file(tmp_path / "theirs")
+    names = [load_file(tmp_path / whose / "model.safetensors").keys() for whose in ("ours", "theirs")]
+    assert names[0] == names[1]
     back, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
     for key, value in theirs.state_dict().items():
@@ -148,10 +154,6 @@ def test_round_trip_through_both_libraries(model_type: str, name: str, tmp_path:
     read = back.config.to_dict()
     assert {key: read[key] for key in wanted} == {**wanted, **changed}
     assert not written.keys() & ARCHITECTURES[model_type].fixed.keys()
-
-
-def to_hf_file(folder: Path) -> Any:
-    return load_file(folder / "model.safetensors").keys()
 
 
 def pack(inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -231,3 +233,65 @@ def test_the_names_of_tensors_both_ways() -> None:
     for model_type, name in CASES:
         ours, theirs = pair(model_type, name)
         assert to_hf(ours.state_dict(), ours.hf_names).keys() == theirs.state_dict().keys(), (model_type, name)
+
+
+@pytest.mark.parametrize(("model_type", "name"), CASES)
+def test_dropouts_of_the_heads(model_type: str, name: str) -> None:
+    settings = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.25, "classifier_dropout": 0.3}
+    if model_type == "distilbert":
+        settings = {**settings, "seq_classif_dropout": 0.4, "qa_dropout": 0.15}
+    ours, theirs = pair(model_type, name, **settings)
+    base = f"{theirs.base_model_prefix}."
+    theirs_p = {
+        m.p for key, m in theirs.named_modules() if isinstance(m, torch.nn.Dropout) and not key.startswith(base)
+    }
+    ours_p = {m.p for m in ours.modules() if isinstance(m, torch.nn.Dropout)}
+    if name == "BertModel":
+        layer = ours.encoder.layer[0]
+        theirs_p = {m.p for m in theirs.modules() if isinstance(m, torch.nn.Dropout)}
+        ours_p = {ours.embeddings.dropout_p, layer.attention.self.dropout_p, layer.output.dropout_p}
+    assert ours_p - {0.0} == theirs_p
+
+
+@pytest.mark.parametrize("model_type", list(OWN))
+def test_untied_words(model_type: str, tmp_path: Path) -> None:
+    ours, theirs = pair(model_type, "BertForMaskedLM", tie_word_embeddings=False)
+    ours.save_pretrained(tmp_path)
+    back, report = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    inputs = inputs_of(model_type, "BertForMaskedLM")
+    torch.testing.assert_close(back(**inputs).loss, ours(**inputs).loss, **EXACT)
+    assert not torch.equal(back.get_output_embeddings().weight, back.get_input_embeddings().weight)
+
+
+def test_distilbert_has_no_token_types() -> None:
+    ours, theirs = pair("distilbert", "BertModel")
+    inputs = inputs_of("distilbert", "BertModel")
+    types = torch.ones_like(inputs["input_ids"])
+    found, expected = (model(**inputs, token_type_ids=types).last_hidden_state for model in (ours, theirs))
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], **EXACT)
+    assert ours.embeddings.token_type_embeddings is None
+
+
+def test_the_discriminator_takes_packed_input_and_leaves_labels_out() -> None:
+    ours, _ = pair("electra", "ElectraForPreTraining")
+    inputs = inputs_of("electra", "ElectraForPreTraining")
+    real = inputs["attention_mask"].bool()
+    expected = ours(**inputs)
+    assert not expected.logits[~real].any()
+    found = ours(**pack(inputs), labels=inputs["labels"][real])
+    assert torch.equal(found.logits, expected.logits[real])
+    assert torch.equal(found.loss, expected.loss)
+    left = inputs["labels"][real].clone()
+    left[3:] = -100
+    wanted = F.binary_cross_entropy_with_logits(found.logits[:3], left[:3].double())
+    torch.testing.assert_close(ours(**pack(inputs), labels=left).loss, wanted, **EXACT)
+    with pytest.raises(ValueError, match="labels has the value 2; expected 0 to 1"):
+        ours(**pack(inputs), labels=left.clamp(min=2))
+
+
+def test_a_summary_that_is_not_here_is_refused() -> None:
+    config = BertConfig.from_dict({"model_type": "electra", "summary_type": "mean"})
+    with pytest.raises(ValueError, match="summary_type is 'mean'; ElectraForMultipleChoice is here with 'first' only"):
+        bert_fast.BertForMultipleChoice(config)
