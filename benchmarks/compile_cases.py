@@ -149,6 +149,7 @@ def masked_lm_loss() -> None:
 
 CASES: dict[str, Callable[[], Any]] = {
     "add_layer_norm": add_layer_norm,
+    "attention": attention,
     "bias_gelu": bias_gelu,
     "embedding_layer_norm": embedding_layer_norm,
     "lamb": lamb,

@@ -40,6 +40,22 @@ TABLE = Path(__file__).parent / "results" / "triton_compile.json"
 ARCHITECTURES = (80, 90, 100, 120)
 # Shared memory that one block may take, in bytes: CUDA C++ programming guide, compute capabilities.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# The most bytes of stack a kernel may have on an architecture. All are attention's: its tiles are chosen for Hopper,
+# where 16 bits don't spill at all; where products go to HMMA, accumulators take more registers. float32's dQ spills at
+# D 64 (8 bytes) and 256 on Hopper too. Which rows: kernels/attention/README.md.
+KNOWN_SPILLS = {
+    ("attention.bwd_one_kernel", "sm_120"): 16,
+    ("attention.dkv_kernel", "sm_80"): 16,
+    ("attention.dkv_kernel", "sm_100"): 56,
+    ("attention.dkv_kernel", "sm_120"): 144,
+    ("attention.dq_kernel", "sm_80"): 792,
+    ("attention.dq_kernel", "sm_90"): 136,
+    ("attention.dq_kernel", "sm_100"): 136,
+    ("attention.dq_kernel", "sm_120"): 816,
+    ("attention.fwd_kernel", "sm_80"): 288,
+    ("attention.fwd_kernel", "sm_100"): 48,
+    ("attention.fwd_kernel", "sm_120"): 240,
+}
 MATRIX = re.compile(r"\b(HGMMA|HMMA|IMMA|UTC\w*MMA|QGMMA)\b")
 _TYPES = {
     torch.float32: "fp32",
@@ -170,10 +186,10 @@ def write(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row: a spill, or more shared memory than a block may have."""
+    """What is wrong with a row: a spill beyond what is known, or more shared memory than a block may have."""
     name = f"{row['kernel']} {row['arch']} ({row['arguments']}; {row['constexprs']})"
-    limit = SHARED_LIMIT[int(row["arch"][3:])]
-    found = [f"{name}: {row['stack']} bytes of stack"] if row["stack"] else []
+    limit, known = SHARED_LIMIT[int(row["arch"][3:])], KNOWN_SPILLS.get((row["kernel"], row["arch"]), 0)
+    found = [f"{name}: {row['stack']} bytes of stack, {known} are known"] if row["stack"] > known else []
     return found + ([f"{name}: {row['shared']} of {limit} bytes of shared memory"] if row["shared"] > limit else [])
 
 
@@ -216,7 +232,8 @@ def main() -> int:
     wrong = [fault for name in rows for fault in faults(table[name])]
     if "--sample" in sys.argv[1:]:
         wrong += differences(rows, table)
-    print("\n".join(wrong) if wrong else f"{len(rows)} rows: no spill, no shared-memory overflow")
+    spilling = sum(table[name]["stack"] > 0 for name in rows)
+    print("\n".join(wrong) or f"{len(rows)} rows: {spilling} spill as is known, no shared-memory overflow")
     return 1 if wrong else 0
 
 
