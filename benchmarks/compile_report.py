@@ -110,6 +110,11 @@ def describe(launch: Launch, architecture: int) -> dict[str, Any]:
 
 def sources(kernel: Any) -> str:
     """Hash of the kernel's source, of the functions that it calls, and of the compiler's version."""
+    # Triton's key of a function has the constants of those it calls only where their keys were there before.
+    for name in kernel.fn.__code__.co_names:
+        called = kernel.fn.__globals__.get(name)
+        if isinstance(called, triton.JITFunction) and called.hash is None and called is not kernel:
+            sources(called)
     return hashlib.sha256(f"{kernel.cache_key} {triton.__version__}".encode()).hexdigest()[:12]
 
 
