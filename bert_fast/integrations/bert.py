@@ -1,6 +1,6 @@
-"""The forward that a fused BertModel has: transformers' modules on packed tokens. Imported only where transformers is.
+"""The forward that a fused model has: transformers' modules on packed tokens. Imported only where transformers is.
 
-BertForQuestionAnswering has one too, since its softmax is over the tokens, padding among them.
+Its ...ForQuestionAnswering has one too, since its softmax is over the tokens, padding among them.
 
 The weights are those of transformers' modules, read at every call. A module that is what transformers made goes into a
 kernel; one that somebody wrapped (LoRA, quantisation) is called itself, on the packed tokens, since all of them work
@@ -19,11 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, QuestionAnsweringModelOutput
-from transformers.models.bert import modeling_bert as hf
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    QuestionAnsweringModelOutput,
+)
 
+from bert_fast.integrations.layouts import End, Layout, Parts, layout_of, layouts
 from bert_fast.integrations.reasons import (
     droppable,
+    first_position,
     plain,
     plain_linear,
     plain_norm,
@@ -48,6 +54,7 @@ class FusedBert:
     """Marks a generated class, and makes its objects picklable: they are made again from the class they had before."""
 
     own: type[nn.Module]
+    layout: Layout
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = super().__reduce_ex__(protocol)
@@ -73,13 +80,14 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def reads_padding(module: Any) -> bool:
     """Whether this is a head over a fused encoder whose loss reads what the encoder returns at padding."""
-    head = hf.BertForQuestionAnswering
-    untouched = isinstance(module, head) and type(module).forward is head.forward and "forward" not in module.__dict__
-    return untouched and is_fused(module.bert)
+    layout = next((one for one in layouts() if isinstance(module, one.answers)), None)
+    if layout is None or type(module).forward is not layout.answers.forward or "forward" in module.__dict__:
+        return False
+    return is_fused(getattr(module, layout.base))
 
 
 def fused_class(own: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of `own`, a BertModel or BertForQuestionAnswering, that goes with our kernels.
+    """The one subclass of `own`, an encoder model or one for question answering, that goes with our kernels.
 
     It goes by the name of `own`: transformers writes a model's class into config.json and keeps tables by it.
     """
@@ -94,7 +102,9 @@ def _make_class(own: type[nn.Module]) -> type[nn.Module]:
     named = [name for name, one in parameters.items() if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
 
     tuple_keeps_none = "return_dict" in named
-    ours = _answers if issubclass(own, hf.BertForQuestionAnswering) else _encoded
+    layout = layout_of(own)
+    assert layout is not None
+    ours = _answers if issubclass(own, layout.answers) else _encoded
 
     @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,8 +113,9 @@ def _make_class(own: type[nn.Module]) -> type[nn.Module]:
         given = {**dict(zip(named, args, strict=False)), **kwargs}
         return ours(self, original, given, tuple_keeps_none=tuple_keeps_none)
 
-    body = {"forward": forward, "own": own, "__module__": own.__module__, "__qualname__": own.__qualname__}
-    return type(own.__name__, (FusedBert, own), {**body, "__doc__": own.__doc__})
+    body = {"forward": forward, "own": own, "layout": layout, "__doc__": own.__doc__}
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    return type(own.__name__, (FusedBert, own), {**body, **names})
 
 
 @torch.compiler.assume_constant_result
@@ -117,7 +128,7 @@ def _say_once(reason: str) -> None:
 
 
 def _encoded(model: Any, original: Callable[..., Any], given: dict[str, Any], *, tuple_keeps_none: bool) -> Any:
-    reason = why_not_taken(model, given)
+    reason = why_not_taken(model, model.layout, given)
     if reason is None:
         return _forward(model, given, tuple_keeps_none=tuple_keeps_none)
     _say_once(reason)
@@ -125,11 +136,11 @@ def _encoded(model: Any, original: Callable[..., Any], given: dict[str, Any], *,
 
 
 def _answers(model: Any, original: Callable[..., Any], given: dict[str, Any], *, tuple_keeps_none: bool) -> Any:
-    """BertForQuestionAnswering where the encoder leaves padding out: so does the softmax over the tokens."""
-    mask, encoder = given.get("attention_mask"), model.bert
+    """...ForQuestionAnswering where the encoder leaves padding out: so does the softmax over the tokens."""
+    mask, encoder = given.get("attention_mask"), getattr(model, model.layout.base)
     positions = [given.get(f"{end}_positions") for end in ("start", "end")]
     inputs = {name: x for name, x in given.items() if name not in _OF_THE_ANSWER}
-    if mask is None or not is_fused(encoder) or why_not_taken(encoder, inputs) is not None:
+    if mask is None or not is_fused(encoder) or why_not_taken(encoder, encoder.layout, inputs) is not None:
         return original(model, **given)
     output = original(model, **inputs, return_dict=True)
     padding = mask == 0
@@ -157,14 +168,14 @@ class _Sizes(NamedTuple):
 
 def _forward(model: Any, given: dict[str, Any], *, tuple_keeps_none: bool) -> Any:
     """What transformers' forward returns, for arguments that `why_not_taken` has nothing against."""
-    config = model.config
+    config, layout = model.config, model.layout
     with_states = given.get("output_hidden_states")
     with_states = config.output_hidden_states if with_states is None else with_states
     hidden, tokens, rng_states = _embedded(model, given)
     states = [hidden]
-    for index, layer in enumerate(model.encoder.layer):
+    for index, layer in enumerate(getattr(model, layout.stack).layer):
         rows = None if rng_states is None else rng_states[1 + SITES_PER_LAYER * index :][:SITES_PER_LAYER]
-        run = partial(_layer, layer, tokens.cu_seqlens, tokens.max_seqlen, rows)
+        run = partial(_layer, layout.parts_of(layer), tokens.cu_seqlens, tokens.max_seqlen, rows)
         if layer.gradient_checkpointing and layer.training:
             # The dropout of the second run is that of the first: it depends on `rows` only.
             hidden = layer._gradient_checkpointing_func(run, hidden)
@@ -176,16 +187,17 @@ def _forward(model: Any, given: dict[str, Any], *, tuple_keeps_none: bool) -> An
     norm_weight = getattr(model.embeddings.LayerNorm, "weight", hidden)
     wanted = norm_weight.dtype if autocast_dtype(hidden) else hidden.dtype
     restored = [tokens.restore(state.to(wanted)) for state in (states if with_states else states[-1:])]
+    found = {"last_hidden_state": restored[-1], "hidden_states": tuple(restored) if with_states else None}
+    if layout.pooler is None:
+        made = BaseModelOutput if layout.base == "distilbert" else BaseModelOutputWithPastAndCrossAttentions
+        output = made(**found)
+        return output if _wants_dict(config, given, tuple_keeps_none) else output.to_tuple()
     pooled = None
-    if model.pooler is not None and plain(model.pooler, hf.BertPooler):
+    if model.pooler is not None and plain(model.pooler, layout.pooler):
         pooled = model.pooler(tokens.first(states[-1].to(wanted)).unsqueeze(1))
     elif model.pooler is not None:
         pooled = model.pooler(restored[-1])
-    output = BaseModelOutputWithPoolingAndCrossAttentions(
-        last_hidden_state=restored[-1],
-        pooler_output=pooled,
-        hidden_states=tuple(restored) if with_states else None,
-    )
+    output = BaseModelOutputWithPoolingAndCrossAttentions(**found, pooler_output=pooled)
     if _wants_dict(config, given, tuple_keeps_none):
         return output
     # transformers 4.57 has the pooler's place in the tuple even where there is no pooler.
@@ -201,18 +213,22 @@ def _wants_dict(config: Any, given: dict[str, Any], named: bool) -> bool:
 
 
 def _embedded(model: Any, given: dict[str, Any]) -> tuple[Tensor, Tokens, Tensor | None]:
-    """The real tokens' embeddings (T, E), the tokens, and the dropout states of every place, int64 (1 + 3L, 2)."""
+    """The real tokens' first states (T, E), the tokens, and the dropout states of every place, int64 (1 + 3L, 2)."""
     parts = model.embeddings
+    token_type = getattr(parts, "token_type_embeddings", None)  # DistilBERT has none
     ids, embeds, mask = (given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     types, positions = (_rows(given.get(name)) for name in ("token_type_ids", "position_ids"))
-    if _plain_embeddings(parts, embeds):
-        E = parts.word_embeddings.embedding_dim
-        words, kinds, places = (
-            table.num_embeddings
-            for table in (parts.word_embeddings, parts.token_type_embeddings, parts.position_embeddings)
+    if _plain_embeddings(parts, token_type, embeds, model.layout):
+        words, places = parts.word_embeddings, parts.position_embeddings
+        sizes = _Sizes(
+            words.num_embeddings,
+            words.embedding_dim,
+            0 if token_type is None else token_type.num_embeddings,
+            places.num_embeddings,
+            first_position(parts),
         )
         tokens = Tokens.of(
-            _Sizes(words, E, kinds, places),
+            sizes,
             input_ids=ids,
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -222,30 +238,36 @@ def _embedded(model: Any, given: dict[str, Any]) -> tuple[Tensor, Tokens, Tensor
         rng_states = _rng_states(model, tokens.cu_seqlens.device)
         hidden = embed(
             tokens,
-            parts.word_embeddings,
-            parts.token_type_embeddings,
-            parts.position_embeddings,
+            words,
+            token_type,
+            places,
             parts.LayerNorm,
             dropout_p=_p(parts.dropout),
             rng_state=None if rng_states is None else rng_states[0],
         )
         if wants_input_gradient(parts) and torch.is_grad_enabled():
             hidden.requires_grad_()
-        return hidden, tokens, rng_states
-    # Somebody's wrapper or hook expects to see (B, S): run it so, and take the real tokens from what it returns.
-    out = parts(input_ids=ids, inputs_embeds=embeds, token_type_ids=types, position_ids=positions)
-    tokens = Tokens.of(_Sizes(0, out.shape[2], 1, out.shape[1]), inputs_embeds=out, attention_mask=mask)
-    assert tokens.inputs_embeds is not None
-    return tokens.inputs_embeds, tokens, _rng_states(model, out.device)
+    else:
+        # Somebody's wrapper or hook expects to see (B, S): run it so, and take the real tokens from what it returns.
+        if token_type is None:  # whose arguments have other names in transformers 4.57
+            out = parts(ids, embeds, *([] if positions is None else [positions]))
+        else:
+            out = parts(input_ids=ids, token_type_ids=types, position_ids=positions, inputs_embeds=embeds)
+        tokens = Tokens.of(_Sizes(0, out.shape[2], 1, out.shape[1]), inputs_embeds=out, attention_mask=mask)
+        assert tokens.inputs_embeds is not None
+        hidden, rng_states = tokens.inputs_embeds, _rng_states(model, out.device)
+    if hasattr(model, "embeddings_project"):  # ELECTRA
+        hidden = model.embeddings_project(hidden)
+    return hidden, tokens, rng_states
 
 
 def _rows(ids: Tensor | None) -> Tensor | None:
     return ids.unsqueeze(0) if isinstance(ids, Tensor) and ids.dim() == 1 else ids
 
 
-def _plain_embeddings(parts: Any, embeds: Tensor | None) -> bool:
-    tables = (parts.word_embeddings, parts.token_type_embeddings, parts.position_embeddings)
-    if not (plain(parts, hf.BertEmbeddings) and plain_norm(parts.LayerNorm) and droppable(parts.dropout)):
+def _plain_embeddings(parts: Any, token_type: Any, embeds: Tensor | None, layout: Layout) -> bool:
+    tables = [table for table in (parts.word_embeddings, parts.position_embeddings, token_type) if table is not None]
+    if not (plain(parts, layout.embeddings) and plain_norm(parts.LayerNorm) and droppable(parts.dropout)):
         return False
     if any(
         not plain(table, nn.Embedding) or table.max_norm is not None or table.scale_grad_by_freq or table.sparse
@@ -254,8 +276,7 @@ def _plain_embeddings(parts: Any, embeds: Tensor | None) -> bool:
         return False
     dtype = tables[0].weight.dtype
     return (
-        tables[1].padding_idx is None
-        and tables[2].padding_idx is None
+        (token_type is None or token_type.padding_idx is None)
         and all(table.weight.dtype == dtype for table in tables[1:])
         and (embeds is None or embeds.dtype == dtype)
     )
@@ -276,39 +297,35 @@ def _attention_p(module: Any) -> float:
 
 def _rng_states(model: Any, device: torch.device) -> Tensor | None:
     """One draw of the generator's state for every place of dropout, or None where nothing is dropped."""
-    layers = model.encoder.layer
+    layers = [model.layout.parts_of(layer) for layer in getattr(model, model.layout.stack).layer]
     drops = _p(model.embeddings.dropout) > 0.0 or any(
-        _attention_p(layer.attention.self) > 0.0
-        or _p(layer.attention.output.dropout) > 0.0
-        or _p(layer.output.dropout) > 0.0
-        for layer in layers
+        _attention_p(parts.attention) > 0.0 or _p(parts.attended.dropout) > 0.0 or _p(parts.down.dropout) > 0.0
+        for parts in layers
     )
     return new_rng_state(device, 1 + SITES_PER_LAYER * len(layers)) if drops else None
 
 
-def _layer(layer: Any, cu_seqlens: Tensor, max_seqlen: int, rng_states: Tensor | None, hidden: Tensor) -> Tensor:
+def _layer(parts: Parts, cu_seqlens: Tensor, max_seqlen: int, rng_states: Tensor | None, hidden: Tensor) -> Tensor:
     """(T, E) -> (T, E)."""
     rows = (None, None, None) if rng_states is None else rng_states.unbind(0)
-    module = layer.attention.self
-    qkv, bias = _qkv(module, hidden)
-    p = _attention_p(module)
+    qkv, bias = _qkv(parts, hidden)
+    p = _attention_p(parts.attention)
     out = attention(
         qkv,
         cu_seqlens,
         max_seqlen,
         bias=bias,
-        softmax_scale=getattr(module, "scaling", None),
+        softmax_scale=getattr(parts.attention, "scaling", None),
         dropout_p=p,
         rng_state=rows[0] if p else None,
     )
-    attended = _end(layer.attention.output, out.flatten(1), hidden, rows[1])
-    return _end(layer.output, _intermediate(layer.intermediate, attended), attended, rows[2])
+    attended = _end(parts.attended, out.flatten(1), hidden, rows[1])
+    return _end(parts.down, _intermediate(parts, attended), attended, rows[2])
 
 
-def _qkv(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+def _qkv(parts: Parts, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """Queries, keys and values (T, 3, N, D), and their bias (3, N, D) where it is still to be added."""
-    linears = (module.query, module.key, module.value)
-    heads = (module.num_attention_heads, module.attention_head_size)
+    linears, heads = parts.qkv, parts.heads
     if not all(plain_linear(linear) for linear in linears):
         return torch.stack([linear(hidden) for linear in linears], dim=1).unflatten(2, heads), None
     weights = [linear.weight for linear in linears]
@@ -326,20 +343,20 @@ def _qkv(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     return packed.unflatten(2, heads), bias
 
 
-def _intermediate(block: Any, hidden: Tensor) -> Tensor:
+def _intermediate(parts: Parts, hidden: Tensor) -> Tensor:
     """(T, E) -> (T, F)."""
-    approximate = _GELUS.get(type(block.intermediate_act_fn))
-    if approximate is None or not plain_linear(block.dense):
-        out: Tensor = block(hidden)
+    approximate = _GELUS.get(type(parts.activation))
+    if approximate is None or not plain_linear(parts.up):
+        out: Tensor = parts.activation(parts.up(hidden))
         return out
-    return bias_gelu(F.linear(hidden, block.dense.weight), block.dense.bias, approximate=approximate)
+    return bias_gelu(F.linear(hidden, parts.up.weight), parts.up.bias, approximate=approximate)
 
 
-def _end(block: Any, x: Tensor, residual: Tensor, rng_state: Tensor | None) -> Tensor:
+def _end(end: End, x: Tensor, residual: Tensor, rng_state: Tensor | None) -> Tensor:
     """x (T, E) or (T, F), residual (T, E) -> (T, E)."""
-    dense, norm, dropout = block.dense, block.LayerNorm, block.dropout
+    dense, norm, dropout = end
     if not (plain_norm(norm) and droppable(dropout)):
-        out: Tensor = block(x, residual)
+        out: Tensor = norm(dropout(dense(x)) + residual)
         return out
     p = _p(dropout)
     rng_state = rng_state if p else None

@@ -1,22 +1,25 @@
-"""Find transformers' BERT in a module tree and give it our forward, in place."""
+"""Find transformers' BERT and its family in a module tree and give them our forward, in place."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any, TypeVar
 
 from torch import nn
 
-_HF_BERT = "transformers.models.bert.modeling_bert"
+from bert_fast.integrations.layouts import layout_of, layouts
+from bert_fast.models.family import ARCHITECTURES
+
 M = TypeVar("M", bound=nn.Module)
 
 
 def fuse(model: M) -> M:
     """Make every transformers `BertModel` inside `model` run its encoder on bert_fast's kernels, in place.
 
-    The modules, their Parameters and their names stay what and where they are: only the class of each `BertModel` (and
-    `BertForQuestionAnswering`) object changes, to a subclass of its own with another forward. So state_dict,
+    And every `RobertaModel`, `XLMRobertaModel`, `CamembertModel`, `DistilBertModel` and `ElectraModel`.
+
+    The modules, their Parameters and their names stay what and where they are: only the class of each of these (and of
+    their `...ForQuestionAnswering`) objects changes, to a subclass of its own with another forward. So state_dict,
     optimizers, Trainer, save_pretrained, deepcopy and pickle go on as before. The weights are read at every call: they
     may be trained, loaded, moved, cast or wrapped (LoRA) before and after. A call that the kernels don't take
     (attention probabilities asked for, 3-D masks, a decoder, hooks on layers, export ...) runs transformers' own
@@ -30,21 +33,22 @@ def fuse(model: M) -> M:
     in eager mode such a batch runs transformers' own forward.
 
     Args:
-        model: a `BertModel`, a `BertFor*` head, or any module with them inside.
+        model: one of them, a model with a head (`BertFor...`, `RobertaFor...`), or any module with them inside.
 
     Returns:
-        `model`. A `BertModel` that can't be fused (its warning says why) is left as it is, a fused one too.
+        `model`. An encoder that can't be fused (its warning says why) is left as it is, a fused one too.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
-        ValueError: there is no transformers `BertModel` inside; the message says what there is.
+        ValueError: there is none of them inside; the message says what there is.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    hf = sys.modules.get(_HF_BERT)  # a module that holds a BertModel has imported it
-    found = [] if hf is None else [(name, m) for name, m in model.named_modules() if isinstance(m, hf.BertModel)]
+    kinds = [layout.model for layout in layouts()]
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, tuple(kinds))]
     if not found:
-        raise ValueError(f"{_described(model)}; expected a module with transformers' BertModel inside")
+        names = ", ".join(f"{architecture.prefix}Model" for architecture in ARCHITECTURES.values())
+        raise ValueError(f"{_described(model)}; expected a module with one of transformers' {names} inside")
 
     from bert_fast.integrations.bert import fused_class, is_fused, reads_padding
     from bert_fast.integrations.reasons import why_not_fused
@@ -52,11 +56,14 @@ def fuse(model: M) -> M:
     for name, module in found:
         if is_fused(module):
             continue
-        reason = why_not_fused(module)
+        layout = layout_of(type(module))
+        assert layout is not None
+        reason = why_not_fused(module, layout)
         if reason is None:
             module.__class__ = fused_class(type(module))
         else:
-            where = f"the BertModel at {name!r}" if name else "the BertModel"
+            kind = layout.model.__name__
+            where = f"the {kind} at {name!r}" if name else f"the {kind}"
             warnings.warn(f"bert_fast.fuse leaves {where} as it is, because {reason}", UserWarning, stacklevel=2)
     for module in model.modules():
         if reads_padding(module):
@@ -66,7 +73,7 @@ def fuse(model: M) -> M:
 
 def unfuse(model: M) -> M:
     """Give every module that `fuse` changed inside `model` its own class back; returns `model`."""
-    if _HF_BERT in sys.modules:
+    if next(layouts(), None) is not None:
         from bert_fast.integrations.bert import is_fused, own_class
 
         for module in model.modules():
@@ -81,4 +88,4 @@ def _described(model: nn.Module) -> str:
     configs: list[tuple[nn.Module, Any]] = [(m, getattr(m, "config", None)) for m in model.modules()]
     encoders = [f"{type(m).__name__} (model_type {c.model_type!r})" for m, c in configs if hasattr(c, "model_type")]
     kinds = dict.fromkeys(encoders or [type(m).__name__ for m, _ in configs[:8]])
-    return f"found no BertModel in {type(model).__name__}, but {', '.join(kinds)}"
+    return f"found no encoder of the family in {type(model).__name__}, but {', '.join(kinds)}"

@@ -1,21 +1,17 @@
-"""Why a BertModel, or one call of it, runs transformers' own forward. Imported only where transformers is."""
+"""Why an encoder model of transformers, or one call of it, runs transformers' own forward."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bert import modeling_bert as hf
 
+from bert_fast.integrations.layouts import Layout
 from bert_fast.kernels._common.checks import values_are_checked
 
-# transformers 4.57 has a class for each way to compute attention, 5 has one.
-SELF_ATTENTIONS = tuple(
-    getattr(hf, name) for name in ("BertSelfAttention", "BertSdpaSelfAttention") if hasattr(hf, name)
-)
 _OWN_HOOKS = "transformers.utils.output_capturing"
 _INPUT_GRADIENT = "make_inputs_require_grads"
 _TAKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"}
@@ -67,9 +63,9 @@ def droppable(module: object) -> bool:
     return plain(module, nn.Dropout) and (module.p == 0.0 or 1 / 512 <= module.p < 511 / 512)  # type: ignore[attr-defined]
 
 
-def why_not_fused(model: nn.Module) -> str | None:
-    """Why no call of this BertModel could be taken, or None."""
-    if type(model).forward is not hf.BertModel.forward:
+def why_not_fused(model: nn.Module, layout: Layout) -> str | None:
+    """Why no call of this model could be taken, or None."""
+    if type(model).forward is not layout.model.forward:
         return f"its class {type(model).__name__} has a forward of its own"
     if "forward" in model.__dict__:
         return "its forward was replaced on the object (by accelerate's hooks, for example)"
@@ -79,7 +75,13 @@ def why_not_fused(model: nn.Module) -> str | None:
     return _decoder(model.config)
 
 
-def why_not_taken(model: Any, given: Mapping[str, Any]) -> str | None:
+def first_position(embeddings: Any) -> int:
+    """The position of a sequence's first token: 0, or 1 + the padding token's id in RoBERTa."""
+    padding_idx = getattr(embeddings, "padding_idx", None)
+    return 0 if padding_idx is None else padding_idx + 1
+
+
+def why_not_taken(model: Any, layout: Layout, given: Mapping[str, Any]) -> str | None:
     """Why this call of `model` with the arguments `given` can't be taken, or None.
 
     First what is known without looking at values; the masks' values come last.
@@ -88,7 +90,7 @@ def why_not_taken(model: Any, given: Mapping[str, Any]) -> str | None:
         _tracing()
         or _decoder(model.config, given)
         or _unknown_arguments(model.config, given)
-        or _unknown_modules(model)
+        or _unknown_modules(model, layout)
         or _unknown_shapes(model, given)
         or _unknown_mask(model, given.get("attention_mask"))
     )
@@ -128,32 +130,17 @@ def _unknown_arguments(config: Any, given: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _unknown_modules(model: Any) -> str | None:
-    if not plain(model.encoder, hf.BertEncoder):
-        return "`encoder` was replaced, or has a hook"
-    for index, layer in enumerate(model.encoder.layer):
-        attention = layer.attention
-        blocks = (
-            plain(layer, hf.BertLayer)
-            and plain(attention, hf.BertAttention)
-            and plain(attention.self, *SELF_ATTENTIONS)
-            and plain(attention.output, hf.BertSelfOutput)
-            and plain(layer.intermediate, hf.BertIntermediate)
-            and plain(layer.output, hf.BertOutput)
-        )
-        if not blocks or any(hooked(leaf) for leaf in _leaves(layer)) or not droppable(attention.self.dropout):
-            return f"a module in `encoder.layer.{index}` was replaced, or has a hook"
+def _unknown_modules(model: Any, layout: Layout) -> str | None:
+    stack = getattr(model, layout.stack)
+    if not plain(stack, layout.encoder):
+        return f"`{layout.stack}` was replaced, or has a hook"
+    for index, layer in enumerate(stack.layer):
+        if all(plain(block, *layout.blocks) for block in layout.blocks_of(layer)):
+            parts = layout.parts_of(layer)
+            if droppable(parts.attention.dropout) and not any(hooked(leaf) for leaf in parts.leaves()):
+                continue
+        return f"a module in `{layout.stack}.layer.{index}` was replaced, or has a hook"
     return None
-
-
-def _leaves(layer: Any) -> Iterator[nn.Module]:
-    attention = layer.attention
-    yield from (attention.self.query, attention.self.key, attention.self.value)
-    for block in (attention.output, layer.output):
-        yield from (block.dense, block.dropout, block.LayerNorm)
-    yield layer.intermediate.dense
-    if isinstance(layer.intermediate.intermediate_act_fn, nn.Module):
-        yield layer.intermediate.intermediate_act_fn
 
 
 def _unknown_shapes(model: Any, given: Mapping[str, Any]) -> str | None:
@@ -167,8 +154,8 @@ def _unknown_shapes(model: Any, given: Mapping[str, Any]) -> str | None:
     shape = tokens.shape[:2]
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         return "attention_mask is not a tensor of (B, S)"
-    if shape[1] > model.config.max_position_embeddings:
-        return "the sequences are longer than config.max_position_embeddings"
+    if shape[1] > model.config.max_position_embeddings - first_position(model.embeddings):
+        return "the sequences are longer than config.max_position_embeddings allows"
     return None
 
 
@@ -177,7 +164,7 @@ def _unknown_mask(model: Any, mask: Tensor | None) -> str | None:
         return None
     if mask.dtype != torch.bool and values_are_checked(mask) and not torch.equal((mask != 0).to(mask.dtype), mask):
         return "attention_mask has values other than 0 and 1"
-    if model.pooler is not None and mask.numel() and not bool(mask[:, 0].all()):
+    if getattr(model, "pooler", None) is not None and mask.numel() and not bool(mask[:, 0].all()):
         return (
             "the first column of attention_mask has zeros, and transformers' pooler reads a padding token there (pad "
             "on the right, or load the model with add_pooling_layer=False where nothing needs pooler_output)"

@@ -1,9 +1,12 @@
-"""The other architectures through the same encoder: transformers' outputs, gradients and checkpoints."""
+"""The other architectures, in our models and fused: transformers' outputs, gradients and checkpoints."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 import bert_fast
 from bert_fast import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
+from bert_fast.integrations.bert import is_fused
 from bert_fast.models import from_hf, to_hf
 from bert_fast.models.family import ARCHITECTURES, FOR_ALL
 
@@ -145,7 +149,7 @@ def test_round_trip_through_both_libraries(model_type: str, name: str, tmp_path:
     ours.save_pretrained(tmp_path / "ours")
     names = [load_file(tmp_path / whose / "model.safetensors").keys() for whose in ("ours", "theirs")]
     assert names[0] == names[1]
-    back, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    back, report = type(theirs).from_pretrained(tmp_path / "ours", dtype=torch.float64, output_loading_info=True)
     assert not any(report.values()), report
     for key, value in theirs.state_dict().items():
         assert torch.equal(back.state_dict()[key], value), key
@@ -257,7 +261,7 @@ def test_dropouts_of_the_heads(model_type: str, name: str) -> None:
 def test_untied_words(model_type: str, tmp_path: Path) -> None:
     ours, theirs = pair(model_type, "BertForMaskedLM", tie_word_embeddings=False)
     ours.save_pretrained(tmp_path)
-    back, report = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
+    back, report = type(theirs).from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
     assert not any(report.values()), report
     inputs = inputs_of(model_type, "BertForMaskedLM")
     torch.testing.assert_close(back(**inputs).loss, ours(**inputs).loss, **EXACT)
@@ -268,7 +272,7 @@ def test_distilbert_has_no_token_types() -> None:
     ours, theirs = pair("distilbert", "BertModel")
     inputs = inputs_of("distilbert", "BertModel")
     types = torch.ones_like(inputs["input_ids"])
-    found, expected = (model(**inputs, token_type_ids=types).last_hidden_state for model in (ours, theirs))
+    found, expected = ours(**inputs, token_type_ids=types).last_hidden_state, theirs(**inputs).last_hidden_state
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found[real], expected[real], **EXACT)
     assert ours.embeddings.token_type_embeddings is None
@@ -295,3 +299,91 @@ def test_a_summary_that_is_not_here_is_refused() -> None:
     config = BertConfig.from_dict({"model_type": "electra", "summary_type": "mean"})
     with pytest.raises(ValueError, match="summary_type is 'mean'; ElectraForMultipleChoice is here with 'first' only"):
         bert_fast.BertForMultipleChoice(config)
+
+
+@pytest.mark.parametrize(("model_type", "name"), CASES)
+def test_fused(model_type: str, name: str) -> None:
+    _, theirs = pair(model_type, name)
+    inputs = inputs_of(model_type, name)
+    ours = bert_fast.fuse(copy.deepcopy(theirs))
+    assert is_fused(ours.base_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # none of these calls runs transformers' own forward
+        found = results(ours, inputs)
+    same(found, results(theirs, inputs))
+    plain = {"input_ids": inputs["input_ids"]}
+    full = {"attention_mask": torch.ones_like(inputs["input_ids"])}
+    outs = [model(**plain, output_hidden_states=True, return_dict=False) for model in (ours, theirs)]
+    flat = [[x for y in out for x in (y if isinstance(y, tuple) else (y,))] for out in outs]
+    for one, other in zip(*flat, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+    assert type(ours(**plain)) is type(theirs(**plain))
+    torch.testing.assert_close(ours(**plain)[0], ours(**plain, **full)[0], **EXACT)
+    bert_fast.unfuse(ours)
+    assert type(ours.base_model) is type(theirs.base_model)
+
+
+@pytest.mark.parametrize("model_type", list(OWN))
+def test_fused_embeddings_hooks_wrappers_and_copies(model_type: str) -> None:
+    _, theirs = pair(model_type, "BertModel", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    inputs = inputs_of(model_type, "BertModel")
+    ours = bert_fast.fuse(copy.deepcopy(theirs))
+    embeds = torch.randn(BATCH, SEQLEN, theirs.get_input_embeddings().embedding_dim, dtype=torch.float64)
+    torch.testing.assert_close(ours(inputs_embeds=embeds)[0], theirs(inputs_embeds=embeds)[0], **EXACT)
+    for model in (ours, theirs):
+        model.get_input_embeddings().register_forward_hook(twice)
+        named = [name for name, _ in model.named_modules() if name.endswith(("layer.1.attention.self.query", "q_lin"))]
+        model.set_submodule(named[-1], Doubled(model.get_submodule(named[-1])))
+    expected = results(theirs, inputs)
+    for one in (ours, pickle.loads(pickle.dumps(ours))):
+        assert is_fused(one)
+        same(results(one, inputs), expected)
+        one.zero_grad()
+    ours.train()
+    assert not torch.equal(ours(**inputs)[0], ours(**inputs)[0])
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for _ in range(2):
+        ours.zero_grad()
+        torch.manual_seed(3)
+        found.append(results(ours, inputs))
+        ours.gradient_checkpointing_disable()
+    same(found[0], found[1])
+
+
+def twice(_module: torch.nn.Module, _args: Any, out: Tensor) -> Tensor:
+    return out * 2
+
+
+class Doubled(torch.nn.Module):
+    """A wrapper as PEFT's."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = 2 * self.base_layer(x)
+        return out
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "distilbert", "electra"])
+def test_fused_compiles_without_a_break(model_type: str) -> None:
+    _, theirs = pair(model_type, "BertForQuestionAnswering", num_hidden_layers=1)
+    inputs = inputs_of(model_type, "BertForQuestionAnswering")
+    ours = bert_fast.fuse(copy.deepcopy(theirs))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    found = {key.replace("_orig_mod.", ""): x for key, x in results(compiled, inputs).items()}
+    same(found, results(theirs, inputs))
+
+
+def test_fused_calls_that_no_kernel_takes() -> None:
+    _, theirs = pair("distilbert", "BertModel")
+    ours = bert_fast.fuse(copy.deepcopy(theirs))
+    inputs = inputs_of("distilbert", "BertModel")
+    with pytest.warns(UserWarning, match="output_attentions"):
+        found = ours(**inputs, output_attentions=True)
+    assert torch.equal(found.attentions[0], theirs(**inputs, output_attentions=True).attentions[0])
+    ours.transformer.layer[1].register_forward_hook(lambda _module, _args, out: None)
+    with pytest.warns(UserWarning, match=r"a module in `transformer\.layer\.1` was replaced, or has a hook"):
+        ours(**inputs)
