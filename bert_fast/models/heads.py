@@ -31,12 +31,26 @@ def _dropout(config: BertConfig, name: str) -> nn.Dropout:
     return nn.Dropout(getattr(config, name) if hasattr(config, name) else config.extra.get(name, 0.0))
 
 
+_REDUCTIONS = {"cls": (), "mean": ("mean",), "max": ("max",), "mean_max": ("mean", "max")}
+
+
+def _reductions(config: BertConfig) -> tuple[str, ...]:
+    """How all tokens become the classifier's input, from the setting classifier_pooling; () for the first token's."""
+    name = config.extra.get("classifier_pooling", "cls")
+    if name not in _REDUCTIONS:
+        raise ValueError(f"classifier_pooling is {name!r}; expected one of {', '.join(_REDUCTIONS)}")
+    return _REDUCTIONS[name]
+
+
 class _SequenceModel(BertHeadModel):
     """Base of the models with a linear layer on one vector of a sequence: the encoder's pooled one, or their own."""
 
     def __init__(self, config: BertConfig, classes: int, dropout: str) -> None:
         pooling = config.architecture.pooling.get(self.head)
-        super().__init__(config, add_pooling_layer=pooling is None)
+        self.reductions = _reductions(config) if self.head == "ForSequenceClassification" else ()
+        if self.reductions:
+            pooling = None
+        super().__init__(config, add_pooling_layer=pooling is None and not self.reductions)
         if pooling is not None:
             for name, value in pooling.needs:
                 if config.extra.get(name, value) != value:
@@ -46,12 +60,17 @@ class _SequenceModel(BertHeadModel):
             dropout = pooling.after
         self.pooling = pooling
         self.dropout = _dropout(config, dropout)
-        self.classifier = nn.Linear(config.hidden_size, classes)
+        self.classifier = nn.Linear(config.hidden_size * max(len(self.reductions), 1), classes)
         self.finish()
 
     def classify(self, encoded: Encoded) -> Tensor:
         """The logits of every sequence: (B, classes)."""
         pooled = encoded.pooled
+        if self.reductions:
+            lengths, hidden = encoded.tokens.cu_seqlens.long().diff(), encoded.hidden
+            # Past the real tokens there is nothing to reduce: an empty sequence gives zeros, as in `Tokens.first`.
+            found = [torch.segment_reduce(hidden.float(), name, lengths=lengths) for name in self.reductions]
+            pooled = torch.cat(found, 1).masked_fill((lengths == 0).unsqueeze(1), 0.0).to(hidden.dtype)
         if self.pooling is not None:
             dense, first = self.pre_classifier, self.pre_dropout(encoded.tokens.first(encoded.hidden))
             pooled = biased_activation(F.linear(first, dense.weight), dense.bias, self.pooling.activation)
@@ -60,7 +79,11 @@ class _SequenceModel(BertHeadModel):
 
 
 class BertForSequenceClassification(_SequenceModel):
-    """BERT with a linear layer on the pooled output: one class, several classes, or regression."""
+    """BERT with a linear layer on the pooled output: one class, several classes, or regression.
+
+    With a setting `classifier_pooling` of mean, max or mean_max in the configuration, which transformers does not know,
+    the linear layer reads that of all tokens, and there is no pooler.
+    """
 
     head = "ForSequenceClassification"
 

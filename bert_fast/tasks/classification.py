@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_fast.tasks.columns import LABEL, SCORE, TEXT, TEXT_PAIR, Role, texts
+from bert_fast.tasks.encoding import encode_parts
 from bert_fast.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
-from bert_fast.tasks.task import Columns, Example, LossOptions, Task, encode_texts
+from bert_fast.tasks.task import Columns, Example, LossOptions, Task
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,10 +26,32 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
+@dataclass(frozen=True)
+class TextOptions:
+    """Settings of the tasks classification, multi-label and regression.
+
+    Args:
+        pooling: what the classifier reads: cls, the architecture's own head on the first token, as transformers has it;
+            or the mean or the maximum of all tokens, or both side by side. transformers computes only cls: predict with
+            bert_fast what is trained with another.
+    """
+
+    pooling: Literal["cls", "mean", "max", "mean_max"] = "cls"
+
+    def __post_init__(self) -> None:
+        if self.pooling not in ("cls", "mean", "max", "mean_max"):
+            raise ValueError(f"pooling is {self.pooling!r}; expected cls, mean, max or mean_max")
+
+
 class _TextTask(Task):
     """What the three tasks share: the examples, and outputs averaged over the examples of a row."""
 
     model_class = "BertForSequenceClassification"
+    options_class: ClassVar[type] = TextOptions
+
+    def head_config(self) -> dict[str, Any]:
+        pooling = self.options.pooling
+        return {} if pooling == "cls" else {"classifier_pooling": pooling}
 
     def targets(self, table: Table, columns: Columns) -> list[Any]:
         """The target of each row."""
@@ -38,11 +61,12 @@ class _TextTask(Task):
         self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool
     ) -> list[Example]:
         pairs = texts(table, columns["text_pair"]) if "text_pair" in columns else None
-        encodings = encode_texts(tokenizer, texts(table, columns["text"]), pairs, text)
+        encodings = encode_parts(tokenizer, texts(table, columns["text"]), pairs, text)
         targets = self.targets(table, columns) if self.has_targets(columns) else [None] * len(table)
         return [
             Example(row, encoding.ids, encoding.type_ids, target)
-            for row, (encoding, target) in enumerate(zip(encodings, targets, strict=True))
+            for row, (parts, target) in enumerate(zip(encodings, targets, strict=True))
+            for encoding in parts
         ]
 
     def has_targets(self, columns: Columns) -> bool:
@@ -197,8 +221,8 @@ def score_matrix(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]
 
 
 @dataclass(frozen=True)
-class MultiLabelOptions:
-    """Settings of the task multi-label.
+class MultiLabelOptions(TextOptions):
+    """Settings of the task multi-label, beside `TextOptions`.
 
     Args:
         separator: between the labels of a row where they are one text.
@@ -211,6 +235,7 @@ class MultiLabelOptions:
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold is {self.threshold}; expected more than 0 and less than 1")
         if not self.separator:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from bert_fast.tasks.columns import Role, texts
 from bert_fast.tasks.embedding import pool
+from bert_fast.tasks.encoding import encode_texts
 from bert_fast.tasks.metrics import regression_metrics
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
-from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, encode_texts, refuse_options, run_model
+from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, refuse_options, run_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

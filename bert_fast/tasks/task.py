@@ -24,7 +24,7 @@ from bert_fast.tasks.sources import read_table
 from bert_fast.tasks.table import Table
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 
 CONFIG_KEY = "bert_fast_task"  # in config.json, beside what transformers reads
 # name: module and class. A task is imported once it is asked for.
@@ -212,6 +212,10 @@ class Task(ABC):
         """Settings of `BertConfig` that the head needs, as transformers names them: id2label, problem_type ..."""
         return {}
 
+    def head_config(self) -> dict[str, Any]:
+        """Settings of our heads that transformers does not have; they go into config.json and `BertConfig.extra`."""
+        return {}
+
     @abstractmethod
     def encode(
         self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool
@@ -301,17 +305,3 @@ def task_from_config(config: Mapping[str, Any]) -> Task:
     task = make_task(entry["name"], entry.get("options"))
     task.restore(entry)
     return task
-
-
-def encode_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, text: TextSettings
-) -> list[Encoding]:
-    """Tokenizers' encodings of texts, or of texts and `pairs`, cut as `text` says."""
-    strategy = text.truncation if pairs is not None else "longest_first"
-    tokenizer.enable_truncation(text.max_length, strategy=strategy, direction=text.direction)
-    try:
-        inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        found: list[Encoding] = tokenizer.encode_batch(inputs)
-    finally:
-        tokenizer.no_truncation()
-    return found

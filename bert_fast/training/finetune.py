@@ -69,9 +69,10 @@ def build_model(config: FinetuneConfig, task: Task) -> nn.Module:
 
     kind: Any = getattr(bert_fast.models, task.model_class)
     settings: Any = BertConfig.from_pretrained(config.model)
+    kept = {name: value for name, value in settings.extra.items() if name != "classifier_pooling"}
     changes: dict[str, Any] = {
         **task.model_config(),
-        "extra": {**settings.extra, CONFIG_KEY: config_entry(config, task)},
+        "extra": {**kept, **task.head_config(), CONFIG_KEY: config_entry(config, task)},
     }
     if config.dropout is not None:
         changes |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), config.dropout)
@@ -98,6 +99,8 @@ def adopt_model(model: nn.Module, config: FinetuneConfig, task: Task) -> nn.Modu
     for name, value in wanted.items():
         if name != "num_labels":  # transformers derives it from id2label
             setattr(settings, name, value)
+    if unknown := task.head_config():
+        raise ValueError(f"a model came that does not have {unknown}; leave it out, or let finetune make the model")
     if isinstance(settings, BertConfig):
         settings.extra = {**settings.extra, CONFIG_KEY: config_entry(config, task)}
     else:
@@ -157,6 +160,8 @@ class Finetuner:
         longest = getattr(model.config, "max_position_embeddings", config.text.max_length)
         if config.text.max_length > longest:
             raise ValueError(f"text.max_length is {config.text.max_length}; the model has {longest} positions")
+        if changed := self.task.head_config():
+            report(f"{changed}: transformers has no such head and would compute something else; predict with bert_fast")
         self.model = model.to(self.device).train()
         self.train_examples = self._encode(self.data.train, training=True)
         if not self.train_examples:

@@ -93,7 +93,7 @@ def test_labels_unseen_in_training_are_listed_with_counts(name: str) -> None:
 def test_unknown_tasks_and_options_are_named() -> None:
     with pytest.raises(ValueError, match=r"task is 'classify'; expected one of classification, multi-label"):
         make_task("classify")
-    with pytest.raises(ValueError, match=r"multi-label has no option sep; its options: separator, columns, threshold"):
+    with pytest.raises(ValueError, match=r"multi-label has no option sep; its options: pooling, separator, columns"):
         make_task("multi-label", {"sep": ";"})
 
 
@@ -105,7 +105,7 @@ def test_examples_of_texts_and_pairs(tokenizer: Tokenizer) -> None:
     pair = task.encode(rows, {**COLUMNS, "text_pair": "pair"}, tokenizer, TextSettings(), training=True)
     assert list(pair[0].input_ids) == [2, 5, 6, 7, 3, 6, 3]
     assert list(pair[0].token_type_ids) == [0, 0, 0, 0, 0, 1, 1]
-    left = task.encode(rows, COLUMNS, tokenizer, TextSettings(max_length=4, direction="left"), training=True)
+    left = task.encode(rows, COLUMNS, tokenizer, TextSettings(max_length=4, long="tail"), training=True)
     assert list(left[0].input_ids) == [2, 6, 7, 3]
     assert task.encode(rows, {"text": "text"}, tokenizer, TextSettings(), training=False)[0].target is None
 

@@ -344,7 +344,7 @@ def test_balanced_weights_and_duplicates_and_empty_rows(config: FinetuneConfig, 
     [
         ({"task": "classify"}, "task is 'classify'"),
         ({"model": "absent"}, "model is absent, which is no folder"),
-        ({"options": {"stride": 3}}, "classification has no option stride; its options: none"),
+        ({"options": {"stride": 3}}, "classification has no option stride; its options: pooling"),
         ({"text": {"max_length": 64}}, "text.max_length is 64; the model has 32 positions"),
         ({"metric": "f1"}, "metric is 'f1'; the metrics of classification are loss, accuracy, macro_f1"),
         ({"metric": "per_class"}, "metric is 'per_class'"),
