@@ -187,7 +187,11 @@ def _forward(model: Any, given: dict[str, Any], *, tuple_keeps_none: bool) -> An
     norm_weight = getattr(model.embeddings.LayerNorm, "weight", hidden)
     wanted = norm_weight.dtype if autocast_dtype(hidden) else hidden.dtype
     restored = [tokens.restore(state.to(wanted)) for state in (states if with_states else states[-1:])]
-    found = {"last_hidden_state": restored[-1], "hidden_states": tuple(restored) if with_states else None}
+    output: Any
+    found: dict[str, Any] = {
+        "last_hidden_state": restored[-1],
+        "hidden_states": tuple(restored) if with_states else None,
+    }
     if layout.pooler is None:
         made = BaseModelOutput if layout.base == "distilbert" else BaseModelOutputWithPastAndCrossAttentions
         output = made(**found)

@@ -44,8 +44,8 @@ def fuse(model: M) -> M:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    kinds = [layout.model for layout in layouts()]
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, tuple(kinds))]
+    kinds: tuple[type[nn.Module], ...] = tuple(layout.model for layout in layouts())
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     if not found:
         names = ", ".join(f"{architecture.prefix}Model" for architecture in ARCHITECTURES.values())
         raise ValueError(f"{_described(model)}; expected a module with one of transformers' {names} inside")

@@ -119,8 +119,8 @@ class BertConfig:
     @property
     def input_size(self) -> int:
         """The width of the embeddings: hidden_size, but for ELECTRA's embedding_size."""
-        size: int = self.extra.get("embedding_size", self.hidden_size)
-        return size
+        size: int = self.hidden_size
+        return self.extra.get("embedding_size", size) if "embedding_size" in self.architecture.defaults else size
 
     @property
     def first_position(self) -> int:

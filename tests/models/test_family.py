@@ -387,3 +387,16 @@ def test_fused_calls_that_no_kernel_takes() -> None:
     ours.transformer.layer[1].register_forward_hook(lambda _module, _args, out: None)
     with pytest.warns(UserWarning, match=r"a module in `transformer\.layer\.1` was replaced, or has a hook"):
         ours(**inputs)
+
+
+def test_settings_of_other_architectures_mean_nothing_here() -> None:
+    config = BertConfig.from_dict({"embedding_size": 32, "n_layers": 3, "vocab_size": 9})
+    assert (config.input_size, config.num_hidden_layers) == (768, 12)
+    assert BertConfig.from_dict({"model_type": "distilbert", "n_layers": 3}, hidden_size=96).to_dict()["dim"] == 96
+    for model_type, architecture in ARCHITECTURES.items():
+        theirs = transformers_class(model_type, "Config")()
+        ours = BertConfig.from_dict({"model_type": model_type})
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "pad_token_id", "layer_norm_eps"):
+            if name not in architecture.fixed:
+                assert getattr(ours, name) == getattr(theirs, name), (model_type, name)
+        assert ours.extra.items() <= theirs.to_dict().items()
