@@ -53,6 +53,7 @@ OPTIONAL = (
     "sklearn",
     "scipy",
     "seqeval",
+    "matplotlib",
 )
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "finetune": "fine-tune a model on a task: classification, regression, pairs, tokens, answers ...",
     "predict": "what a fine-tuned model says about texts or rows",
     "evaluate": "metrics of a fine-tuned model on rows with the true answers",
+    "report": "curves, metrics and worst mistakes of a fine-tuning run as an HTML page, made again",
     "fill-mask": "what could stand where a text says [MASK]",
     "embed": "texts into vectors",
     "info": "versions, device, CPU features, which implementation runs here and why the others can't",
@@ -29,7 +30,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # The import name of an optional package and the extra of bert_fast that installs it.
 EXTRAS = {
     **dict.fromkeys(("jsonargparse", "yaml", "pyarrow", "tokenizers", "tensorboard", "tqdm", "huggingface_hub"), "cli"),
-    **dict.fromkeys(("sklearn", "scipy", "seqeval"), "finetune"),
+    **dict.fromkeys(("sklearn", "scipy", "seqeval", "matplotlib"), "finetune"),
     "datasets": "datasets",
     "triton": "triton",
 }

@@ -180,6 +180,12 @@ class Classification(_TextTask):
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
         return classification_metrics(self.targets(table, columns), score_matrix(predictions, self.labels), self.labels)
 
+    def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
+        """1 - the probability of the true class, where another one is predicted."""
+        wanted = [self.labels[number] for number in self.targets(table, columns)]
+        pairs = zip(predictions, wanted, strict=True)
+        return [0.0 if item["label"] == name else 1.0 - item["scores"][name] for item, name in pairs]
+
     def class_counts(self, examples: Sequence[Example]) -> list[int]:
         counts = Counter(example.target for example in examples)
         return [counts[number] for number in range(len(self.labels))]
@@ -341,6 +347,14 @@ class MultiLabel(_TextTask):
         scores = score_matrix(predictions, self.labels)
         return multi_label_metrics(true, scores, self.labels, self.options.threshold)
 
+    def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
+        """The mean distance of the probabilities from 0 and 1, where a label too many or too few is predicted."""
+        true = np.array(self.targets(table, columns)).reshape(len(table), len(self.labels))
+        scores = score_matrix(predictions, self.labels)
+        wrong = ((scores >= self.options.threshold) != (true > 0.5)).any(1)
+        found: list[float] = np.where(wrong, np.abs(scores - true).mean(1), 0.0).tolist()
+        return found
+
     def class_counts(self, examples: Sequence[Example]) -> list[int]:
         return [int(count) for count in np.sum([example.target for example in examples], axis=0)]
 
@@ -395,3 +409,7 @@ class Regression(_TextTask):
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
         return regression_metrics(self.targets(table, columns), [prediction["value"] for prediction in predictions])
+
+    def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
+        """How far each value is from the true one."""
+        return [abs(item["value"] - x) for item, x in zip(predictions, self.targets(table, columns), strict=True)]

@@ -194,6 +194,11 @@ class MultipleChoice(Task):
             "most_frequent_accuracy": float(np.bincount(targets).max() / len(targets)),
         }
 
+    def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
+        """1 - the probability of the right choice, where another one is taken."""
+        pairs = zip(predictions, self.targets(table, columns), strict=True)
+        return [0.0 if item["choice"] == right else 1.0 - item["probabilities"][right] for item, right in pairs]
+
 
 def row_starts(examples: Sequence[Example]) -> list[int]:
     """Where each row's choices start in a batch; a row that is in it twice counts twice."""

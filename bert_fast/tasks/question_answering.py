@@ -282,6 +282,11 @@ class QuestionAnswering(Task):
                 found |= {f"best_{name}": score, f"best_{name}_threshold": threshold}
         return found
 
+    def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
+        """1 - F1 of each answer."""
+        pairs = zip(predictions, self.answers(table, columns), strict=True)
+        return [1.0 - best_scores(item["answer"], [gold.text for gold in golds], self.by)[1] for item, golds in pairs]
+
 
 def _once(tokenizer: Tokenizer, contexts: Sequence[str]) -> dict[str, Pieces]:
     """The pieces of every context; several questions share one."""

@@ -260,6 +260,10 @@ class Task(ABC):
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
         """The metrics of `predictions` by name, JSON data; `main_metric` is one of them."""
 
+    def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float] | None:
+        """How wrong each prediction is: 0 where it is right, the more the worse; None for a task that can't say."""
+        return None
+
     def class_counts(self, examples: Sequence[Example]) -> list[int] | None:
         """How often each class is a target, for balanced class weights; None for a task without classes."""
         return None

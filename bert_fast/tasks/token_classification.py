@@ -287,6 +287,13 @@ class TokenClassification(Task):
             return plain_metrics(raw, predicted)
         return entity_metrics([iob.convert_tags(tags, self.scheme) for tags in raw], predicted)
 
+    def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
+        """The share of words with another tag."""
+        pairs = zip(self._raw_tags(table, columns), predictions, strict=True)
+        return [
+            sum(a != b for a, b in zip(tags, item["tags"], strict=True)) / max(len(tags), 1) for tags, item in pairs
+        ]
+
     def class_counts(self, examples: Sequence[Example]) -> list[int]:
         counts = Counter(label for example in examples for label in example.target)
         return [counts[number] for number in range(len(self.labels))]

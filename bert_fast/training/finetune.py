@@ -26,6 +26,7 @@ from bert_fast.tasks.prediction import run_examples
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, Task, make_task, task_entry
 from bert_fast.training.finetune_config import FinetuneConfig
 from bert_fast.training.finetune_data import Batcher, FinetuneData, Split, open_data
+from bert_fast.training.finetune_report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
 from bert_fast.training.layers import Unfreezing, freeze, layered_groups
 from bert_fast.training.log import RunLog
 from bert_fast.training.loop import TrainingDivergedError, autocast
@@ -33,8 +34,6 @@ from bert_fast.training.params import clipped_step
 from bert_fast.training.parts import TOKENIZER_FILES, resolve_device
 from bert_fast.training.progress import Progress
 from bert_fast.training.schedule import lr_factor
-
-METRICS, PREDICTIONS, LOG, SETTINGS = "metrics.json", "predictions.dev.jsonl", "log.jsonl", "finetune.json"
 
 
 @dataclass(frozen=True)
@@ -378,9 +377,10 @@ class Finetuner:
         _write_json(folder / METRICS, metrics)
         _write_json(folder / SETTINGS, asdict(self.config))
         with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
-            for row, prediction in enumerate(predictions):
-                table = self.data.dev.table
-                line = {"row": table.numbers[row], "input": table.row(row), "prediction": prediction}
+            table, columns = self.data.dev.table, self.data.dev.columns
+            errors = self.task.errors(predictions, table, columns) or [None] * len(predictions)
+            for row, (prediction, error) in enumerate(zip(predictions, errors, strict=True)):
+                line = {"row": table.numbers[row], "input": table.row(row), "prediction": prediction, "error": error}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
         model: Any = self.model
         model.save_pretrained(folder)
@@ -389,6 +389,11 @@ class Finetuner:
                 shutil.copy(path, folder / path.name)
         if not (folder / "tokenizer.json").is_file():
             self.tokenizer.save(str(folder / "tokenizer.json"))
+        if self.config.report:
+            if package := missing_package():
+                self.report(f"{REPORT} is not written: {package} is not installed (pip install 'bert_fast[finetune]')")
+            else:
+                write_report(folder)
         return metrics
 
 
@@ -402,7 +407,8 @@ def finetune(
     """Fine-tune a model on a task and write it to `config.output_dir`, which appears complete or not at all.
 
     The folder holds the model and the tokenizer as transformers loads them, with the labels and the task in
-    config.json; metrics.json; predictions.dev.jsonl; log.jsonl; and finetune.json, the settings.
+    config.json; metrics.json; predictions.dev.jsonl, each line with an `error` of 0 where the prediction is right;
+    log.jsonl; finetune.json, the settings; and report.html.
 
     Args:
         config: the run.

@@ -174,6 +174,7 @@ class FinetuneConfig:
         seed: of the head, the dropout, the split and the order of the rows.
         log_interval: steps between two lines of the log.
         progress: show a progress bar.
+        report: write report.html too: curves, confusion matrix, calibration, worst mistakes. Needs matplotlib.
         overwrite: replace output_dir where it is there.
     """
 
@@ -199,6 +200,7 @@ class FinetuneConfig:
     seed: int = 0
     log_interval: int = 10
     progress: bool = True
+    report: bool = True
     overwrite: bool = False
 
     def __post_init__(self) -> None:

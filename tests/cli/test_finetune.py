@@ -70,6 +70,7 @@ def test_finetune_prints_what_it_reads_and_the_metrics(
     out, err = capsys.readouterr()
     assert "rows.csv: 120 rows; text = 'sentence', label = 'kind'" in err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert f"{metrics['dev']['accuracy']:.4f}" in (tmp_path / "run" / "report.html").read_text()
     assert f"dev accuracy           {metrics['dev']['accuracy']:.4f}" in out
     assert "confusion matrix" in out
     settings = json.loads((tmp_path / "run" / "finetune.json").read_text())

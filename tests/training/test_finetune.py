@@ -85,6 +85,7 @@ def config(base: Path, files: Path, tmp_path: Path) -> FinetuneConfig:
             "log_interval": 1,
             "dropout": 0.0,
             "progress": False,
+            "report": False,
             "device": "cpu",
         },
     )

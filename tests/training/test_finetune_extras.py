@@ -77,6 +77,7 @@ def config(base: Path, tmp_path: Path) -> FinetuneConfig:
         "epochs": 6,
         "dropout": 0.0,
         "progress": False,
+        "report": False,
         "device": "cpu",
     }
     return from_mapping(FinetuneConfig, values)

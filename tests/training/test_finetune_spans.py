@@ -128,6 +128,7 @@ def run(task: str, base: Path, folder: Path, model: Any = None, **settings: Any)
             "epochs": 8,
             "dropout": 0.0,
             "progress": False,
+            "report": False,
             "device": "cpu",
             **settings,
         },
