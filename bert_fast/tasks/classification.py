@@ -48,6 +48,7 @@ class _TextTask(Task):
 
     model_class = "BertForSequenceClassification"
     options_class: ClassVar[type] = TextOptions
+    words_are_free = True
 
     def head_config(self) -> dict[str, Any]:
         pooling = self.options.pooling

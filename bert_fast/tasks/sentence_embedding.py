@@ -77,6 +77,7 @@ class SentenceEmbedding(Task):
     options_class = SentenceEmbeddingOptions
     text_roles = ROLES
     rows_together = True
+    words_are_free = True
     main_metric = "mrr"
     objective: str
     low: float

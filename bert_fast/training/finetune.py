@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bert_fast.data import load_tokenizer
 from bert_fast.models import BertConfig
+from bert_fast.tasks.augmentation import Augmenter
 from bert_fast.tasks.metrics import LOWER_IS_BETTER
 from bert_fast.tasks.prediction import run_examples
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, Task, make_task, task_entry
@@ -167,13 +168,13 @@ class Finetuner:
             raise ValueError(f"{config.data.train} gave no examples to train on")
         self.dev_examples = self._encode(self.data.dev, training=False)
         self.loss_options = self._loss_options()
-        self.batcher = Batcher(
-            self.task,
-            self.train_examples,
-            config.batch,
-            seed=config.seed,
-            resample=config.loss.resample == "balanced",
-        )
+        self.batcher = self._make_batcher(self.train_examples)
+        train, text = self.data.train, config.text
+        self.augmenter: Augmenter | None = None
+        if config.augment.any:
+            self.augmenter = Augmenter(
+                self.task, train.table, train.columns, self.tokenizer, text, config.augment, config.seed
+            )
         self.optimizer = self._make_optimizer()
         self.unfreezing = Unfreezing(self.model, config.optimizer.unfreeze_epochs)
         self.unfreezing.advance(0.0)
@@ -210,8 +211,12 @@ class Finetuner:
         groups = layered_groups(self.model, options.weight_decay, options.layer_decay)
         return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
+    def _make_batcher(self, examples: Sequence[Example]) -> Batcher:
+        resample = self.config.loss.resample == "balanced"
+        return Batcher(self.task, examples, self.config.batch, seed=self.config.seed, resample=resample)
+
     def _lengths(self) -> tuple[int, int]:
-        """Steps of the run, and of its warm-up."""
+        """Steps of the run, and of its warm-up; where rows are augmented, epochs of the rows as they are."""
         config = self.config
         if config.steps is not None:
             total = config.steps
@@ -229,7 +234,10 @@ class Finetuner:
         """The micro-batches of each step, and the epochs that are done after it."""
         size, epoch = self.config.batch.accumulation, 0
         while True:
-            batches = self.batcher.epoch(epoch)
+            batcher = self.batcher
+            if self.augmenter is not None:
+                batcher = self._make_batcher(self.augmenter.examples(epoch))
+            batches = batcher.epoch(epoch)
             for start in range(0, len(batches), size):
                 yield epoch + min(start + size, len(batches)) / len(batches), batches[start : start + size]
             epoch += 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bert_fast.tasks.settings import TextSettings
+from bert_fast.tasks.settings import AugmentSettings, TextSettings
 from bert_fast.training.config import _check, _check_choices, _check_fraction
 
 
@@ -157,6 +157,7 @@ class FinetuneConfig:
         output_dir: folder of the result; it appears when the run is done, and not before.
         data: the rows.
         text: how texts become tokens.
+        augment: how training rows are changed in each epoch; not at all by default.
         options: the task's own settings.
         batch: how examples are put together.
         optimizer: how the weights are updated.
@@ -183,6 +184,7 @@ class FinetuneConfig:
     output_dir: str
     data: TableOptions
     text: TextSettings = field(default_factory=TextSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
     options: dict[str, Any] = field(default_factory=dict)
     batch: BatchOptions = field(default_factory=BatchOptions)
     optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bert_fast.models import BertConfig, BertModel
 from bert_fast.tasks.prediction import predict
 from bert_fast.tasks.table import Table
 from bert_fast.training.config import from_mapping
-from bert_fast.training.finetune import finetune
+from bert_fast.training.finetune import Finetuner, finetune
 from bert_fast.training.finetune_config import FinetuneConfig
 
 SIGNS, FILLER = {"good": "fine", "bad": "poor"}, ["the", "a", "film", "was", "it", "very", "and", "we", "saw"]
@@ -114,3 +115,13 @@ def test_windows_and_pooled_tokens_are_learnt_and_remembered(config: FinetuneCon
     theirs = transformers.BertForSequenceClassification.from_pretrained(config.model, num_labels=2)
     with pytest.raises(ValueError, match=r"a model came that does not have .*mean_max"):
         finetune(with_(changed, overwrite=True), model=theirs, report=quiet)
+
+
+def test_augmented_rows_are_learnt_from_and_only_in_training(config: FinetuneConfig) -> None:
+    run = Finetuner(with_(config, augment={"delete": 0.1, "swap": 0.3, "mask": 0.05}), report=quiet)
+    plain = Finetuner(config, report=quiet)
+    assert [list(one.input_ids) for one in run.dev_examples] == [list(one.input_ids) for one in plain.dev_examples]
+    epochs = [[list(one.input_ids) for batch in batches for one in batch] for _, batches in islice(run.steps(), 10)]
+    assert epochs[:5] != epochs[5:]
+    assert run.total_steps == plain.total_steps
+    assert run.run().metrics["dev"]["accuracy"] >= 0.9
