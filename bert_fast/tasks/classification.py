@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_fast.tasks.columns import LABEL, SCORE, TEXT, TEXT_PAIR, Role, texts
+from bert_fast.tasks.columns import LABEL, SCORE, TEXT, TEXT_PAIR, Role, setting_of, texts
 from bert_fast.tasks.encoding import encode_parts
 from bert_fast.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
 from bert_fast.tasks.settings import TextSettings
@@ -131,7 +131,7 @@ class Classification(_TextTask):
         if len(self.labels) > max(50, len(names) // 2):
             raise ValueError(
                 f"{table.source}: {len(self.labels)} different labels in {len(names)} rows of {columns['label']!r}; "
-                "is it another column (columns.label), or the task regression?"
+                f"is it another column, named with {setting_of('label')}, or the task regression?"
             )
 
     def check(self, table: Table, columns: Columns) -> list[str]:
@@ -274,8 +274,8 @@ class MultiLabel(_TextTask):
             ]
         if "label" not in columns:
             raise ValueError(
-                f"{table.source}: which column has the labels? It has {', '.join(table.columns)}; give one as "
-                "columns.label, or several of 0 and 1 as options.columns"
+                f"{table.source}: which column has the labels? It has {', '.join(table.columns)}; name one with "
+                f"{setting_of('label')}, or several of 0 and 1 with --options.columns"
             )
         found = []
         for value in table[columns["label"]]:

@@ -41,6 +41,11 @@ SCORE = Role(
 )
 
 
+def setting_of(role: str) -> str:
+    """What a message calls the setting that names the column of a role."""
+    return f"--columns.{role} (--data.columns.{role} of bert-fast finetune)"
+
+
 def choose_columns(
     table: Table, roles: Sequence[Role], given: Mapping[str, str] | None = None, *, training: bool = True
 ) -> dict[str, str]:
@@ -76,7 +81,8 @@ def choose_columns(
             by_name.pop(found.lower())
         elif role.required and (training or not role.target):
             raise ValueError(
-                f"{table.source}: which column is the {role.name}? It has {there}; give one as columns.{role.name}"
+                f"{table.source}: which column is the {role.name}? It has {there}; "
+                f"name one with {setting_of(role.name)}"
             )
     return {role.name: chosen[role.name] for role in roles if role.name in chosen}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast.tasks.classification import label_name, softmax
-from bert_fast.tasks.columns import Role, texts
+from bert_fast.tasks.columns import Role, setting_of, texts
 from bert_fast.tasks.encoding import encode_texts
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
@@ -92,7 +92,7 @@ class MultipleChoice(Task):
             if len(names) < 2:
                 raise ValueError(
                     f"{table.source}: which columns are the choices? It has {', '.join(table.columns)}; name a column "
-                    "of lists with --columns.choices, or a column for each with --options.columns"
+                    f"of lists with {setting_of('choices')}, or a column for each with --options.columns"
                 )
             values = [list(row) for row in zip(*(table[name] for name in names), strict=True)]
         found = []

@@ -98,6 +98,7 @@ class QuestionAnswering(Task):
     roles = (QUESTION, CONTEXT, ANSWERS, ANSWER_START)
     options_class = QuestionAnsweringOptions
     text_roles = ("question", "context")
+    group_role = "context"
     main_metric = "f1"
     without_answer: bool  # whether some questions have none
     by: By

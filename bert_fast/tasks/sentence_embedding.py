@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_fast.tasks.columns import Role, texts
+from bert_fast.tasks.columns import Role, setting_of, texts
 from bert_fast.tasks.embedding import pool
 from bert_fast.tasks.encoding import encode_texts
 from bert_fast.tasks.metrics import regression_metrics
@@ -107,7 +107,7 @@ class SentenceEmbedding(Task):
         if missing := [role for role in needs[self.objective] if role not in columns]:
             raise ValueError(
                 f"{table.source}: the objective {self.objective} needs a column for {', '.join(missing)}; it has "
-                f"{', '.join(table.columns)}: name it with --columns.{missing[0]}"
+                f"{', '.join(table.columns)}: name it with {setting_of(missing[0])}"
             )
 
     def _choose_metric(self) -> None:

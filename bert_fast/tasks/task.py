@@ -165,6 +165,7 @@ class Task(ABC):
         text_roles: those roles that may not be empty (data.empty says what happens to rows where one is).
         rows_together: whether all examples of a row have to be in one batch (choices, pairs of an embedding).
         words_are_free: whether words can be left out or moved without a change of the targets (augmentation).
+        group_role: rows with the same value of this role are kept together where dev is held out of train.
         main_metric: the metric that drives early stopping and the choice of the best model.
         higher_is_better: whether more of it is better.
     """
@@ -176,6 +177,7 @@ class Task(ABC):
     text_roles: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     rows_together: ClassVar[bool] = False
     words_are_free: ClassVar[bool] = False
+    group_role: ClassVar[str] = ""
     main_metric: str = "loss"
     higher_is_better: bool = True
 

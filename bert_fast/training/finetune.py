@@ -108,6 +108,23 @@ def adopt_model(model: nn.Module, config: FinetuneConfig, task: Task) -> nn.Modu
     return model
 
 
+def score(task: Task, wanted: str | None, metrics: Mapping[str, Any]) -> tuple[str, float | None, float]:
+    """The metric that counts, `wanted` or the task's own: its name, its value, and a number that is higher the better.
+
+    Raises:
+        ValueError: there is no such metric; the message lists those that there are.
+    """
+    name = wanted or task.main_metric
+    value = metrics.get(name)
+    if name not in metrics or not isinstance(value, (int, float, type(None))):
+        numbers = ", ".join(key for key, found in metrics.items() if isinstance(found, (int, float)))
+        raise ValueError(f"metric is {name!r}; the metrics of {task.name} are {numbers}")
+    lower = name in LOWER_IS_BETTER or (name == task.main_metric and not task.higher_is_better)
+    if value is None or math.isnan(value):
+        return name, None, -math.inf
+    return name, value, -value if lower else value
+
+
 @contextmanager
 def result_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its name where the block ends well, and is removed where not.
@@ -276,35 +293,23 @@ class Finetuner:
         predictions = self.task.decode(outputs.arrays, examples, split.table, split.columns)
         return {"loss": outputs.loss, **self.task.evaluate(predictions, split.table, split.columns)}, predictions
 
-    def _score(self, metrics: Mapping[str, Any]) -> tuple[str, float | None, float]:
-        """The metric that counts: its name, its value, and a number that is higher the better it is."""
-        name = self.config.metric or self.task.main_metric
-        value = metrics.get(name)
-        if name not in metrics or not isinstance(value, (int, float, type(None))):
-            numbers = ", ".join(key for key, found in metrics.items() if isinstance(found, (int, float)))
-            raise ValueError(f"metric is {name!r}; the metrics of {self.task.name} are {numbers}")
-        lower = name in LOWER_IS_BETTER or (name == self.task.main_metric and not self.task.higher_is_better)
-        if value is None or math.isnan(value):
-            return name, None, -math.inf
-        return name, value, -value if lower else value
-
     def _check_metric(self) -> None:
         """ValueError before the training, and not after it, where there is no such metric."""
         if self.config.metric is not None:
             dev = self.data.dev
             few = Split(dev.table.select(range(min(4, len(dev.table)))), dev.columns)
-            self._score(self.evaluate(few, self._encode(few, training=False))[0])
+            score(self.task, self.config.metric, self.evaluate(few, self._encode(few, training=False))[0])
 
     def judge(self, log: RunLog, progress: Progress) -> bool:
         """Evaluate on dev and remember the best model; returns whether patience has run out."""
         metrics, _ = self.evaluate(self.data.dev, self.dev_examples)
-        name, value, score = self._score(metrics)
+        name, value, worth = score(self.task, self.config.metric, metrics)
         log.write("eval", self.step, {key: x for key, x in metrics.items() if isinstance(x, (int, float))})
         shown = "not defined" if value is None else f"{value:.4f}"
         loss = "" if metrics["loss"] is None else f", loss {metrics['loss']:.4f}"
         progress.say(f"step {self.step}: dev {name} {shown}{loss}")
-        if self.best is None or score > self.best["score"]:
-            self.best = {"score": score, "step": self.step}
+        if self.best is None or worth > self.best["score"]:
+            self.best = {"score": worth, "step": self.step}
             self.waited = 0
             if self.config.keep_best:
                 state = self.model.state_dict()
@@ -382,8 +387,8 @@ class Finetuner:
         if self.data.test is not None:
             examples = self._encode(self.data.test, training=False)
             metrics["test"], _ = self.evaluate(self.data.test, examples)
-        _write_json(folder / METRICS, metrics)
-        _write_json(folder / SETTINGS, asdict(self.config))
+        write_json(folder / METRICS, metrics)
+        write_json(folder / SETTINGS, asdict(self.config))
         with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
             table, columns = self.data.dev.table, self.data.dev.columns
             errors = self.task.errors(predictions, table, columns) or [None] * len(predictions)
@@ -405,7 +410,8 @@ class Finetuner:
         return metrics
 
 
-def _write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
+    """JSON as the files of a result folder have it; what JSON does not know becomes text."""
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 

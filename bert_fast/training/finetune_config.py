@@ -19,7 +19,10 @@ class TableOptions:
         train: a file, a folder or `datasets:NAME`; see bert_fast.tasks.sources for the formats.
         dev: to judge by while training; held out of train if none.
         test: judged once, at the end, by the best model.
-        dev_fraction: share of train that is held out where there is no dev, of each class alike.
+        dev_fraction: share of train that is held out where there is no dev, of each class alike; of questions, whole
+            contexts.
+        folds: in place of dev_fraction, train is cut into so many parts of the same kind; 0 for none.
+        fold: the part that is dev, counted from 0. `bert-fast sweep --folds` goes through them.
         columns: which column plays which role (text, text_pair, label ...); guessed from usual names if none.
         names: the columns of a .csv or .tsv file whose first line is a row.
         empty: rows without text are refused, dropped, or filled.
@@ -31,6 +34,8 @@ class TableOptions:
     dev: str | None = None
     test: str | None = None
     dev_fraction: float = 0.1
+    folds: int = 0
+    fold: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     names: list[str] | None = None
     empty: Literal["refuse", "drop", "fill"] = "refuse"
@@ -41,6 +46,9 @@ class TableOptions:
         _check_choices(self)
         _check(bool(self.train), "data.train is empty; expected a file, a folder or datasets:NAME")
         _check(0.0 < self.dev_fraction < 1.0, f"data.dev_fraction is {self.dev_fraction}; expected between 0 and 1")
+        _check(self.folds == 0 or self.folds > 1, f"data.folds is {self.folds}; expected 0 (none), or 2 and more")
+        _check(0 <= self.fold <= max(self.folds - 1, 0), f"data.fold is {self.fold} of {self.folds}, counted from 0")
+        _check(not (self.folds and self.dev), "data.folds and data.dev came; the folds are parts of data.train")
         _check(self.max_rows >= 0, f"data.max_rows is {self.max_rows}; expected 0 (all) or more")
         _check(self.empty != "fill" or bool(self.fill.strip()), "data.fill is empty; expected a text to put in")
 

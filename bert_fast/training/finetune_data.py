@@ -68,7 +68,11 @@ def open_data(task: Task, options: TableOptions, seed: int, report: Callable[[st
     if options.dev is not None:
         dev = open_split(task, options.dev, options, report)
     else:
-        train, dev = hold_out(train, options.dev_fraction, seed)
+        group = train.columns.get(task.group_role, "")
+        if options.folds:
+            train, dev = take_fold(train, options.folds, options.fold, seed, group)
+        else:
+            train, dev = hold_out(train, options.dev_fraction, seed, group)
         report(f"held out for dev: {len(dev.table):,} rows of {options.train}; {len(train.table):,} are left to train")
     test = open_split(task, options.test, options, report) if options.test is not None else None
     task.fit(train.table, train.columns)
@@ -81,8 +85,11 @@ def open_data(task: Task, options: TableOptions, seed: int, report: Callable[[st
     return FinetuneData(train, dev, test)
 
 
-def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+def hold_out(split: Split, fraction: float, seed: int, group: str = "") -> tuple[Split, Split]:
     """Two parts of the rows, of each class (where the labels are classes) alike; classes of one row stay in the first.
+
+    Args:
+        group: a column; rows with the same value in it are in the same part, unless all have the same.
 
     Raises:
         ValueError: there are fewer than two rows.
@@ -90,20 +97,62 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     table, count = split.table, len(split.table)
     if count < 2:
         raise ValueError(f"{table.source} has {count} rows; expected two or more to hold some out, or give data.dev")
-    labels = table[split.columns["label"]] if "label" in split.columns else [None] * count
+    random = np.random.default_rng([seed, _SPLIT, 1])
+    held: list[int] = []
+    groups = _groups(split, group)
+    if 1 < len(groups) < count:
+        for number in random.permutation(len(groups))[:-1]:
+            held += groups[number] if len(held) < fraction * count else []
+        return _parted(split, held)
+    for rows in _kinds(split):
+        shuffled = random.permutation(rows)
+        held += shuffled[: min(round(fraction * len(rows)), len(rows) - 1)].tolist()
+    return _parted(split, held or [int(random.integers(count))])
+
+
+def take_fold(split: Split, folds: int, fold: int, seed: int, group: str = "") -> tuple[Split, Split]:
+    """All rows but those of part `fold` of `folds`, and these; of each class alike, or whole groups as in `hold_out`.
+
+    Raises:
+        ValueError: there are fewer rows, or groups, than folds.
+    """
+    random = np.random.default_rng([seed, _SPLIT, 2])
+    groups = _groups(split, group)
+    if not group:
+        # Class by class and in turn, so that the parts differ by one row, in all and of each class.
+        groups = [[row] for rows in _kinds(split) for row in random.permutation(rows).tolist()]
+    if len(groups) < folds:
+        what = f"different values of {group!r}" if group else "rows"
+        raise ValueError(f"{split.table.source} has {len(groups)} {what}; expected at least data.folds, {folds}")
+    parts: list[list[int]] = [[] for _ in range(folds)]
+    order = random.permutation(len(groups)).tolist() if group else range(len(groups))
+    for number in order:
+        min(parts, key=len).extend(groups[number])
+    return _parted(split, parts[fold])
+
+
+def _groups(split: Split, column: str) -> list[list[int]]:
+    """The rows of each value of a column; none without a column."""
+    found: dict[str, list[int]] = {}
+    for row, value in enumerate(split.table[column] if column else []):
+        found.setdefault(repr(value), []).append(row)
+    return list(found.values())
+
+
+def _kinds(split: Split) -> list[list[int]]:
+    """The rows of each class, where the labels are classes; else all rows."""
+    count = len(split.table)
+    labels = split.table[split.columns["label"]] if "label" in split.columns else [None] * count
     kinds = [value if isinstance(value, (str, int, bool)) else None for value in labels]
     if len(set(kinds)) > count // 2:
         kinds = [None] * count
-    random = np.random.default_rng([seed, _SPLIT, 1])
-    held: list[int] = []
-    for kind in dict.fromkeys(kinds):
-        rows = random.permutation([row for row, value in enumerate(kinds) if value == kind])
-        held += rows[: min(round(fraction * len(rows)), len(rows) - 1)].tolist()
-    if not held:
-        held = [int(random.integers(count))]
+    return [[row for row, value in enumerate(kinds) if value == kind] for kind in dict.fromkeys(kinds)]
+
+
+def _parted(split: Split, held: Sequence[int]) -> tuple[Split, Split]:
     chosen = set(held)
-    rest = [row for row in range(count) if row not in chosen]
-    first, second = (Split(table.select(rows), split.columns) for rows in (rest, sorted(held)))
+    rest = [row for row in range(len(split.table)) if row not in chosen]
+    first, second = (Split(split.table.select(rows), split.columns) for rows in (rest, sorted(held)))
     return first, second
 
 

@@ -118,7 +118,10 @@ def test_columns_are_named_or_guessed(there: list[str], given: dict[str, str], c
 
 def test_columns_that_are_missing_say_what_there_is() -> None:
     table = Table({"a": ["x"], "b": ["y"]}, "my.csv")
-    with pytest.raises(ValueError, match=r"my.csv: which column is the text\? It has a, b; give one as columns.text"):
+    with pytest.raises(
+        ValueError,
+        match=r"my.csv: It has a, b; name one with --columns.text \(--data.columns",
+    ):
         choose_columns(table, [TEXT, LABEL])
     with pytest.raises(ValueError, match=r"my.csv has no column 'c' for text; it has a, b"):
         choose_columns(table, [TEXT, LABEL], {"text": "c"})
