@@ -120,7 +120,7 @@ def test_columns_that_are_missing_say_what_there_is() -> None:
     table = Table({"a": ["x"], "b": ["y"]}, "my.csv")
     with pytest.raises(
         ValueError,
-        match=r"my.csv: It has a, b; name one with --columns.text \(--data.columns",
+        match=r"the text\? It has a, b; name one with --columns.text \(--data.columns",
     ):
         choose_columns(table, [TEXT, LABEL])
     with pytest.raises(ValueError, match=r"my.csv has no column 'c' for text; it has a, b"):
