@@ -54,6 +54,7 @@ OPTIONAL = (
     "scipy",
     "seqeval",
     "matplotlib",
+    "captum",
 )
 
 

@@ -1,0 +1,119 @@
+"""Explanations: rollout by hand, gradients that sum up to the difference of logits, a page of every character."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from bert_fast.cli.main import main
+from bert_fast.models import BertConfig, BertForSequenceClassification
+from bert_fast.tasks.explain import Explanation, explain, page, rollout
+from bert_fast.tasks.settings import TextSettings
+from bert_fast.tasks.table import Table
+from bert_fast.tasks.task import CONFIG_KEY, Task, make_task, task_entry
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TEXT = TextSettings(max_length=16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_of: Callable[..., Tokenizer]) -> Tokenizer:
+    return tokenizer_of("good bad the film was ##s &")
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    task = make_task("classification")
+    task.fit(Table({"text": ["a", "b", "c"], "label": ["no", "<yes>", "maybe"]}), {"text": "text", "label": "label"})
+    return task
+
+
+def model_of(task: Task, tokenizer: Tokenizer, **more: Any) -> BertForSequenceClassification:
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=16, initializer_range=0.3, **SMALL,
+        **task.model_config(), extra=more,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def test_rollout_is_the_product_of_the_layers_and_their_residuals() -> None:
+    first = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]])  # mean: all 0.5
+    second = torch.tensor([[[0.2, 0.8], [0.6, 0.4]]])
+    lower = np.array([[0.75, 0.25], [0.25, 0.75]])
+    upper = np.array([[0.6, 0.4], [0.3, 0.7]])
+    assert np.allclose(rollout([first, second]), upper @ lower)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean_max"])
+def test_gradients_sum_up_to_the_difference_of_the_logits(pooling: str, task: Task, tokenizer: Tokenizer) -> None:
+    model = model_of(task, tokenizer, classifier_pooling=pooling)
+    found = explain(model, task, tokenizer, ["the goods film was bad"], TEXT, steps=200)
+    ids = tokenizer.encode("the goods film was bad").ids
+    logits = model(input_ids=torch.tensor([ids])).logits[0].detach()
+    assert found.label == task.labels[int(logits.argmax())] == found.prediction["label"]  # type: ignore[attr-defined]
+    assert found.logit == pytest.approx(float(logits.max()), abs=1e-5)
+    empty = [2, *[0] * (len(ids) - 2), 3]
+    assert found.baseline == pytest.approx(float(model(input_ids=torch.tensor([empty])).logits[0, logits.argmax()]))
+    assert found.gradients.sum() == pytest.approx(found.logit - found.baseline, abs=0.02)
+    assert found.gradients[0] == found.gradients[-1] == 0.0
+    assert found.rollout.sum() == pytest.approx(1.0, abs=1e-5)
+    assert found.tokens == ["[CLS]", "the", "good", "##s", "film", "was", "bad", "[SEP]"]
+    assert found.places[2:4] == [(0, 4, 8), (0, 8, 9)]
+
+
+def test_another_label_a_pair_and_windows(task: Task, tokenizer: Tokenizer) -> None:
+    model = model_of(task, tokenizer)
+    found = explain(model, task, tokenizer, ["the film", "was bad"], TEXT, label="maybe", steps=5)
+    assert found.label == "maybe"
+    assert [place and place[0] for place in found.places] == [None, 0, 0, None, 1, 1, None]
+    text = TextSettings(max_length=6, long="windows")
+    assert explain(model, task, tokenizer, ["the film was bad " * 3], text, steps=2).windows > 1
+    with pytest.raises(ValueError, match=r"label is 'never'; expected one of <yes>, maybe, no"):
+        explain(model, task, tokenizer, ["the"], TEXT, label="never")
+    with pytest.raises(ValueError, match="the model is of the task question-answering; expected one of classification"):
+        explain(nn.Linear(1, 1), make_task("question-answering"), tokenizer, ["the"], TEXT)
+
+
+def test_the_page_shows_every_character_on_its_colour() -> None:
+    texts = ["A <b>  & é", "好"]
+    places = [None, (0, 0, 1), (0, 2, 5), (0, 7, 8), None, (1, 0, 1)]
+    values = np.array([0.5, 0.2, -0.4, 0.0, 0.1, 0.1])
+    one = Explanation(texts, ["t"] * 6, places, "<yes>", {"label": "<yes>", "probability": 0.75, "scores": {}},
+                      np.abs(values), values, 1.0, 0.5, 2)  # fmt: skip
+    html = page([one], "a < b")
+    assert "<title>a &lt; b</title>" in html
+    assert "label &lt;yes&gt;, probability 0.750" in html
+    assert "Special tokens have 60% of the attention. First of 2 windows." in html
+    line = html[html.index("Gradients: <span") : html.index("</section>")]
+    assert unescape(re.sub("<[^>]*>", "", line)) == "Gradients: A <b>  & é ‖ 好"
+    colours = re.findall(r"rgba\((\d+),\d+,\d+,([\d.]+)\)", line)
+    assert colours == [("27", "0.40"), ("217", "0.80"), ("27", "0.00"), ("27", "0.20")]
+
+
+def test_the_command_writes_a_page(
+    task: Task, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {**task_entry(task), "text": {"max_length": 16}}
+    model_of(task, tokenizer, **{CONFIG_KEY: entry}).save_pretrained(tmp_path / "model")
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    output = str(tmp_path / "page.html")
+    assert main(["explain", str(tmp_path / "model"), "the film", "was bad", "--output", output, "--steps", "3"]) == 0
+    assert capsys.readouterr().out.strip() == output
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<section>") == 2
+    arguments = ["explain", str(tmp_path / "model"), "the film", "--output", output]
+    assert main([*arguments, "--label", "never"]) == 2
+    assert "label is 'never'" in capsys.readouterr().err
+    assert main([*arguments, "--steps", "0"]) == 2
+    assert "--steps is 0; expected at least 1" in capsys.readouterr().err
+    assert json.loads((tmp_path / "model" / "config.json").read_text())[CONFIG_KEY]["name"] == "classification"
