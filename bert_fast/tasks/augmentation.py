@@ -55,9 +55,10 @@ class Augmenter:
         added = tokenizer.get_added_tokens_decoder()
         self.special = np.array([number for number, token in added.items() if token.special], dtype=np.int64)
         masks = [tokenizer.token_to_id(name) for name in ("[MASK]", "<mask>")]
-        self.mask_id = next((number for number in masks if number is not None), None)
-        if settings.mask and self.mask_id is None:
+        known = [number for number in masks if number is not None]
+        if settings.mask and not known:
             raise ValueError("augment.mask is set, and the tokenizer has neither [MASK] nor <mask>")
+        self.mask_id = known[0] if known else 0
 
     def examples(self, epoch: int) -> list[Example]:
         """The examples of `epoch`."""

@@ -391,7 +391,8 @@ class Finetuner:
         write_json(folder / SETTINGS, asdict(self.config))
         with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
             table, columns = self.data.dev.table, self.data.dev.columns
-            errors = self.task.errors(predictions, table, columns) or [None] * len(predictions)
+            errors: Sequence[float | None] | None = self.task.errors(predictions, table, columns)
+            errors = [None] * len(predictions) if errors is None else errors
             for row, (prediction, error) in enumerate(zip(predictions, errors, strict=True)):
                 line = {"row": table.numbers[row], "input": table.row(row), "prediction": prediction, "error": error}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")

@@ -97,15 +97,16 @@ def sweep(
     total = len(planned) * max(folds, 1)
     metric = config.metric or make_task(config.task).main_metric
     for settings, configs in planned:
-        values, worths = [], []
-        for one in configs:
+        values: list[float | None] = []
+        worths: list[float] = []
+        for run in configs:
             report(f"run {len(runs) * max(folds, 1) + len(values) + 1} of {total}: {said(settings)}")
-            metric, value, worth = _run(one, report)
+            metric, value, worth = _run(run, report)
             values.append(value)
             worths.append(worth)
         known = [value for value in values if value is not None]
         mean, std = (float(np.mean(known)), float(np.std(known))) if len(known) == len(values) else (None, None)
-        folders = [Path(one.output_dir).name for one in configs]
+        folders = [Path(run.output_dir).name for run in configs]
         runs.append({"settings": settings, "values": values, "mean": mean, "std": std, "folders": folders})
         scores.append(float(np.mean(worths)))
     order = sorted(range(len(runs)), key=lambda number: -scores[number])  # of equal ones the first
@@ -113,8 +114,8 @@ def sweep(
         runs[number]["rank"] = rank
     best = order[0]
     if keep == "best":
-        for number, run in enumerate(runs):
-            for folder in run["folders"] if number != best else []:
+        for number, done in enumerate(runs):
+            for folder in done["folders"] if number != best else []:
                 (target / folder / _WEIGHTS).unlink(missing_ok=True)
     result = {"metric": metric, "folds": folds, "best": best, "runs": runs}
     write_json(target / RESULT, result)
