@@ -203,3 +203,15 @@ def test_options_that_a_task_has_no_use_for_are_refused(task: str, base: Path, t
     with pytest.raises(ValueError, match=rf"loss.class_weights is balanced, and {task} has no classes"):
         run(task, base, tmp_path, steps=1, loss={"class_weights": "balanced"})
     assert not (tmp_path / "run").exists()
+
+
+def test_questions_about_a_context_are_held_out_together_and_reported(base: Path, tmp_path: Path) -> None:
+    data = {"train": str(squad(tmp_path, range(0, 90))), "dev_fraction": 0.3}
+    result, _ = run("question-answering", base, tmp_path, data=data, steps=1, report=True)
+    lines = [json.loads(line) for line in (Path(result.folder) / "predictions.dev.jsonl").read_text().splitlines()]
+    held = {line["input"]["context"] for line in lines}
+    every = result.task.read(data["train"])["context"]
+    assert 54 <= len(lines) < 70
+    assert len(lines) == sum(context in held for context in every)
+    assert sum(line["error"] for line in lines) == pytest.approx(len(lines) * (1 - result.metrics["dev"]["f1"]))
+    assert "Worst mistakes on dev" in (Path(result.folder) / "report.html").read_text()
