@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -50,3 +51,15 @@ class PackedBatch:
             if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+    @classmethod
+    def joined(cls, batches: Sequence[PackedBatch]) -> PackedBatch:
+        """One batch of the examples of several, in order."""
+        if len(batches) == 1:
+            return batches[0]
+        ends = [torch.zeros(1, dtype=torch.int32)]
+        for batch in batches:
+            ends.append(batch.cu_seqlens[1:] + ends[-1][-1])
+        names = ("input_ids", "token_type_ids", "position_ids", "labels", "next_sentence_label")
+        values: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+        return cls(cu_seqlens=torch.cat(ends), max_seqlen=max(batch.max_seqlen for batch in batches), **values)

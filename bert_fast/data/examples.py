@@ -203,8 +203,12 @@ class PretrainingData:
         plan = self.plan(epoch)
         if not 0 <= index < plan.starts.size - 1:
             raise IndexError(f"batch {index} of epoch {epoch}; expected 0 to {plan.starts.size - 2}")
-        first, last = int(plan.starts[index]), int(plan.starts[index + 1])
-        ids, types, positions, cu_seqlens, labels, max_seqlen = self._build(plan, first, last)
+        return self.select(epoch, np.arange(plan.starts[index], plan.starts[index + 1]))
+
+    def select(self, epoch: int, indices: Array) -> PackedBatch:
+        """The examples `indices`, int64 (B,), of an epoch as one batch, each masked as it is in any other batch."""
+        plan = self.plan(epoch)
+        ids, types, positions, cu_seqlens, labels, max_seqlen = self._build(plan, indices)
         return PackedBatch(
             input_ids=torch.from_numpy(ids),
             token_type_ids=torch.from_numpy(types),
@@ -212,7 +216,7 @@ class PretrainingData:
             cu_seqlens=torch.from_numpy(cu_seqlens),
             max_seqlen=max_seqlen,
             labels=torch.from_numpy(labels),
-            next_sentence_label=torch.from_numpy(plan.label[first:last].astype(np.int64)),
+            next_sentence_label=torch.from_numpy(plan.label[indices].astype(np.int64)),
         )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PackedBatch]:
@@ -229,19 +233,18 @@ class PretrainingData:
         plan = self.plan(epoch)
         if not 0 <= index < plan.a_start.size:
             raise IndexError(f"example {index} of epoch {epoch}; expected 0 to {plan.a_start.size - 1}")
-        ids, types, positions, _, labels, _ = self._build(plan, index, index + 1)
+        ids, types, positions, _, labels, _ = self._build(plan, np.array([index]))
         names = ("document", "b_document", "a_start", "a_length", "b_start", "b_length")
         origin = {name: int(getattr(plan, name)[index]) for name in names}
         return Example(ids, types, positions, labels, next_sentence_label=int(plan.label[index]), **origin)
 
-    def _build(self, plan: Plan, first: int, last: int) -> tuple[Array, Array, Array, Array, Array, int]:
-        rows = slice(first, last)
-        starts = np.stack([plan.a_start[rows], plan.b_start[rows]], axis=1).reshape(-1)
-        lengths = np.stack([plan.a_length[rows], plan.b_length[rows]], axis=1).reshape(-1)
+    def _build(self, plan: Plan, indices: Array) -> tuple[Array, Array, Array, Array, Array, int]:
+        a_lengths, b_lengths = plan.a_length[indices], plan.b_length[indices]
+        starts = np.stack([plan.a_start[indices], plan.b_start[indices]], axis=1).reshape(-1)
+        lengths = np.stack([a_lengths, b_lengths], axis=1).reshape(-1)
         tokens = self.store.gather(starts, lengths)
-        indices = np.arange(first, last, dtype=np.int64)
         built: tuple[Array, Array, Array, Array, Array, int] = self._host.build_batch(
-            tokens, plan.a_length[rows], plan.b_length[rows], indices, plan.key, self._masking
+            tokens, a_lengths, b_lengths, indices.astype(np.int64), plan.key, self._masking
         )
         return built
 

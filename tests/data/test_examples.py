@@ -345,3 +345,23 @@ def test_a_number_out_of_range_is_refused(data):
         data.batch(0, data.num_batches(0))
     with pytest.raises(IndexError, match=f"expected 0 to {data.num_examples(0) - 1}"):
         data.example(0, -1)
+
+
+def test_selected_examples_are_those_of_the_epoch_in_any_order_and_number(data):
+    batch = data.select(1, np.array([7, 2, 9]))
+    for place, index in enumerate((7, 2, 9)):
+        rows = slice(int(batch.cu_seqlens[place]), int(batch.cu_seqlens[place + 1]))
+        example = data.example(1, index)
+        assert batch.input_ids[rows].tolist() == example.input_ids.tolist()
+        assert batch.labels[rows].tolist() == example.labels.tolist()
+        assert int(batch.next_sentence_label[place]) == example.next_sentence_label
+    empty = data.select(1, np.array([], dtype=np.int64))
+    assert (empty.num_tokens, empty.num_sequences, empty.cu_seqlens.tolist()) == (0, 0, [0])
+
+
+def test_joined_batches_are_one_batch_of_their_examples(data):
+    parts = [data.select(0, np.array([3, 4])), data.select(0, np.array([], dtype=np.int64)), data.select(0, np.array([5, 6]))]
+    joined, whole = PackedBatch.joined(parts), data.select(0, np.arange(3, 7))
+    for name, value in vars(whole).items():
+        found = getattr(joined, name)
+        assert found == value if name == "max_seqlen" else (torch.equal(found, value) and found.dtype == value.dtype)
