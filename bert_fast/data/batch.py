@@ -57,9 +57,10 @@ class PackedBatch:
         """One batch of the examples of several, in order."""
         if len(batches) == 1:
             return batches[0]
-        ends = [torch.zeros(1, dtype=torch.int32)]
+        ends, total = [torch.zeros(1, dtype=torch.int32)], 0
         for batch in batches:
-            ends.append(batch.cu_seqlens[1:] + ends[-1][-1])
+            ends.append(batch.cu_seqlens[1:] + total)
+            total += batch.num_tokens
         names = ("input_ids", "token_type_ids", "position_ids", "labels", "next_sentence_label")
         values: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
         return cls(cu_seqlens=torch.cat(ends), max_seqlen=max(batch.max_seqlen for batch in batches), **values)

@@ -360,8 +360,11 @@ def test_selected_examples_are_those_of_the_epoch_in_any_order_and_number(data):
 
 
 def test_joined_batches_are_one_batch_of_their_examples(data):
-    parts = [data.select(0, np.array([3, 4])), data.select(0, np.array([], dtype=np.int64)), data.select(0, np.array([5, 6]))]
-    joined, whole = PackedBatch.joined(parts), data.select(0, np.arange(3, 7))
-    for name, value in vars(whole).items():
-        found = getattr(joined, name)
-        assert found == value if name == "max_seqlen" else (torch.equal(found, value) and found.dtype == value.dtype)
+    none = np.array([], dtype=np.int64)
+    joined = PackedBatch.joined([data.select(0, np.array(rows, dtype=np.int64)) for rows in ([3, 4], none, [5, 6])])
+    whole = data.select(0, np.arange(3, 7))
+    assert joined.max_seqlen == whole.max_seqlen
+    for name in ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "labels", "next_sentence_label"):
+        found, expected = getattr(joined, name), getattr(whole, name)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected), name
