@@ -21,16 +21,25 @@ ifeq ($(strip $(VENV)),)
 RUN := $(shell command -v $(PYTHON))
 $(if $(RUN),,$(error PYTHON is "$(PYTHON)", which is no command here; expected the Python whose environment to use))
 READY := build/.ready
+FOUR := build/transformers-4
+NO_INDEX := --no-index
+HINT := VENV= uses no network; name a folder that has the wheels in PIP_FIND_LINKS, or leave VENV= out
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+FOUR := $(VENV)/transformers-4
 endif
 
-.PHONY: help demo test gpu lint sanitize setup clean
+# $(call pytest,arguments): where pytest-xdist is installed, a process of one thread a core.
+pytest = if $(RUN) -c 'import xdist' 2>/dev/null; then OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(CORES) $(1); \
+    else $(RUN) -m pytest $(1); fi
+
+.PHONY: help demo test test-transformers-4 gpu lint sanitize setup clean
 
 help:
 	@echo "make demo   set up, pretrain a small BERT on the documentation of this Python installation, compare with transformers"
 	@echo "make test   set up, run every test"
+	@echo "make test-transformers-4   the tests of fuse, the models and their checkpoints beside transformers 4.57"
 	@echo "make gpu    on a machine with a CUDA device: build, test, verify, sanitize, measure and plot, in under nine minutes"
 	@echo "make lint   ruff, mypy and clang-format"
 	@echo "make sanitize  the native code under the address and undefined-behaviour sanitizers"
@@ -43,8 +52,15 @@ demo: $(READY)
 	@$(RUN) -m benchmarks.demo
 
 test: $(READY)
-	@echo "== test: every test that this machine can run; where pytest-xdist is installed, a process of one thread a core"
-	@if $(RUN) -c 'import xdist' 2>/dev/null; then OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(CORES); else $(RUN) -m pytest; fi
+	@echo "== test: every test that this machine can run"
+	@$(call pytest)
+
+# The environment has transformers 5; 4 comes before it on the path.
+test-transformers-4: $(READY) $(FOUR)/.packages
+	@echo "== test-transformers-4: the tests beside transformers, those of fuse too, with transformers 4.57"
+	@export PYTHONPATH="$(abspath $(FOUR))$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	    $(RUN) -c 'import transformers as t; print(t.__version__, t.__file__); assert t.__version__.startswith("4.")' && \
+	    $(call pytest,-rs tests/integrations $(patsubst %,tests/models/test_%.py,parity family checkpoint real_weights))
 
 # It builds for itself, so that a build that fails is a line of its summary like everything else. OUT=folder packs what
 # it writes, for a machine that does not keep it.
@@ -87,6 +103,13 @@ $(VENV)/.packages: requirements.txt | $(VENV)/bin/python
 
 $(READY): $(VENV)/.packages
 endif
+
+$(FOUR)/.packages: requirements-transformers-4.txt | $(if $(NO_INDEX),,$(VENV)/.packages)
+	@echo "== setup: transformers 4.57 into $(FOUR)"
+	@rm -rf $(FOUR)
+	@$(RUN) -m pip install --quiet --no-deps $(NO_INDEX) --target $(FOUR) --requirement $< || \
+	    { rm -rf $(FOUR); echo "$< could not be installed. $(HINT)"; exit 1; }
+	@touch $@
 
 $(READY): setup.py pyproject.toml $(NATIVE_SOURCES) $(ROOMS)
 	@echo "== setup: build and install bert_fast (editable) with $(RUN)"
