@@ -1,0 +1,41 @@
+"""WNUT 2017: emerging and rare entities of six kinds in noisy English text, from all-MiniLM-L6-v2's weights.
+
+    python -m examples.wnut17_ner --data FOLDER  # bert_fast and transformers' Trainer
+
+FOLDER has train.conll, dev.conll and test.conll (CC BY 4.0; github.com/leondz/emerging_entities_17 has them under other
+names). F1 is of entities, as seqeval counts them (Derczynski et al., 2017). Both sides train on the same rows with the
+same settings and keep the model of the last step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bert_fast.tasks.sources import read_table
+from examples.beside_trainer import Experiment, arguments, compared, finish, minilm, thinned
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", epochs=3, seeds=1, max_length=128)
+    parser.add_argument("--data", type=Path, required=True, help="folder of train.conll, dev.conll and test.conll")
+    options = parser.parse_args()
+    splits = {}
+    for split in ("train", "dev", "test"):
+        table = read_table(str(options.data / f"{split}.conll"))
+        splits[split] = [table.row(number) for number in range(len(table))]
+    experiment = Experiment(
+        "token-classification",
+        minilm(),
+        thinned(splits, options.rows),
+        ("f1", "precision", "recall"),
+        options.epochs,
+        lr=2e-4,
+        batch=16,
+        max_length=options.max_length,
+    )
+    lines = compared(experiment, options.seeds, options.sides)
+    finish("wnut17_ner", "WNUT17 entities, from MiniLM-L6's weights", lines, write=options.write)
+
+
+if __name__ == "__main__":
+    main()
