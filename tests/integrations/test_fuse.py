@@ -7,11 +7,13 @@ import io
 import pickle
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 import bert_fast
@@ -317,6 +319,7 @@ COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "torch.save": lambda model: _saved(model),
+    "safetensors": lambda model: _tensors(model),
 }
 
 
@@ -325,6 +328,15 @@ def _saved(model: nn.Module) -> Any:
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def _tensors(model: nn.Module) -> Any:
+    """A new fused model with the tensors of a file, the tied ones under one name."""
+    made = make(type(model).__name__, initializer_range=0.5)
+    with TemporaryDirectory() as folder:
+        save_model(model, f"{folder}/tensors")
+        load_model(bert_fast.fuse(made), f"{folder}/tensors")
+    return made
 
 
 @pytest.mark.parametrize("how", COPIES)
@@ -433,74 +445,6 @@ def test_ddp(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     found = {key.replace("module.", ""): value for key, value in found.items()}
     assert_same(found, results(theirs, inputs_of("BertForMaskedLM")))
-
-
-def _hooked(model: Any) -> None:
-    model.encoder.layer[1].register_forward_hook(lambda _module, _args, out: None)
-
-
-FALLBACKS: dict[str, tuple[dict[str, Any], dict[str, Any], Any, str]] = {
-    "attentions": ({"attn_implementation": "eager"}, {"output_attentions": True}, None, "output_attentions"),
-    "3-D mask": ({}, {"attention_mask": torch.ones(B, S, S).tril().long()}, None, r"attention_mask is not"),
-    "padding first": ({}, {"attention_mask": mask_of("left")}, None, "pooler reads a padding token"),
-    "layer hook": ({}, {}, _hooked, r"encoder\.layer\.1"),
-    "decoder": ({}, {"use_cache": True}, lambda m: setattr(m.config, "is_decoder", True), "is_decoder"),
-}
-
-
-@pytest.mark.parametrize("case", FALLBACKS)
-def test_calls_that_no_kernel_takes_run_the_original_and_say_so_once(case: str) -> None:
-    settings, arguments, change, said = FALLBACKS[case]
-    if case == "3-D mask" and not hasattr(transformers.BertModel, "get_extended_attention_mask"):
-        arguments = {"attention_mask": torch.ones(B, 1, S, S).tril().bool()}
-    ours, theirs = twins("BertModel", torch.float64, **settings)
-    for model in (ours, theirs):
-        if change is not None:
-            change(model)
-    ids = torch.randint(0, 61, (B, S))
-    with pytest.warns(UserWarning, match=said):
-        found = ours(ids, **arguments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        again = ours(ids, **arguments)
-    expected = theirs(ids, **arguments)
-    assert list(found) == list(expected)
-    for key in ("last_hidden_state", "pooler_output"):
-        assert torch.equal(found[key], expected[key])
-        assert torch.equal(again[key], expected[key])
-    if case == "attentions":
-        assert len(found.attentions) == 2
-        assert all(torch.equal(x, y) for x, y in zip(found.attentions, expected.attentions, strict=True))
-
-
-def test_an_argument_it_does_not_know_goes_to_the_original() -> None:
-    ours, theirs = twins()
-    ids = torch.randint(0, 61, (B, S))
-    head_mask = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    with pytest.warns(UserWarning, match="head_mask"):
-        found = ours(ids, head_mask=head_mask)
-    assert torch.equal(found.last_hidden_state, theirs(ids, head_mask=head_mask).last_hidden_state)
-
-
-def test_hidden_states_still_come_after_the_original_forward_has_left_its_hooks() -> None:
-    ours, theirs = twins(attn_implementation="eager")
-    ids = torch.randint(0, 61, (B, S))
-    with pytest.warns(UserWarning, match="output_attentions"):
-        ours(ids, output_attentions=True, output_hidden_states=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        found = ours(ids, output_hidden_states=True)
-    for one, other in zip(found.hidden_states, theirs(ids, output_hidden_states=True).hidden_states, strict=True):
-        torch.testing.assert_close(one, other, **EXACT)
-
-
-def test_export_runs_the_original() -> None:
-    ours, theirs = twins("BertModel", torch.float32)
-    ids, mask = torch.randint(0, 61, (B, S)), torch.ones(B, S, dtype=torch.int64)
-    with pytest.warns(UserWarning, match="being exported"):
-        program = torch.export.export(ours, (ids, mask), strict=False)
-    assert not [node for node in program.graph.nodes if "bert_fast" in str(node.target)]
-    torch.testing.assert_close(program.module()(ids, mask).last_hidden_state, theirs(ids, mask).last_hidden_state)
 
 
 def test_unfuse_and_fusing_twice() -> None:
