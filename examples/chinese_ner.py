@@ -98,7 +98,7 @@ def pretrained(rows: list[Row], folder: Path, steps: int) -> tuple[Path, str]:
 
 def untrained(folder: Path) -> tuple[Path, str]:
     """A BERT-mini as it is initialised, with the tokenizer of `folder`."""
-    from bert_fast.data.vocab import load_tokenizer, save_tokenizer
+    from bert_fast.data import load_tokenizer, save_tokenizer
 
     tokenizer, target = load_tokenizer(folder / "vocab.txt"), folder / "untrained"
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -95,3 +95,82 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     path.write_text(json.dumps({"model_type": "bert", "max_position_embeddings": 64, **sizes}))
     return path
+
+
+TOKENIZERS = ("roberta", "xlm-roberta", "camembert", "distilbert", "electra")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tokenizer_folder("roberta")`: tokenizer.json as that architecture has it, trained on a few sentences.
+
+    With the files of transformers' tokenizer beside it, and a config.json that says no more than model_type.
+    """
+    made: dict[str, Path] = {}
+
+    def folder_of(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = tmp_path_factory.mktemp(model_type)
+            train_tokenizer(model_type, made[model_type])
+        return made[model_type]
+
+    return folder_of
+
+
+SENTENCES = [
+    "The café near the old house, where Zoë sings.",
+    "A small bird sleeps under the red river; then it runs again!",
+    "naïve coöperation — “quoted” words, numbers 1234 and 5678.",
+    "北京是中国的首都。 東京 は 日本 の 首都 です。",
+    "Ελλάδα and Москва, and 🙂 smiles 👩‍👩‍👧 too",
+    "tokenization of extraordinarily long words is hard",
+]
+
+
+def train_tokenizer(model_type: str, folder: Path) -> None:
+    """Write the tokenizer of a family's model, of its own kind and with its own special tokens, to `folder`."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    from bert_fast.data import save_tokenizer, train_vocab
+
+    config: dict[str, object] = {"model_type": model_type}
+    if model_type in ("distilbert", "electra"):
+        save_tokenizer(train_vocab(SENTENCES * 3, vocab_size=400), folder)
+        (folder / "tokenizer_config.json").write_text("{}")
+        (folder / "config.json").write_text(json.dumps(config))
+        return
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    if model_type == "camembert":
+        special = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED", "<s>", "</s>"]
+    if model_type == "roberta":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.Sequence([])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        )
+        trainer = trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    tokenizer.add_special_tokens([*special, AddedToken("<mask>", lstrip=True, special=True)])
+    ids = tokenizer.get_vocab()
+    if model_type == "roberta":
+        tokenizer.post_processor = processors.RobertaProcessing(
+            ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True, add_prefix_space=False
+        )
+    else:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>",
+            pair="<s> $A </s> </s> $B </s>",
+            special_tokens=[(token, ids[token]) for token in ("<s>", "</s>")],
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"mask_token": "<mask>"}))
+    (folder / "config.json").write_text(json.dumps(config))

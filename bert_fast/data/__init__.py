@@ -4,7 +4,8 @@ from bert_fast.data.batch import PackedBatch
 from bert_fast.data.corpus import Corpus
 from bert_fast.data.examples import Example, PretrainingData, PretrainingDataConfig
 from bert_fast.data.preparation import PrepareConfig, PrepareReport, prepare
-from bert_fast.data.vocab import load_tokenizer, save_tokenizer, train_vocab
+from bert_fast.data.tokenizer import load_tokenizer
+from bert_fast.data.vocab import save_tokenizer, train_vocab
 
 __all__ = [
     "Corpus",

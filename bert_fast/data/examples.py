@@ -17,7 +17,7 @@ from bert_fast.data.batch import PackedBatch
 from bert_fast.data.host import host
 from bert_fast.data.host_numpy import CONTINUATION, Array, Masking, epoch_key, shuffled
 from bert_fast.data.shards import TokenStore, verify_files
-from bert_fast.data.vocab import load_tokenizer, token_kinds
+from bert_fast.data.vocab import load_wordpiece, token_kinds
 
 _VOCABULARY_FILES = ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
 
@@ -147,7 +147,7 @@ class PretrainingData:
                 f"{config.folder}, {config.split}: {self.documents} documents; expected at least {needed}"
                 + (" (B of a sentence pair may come from another one)" if needed == 2 else "")
             )
-        tokenizer = load_tokenizer(Path(config.folder))
+        tokenizer = load_wordpiece(Path(config.folder))
         vocab = tokenizer.get_vocab()
         kinds = token_kinds(tokenizer)
         self.vocab_size = int(kinds.size)

@@ -16,7 +16,7 @@ import numpy as np
 from bert_fast.data.corpus import DEFAULT_PACKAGES, Corpus
 from bert_fast.data.sentences import Document
 from bert_fast.data.shards import ShardWriter, atomic_folder, check_free, write_manifest
-from bert_fast.data.vocab import is_lowercase, load_tokenizer, save_tokenizer, train_vocab
+from bert_fast.data.vocab import is_lowercase, load_wordpiece, save_tokenizer, train_vocab
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -100,7 +100,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     begin = time.perf_counter()
     output = Path(config.output)
     check_free(output, config.overwrite)
-    tokenizer = load_tokenizer(config.vocab) if config.vocab else None
+    tokenizer = load_wordpiece(config.vocab) if config.vocab else None
     corpus = Corpus(
         config.sources,
         packages=config.packages,

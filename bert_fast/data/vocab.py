@@ -1,4 +1,4 @@
-"""The WordPiece vocabulary: train one or take one, and load the tokenizer of a folder.
+"""BERT's WordPiece vocabulary: train one or take one, and load the tokenizer of a folder.
 
 A folder has `vocab.txt`, `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer reads too.
 """
@@ -61,7 +61,7 @@ def train_vocab(sentences: Iterable[str], *, vocab_size: int = 8192, lowercase: 
     return _bert_tokenizer(tokenizer.get_vocab(), lowercase)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_wordpiece(path: str | Path) -> Tokenizer:
     """Load a BERT tokenizer from a folder, a `tokenizer.json` or a `vocab.txt`.
 
     A `vocab.txt` is lower-casing unless a `tokenizer_config.json` beside it says `"do_lower_case": false`.

@@ -52,6 +52,17 @@ _POSITIVE = (
 _NOT_KEPT = ("transformers_version", "_name_or_path", "torch_dtype")
 
 
+def longest_input(config: Any) -> int:
+    """The most tokens of a sequence: max_position_embeddings, less the rows that RoBERTa never gives to one.
+
+    `config` may be transformers', of any of the architectures.
+    """
+    architecture = ARCHITECTURES.get(config.model_type)
+    first = config.pad_token_id + 1 if architecture is not None and architecture.positions_after_padding else 0
+    longest: int = config.max_position_embeddings - first
+    return longest
+
+
 @dataclass(kw_only=True)
 class BertConfig:
     """The settings of a model. Names and defaults are those of transformers' `BertConfig`.

@@ -7,6 +7,7 @@ the tokenizer drops or changes (accents, zero-width and control characters, capi
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 Span = tuple[int, int]
 Label = TypeVar("Label")
@@ -35,7 +36,7 @@ _WORD = re.compile(r"(?:\S|[\x0b\x0c\x1c-\x1f\x85])+")
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of one text, or of one list of words, without [CLS] and [SEP].
+    """The pieces of one text, or of one list of words, without special tokens.
 
     Attributes:
         ids: the token ids.
@@ -50,6 +51,34 @@ class Pieces:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The special tokens of an input of one or two texts: [CLS] a [SEP] b [SEP], <s> a </s></s> b </s> ...
+
+    Attributes:
+        runs: (id, token type) of the special tokens before the first text, after it, and after the second.
+        text_types: the token type of each text.
+    """
+
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+    text_types: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many special tokens there are."""
+        return sum(map(len, self.runs))
+
+    def around(self, *texts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """Token ids and token types of the whole input, and where each text starts in it."""
+        ids, types = map(list, zip(*self.runs[0], strict=True))
+        starts = []
+        for text, kind, run in zip(texts, self.text_types, self.runs[1:], strict=True):
+            starts.append(len(ids))
+            ids += [*text, *(number for number, _ in run)]
+            types += [*[kind] * len(text), *(own for _, own in run)]
+        return ids, types, starts
 
 
 class Window(NamedTuple):
@@ -70,27 +99,58 @@ def is_cjk(character: str) -> bool:
     return code >= 0x3040 and any(first <= code <= last for first, last in _CJK)
 
 
-def special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The ids of [CLS] and [SEP]."""
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    if cls is None or sep is None:
-        raise ValueError("the tokenizer has no [CLS] or no [SEP]; expected BERT's")
-    return cls, sep
+def frame_of(tokenizer: Tokenizer, texts: int) -> Frame:
+    """What `tokenizer` puts around one text, or around and between two."""
+    cls = tokenizer.encode("").tokens[0]
+    # The name of a special token is one piece, whatever the vocabulary.
+    first, second = (tokenizer.encode(cls, add_special_tokens=False) for _ in range(2))
+    found = tokenizer.post_process(first, second if texts == 2 else None)
+    runs: list[list[tuple[int, int]]] = [[]]
+    text_types = []
+    for number, kind, special in zip(found.ids, found.type_ids, found.special_tokens_mask, strict=True):
+        if special:
+            runs[-1].append((number, kind))
+        else:
+            runs.append([])
+            text_types.append(kind)
+    return Frame(tuple(map(tuple, runs)), tuple(text_types))
 
 
 def text_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Pieces]:
-    """The pieces of each text."""
-    return [_pieces(encoding) for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    """The pieces of each text. Spaces that a piece starts with are not among its characters."""
+    found = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [_pieces(encoding, text) for encoding, text in zip(found, texts, strict=True)]
 
 
 def word_pieces(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]]) -> list[Pieces]:
-    """The pieces of each list of words. A word of dropped characters only, or an empty one, has no piece."""
-    found = tokenizer.encode_batch([list(words) for words in sentences], is_pretokenized=True, add_special_tokens=False)
+    """The pieces of each list of words. A word of dropped characters only, or an empty one, has no piece.
+
+    Byte-level BPE has the space before a word in its first piece: here every word counts as one after a space, as in
+    transformers with is_split_into_words and add_prefix_space.
+    """
+    words = [list(sentence) for sentence in sentences]
+    found = _after_spaces(tokenizer).encode_batch(words, is_pretokenized=True, add_special_tokens=False)
     return [_pieces(encoding) for encoding in found]
 
 
-def _pieces(encoding: object) -> Pieces:
-    return Pieces(list(encoding.ids), list(encoding.offsets), list(encoding.word_ids))  # type: ignore[attr-defined]
+def _after_spaces(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer` itself, or, of byte-level BPE, one that puts a space before each text."""
+    settings = json.loads(tokenizer.to_str())
+    first = settings["pre_tokenizer"] or {}
+    parts = [first, *first.get("pretokenizers", [])]
+    changed = [part for part in parts if part.get("type") == "ByteLevel" and not part["add_prefix_space"]]
+    for part in changed:
+        part["add_prefix_space"] = True
+    return type(tokenizer).from_str(json.dumps(settings)) if changed else tokenizer
+
+
+def _pieces(encoding: Encoding, text: str = "") -> Pieces:
+    spans = list(encoding.offsets)
+    for index, (start, end) in enumerate(spans if text else ()):
+        while start < end and text[start].isspace():
+            start += 1
+        spans[index] = (start, end)
+    return Pieces(list(encoding.ids), spans, [word for word in encoding.word_ids if word is not None])
 
 
 def split_words(text: str) -> list[Span]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bert_fast.data.tokenizer import mask_token
 from bert_fast.tasks.alignment import is_cjk
 from bert_fast.tasks.columns import texts
 from bert_fast.tasks.settings import AugmentSettings, TextSettings
@@ -34,7 +35,7 @@ class Augmenter:
 
     Raises:
         ValueError: words would be changed, and the task's targets depend on where they are; the file of synonyms has no
-            line with two words; or the tokenizer has no [MASK].
+            line with two words; or `mask` is set and the tokenizer has no mask token.
     """
 
     def __init__(
@@ -54,11 +55,7 @@ class Augmenter:
         self.synonyms = read_synonyms(Path(settings.synonyms)) if settings.synonyms is not None else {}
         added = tokenizer.get_added_tokens_decoder()
         self.special = np.array([number for number, token in added.items() if token.special], dtype=np.int64)
-        masks = [tokenizer.token_to_id(name) for name in ("[MASK]", "<mask>")]
-        known = [number for number in masks if number is not None]
-        if settings.mask and not known:
-            raise ValueError("augment.mask is set, and the tokenizer has neither [MASK] nor <mask>")
-        self.mask_id = known[0] if known else 0
+        self.mask_id = tokenizer.get_vocab()[mask_token(tokenizer)] if settings.mask else 0
 
     def examples(self, epoch: int) -> list[Example]:
         """The examples of `epoch`."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bert_fast.models.config import longest_input
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -102,7 +104,7 @@ def embed(
     config: Any = model.config
     if pooling not in POOLINGS:
         raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}")
-    longest = config.max_position_embeddings
+    longest = longest_input(config)
     if max_seqlen is not None and not 2 <= max_seqlen <= longest:
         raise ValueError(f"max_seqlen is {max_seqlen}; expected 2 to {longest}, the model's maximum")
     tokenizer.enable_truncation(max_seqlen or longest)

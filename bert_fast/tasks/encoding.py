@@ -33,6 +33,12 @@ def encode_parts(
     In a pair that is too long, text.truncation says which text is cut, or slid over; with head_tail and windows the
     other one keeps at most half of the input.
     """
+    room = text.max_length - tokenizer.num_special_tokens_to_add(pairs is not None)
+    if room < 1:
+        raise ValueError(
+            f"text.max_length is {text.max_length}, which leaves no room beside the {text.max_length - room} special "
+            f"tokens of a {'text' if pairs is None else 'pair'}"
+        )
     if text.long in ("head", "tail"):
         strategy = text.truncation if pairs is not None else "longest_first"
         direction = "right" if text.long == "head" else "left"
@@ -42,12 +48,21 @@ def encode_parts(
             return [[found] for found in tokenizer.encode_batch(inputs)]
         finally:
             tokenizer.no_truncation()
-    room = text.max_length - tokenizer.num_special_tokens_to_add(pairs is not None)
-    firsts = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    firsts = _unprocessed(tokenizer, texts)
     if pairs is None:
         return [[tokenizer.post_process(part) for part in _cut(first, room, text)] for first in firsts]
-    seconds = tokenizer.encode_batch(list(pairs), add_special_tokens=False)
+    seconds = _unprocessed(tokenizer, pairs)
     return [_pair(tokenizer, first, second, room, text) for first, second in zip(firsts, seconds, strict=True)]
+
+
+def _unprocessed(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    """Without special tokens, and without what else `post_process` does: RoBERTa's takes spaces off the offsets."""
+    processor = tokenizer.post_processor
+    tokenizer.post_processor = None
+    try:
+        return tokenizer.encode_batch(list(texts))
+    finally:
+        tokenizer.post_processor = processor
 
 
 def _pair(tokenizer: Tokenizer, first: Encoding, second: Encoding, room: int, text: TextSettings) -> list[Encoding]:

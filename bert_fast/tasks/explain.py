@@ -108,6 +108,7 @@ def explain(
     encoding = parts[0]
     device = next(model.parameters()).device
     ids, types = (torch.tensor([x], device=device) for x in (encoding.ids, encoding.type_ids))
+    types = types.clamp(max=max(model.config.type_vocab_size - 1, 0))  # as in `run_model`
     with torch.no_grad():
         out = model(input_ids=ids, token_type_ids=types, output_attentions=True)
     target = labels.index(label) if label is not None else int(out.logits[0].argmax())

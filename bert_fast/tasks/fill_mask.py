@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from bert_fast.data.tokenizer import mask_token
+from bert_fast.models.config import longest_input
 from bert_fast.tasks.embedding import packed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-MASK = "[MASK]"
 
 
 class Candidate(NamedTuple):
@@ -29,7 +29,7 @@ def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, *, top_k: int =
     Args:
         model: a BertForMaskedLM in eval mode.
         tokenizer: as `bert_fast.data.load_tokenizer` gives it.
-        text: with at least one [MASK].
+        text: with at least one [MASK] (<mask> for RoBERTa's tokenizers).
         top_k: candidates a mask.
 
     Returns:
@@ -38,12 +38,12 @@ def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, *, top_k: int =
     Raises:
         ValueError: there is no [MASK] in the text, or the text is too long for the model.
     """
-    encoding = tokenizer.encode(text)
-    positions = [index for index, token in enumerate(encoding.tokens) if token == MASK]
+    encoding, mask = tokenizer.encode(text), mask_token(tokenizer)
+    positions = [index for index, token in enumerate(encoding.tokens) if token == mask]
     if not positions:
-        raise ValueError(f"no {MASK} in {text!r}; write {MASK} where a word is to be filled in")
+        raise ValueError(f"no {mask} in {text!r}; write {mask} where a word is to be filled in")
     config: Any = model.config
-    longest = config.max_position_embeddings
+    longest = longest_input(config)
     if len(encoding.ids) > longest:
         raise ValueError(f"the text has {len(encoding.ids)} tokens; the model takes at most {longest}")
     if not 1 <= top_k <= tokenizer.get_vocab_size():

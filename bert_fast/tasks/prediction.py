@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bert_fast.models.config import longest_input
 from bert_fast.tasks.embedding import batches_by_length
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
@@ -50,7 +51,7 @@ def text_settings(model: nn.Module) -> TextSettings:
     """How texts became tokens when `model` was fine-tuned."""
     config: Any = model.config
     found = getattr(config, "extra", {}).get(CONFIG_KEY) or getattr(config, CONFIG_KEY, {})
-    return TextSettings(**found.get("text", {"max_length": config.max_position_embeddings}))
+    return TextSettings(**found.get("text", {"max_length": longest_input(config)}))
 
 
 @torch.inference_mode()

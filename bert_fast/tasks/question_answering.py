@@ -15,9 +15,9 @@ from bert_fast.tasks.alignment import (
     Span,
     Window,
     character_range,
+    frame_of,
     is_cjk,
     piece_range,
-    special_ids,
     text_pieces,
     windows,
 )
@@ -171,7 +171,8 @@ class QuestionAnswering(Task):
         self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool
     ) -> list[Example]:
         """Windows [CLS] question [SEP] context [SEP], and the first answer's first and last place in each."""
-        cls, sep = special_ids(tokenizer)
+        frame = frame_of(tokenizer, 2)
+        room = text.max_length - frame.size
         options: QuestionAnsweringOptions = self.options
         contexts = texts(table, columns["context"])
         questions = text_pieces(tokenizer, texts(table, columns["question"]))
@@ -183,23 +184,20 @@ class QuestionAnswering(Task):
             if starts is not None and answers is not None and answers[row] and not starts[row] and training:
                 continue  # its answers are not in the context, and options.mismatched says to drop it
             parts = pieces[context]
-            asked = question.ids[: min(options.max_question, (text.max_length - 3) // 2)]
-            size = text.max_length - 3 - len(asked)
+            asked = question.ids[: min(options.max_question, room // 2)]
+            size = room - len(asked)
             answer = None
             if starts is not None and starts[row]:
                 first, start = starts[row][0]
                 answer = piece_range(parts.spans, start, start + len(first.text))
-            head = [cls, *asked, sep]
             for window in windows(len(parts), size, min(options.overlap, size // 2)):
-                ids = [*head, *parts.ids[window.start : window.end], sep]
-                types = [0] * len(head) + [1] * (len(ids) - len(head))
+                ids, types, (_, shift) = frame.around(asked, parts.ids[window.start : window.end])
                 target = None
                 if starts is not None:
                     target = (0, 0)
                     if answer is not None and window.start <= answer[0] and answer[1] <= window.end:
-                        shift = len(head) - window.start
-                        target = (answer[0] + shift, answer[1] - 1 + shift)
-                found.append(Example(row, ids, types, target, Place(parts.spans, window, len(head))))
+                        target = (answer[0] - window.start + shift, answer[1] - 1 - window.start + shift)
+                found.append(Example(row, ids, types, target, Place(parts.spans, window, shift)))
         return found
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -131,12 +131,16 @@ def run_model(model: nn.Module, batch: Batch, **arguments: Any) -> dict[str, Ten
     """
     from bert_fast.models import BertPreTrainedModel
 
+    # RoBERTa has one token type, and DistilBERT none, whatever the tokenizer says.
+    typed = getattr(model.config, "type_vocab_size", 0) > 1
     if any(isinstance(module, BertPreTrainedModel) for module in model.modules()):
         arguments = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, **arguments}
-        names = ("input_ids", "token_type_ids")  # the model knows which positions its architecture gives them
-        out = model(**{name: getattr(batch, name) for name in names}, **arguments)
+        types = {"token_type_ids": batch.token_type_ids} if typed else {}
+        out = model(input_ids=batch.input_ids, **types, **arguments)
         return {name: x for name, x in out.items() if isinstance(x, Tensor)}
     inputs = batch.padded(getattr(model.config, "pad_token_id", None) or 0)
+    if not typed:
+        del inputs["token_type_ids"]
     real = inputs["attention_mask"].bool()
     if arguments.pop("num_choices", None) is not None:
         inputs = {name: x.unsqueeze(1) for name, x in inputs.items()}

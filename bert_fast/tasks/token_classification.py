@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.tasks import iob
-from bert_fast.tasks.alignment import Span, first_pieces, special_ids, split_words, spread, windows, word_pieces
+from bert_fast.tasks.alignment import Span, first_pieces, frame_of, split_words, spread, windows, word_pieces
 from bert_fast.tasks.classification import class_loss, label_name, label_order, softmax, unseen_message
 from bert_fast.tasks.columns import Role
 from bert_fast.tasks.settings import TextSettings
@@ -202,8 +202,8 @@ class TokenClassification(Task):
         self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool
     ) -> list[Example]:
         """Windows of words. `extra` holds (word, place in the input) of the first pieces that a window answers for."""
-        cls, sep = special_ids(tokenizer)
-        size = text.max_length - 2
+        frame = frame_of(tokenizer, 1)
+        size = text.max_length - frame.size
         sentences = self.sentences(table, columns)
         pieces = word_pieces(tokenizer, [sentence.words for sentence in sentences])
         numbers = {label: number for number, label in enumerate(self.labels)}
@@ -220,13 +220,13 @@ class TokenClassification(Task):
                 if place is not None
             ]
             for start, end, core in windows(len(parts), size, min(self.options.overlap, size // 2), parts.words):
-                ids = [cls, *parts.ids[start:end], sep]
+                ids, types, (shift,) = frame.around(parts.ids[start:end])
                 target = None
                 if labels is not None:
-                    inside = [labels[i] if core[0] <= i < core[1] else IGNORED for i in range(start, end)]
-                    target = [IGNORED, *inside, IGNORED]
-                answers = [(word, place - start + 1) for word, place in firsts if core[0] <= place < core[1]]
-                found.append(Example(row, ids, [0] * len(ids), target, answers))
+                    target = [IGNORED] * len(ids)
+                    target[shift + core[0] - start : shift + core[1] - start] = labels[core[0] : core[1]]
+                answers = [(word, place - start + shift) for word, place in firsts if core[0] <= place < core[1]]
+                found.append(Example(row, ids, types, target, answers))
         return found
 
     def loss(self, logits: Tensor, examples: Sequence[Example], options: LossOptions) -> Tensor:

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast.data import load_tokenizer
+from bert_fast.data.tokenizer import TOKENIZER_FILES
 from bert_fast.models import BertConfig
+from bert_fast.models.config import longest_input
 from bert_fast.tasks.augmentation import Augmenter
 from bert_fast.tasks.metrics import LOWER_IS_BETTER
 from bert_fast.tasks.prediction import run_examples
@@ -32,7 +34,7 @@ from bert_fast.training.layers import Unfreezing, freeze, layered_groups
 from bert_fast.training.log import RunLog
 from bert_fast.training.loop import TrainingDivergedError, autocast
 from bert_fast.training.params import clipped_step
-from bert_fast.training.parts import TOKENIZER_FILES, resolve_device
+from bert_fast.training.parts import resolve_device
 from bert_fast.training.progress import Progress
 from bert_fast.training.schedule import lr_factor
 
@@ -59,6 +61,9 @@ def config_entry(config: FinetuneConfig, task: Task) -> dict[str, Any]:
     return {**task_entry(task), "text": asdict(config.text)}
 
 
+_HEAD_DROPOUTS = ("qa_dropout", "seq_classif_dropout", "summary_last_dropout")
+
+
 def build_model(config: FinetuneConfig, task: Task) -> nn.Module:
     """The model of the task's class from the checkpoint `config.model`; a head of other labels is made anew.
 
@@ -77,6 +82,11 @@ def build_model(config: FinetuneConfig, task: Task) -> nn.Module:
     if config.dropout is not None:
         changes |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), config.dropout)
     if config.classifier_dropout is not None:
+        if task.model_class == "BertForTokenClassification" and "classifier_dropout" in settings.architecture.fixed:
+            raise ValueError(f"classifier_dropout came, and {settings.model_type} has none for tokens; set dropout")
+        # DistilBERT and ELECTRA have settings of their own for some heads.
+        own = [name for name in _HEAD_DROPOUTS if name in settings.architecture.defaults]
+        changes["extra"] |= dict.fromkeys(own, config.classifier_dropout)
         changes["classifier_dropout"] = config.classifier_dropout
     settings = settings.replace(**changes)
     model: nn.Module = kind.from_pretrained(config.model, config=settings, ignore_mismatched_sizes=True)
@@ -174,9 +184,9 @@ class Finetuner:
         self.data: FinetuneData = open_data(self.task, config.data, config.seed, report)
         torch.manual_seed(config.seed)
         model = build_model(config, self.task) if model is None else adopt_model(model, config, self.task)
-        longest = getattr(model.config, "max_position_embeddings", config.text.max_length)
+        longest = longest_input(model.config)
         if config.text.max_length > longest:
-            raise ValueError(f"text.max_length is {config.text.max_length}; the model has {longest} positions")
+            raise ValueError(f"text.max_length is {config.text.max_length}; the model takes at most {longest} tokens")
         if changed := self.task.head_config():
             report(f"{changed}: transformers has no such head and would compute something else; predict with bert_fast")
         self.model = model.to(self.device).train()
@@ -398,7 +408,7 @@ class Finetuner:
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
         model: Any = self.model
         model.save_pretrained(folder)
-        for path in (Path(self.config.model) / name for name in (*TOKENIZER_FILES, "special_tokens_map.json")):
+        for path in (Path(self.config.model) / name for name in TOKENIZER_FILES):
             if path.is_file():
                 shutil.copy(path, folder / path.name)
         if not (folder / "tokenizer.json").is_file():

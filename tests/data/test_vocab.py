@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, BertTokenizerFast
 
-from bert_fast.data import PrepareConfig, load_tokenizer, prepare, save_tokenizer, train_vocab
+from bert_fast.data import PrepareConfig, prepare, save_tokenizer, train_vocab
 from bert_fast.data.shards import TokenStore
-from bert_fast.data.vocab import SPECIAL_TOKENS, is_lowercase, token_kinds
+from bert_fast.data.vocab import SPECIAL_TOKENS, is_lowercase, load_wordpiece, token_kinds
 
 SENTENCES = ["The cat sat on the mat.", "The dog's café: a naïve déjà-vu?", "Cats and dogs, dogs and cats!"] * 3
 TEXTS = [
@@ -44,7 +44,7 @@ def test_special_tokens_come_first_then_letters_then_words(folder):
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, BertTokenizerFast], ids=["auto", "fast"])
 def test_transformers_loads_the_folder_and_agrees(folder, loader):
-    theirs, ours = loader.from_pretrained(folder), load_tokenizer(folder)
+    theirs, ours = loader.from_pretrained(folder), load_wordpiece(folder)
     assert theirs.get_vocab() == ours.get_vocab()
     assert [theirs.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     special = (theirs.pad_token, theirs.unk_token, theirs.cls_token, theirs.sep_token, theirs.mask_token)
@@ -61,9 +61,9 @@ def test_transformers_loads_the_folder_and_agrees(folder, loader):
 @pytest.mark.parametrize("lowercase", [True, False], ids=["uncased", "cased"])
 def test_vocab_txt_alone_gives_the_same_tokenizer(tmp_path, lowercase):
     save_tokenizer(train_vocab(SENTENCES, vocab_size=120, lowercase=lowercase), tmp_path)
-    expected = load_tokenizer(tmp_path / "tokenizer.json")
+    expected = load_wordpiece(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").unlink()
-    for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(tmp_path / "vocab.txt")):
+    for tokenizer in (load_wordpiece(tmp_path), load_wordpiece(tmp_path / "vocab.txt")):
         assert is_lowercase(tokenizer) is lowercase
         assert [tokenizer.encode(text).ids for text in TEXTS] == [expected.encode(text).ids for text in TEXTS]
 
@@ -89,7 +89,7 @@ def test_rare_letters_beyond_a_thousand_are_unknown():
 
 
 def test_kinds_of_tokens(folder):
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_wordpiece(folder)
     kinds = token_kinds(tokenizer)
     assert kinds[:5].tolist() == [2] * 5
     assert kinds[tokenizer.token_to_id("##s")] == 1
@@ -102,7 +102,7 @@ def test_prepare_with_a_given_vocabulary(folder, text_file, tmp_path, name):
     output = tmp_path / "data"
     prepare(PrepareConfig(output=str(output), sources=[str(text_file)], vocab=str(folder / name), progress=False))
     assert (output / "vocab.txt").read_text() == (folder / "vocab.txt").read_text()
-    assert AutoTokenizer.from_pretrained(output)(TEXTS[1]).input_ids == load_tokenizer(folder).encode(TEXTS[1]).ids
+    assert AutoTokenizer.from_pretrained(output)(TEXTS[1]).input_ids == load_wordpiece(folder).encode(TEXTS[1]).ids
 
 
 def test_the_name_of_a_special_token_in_a_text_is_text(tmp_path):
@@ -129,16 +129,16 @@ def test_the_name_of_a_special_token_in_a_text_is_text(tmp_path):
 def test_a_vocabulary_that_is_not_berts_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_tokenizer(tmp_path / name)
+        load_wordpiece(tmp_path / name)
 
 
 def test_a_vocabulary_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"expected a tokenizer\.json, a vocab\.txt or a folder with one of them"):
-        load_tokenizer(tmp_path)
+        load_wordpiece(tmp_path)
 
 
 def test_a_broken_config_beside_vocab_txt_is_named(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, "a"]))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: not a JSON object"):
-        load_tokenizer(tmp_path / "vocab.txt")
+        load_wordpiece(tmp_path / "vocab.txt")

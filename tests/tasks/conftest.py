@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import bert_fast
-from bert_fast.data.vocab import SPECIAL_TOKENS, load_tokenizer
+from bert_fast.data import load_tokenizer
+from bert_fast.data.vocab import SPECIAL_TOKENS
 from bert_fast.models import from_hf
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from bert_fast.data.vocab import SPECIAL_TOKENS, load_tokenizer
+from bert_fast.data import load_tokenizer
+from bert_fast.data.vocab import SPECIAL_TOKENS
 from bert_fast.tasks.alignment import (
     Pieces,
     Window,
