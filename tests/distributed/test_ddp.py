@@ -23,10 +23,10 @@ IMPLS = [
 ]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_gradients_are_the_mean_over_the_ranks(impl: str) -> None:
+@pytest.mark.parametrize(("impl", "whose"), [*((impl, "own") for impl in IMPLS), ("auto", "fused")])
+def test_gradients_are_the_mean_over_the_ranks(impl: str, whose: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER, impl],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER, impl, whose],
         capture_output=True,
         text=True,
         check=False,
