@@ -55,6 +55,9 @@ OPTIONAL = (
     "seqeval",
     "matplotlib",
     "captum",
+    "sentencex",
+    "rjieba",
+    "ray",
 )
 
 

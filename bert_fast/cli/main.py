@@ -35,6 +35,9 @@ EXTRAS = {
     **dict.fromkeys(("sklearn", "scipy", "seqeval", "matplotlib"), "finetune"),
     "captum": "explain",
     "datasets": "datasets",
+    **dict.fromkeys(("sentencex", "fsspec"), "data"),
+    "rjieba": "chinese",
+    "ray": "ray",
     "triton": "triton",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from bert_fast.training.config import PretrainConfig, from_mapping
@@ -20,8 +21,11 @@ def run(args: Any) -> int:
     values.pop("config", None)
     config = from_mapping(PretrainConfig, values)
 
+    from bert_fast.data import local_folder
     from bert_fast.training.loop import pretrain
 
+    # A folder behind a URL is trained on from its checked copy on this machine.
+    config = replace(config, data=replace(config.data, folder=str(local_folder(config.data.folder))))
     result = pretrain(config, report=lambda text: print(text, file=sys.stderr))
     if result.interrupted is not None:
         print(f"stopped by signal {result.interrupted} after step {result.step} of {result.total_steps}; saved")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch
 from bert_fast.data.batch import PackedBatch
 from bert_fast.data.host import host
 from bert_fast.data.host_numpy import CONTINUATION, Array, Masking, epoch_key, shuffled
+from bert_fast.data.remote import local_folder
 from bert_fast.data.shards import TokenStore, verify_files
 from bert_fast.data.vocab import load_wordpiece, token_kinds
 
@@ -27,7 +27,7 @@ class PretrainingDataConfig:
     """Which data, and how examples are made of it.
 
     Attributes:
-        folder: a folder made by `bert-fast prepare`.
+        folder: a folder made by `bert-fast prepare`, or its URL.
         split: `train` or `heldout`.
         seq_len: the most tokens of an example, [CLS] and [SEP] among them.
         token_budget: the most tokens of a batch; at least `seq_len`.
@@ -40,6 +40,7 @@ class PretrainingDataConfig:
         random_token_prob: share of those that become a random token; the rest stays as it is.
         checksums: whether to verify the shards' checksums when they are opened, besides their sizes.
         host: `auto`, `cpp` or `numpy`: what makes the batches; all give the same.
+        cache: where the copy of a folder behind a URL is kept, see `bert_fast.data.local_folder`.
     """
 
     folder: str
@@ -55,6 +56,7 @@ class PretrainingDataConfig:
     random_token_prob: float = 0.1
     checksums: bool = True
     host: str = "auto"
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.seq_len < 5:
@@ -138,8 +140,9 @@ class PretrainingData:
         config.__post_init__()  # again: a dataclass can be changed after it was made
         self.config = config
         self._host = host(config.host)
-        verify_files(config.folder, _VOCABULARY_FILES, checksums=config.checksums)
-        self.store = TokenStore(config.folder, config.split, checksums=config.checksums)
+        folder = local_folder(config.folder, config.cache)
+        verify_files(folder, _VOCABULARY_FILES, checksums=config.checksums)
+        self.store = TokenStore(folder, config.split, checksums=config.checksums)
         self.documents, self.tokens = self.store.documents, self.store.tokens
         needed = 2 if config.next_sentence else 1
         if self.documents < needed:
@@ -147,7 +150,7 @@ class PretrainingData:
                 f"{config.folder}, {config.split}: {self.documents} documents; expected at least {needed}"
                 + (" (B of a sentence pair may come from another one)" if needed == 2 else "")
             )
-        tokenizer = load_wordpiece(Path(config.folder))
+        tokenizer = load_wordpiece(folder)
         vocab = tokenizer.get_vocab()
         kinds = token_kinds(tokenizer)
         self.vocab_size = int(kinds.size)

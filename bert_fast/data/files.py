@@ -1,165 +1,214 @@
-"""The user's own documents: .txt, .jsonl, .csv and .parquet files, and Hugging Face datasets."""
+"""The documents of a piece of a source, as they are read: one at a time, none is cleaned yet."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from bert_fast.data.sentences import Document, as_document
+from bert_fast.data.builtin import builtin_documents
+from bert_fast.data.cleaning import Raw, is_text
+from bert_fast.data.prepare_config import PrepareConfig
+from bert_fast.data.sources import Piece, open_dataset, open_file, open_parquet
 
-FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 _USUAL_COLUMNS = ("text", "content", "document", "body", "sentences")
+_LONGEST_LINE = 2**26  # bytes; a longer line is no text, and is passed over without being held
+_LONGEST_DOCUMENT = 2**24  # bytes; where a .txt goes on without a boundary, the document is cut after a line
 
 
-def find_files(source: str) -> list[Path]:
-    """The file `source`, or the files with a known ending under the folder `source`, sorted.
+def read_piece(piece: Piece, config: PrepareConfig) -> Iterator[Raw]:
+    """The documents of a piece, in order.
 
-    Raises:
-        ValueError: there is nothing at that path, the folder has no such file, or the ending is not known.
-    """
-    path = Path(source)
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in FORMATS)
-        if not found:
-            raise ValueError(f"the folder {source} has no file that ends in {', '.join(FORMATS)}")
-        return found
-    if not path.is_file():
-        raise ValueError(f"source {source!r} is no file or folder; expected a path, 'builtin' or 'datasets:NAME'")
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{source} ends in {path.suffix or 'nothing'!r}; expected one of {', '.join(FORMATS)}")
-    return [path]
-
-
-def read_file(path: Path, text_column: str | None = None, one_document_per_line: bool = False) -> Iterator[Document]:
-    """Documents of one file, by its ending.
-
-    .txt has a sentence a line and blank lines between documents, or a document a line. The others have a document a
-    row, in the column `text_column` (guessed if None): a text, which is split into sentences, or a list of sentences.
+    A row that can't be read is a `Raw` with its problem. A byte range has the documents that begin in it: for a .txt
+    with blank lines, after the first blank line that begins in it.
 
     Raises:
-        ValueError: the file is broken; its name and the line or row are in the message.
+        ValueError: the file as a whole can't be read, or no row of it has the column that was asked for; it is named.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".txt":
-        return _read_txt(path, one_document_per_line)
-    if suffix == ".jsonl":
-        rows = _read_jsonl(path)
-    elif suffix == ".csv":
-        rows = _read_csv(path)
+    if piece.kind == "builtin":
+        return (Raw("builtin", document) for document in builtin_documents(config.packages))
+    if piece.kind == ".txt":
+        return _read_txt(piece, config.boundary)
+    if piece.kind == ".jsonl":
+        rows = _read_jsonl(piece)
+    elif piece.kind == ".csv":
+        rows = _read_csv(piece)
+    elif piece.kind == ".parquet":
+        return _read_parquet(piece, config.text_column)
     else:
-        rows = _read_parquet(path)
-    return _documents(rows, text_column)
+        shards = open_dataset(piece.name)
+        shard = shards.shard(num_shards=shards.num_shards, index=piece.start)
+        rows = ((f"{piece.name}, shard {piece.start}, row {i}", row) for i, row in enumerate(shard))
+    return _column(rows, piece.name, config.text_column)
 
 
-def read_dataset(name: str, text_column: str | None = None) -> Iterator[Document]:
-    """Documents of the train split of a Hugging Face dataset, `NAME` or `NAME:CONFIGURATION`.
+def _lines(piece: Piece, *, beyond: bool = False) -> Iterator[tuple[int, str, bytes | None]]:
+    """The lines that begin in the piece, or `beyond` it too: byte in the file, where for a person, and the bytes.
 
-    Raises:
-        ValueError: the package `datasets` is not installed, or the dataset has no such column.
+    The bytes are None for a line longer than `_LONGEST_LINE`.
     """
+    with open_file(piece.name) as file:
+        if piece.start:
+            file.seek(piece.start - 1)
+            _skip_line(file)
+        position, number = file.tell() if piece.start else 0, 0
+        while beyond or piece.end < 0 or position < piece.end:
+            line = file.readline(_LONGEST_LINE)
+            if not line:
+                return
+            number += 1
+            where = f"{piece.name}, line at byte {position}" if piece.start else f"{piece.name}, line {number}"
+            begin = position
+            position += len(line)
+            if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+                position += _skip_line(file)
+                yield begin, where, None
+            else:
+                yield begin, where, line.removeprefix(b"\xef\xbb\xbf") if begin == 0 else line
+
+
+def _skip_line(file: IO[bytes]) -> int:
+    """Read to the end of the line; its bytes."""
+    skipped = 0
+    while part := file.readline(2**20):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _read_txt(piece: Piece, boundary: str) -> Iterator[Raw]:
+    if boundary == "line":
+        for _, where, line in _lines(piece):
+            if line is None or line.strip():
+                yield _decoded(where, [line])
+        return
+    begin, size = "", 0
+    lines: list[bytes | None] = []
+    started = piece.start == 0
+    for position, where, line in _lines(piece, beyond=True):
+        blank = line is not None and not line.strip()
+        if blank and boundary == "blank_line":
+            if started and lines:
+                yield _decoded(begin, lines)
+            begin, lines, size, started = "", [], 0, True
+            if 0 <= piece.end <= position:
+                return
+        elif not started and 0 <= piece.end <= position:
+            return
+        elif started:
+            if lines and size + len(line or b"") > _LONGEST_DOCUMENT:
+                yield _decoded(begin, lines)
+                lines, size = [], 0
+            begin = begin if lines else where
+            lines.append(line)
+            size += len(line or b"")
+    if lines:
+        yield _decoded(begin, lines)
+
+
+def _decoded(where: str, lines: list[bytes | None]) -> Raw:
+    if None in lines:
+        return Raw(where, None, "malformed", f"a line of more than {_LONGEST_LINE >> 20} MiB")
+    text = b"".join(line for line in lines if line is not None)
     try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"source 'datasets:{name}' needs the package datasets: pip install 'bert_fast[datasets]'"
-        ) from error
-    name, _, configuration = name.partition(":")
-    rows = datasets.load_dataset(name, configuration or None, split="train")
-    return _documents(((f"datasets:{name}, row {i}", row) for i, row in enumerate(rows)), text_column)
+        return Raw(where, text.decode())
+    except UnicodeDecodeError as error:
+        return Raw(where, None, "undecodable", f"not UTF-8 ({error.reason} at byte {error.start} of the document)")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from error
-
-
-def _read_txt(path: Path, one_document_per_line: bool) -> Iterator[Document]:
-    document: Document = []
-    for _, line in _lines(path):
-        if one_document_per_line:
-            if line.strip():
-                yield as_document(line) or []
-        elif line.strip():
-            document.append(line)
-        elif document:
-            yield document
-            document = []
-    if document:
-        yield document
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in _lines(path):
-        if not line.strip():
+def _read_jsonl(piece: Piece) -> Iterator[tuple[str, Mapping[str, Any] | Raw]]:
+    for _, where, line in _lines(piece):
+        if line is not None and not line.strip():
             continue
-        where = f"{path}, line {number}"
+        raw = _decoded(where, [line])
+        if raw.problem:
+            yield where, raw
+            continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON {type(row).__name__}; expected an object with a column of text")
-        yield where, row
+            row = json.loads(str(raw.value))
+        except (json.JSONDecodeError, RecursionError) as error:
+            detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            yield where, raw._replace(problem="malformed", detail=f"not JSON ({detail})")
+            continue
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            found = f"a JSON {type(row).__name__}; expected an object with a column of text"
+            yield where, raw._replace(problem="malformed", detail=found)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    text = (line + "\n" for _, line in _lines(path))
-    limit = csv.field_size_limit(2**31 - 1)  # a field is a whole document
+def _read_csv(piece: Piece) -> Iterator[tuple[str, Mapping[str, Any] | Raw]]:
+    # Bytes that are not UTF-8 become half surrogates, which cleaning finds in the field that has them.
+    text = (_decoded_anyhow(where, line) for _, where, line in _lines(piece))
+    limit = csv.field_size_limit(_LONGEST_LINE)  # a field is a whole document
+    reader = csv.reader(text, strict=True)
     try:
-        reader = csv.reader(text, strict=True)
         header = next(reader, [])
         for row in reader:
-            where = f"{path}, line {reader.line_num}"
+            where = f"{piece.name}, line {reader.line_num}"
             if row and len(row) != len(header):
-                raise ValueError(f"{where}: {len(row)} fields; expected {len(header)} as in the header")
-            if row:
+                detail = f"{len(row)} fields; expected {len(header)} as in the header"
+                yield where, Raw(where, None, "malformed", detail)
+            elif row:
                 yield where, dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+        raise ValueError(f"{piece.name}, line {reader.line_num}: not CSV ({error})") from error
     finally:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield f"{path}, row {number}", row
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from error
+def _decoded_anyhow(where: str, line: bytes | None) -> str:
+    if line is None:
+        raise ValueError(f"{where}: more than {_LONGEST_LINE >> 20} MiB without a line break; no CSV with documents")
+    return line.decode(errors="surrogateescape")
 
 
-def _documents(rows: Iterable[tuple[str, Mapping[str, Any]]], text_column: str | None) -> Iterator[Document]:
-    column = text_column
+def _read_parquet(piece: Piece, text_column: str | None) -> Iterator[Raw]:
+    with open_parquet(piece.name) as file:
+        schema = file.schema_arrow
+        column = text_column or _guess_column(piece.name, [f.name for f in schema if _holds_text(f.type)], schema.names)
+        if column not in schema.names:
+            raise ValueError(f"{piece.name}: no column {column!r}; it has {', '.join(map(repr, schema.names))}")
+        groups = list(range(piece.start, piece.end))
+        number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[column], use_threads=False):
+            for value in batch.column(0).to_pylist():
+                yield Raw(f"{piece.name}, row {number}", value)
+                number += 1
+
+
+def _holds_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    while types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind))
+
+
+def _column(rows: Iterable[tuple[str, Mapping[str, Any] | Raw]], name: str, text_column: str | None) -> Iterator[Raw]:
+    """The text of each row; where `text_column` is None, in the column that the first row with a text suggests."""
+    column, first, found = text_column, "", False
     for where, row in rows:
-        if column is None:
-            column = _guess_column(where, row)
-        if column not in row:
-            raise ValueError(f"{where}: no column {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
-        document = as_document(row[column])
-        if document is None:
-            found = type(row[column]).__name__
-            raise ValueError(f"{where}: column {column!r} holds {found}; expected a text or a list of sentences")
-        yield document
+        if isinstance(row, Raw):
+            yield row
+            continue
+        first = first or f"{where} has {', '.join(map(repr, row)) or 'none'}"
+        if column is None and (texts := [key for key, value in row.items() if value and is_text(value)]):
+            column = _guess_column(where, texts, list(row))
+        found = found or column in row
+        if column is not None and column not in row:
+            yield Raw(where, None, "missing", f"no column {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
+        else:
+            yield Raw(where, row[column] if column is not None else None)
+    if first and text_column is not None and not found:
+        raise ValueError(f"{name}: no row has the column {text_column!r}; {first}")
 
 
-def _guess_column(where: str, row: Mapping[str, Any]) -> str:
-    texts = [name for name, value in row.items() if as_document(value) is not None]
+def _guess_column(where: str, texts: list[str], names: list[str]) -> str:
     usual = [name for name in _USUAL_COLUMNS if name in texts]
     if usual or len(texts) == 1:
         return (usual or texts)[0]
-    columns = ", ".join(map(repr, row)) or "none"
+    columns = ", ".join(map(repr, names)) or "none"
     raise ValueError(f"{where}: which column has the text? It has {columns}; name one with text_column")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 CONTINUATION, SPECIAL = 1, 2
+CONTINUES = 2**30  # in a token of a shard: it continues the word of the token before it
 IGNORE = -100
 # The last word of every counter says what the bits are for, so that no two uses share any.
 KEY, PLAN, SHUFFLE, WORDS, REPLACE = range(5)

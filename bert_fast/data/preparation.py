@@ -1,81 +1,76 @@
-"""Corpus to prepared folder: vocabulary, tokens, shards."""
+"""Corpus to prepared folder, as a stream: cleaned text, vocabulary, tokens, shards; a part at a time.
+
+The memory that is needed does not grow with the corpus, but for a byte a document; to drop duplicates takes half a
+gigabyte more at most. Finished parts stay in a work folder until all is done, about as large as the text.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import importlib.metadata
+import importlib
+import json
+import shutil
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bert_fast.data.corpus import DEFAULT_PACKAGES, Corpus
-from bert_fast.data.sentences import Document
-from bert_fast.data.shards import ShardWriter, atomic_folder, check_free, write_manifest
+from bert_fast.data.builtin import DEFAULT_PACKAGES
+from bert_fast.data.cleaning import REASONS
+from bert_fast.data.engine import Job, run_jobs
+from bert_fast.data.host_numpy import Array
+from bert_fast.data.parts import (
+    CleanJob,
+    EncodeJob,
+    finished_folder,
+    job_key,
+    link_or_copy,
+    read_counts,
+    read_text,
+    remove_unfinished,
+)
+from bert_fast.data.prepare_config import PrepareConfig
+from bert_fast.data.remote import check_remote_free, upload
+from bert_fast.data.selection import heldout_threshold, select
+from bert_fast.data.shards import SPLITS, atomic_folder, check_free, write_manifest
+from bert_fast.data.sources import plan_parts, versions
 from bert_fast.data.vocab import is_lowercase, load_wordpiece, save_tokenizer, train_vocab
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_DOCUMENTS_AT_ONCE = 512
-_NOT_ABOUT_DATA = ("output", "overwrite", "progress")
-
-
-@dataclass
-class PrepareConfig:
-    """What `bert-fast prepare` reads and writes.
-
-    Attributes:
-        output: the folder to make.
-        sources: `builtin` (English prose that Python installations have: the language reference and docstrings),
-            paths of .txt, .jsonl, .csv or .parquet files, folders of them, or `datasets:NAME`.
-        packages: the packages whose docstrings `builtin` reads besides the standard library's; if null, torch, numpy,
-            sympy, networkx and mpmath where installed.
-        text_column: the column with the text in .jsonl, .csv, .parquet and datasets; guessed if null.
-        one_document_per_line: read .txt as a document a line, instead of a sentence a line and blank lines between
-            documents.
-        max_documents: stop after so many documents.
-        vocab: a vocab.txt, a tokenizer.json or a folder with one, to use instead of training a vocabulary.
-        vocab_size: tokens of the vocabulary to train.
-        lowercase: whether the vocabulary to train is lower-case, as bert-base-uncased.
-        heldout_fraction: share of the documents that are kept out of training, for evaluation.
-        shard_tokens: tokens of a shard, after which the next one is begun.
-        overwrite: replace an earlier prepared folder at `output`.
-        progress: whether to show a progress bar and print the report.
-    """
-
-    output: str
-    sources: list[str] = field(default_factory=lambda: ["builtin"])
-    packages: list[str] | None = None
-    text_column: str | None = None
-    one_document_per_line: bool = False
-    max_documents: int | None = None
-    vocab: str | None = None
-    vocab_size: int = 8192
-    lowercase: bool = True
-    heldout_fraction: float = 0.02
-    shard_tokens: int = 2**24
-    overwrite: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.heldout_fraction < 1.0:
-            raise ValueError(f"heldout_fraction is {self.heldout_fraction}; expected 0 or more and less than 1")
-        if self.shard_tokens < 1:
-            raise ValueError(f"shard_tokens is {self.shard_tokens}; expected 1 or more")
+REPORT = "report.json"
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What was prepared: `splits` counts documents, sentences and tokens of train and heldout."""
+    """What was prepared.
+
+    Attributes:
+        output: the folder.
+        read, kept: documents that were read, and those that are in the shards.
+        dropped: how many documents were left out, by reason, see `bert_fast.data.cleaning.REASONS`.
+        first_dropped: of each reason the first one: where it is, and what is wrong.
+        splits: documents, sentences and tokens of train and heldout.
+        vocab_size: tokens of the vocabulary.
+        unknown: tokens that are [UNK].
+        seconds: how long it took.
+    """
 
     output: str
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    first_dropped: dict[str, str]
     splits: dict[str, dict[str, int]]
     vocab_size: int
+    unknown: int
     seconds: float
 
     def __str__(self) -> str:
@@ -83,137 +78,213 @@ class PrepareReport:
         for split, counts in self.splits.items():
             numbers = ", ".join(f"{count:,} {name}" for name, count in counts.items())
             lines.append(f"  {split:8}{numbers}")
+        tokens = sum(counts["tokens"] for counts in self.splits.values())
+        lines.append(f"  {self.unknown / max(tokens, 1):.3%} of the tokens are [UNK]")
+        lines.append(f"  read {self.read:,} documents, kept {self.kept:,}")
+        for reason, count in self.dropped.items():
+            first = f" (first: {self.first_dropped[reason]})" if reason in self.first_dropped else ""
+            lines.append(f"  dropped {count:,}: {REASONS[reason]}{first}")
         return "\n".join(lines)
 
 
 def prepare(config: PrepareConfig) -> PrepareReport:
     """Read a corpus, train or take a vocabulary, and write tokenised shards; see `bert_fast.data.shards`.
 
-    The folder appears complete or not at all. The same corpus and settings give the same files.
+    The folder appears complete or not at all. The same corpus and settings give the same files, whatever the number of
+    workers, and whether or not the preparation was stopped in between: the same call goes on where it was.
 
     Returns:
-        Counts, which are printed too where `config.progress` is set.
+        Counts, which are printed too where `config.progress` is set; report.json in the folder has them as well.
 
     Raises:
         ValueError: a source, the vocabulary or the output folder can't be used; it is named, with file and line.
+        ImportError: a package that a setting needs is not installed.
     """
     begin = time.perf_counter()
-    output = Path(config.output)
-    check_free(output, config.overwrite)
+    config.__post_init__()  # again: a dataclass can be changed after it was made
+    remote = "://" in config.output
+    output = Path(config.work or "") / "output" if remote else Path(config.output)
+    if remote:
+        check_remote_free(config.output, config.overwrite)
+    else:
+        check_free(output, config.overwrite)
     tokenizer = load_wordpiece(config.vocab) if config.vocab else None
-    corpus = Corpus(
-        config.sources,
-        packages=config.packages,
-        text_column=config.text_column,
-        one_document_per_line=config.one_document_per_line,
-        max_documents=config.max_documents,
-    )
-    digests = np.array([_digest(document) for document in _bar(corpus, "reading", config)], dtype=np.uint64)
-    threshold = _heldout_threshold(digests, config.heldout_fraction)
-    if tokenizer is None:
-        sentences = _Sentences(corpus, config)
-        tokenizer = train_vocab(sentences, vocab_size=config.vocab_size, lowercase=config.lowercase)
-    with atomic_folder(output, overwrite=config.overwrite) as folder:
-        splits = _write_splits(folder, corpus, tokenizer, digests <= threshold, config)
-        save_tokenizer(tokenizer, folder)
-        vocab_size = tokenizer.get_vocab_size()
-        settings = {
-            name: value for name, value in asdict(config).items() if name not in ("output", "overwrite", "progress")
-        }
-        settings["lowercase"] = is_lowercase(tokenizer)
-        contents = {"splits": splits, "vocab_size": vocab_size, "settings": settings, "versions": _versions(config)}
-        write_manifest(folder, contents)
-    report = PrepareReport(config.output, splits, vocab_size, time.perf_counter() - begin)
+    if config.words == "rjieba":
+        importlib.import_module("rjieba")  # its absence is told now, not after the corpus was read
+    parts = plan_parts(config)
+    work = Path(config.work) if config.work else output.with_name(f".{output.name}.work")
+    with _working(work):
+        cleaned = _clean([CleanJob(pieces, config, str(work)) for pieces in parts], config)
+        keep, duplicates = select(cleaned, config.max_documents, drop_duplicates=config.drop_duplicates)
+        threshold = heldout_threshold(cleaned, keep, config.heldout_fraction)
+        vocabulary = _vocabulary(work, cleaned, keep, tokenizer, config)
+        encoded = [
+            EncodeJob(
+                folder, np.packbits(mask).tobytes(), mask.size, threshold, vocabulary, config.words, config.shard_tokens
+            )
+            for folder, mask in zip(cleaned, keep, strict=True)
+        ]
+        _run(encoded, "tokens", config)
+        if remote:
+            shutil.rmtree(output, ignore_errors=True)
+        with atomic_folder(output, overwrite=config.overwrite) as folder:
+            found = _assemble(folder, cleaned, [job.folder for job in encoded], vocabulary, duplicates, config)
+        if remote:
+            upload(output, config.output)
+    shutil.rmtree(work)
+    report = PrepareReport(**{**found, "seconds": time.perf_counter() - begin, "output": config.output})
     if config.progress:
         print(report)
     return report
 
 
-class _Sentences:
-    """All sentences of a corpus, as often as asked."""
+@contextmanager
+def _working(work: Path) -> Iterator[None]:
+    """The work folder, locked: two preparations must not meet in it."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another bert-fast prepare is at work in {work}; wait for it, or end it") from error
+        remove_unfinished(work)
+        yield
 
-    def __init__(self, corpus: Corpus, config: PrepareConfig) -> None:
-        self.corpus = corpus
-        self.config = config
 
-    def __iter__(self) -> Iterator[str]:
-        for document in _bar(self.corpus, "vocabulary", self.config):
-            yield from document
-
-
-def _bar(
-    documents: Iterable[Document], what: str, config: PrepareConfig, total: int | None = None
-) -> Iterable[Document]:
+def _run(jobs: Sequence[Job], what: str, config: PrepareConfig, enough: int | None = None) -> int:
+    """Run jobs with a progress bar, and stop after so many documents of the first ones; how many jobs to go on with."""
     from tqdm import tqdm
 
-    return tqdm(documents, desc=what, unit=" documents", total=total, disable=not config.progress, mininterval=0.5)
+    done = [False] * len(jobs)
+    first = documents = 0  # all jobs before `first` are done, and have so many documents
+    running = run_jobs(jobs, workers=config.workers, engine=config.engine)
+    with tqdm(total=len(jobs), desc=what, unit=" parts", disable=not config.progress, mininterval=0.5) as bar:
+        for number in running:
+            bar.update()
+            done[number] = True
+            while first < len(jobs) and done[first]:
+                if enough is not None:
+                    documents += np.load(jobs[first].folder / "digests.npy", mmap_mode="r").size  # type: ignore[attr-defined]
+                first += 1
+                if enough is not None and documents >= enough:
+                    running.close()
+                    return first
+    return first
 
 
-def _digest(document: Document) -> int:
-    return int.from_bytes(hashlib.blake2b("\n".join(document).encode(), digest_size=8).digest(), "little")
+def _clean(jobs: list[CleanJob], config: PrepareConfig) -> list[Path]:
+    """The finished folders of the cleaned parts."""
+    used = _run(jobs, "text", config, config.max_documents)
+    return [job.folder for job in jobs[:used]]
 
 
-def _heldout_threshold(digests: np.ndarray, fraction: float) -> np.uint64:
-    """The largest digest of a held-out document: by digest, so that copies of a document fall on the same side."""
-    if digests.size == 0:
-        raise ValueError("the corpus has no documents; are the files empty?")
-    if fraction == 0.0:
-        return np.uint64(0)
-    if np.unique(digests).size < 4:
-        raise ValueError(
-            f"the corpus has {np.unique(digests).size} different documents; expected at least 4, 2 for training and 2 "
-            "held out (or set heldout_fraction to 0); if a line is a document, set one_document_per_line"
-        )
-    unique = np.unique(digests)
-    count = min(max(2, round(fraction * unique.size)), unique.size - 2)
-    return np.uint64(unique[count - 1])
+def _vocabulary(
+    work: Path, cleaned: list[Path], keep: list[Array], tokenizer: Tokenizer | None, config: PrepareConfig
+) -> Path:
+    """The tokenizer.json: of the tokenizer that was given, or trained and kept in the work folder."""
+    if tokenizer is not None:
+        key = job_key("given", tokenizer.to_str())
+    else:
+        documents = [
+            [folder.name, hashlib.sha256(mask.tobytes()).hexdigest()]
+            for folder, mask in zip(cleaned, keep, strict=True)
+        ]
+        settings = [config.vocab_size, config.vocab_characters, config.lowercase, versions(["bert_fast", "tokenizers"])]
+        key = job_key("trained", documents, settings)
+    folder = work / f"vocabulary-{key}"
+    if not folder.is_dir():
+        if tokenizer is None:
+            sample = _Sample(cleaned, keep, config)
+            tokenizer = train_vocab(sample, vocab_size=config.vocab_size, lowercase=config.lowercase)
+        with finished_folder(folder) as temporary:
+            save_tokenizer(tokenizer, temporary)
+    return folder / "tokenizer.json"
 
 
-def _write_splits(
-    folder: Path, corpus: Corpus, tokenizer: Tokenizer, heldout: np.ndarray, config: PrepareConfig
-) -> dict[str, dict[str, int]]:
-    tokenizer = tokenizer.from_str(tokenizer.to_str())
-    tokenizer.encode_special_tokens = True  # "[SEP]" in a text is six letters and brackets, no separator
-    documents = iter(_bar(corpus, "tokenising", config, total=heldout.size))
-    number = 0
-    with (
-        ShardWriter(folder / "train", config.shard_tokens) as train,
-        ShardWriter(folder / "heldout", config.shard_tokens) as held,
-    ):
-        while several := list(islice(documents, _DOCUMENTS_AT_ONCE)):
-            if number + len(several) > heldout.size:
-                raise ValueError("the corpus has grown while it was read; prepare it again")
-            for tokens, sentence_ends in _encode(tokenizer, several):
-                if tokens.size:
-                    (held if heldout[number] else train).add(tokens, sentence_ends)
-                number += 1
-    if number != heldout.size:
-        raise ValueError("the corpus has shrunk while it was read; prepare it again")
-    return {
-        split: {"documents": writer.documents, "sentences": writer.sentences, "tokens": writer.tokens}
-        for split, writer in (("train", train), ("heldout", held))
+class _Sample:
+    """The sentences that the vocabulary is trained on, as often as asked."""
+
+    def __init__(self, cleaned: list[Path], keep: list[Array], config: PrepareConfig) -> None:
+        self.parts = list(zip(cleaned, keep, strict=True))
+        self.config = config
+        characters = sum(read_counts(folder)["characters"] for folder in cleaned)
+        self.share = min(1.0, config.vocab_characters / max(characters, 1))
+
+    def __iter__(self) -> Iterator[str]:
+        from tqdm import tqdm
+
+        for folder, mask in tqdm(self.parts, desc="vocabulary", unit=" parts", disable=not self.config.progress):
+            for documents in read_text(folder, mask & self._chosen(folder)):
+                for _, document in documents:
+                    yield from document
+
+    def _chosen(self, folder: Path) -> Array:
+        digests = np.load(folder / "digests.npy")
+        if self.share == 1.0:
+            return np.ones(digests.size, dtype=bool)
+        # Other bits than those that choose the held-out documents: the digest times an odd number.
+        mixed = digests * np.uint64(0x9E3779B97F4A7C15)
+        return np.asarray(mixed < np.uint64(round(self.share * 2**64)))
+
+
+def _assemble(
+    folder: Path,
+    cleaned: list[Path],
+    encoded: list[Path],
+    vocabulary: Path,
+    duplicates: int,
+    config: PrepareConfig,
+) -> dict[str, Any]:
+    """Put the prepared folder together from finished parts; what `PrepareReport` says."""
+    tokenizer = load_wordpiece(vocabulary)
+    save_tokenizer(tokenizer, folder)
+    files: dict[str, Any] = {}
+    splits: dict[str, Counter[str]] = {split: Counter(documents=0, sentences=0, tokens=0) for split in SPLITS}
+    dropped = Counter(duplicate=duplicates)
+    first_dropped: dict[str, str] = {}
+    shards, read, unknown = Counter(dict.fromkeys(SPLITS, 0)), 0, 0
+    for split in SPLITS:
+        (folder / split).mkdir()
+    for text, tokens in zip(cleaned, encoded, strict=True):
+        before, after = read_counts(text), read_counts(tokens)
+        read += before["read"]
+        unknown += after["unknown"]
+        dropped.update(before["dropped"])
+        dropped.update(after["dropped"])
+        first_dropped = {**before["first_dropped"], **first_dropped}
+        for split, counts in after["splits"].items():
+            splits[split].update(counts)
+        for name, entry in after["files"].items():
+            split = name.partition("/")[0]
+            target = f"{split}/{shards[split]:05d}.arrow"
+            shards[split] += 1
+            link_or_copy(tokens / name, folder / target)
+            files[target] = entry
+    vocab_size = tokenizer.get_vocab_size()
+    report = {
+        "read": read,
+        "kept": sum(counts["documents"] for counts in splits.values()),
+        "dropped": {name: dropped[name] for name in REASONS if dropped[name]},
+        "first_dropped": {name: first_dropped[name] for name in REASONS if name in first_dropped},
+        "splits": {split: dict(counts) for split, counts in splits.items()},
+        "vocab_size": vocab_size,
+        "unknown": unknown,
     }
+    (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings = {**config.about_data(), "lowercase": is_lowercase(tokenizer)}
+    contents = {
+        "splits": report["splits"],
+        "vocab_size": vocab_size,
+        "settings": settings,
+        "versions": _versions(config),
+    }
+    write_manifest(folder, contents, files)
+    return report
 
 
-def _encode(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    sentences = [sentence for document in documents for sentence in document]
-    encoded = iter(tokenizer.encode_batch(sentences, add_special_tokens=False))
-    for document in documents:
-        # White space and control characters may leave nothing of a sentence.
-        ids = [ids for ids in (encoding.ids for encoding in islice(encoded, len(document))) if ids]
-        ends = np.cumsum([len(sentence) for sentence in ids], dtype=np.int32)
-        yield np.array([token for sentence in ids for token in sentence], dtype=np.int32), ends
-
-
-def _versions(config: PrepareConfig) -> dict[str, Any]:
-    """Versions that the built-in corpus and the tokens depend on."""
-    names = ["bert_fast", "tokenizers"]
+def _versions(config: PrepareConfig) -> dict[str, str]:
+    """Versions that the built-in corpus, the sentences and the tokens depend on."""
+    names = ["bert_fast", "tokenizers", "sentencex", *(["rjieba"] if config.words == "rjieba" else [])]
     if "builtin" in config.sources:
         names += DEFAULT_PACKAGES if config.packages is None else config.packages
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return versions(names)

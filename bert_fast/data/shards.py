@@ -26,7 +26,7 @@ import numpy as np
 
 from bert_fast.data.host_numpy import Array
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
 _ROWS_PER_BATCH = 4096
@@ -77,6 +77,10 @@ class ShardWriter:
         if full:
             self._close()
 
+    def counts(self) -> dict[str, int]:
+        """What the manifest says of a split."""
+        return {"documents": self.documents, "sentences": self.sentences, "tokens": self.tokens}
+
     def _flush(self) -> None:
         import pyarrow as pa
 
@@ -126,7 +130,7 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _fsync(path)
+            fsync(path)
         if folder.exists():
             replaced = temporary.with_suffix(".old")
             folder.rename(replaced)
@@ -134,7 +138,7 @@ def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(replaced)
         else:
             temporary.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -149,12 +153,18 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} is a prepared data folder already; use it, or pass overwrite=true to replace it")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: its size and its SHA-256."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def sha256(path: Path) -> str:
@@ -166,13 +176,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, contents: dict[str, Any]) -> None:
-    """Write `manifest.json`: `contents`, the schema version, and size and checksum of every file in the folder."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def write_manifest(folder: Path, contents: dict[str, Any], known: dict[str, Any]) -> None:
+    """Write `manifest.json`: `contents`, the schema version, and size and checksum of every file in the folder.
+
+    `known` has the sizes and checksums of some files already, by their names in the folder.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = {name: known.get(name) or file_entry(folder / name) for name in names}
     manifest = {"schema_version": SCHEMA_VERSION, **contents, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 

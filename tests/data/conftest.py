@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def make_documents(count: int = 80, seed: int = 0) -> list[list[str]]:
 
 
 @pytest.fixture(scope="session")
+def documents() -> Callable[..., list[list[str]]]:
+    """`make_documents`, for tests that want others than those of `text_file`."""
+    return make_documents
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     path.write_text("\n\n".join("\n".join(document) for document in make_documents()) + "\n", encoding="utf-8")
@@ -44,6 +51,8 @@ def prepared(text_file: Path) -> Path:
             sources=[str(text_file)],
             vocab_size=400,
             heldout_fraction=0.1,
+            min_characters=1,
+            part_bytes=2**14,
             shard_tokens=2000,
             progress=False,
         )

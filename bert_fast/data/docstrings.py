@@ -1,12 +1,14 @@
-"""Raw text to sentences, and docstrings to prose."""
+"""Docstrings to prose.
+
+The sentences are split by rules of our own: a docstring is full of dots that end nothing, and the built-in corpus must
+be the same whatever is installed. Other text is split by a library, see `bert_fast.data.cleaning`.
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Iterator
-
-Document = list[str]  # its sentences
 
 # A full stop after one of these ends no sentence.
 _ABBREVIATIONS = [
@@ -40,7 +42,7 @@ _ABBREVIATIONS = [
 _BOUNDARY = re.compile(r"""[.!?]["')\]]*(\s+)(?=["'(\[]*[A-Z0-9])""")
 
 
-def split_sentences(text: str) -> list[str]:
+def split_prose(text: str) -> list[str]:
     """Split running text after `.`, `!` or `?` where a capital, a digit or a quote follows; white space is normalised.
 
     A rule of thumb for English: abbreviations and single initials do not end a sentence.
@@ -55,15 +57,6 @@ def split_sentences(text: str) -> list[str]:
         begin = match.end(1)
     sentences.append(text[begin:])
     return [sentence for sentence in sentences if sentence]
-
-
-def as_document(value: object) -> Document | None:
-    """A row's text as a document: a string is split into sentences, a list of strings is one already; else None."""
-    if isinstance(value, str):
-        return [sentence for line in value.splitlines() for sentence in split_sentences(line)]
-    if isinstance(value, (list, tuple)) and all(isinstance(sentence, str) for sentence in value):
-        return list(value)
-    return None
 
 
 _RULE = re.compile(r"[\s=\-~*^+#`'\"_|:.]+")
@@ -92,7 +85,7 @@ def docstring_sentences(text: str) -> list[str]:
     for paragraph in _paragraphs(inspect.cleandoc(text)):
         for pattern, replacement in _INLINE:
             paragraph = pattern.sub(replacement, paragraph)
-        sentences += [sentence for sentence in split_sentences(paragraph) if is_prose(sentence)]
+        sentences += [sentence for sentence in split_prose(paragraph) if is_prose(sentence)]
     return sentences
 
 

@@ -1,8 +1,7 @@
-"""Sources of documents. A document is a list of sentences, a source can be read any number of times.
+"""The built-in corpus: English prose that every Python installation already has.
 
-The built-in corpus is English prose that every Python installation already has: the language reference of
-`pydoc_data.topics`, and the docstrings of the standard library and of installed packages, read with `ast` from the
-source files and never imported.
+It is the language reference of `pydoc_data.topics`, and the docstrings of the standard library and of installed
+packages, read with `ast` from the source files and never imported.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import gc
 import hashlib
 import importlib.util
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from bert_fast.data import files
-from bert_fast.data.sentences import Document, docstring_sentences
+from bert_fast.data.cleaning import Document
+from bert_fast.data.docstrings import docstring_sentences
 
 # Packages that torch brings along or that bert_fast needs, with long docstrings in full sentences.
 DEFAULT_PACKAGES = ("torch", "numpy", "sympy", "networkx", "mpmath")
@@ -133,70 +132,3 @@ def _class_members(node: ast.ClassDef) -> Iterator[ast.AST]:
             yield child
         elif isinstance(child, ast.ClassDef):
             yield from _class_members(child)
-
-
-class Corpus:
-    """Documents of one or several sources, in their order; iterating again reads them again.
-
-    Args:
-        sources: `builtin`, `datasets:NAME`, or paths of files and folders, see `bert_fast.data.files`.
-        packages: for `builtin`, see `builtin_documents`.
-        text_column: the column with the text in .jsonl, .csv, .parquet and datasets; guessed if None.
-        one_document_per_line: how .txt is read; otherwise a sentence a line, blank lines between documents.
-        max_documents: stop after so many.
-
-    Raises:
-        ValueError: a source doesn't exist, or has a format that isn't known.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[str] = ("builtin",),
-        *,
-        packages: Sequence[str] | None = None,
-        text_column: str | None = None,
-        one_document_per_line: bool = False,
-        max_documents: int | None = None,
-    ) -> None:
-        if not sources or isinstance(sources, str):
-            raise ValueError(f"sources is {sources!r}; expected a list such as ['builtin'] or ['notes.txt', 'more/']")
-        if max_documents is not None and max_documents < 1:
-            raise ValueError(f"max_documents is {max_documents}; expected 1 or more, or None for all")
-        self.sources: list[str | Path] = []
-        for source in sources:
-            named = source == "builtin" or source.startswith("datasets:")
-            self.sources += [source] if named else files.find_files(source)
-        self.packages = packages
-        self.text_column = text_column
-        self.one_document_per_line = one_document_per_line
-        self.max_documents = max_documents
-        self._builtin: list[Document] | None = None
-
-    def __iter__(self) -> Iterator[Document]:
-        for count, document in enumerate(self._documents()):
-            if count == self.max_documents:
-                return
-            yield document
-
-    def _documents(self) -> Iterator[Document]:
-        for source in self.sources:
-            for document in self._read(source):
-                if sentences := [text for sentence in document if (text := " ".join(sentence.split()))]:
-                    yield sentences
-
-    def _read(self, source: str | Path) -> Iterable[Document]:
-        if source == "builtin":
-            return self._read_builtin()
-        if isinstance(source, str):
-            return files.read_dataset(source.removeprefix("datasets:"), self.text_column)
-        return files.read_file(source, self.text_column, self.one_document_per_line)
-
-    def _read_builtin(self) -> Iterator[Document]:
-        if self._builtin is not None:
-            yield from self._builtin
-            return
-        documents = []  # kept: parsing takes seconds, and a corpus is read several times
-        for document in builtin_documents(self.packages):
-            documents.append(document)
-            yield document
-        self._builtin = documents

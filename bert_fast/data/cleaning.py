@@ -1,0 +1,118 @@
+"""From a row's text to a document, a list of sentences, or to the reason why it is none."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable
+from typing import NamedTuple
+
+Document = list[str]  # its sentences
+
+# Why a document is dropped, in the order of the checks; `duplicate` and `no_tokens` are found later.
+REASONS = {
+    "undecodable": "not UTF-8",
+    "malformed": "a row that can't be read",
+    "missing": "no text in the row",
+    "control_characters": "mostly control characters",
+    "near_empty": "fewer characters than min_characters",
+    "duplicate": "equal to an earlier document",
+    "no_tokens": "nothing of it is in the vocabulary's alphabet of visible characters",
+}
+UNREADABLE = ("undecodable", "malformed", "missing")
+# C0 and C1 but for tab, line breaks and separators that count as white space; the replacement character; private use.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufffd\ue000-\uf8ff]")
+_MOST_CONTROL = 0.1
+_PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
+
+
+class Raw(NamedTuple):
+    """One document as it was read.
+
+    Attributes:
+        where: file and line, or row.
+        value: a text, a list of sentences, or a list of sentences that are lists of words; None where it can't be read.
+        problem: a key of `REASONS`, or "".
+        detail: what is wrong, for a person.
+    """
+
+    where: str
+    value: object
+    problem: str = ""
+    detail: str = ""
+
+
+def split_sentences(text: str, language: str = "en") -> list[str]:
+    """The sentences of running text, by sentencex, without white space around them.
+
+    Raises:
+        ImportError: sentencex is not installed.
+    """
+    import sentencex
+
+    return [stripped for sentence in sentencex.segment(language, text) if (stripped := sentence.strip())]
+
+
+def splitter(mode: str, language: str) -> Callable[[str], list[str]]:
+    """What cuts a text into sentences; `mode` is `lines`, `split` or `split_wrapped`, see `PrepareConfig`."""
+    if mode == "lines":
+        return str.splitlines
+    if mode == "split":
+        return lambda text: [part for line in text.splitlines() for part in split_sentences(line, language)]
+    return lambda text: [
+        part
+        for paragraph in _PARAGRAPH.split(text)
+        if not paragraph.isspace()
+        for part in split_sentences(" ".join(paragraph.split()), language)
+    ]
+
+
+def is_text(value: object) -> bool:
+    """Whether a row's value can be a document: a string, a list of strings, or a list of lists of strings."""
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(part, str) or (isinstance(part, list) and all_strings(part)) for part in value)
+
+
+def all_strings(values: list[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def clean(raw: Raw, split: Callable[[str], list[str]], min_characters: int) -> tuple[Document, Raw]:
+    """The sentences of a document, white space normalised; or none, and the raw document with its problem."""
+    if raw.problem:
+        return [], raw
+    value = raw.value
+    if not is_text(value):
+        kind = "nothing (null)" if value is None else type(value).__name__
+        return [], raw._replace(problem="missing", detail=f"{kind} where a text or a list of sentences was expected")
+    try:
+        found = split(value) if isinstance(value, str) else [_joined(part) for part in value]  # type: ignore[attr-defined]
+        sentences = [text for sentence in found if (text := " ".join(sentence.split()))]
+        whole = "".join(sentences)
+        whole.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        return [], raw._replace(problem="undecodable", detail=f"not Unicode ({error.reason})")
+    if (count := len(_CONTROL.findall(whole))) > _MOST_CONTROL * len(whole):
+        return [], raw._replace(
+            problem="control_characters", detail=f"{count} of {len(whole)} characters are control characters"
+        )
+    if (visible := len(whole) - whole.count(" ")) < max(1, min_characters):
+        return [], raw._replace(problem="near_empty", detail=f"{visible} characters")
+    return sentences, raw
+
+
+def _joined(sentence: str | list[str]) -> str:
+    return sentence if isinstance(sentence, str) else " ".join("".join(word.split()) for word in sentence)
+
+
+def digest(document: Document) -> int:
+    """64 bits that equal documents share, whatever their case, white space and Unicode form."""
+    text = " ".join(document)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    text = " ".join(text.casefold().split())
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

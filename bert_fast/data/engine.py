@@ -1,0 +1,86 @@
+"""Runs jobs: in this process, over processes of this machine, or over a Ray cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+Job = Callable[[], None]  # picklable; it leaves its result on the disk
+
+
+def run_jobs(jobs: Sequence[Job], *, workers: int, engine: str) -> Generator[int, None, None]:
+    """Run every job; yields the number of each when it is done, in any order. Closing the generator drops the rest.
+
+    Args:
+        jobs: what to run.
+        workers: processes, 0 for one a core; with 1, jobs run in this process one after the other.
+        engine: `processes` or `ray`.
+
+    Raises:
+        ValueError: a worker died, or Ray is asked for and not installed; and whatever a job raises.
+    """
+    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    if engine == "ray":
+        yield from _over_ray(jobs, workers)
+    elif workers <= 1:
+        for number, job in enumerate(jobs):
+            job()
+            yield number
+    else:
+        yield from _over_processes(jobs, workers)
+
+
+def _over_processes(jobs: Sequence[Job], workers: int) -> Iterator[int]:
+    # Threads of pyarrow and tokenizers don't survive a fork: workers are forked from a process that has only imported.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bert_fast.data.parts"])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        numbers = {pool.submit(job): number for number, job in enumerate(jobs)}
+        try:
+            for done in as_completed(numbers):
+                done.result()
+                yield numbers[done]
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker process died, perhaps for want of memory; finished parts are kept: run the same command "
+                "again, with fewer workers or smaller part_bytes"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _over_ray(jobs: Sequence[Job], workers: int) -> Iterator[int]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("engine 'ray' needs the package ray: pip install 'bert_fast[ray]'") from error
+    rows = ray.data.from_items(
+        [{"number": number, "job": job} for number, job in enumerate(jobs)], override_num_blocks=len(jobs)
+    )
+    for row in rows.map(_run_row).iter_rows():
+        yield int(row["number"])
+
+
+def _run_row(row: dict[str, Any]) -> dict[str, int]:
+    row["job"]()
+    return {"number": row["number"]}

@@ -1,0 +1,234 @@
+"""The two jobs of `bert-fast prepare`, each on one part: text to cleaned documents, documents to shards.
+
+A job writes a folder that appears whole or not at all, named by the hash of all that it depends on. So a preparation
+that was stopped goes on with the folders that are there, and a changed source or setting never meets old ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bert_fast.data.cleaning import REASONS, UNREADABLE, Document, clean, digest, splitter
+from bert_fast.data.files import read_piece
+from bert_fast.data.host_numpy import Array
+from bert_fast.data.prepare_config import PrepareConfig
+from bert_fast.data.shards import SPLITS, ShardWriter, file_entry, fsync, sha256
+from bert_fast.data.sources import Piece, versions
+from bert_fast.data.tokens import Encoder
+
+_LAYOUT = 1  # of the folders of finished parts; another layout never meets old ones
+_COUNTS = "counts.json"
+_CHARACTERS_AT_ONCE = 2**20
+
+
+def job_key(*parts: Any) -> str:
+    """The name of the folder of a job that depends on `parts`, which JSON can hold."""
+    text = json.dumps([_LAYOUT, *parts], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def finished_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            fsync(path)
+        if not folder.exists():
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_counts(folder: Path) -> dict[str, Any]:
+    """What a finished job counted."""
+    counts: dict[str, Any] = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
+    return counts
+
+
+def _write_counts(folder: Path, counts: dict[str, Any]) -> None:
+    (folder / _COUNTS).write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class CleanJob:
+    """Read and clean the pieces of a part into `folder`: text.arrow, digests.npy (uint64 a document), counts.json."""
+
+    pieces: tuple[Piece, ...]
+    config: PrepareConfig
+    work: str
+
+    @property
+    def folder(self) -> Path:
+        names = ("text_column", "boundary", "sentences", "language", "min_characters", "errors", "max_documents")
+        settings = {name: getattr(self.config, name) for name in names}
+        pieces = [asdict(piece) for piece in self.pieces]
+        return Path(self.work) / f"clean-{job_key(pieces, settings, versions(['bert_fast', 'sentencex']))}"
+
+    def __call__(self) -> None:
+        if self.folder.is_dir():
+            return
+        counts: dict[str, Any] = {"read": 0, "dropped": {}, "first_dropped": {}, "characters": 0, "sentences": 0}
+        digests: list[int] = []
+        with finished_folder(self.folder) as folder:
+            with TextWriter(folder / "text.arrow") as writer:
+                for document in self._documents(counts):
+                    digests.append(digest(document))
+                    writer.add(document)
+                    counts["characters"] += sum(map(len, document))
+                    counts["sentences"] += len(document)
+                    if len(digests) == self.config.max_documents:
+                        break
+            np.save(folder / "digests.npy", np.array(digests, dtype=np.uint64))
+            _write_counts(folder, counts)
+
+    def _documents(self, counts: dict[str, Any]) -> Iterator[Document]:
+        dropped: Counter[str] = Counter()
+        for piece in self.pieces:
+            mode = self.config.sentences
+            if mode == "auto":
+                mode = "lines" if piece.kind == ".txt" and self.config.boundary == "blank_line" else "split"
+            split = splitter(mode, self.config.language)
+            for raw in read_piece(piece, self.config):
+                counts["read"] += 1
+                document, raw = clean(raw, split, self.config.min_characters)
+                if document:
+                    yield document
+                    continue
+                if self.config.errors == "raise" and raw.problem in UNREADABLE:
+                    raise ValueError(f"{raw.where}: {raw.detail}; errors='drop' leaves such documents out")
+                dropped[raw.problem] += 1
+                counts["first_dropped"].setdefault(raw.problem, f"{raw.where}: {raw.detail}")
+                counts["dropped"] = {name: dropped[name] for name in REASONS if name in dropped}
+
+
+class TextWriter:
+    """Writes documents to a compressed Arrow file of one column; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self._schema = pa.schema([("sentences", pa.list_(pa.string()))])
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
+        self._file = pa.ipc.new_stream(path, self._schema, options=options)
+        self._waiting: list[Document] = []
+        self._characters = 0
+
+    def add(self, document: Document) -> None:
+        self._waiting.append(document)
+        self._characters += sum(map(len, document))
+        if self._characters >= _CHARACTERS_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._waiting:
+            self._file.write_batch(pa.record_batch([self._waiting], schema=self._schema))
+        self._waiting, self._characters = [], 0
+
+    def __enter__(self) -> TextWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self._file.close()
+
+
+def read_text(folder: Path, keep: Array) -> Iterator[list[tuple[int, Document]]]:
+    """The documents of a finished `CleanJob` whose number is true in `keep`, bool (documents,): some at a time."""
+    import pyarrow as pa
+
+    number = 0
+    with pa.ipc.open_stream(pa.OSFile(str(folder / "text.arrow"))) as reader:
+        for batch in reader:
+            rows = range(number, number + batch.num_rows)
+            number += batch.num_rows
+            if chosen := [row for row in rows if keep[row]]:
+                documents = batch.column(0).take([row - rows[0] for row in chosen]).to_pylist()
+                yield list(zip(chosen, documents, strict=True))
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """Turn the documents of a finished `CleanJob` into the shards of a part in `folder`.
+
+    Attributes:
+        source: the folder of the `CleanJob`.
+        keep: which documents, `numpy.packbits` of bool (documents,).
+        documents: how many the source has.
+        threshold: documents with a digest up to this are held out; -1 for none.
+        tokenizer: the tokenizer.json.
+        words: as in `PrepareConfig`.
+        shard_tokens: as in `PrepareConfig`.
+    """
+
+    source: Path
+    keep: bytes
+    documents: int
+    threshold: int
+    tokenizer: Path
+    words: str
+    shard_tokens: int
+
+    @property
+    def folder(self) -> Path:
+        what = [self.source.name, self.keep.hex(), self.threshold, self.words, self.shard_tokens]
+        made_by = versions(["bert_fast", "tokenizers", "rjieba"])
+        return self.source.parent / f"tokens-{job_key(what, sha256(self.tokenizer), made_by)}"
+
+    def __call__(self) -> None:
+        if self.folder.is_dir():
+            return
+        keep = np.unpackbits(np.frombuffer(self.keep, dtype=np.uint8), count=self.documents).astype(bool)
+        digests = np.load(self.source / "digests.npy")
+        heldout = digests <= np.uint64(max(self.threshold, 0)) if self.threshold >= 0 else np.zeros(digests.size, bool)
+        encoder = Encoder(self.tokenizer, self.words)
+        no_tokens = 0
+        with finished_folder(self.folder) as folder:
+            with (
+                ShardWriter(folder / "train", self.shard_tokens) as train,
+                ShardWriter(folder / "heldout", self.shard_tokens) as held,
+            ):
+                for documents in read_text(self.source, keep):
+                    encoded = encoder.encode([document for _, document in documents])
+                    for (number, _), (tokens, sentence_ends) in zip(documents, encoded, strict=True):
+                        if tokens.size:
+                            (held if heldout[number] else train).add(tokens, sentence_ends)
+                        else:
+                            no_tokens += 1
+            shards = sorted(folder.rglob("*.arrow"))
+            files = {path.relative_to(folder).as_posix(): file_entry(path) for path in shards}
+            splits = {name: writer.counts() for name, writer in zip(SPLITS, (train, held), strict=True)}
+            dropped = {"no_tokens": no_tokens} if no_tokens else {}
+            counts = {"splits": splits, "dropped": dropped, "unknown": encoder.unknown, "files": files}
+            _write_counts(folder, counts)
+
+
+def remove_unfinished(work: Path) -> None:
+    """Remove what jobs left that were killed."""
+    for path in work.glob("*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

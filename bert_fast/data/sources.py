@@ -1,0 +1,267 @@
+"""Where the text lies: files, folders, patterns, URLs and data sets, cut into parts to work on one at a time.
+
+The parts depend on the sources and on `part_bytes` alone, so that a corpus gives the same shards whatever the number of
+workers.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import glob
+import gzip
+import importlib.metadata
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from bert_fast.data.builtin import DEFAULT_PACKAGES
+from bert_fast.data.prepare_config import PrepareConfig
+
+FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file or a range of one: what a part is made of.
+
+    Attributes:
+        kind: `builtin`, `datasets`, or the ending of the file without its compression.
+        name: the path or URL, or the name of the data set.
+        start, end: the range: bytes of .txt and .jsonl, row groups of .parquet, shards of a data set; end is -1 where
+            the piece is the whole.
+        state: what changes when the source does: size and time of a file, versions of packages.
+    """
+
+    kind: str
+    name: str
+    start: int = 0
+    end: int = -1
+    state: str = ""
+
+
+def endings(name: str) -> tuple[str, str]:
+    """The format and the compression of a file name, "" where it has none: (".txt", ".gz") of "notes.txt.gz"."""
+    path = Path(name.lower())
+    if path.suffix in COMPRESSIONS:
+        return Path(path.stem).suffix, path.suffix
+    return path.suffix, ""
+
+
+def is_known(name: str) -> bool:
+    """Whether a file of this name can be read."""
+    form, compression = endings(name)
+    return form in FORMATS and not (form == ".parquet" and compression)
+
+
+def find_files(source: str) -> list[str]:
+    """The files that `source` names, sorted: a file, the known ones under a folder, or those that match a pattern.
+
+    Raises:
+        ValueError: there is nothing of that name, the folder has no file that can be read, or the ending is not known.
+    """
+    known = f"{', '.join(FORMATS)}, or one of these and {', '.join(COMPRESSIONS)}"
+    if "://" in source:
+        found, several = _find_remote(source)
+    elif (path := Path(source)).is_dir():
+        found, several = [str(file) for file in path.rglob("*") if file.is_file()], True
+    elif path.is_file():
+        found, several = [source], False
+    elif glob.has_magic(source):
+        found, several = [name for name in glob.glob(source, recursive=True) if Path(name).is_file()], False
+    else:
+        raise ValueError(
+            f"source {source!r} is no file or folder; expected a path, a pattern, a URL, 'builtin' or 'datasets:NAME'"
+        )
+    if not found:
+        raise ValueError(f"the source {source} has no file")
+    usable = sorted(name for name in found if is_known(name))
+    if several and not usable:
+        raise ValueError(f"the folder {source} has no file that ends in {known}")
+    if not several and (wrong := sorted(set(found) - set(usable))):
+        ending = "".join(endings(wrong[0])) or "nothing"
+        raise ValueError(f"{wrong[0]} ends in {ending!r}; expected one of {known}")
+    return usable
+
+
+def _find_remote(source: str) -> tuple[list[str], bool]:
+    files, path = filesystem(source)
+    if files.isdir(path):
+        return [files.unstrip_protocol(name) for name in files.find(path)], True
+    return [files.unstrip_protocol(name) for name in files.glob(path) if not files.isdir(name)], False
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it.
+
+    Raises:
+        ValueError: fsspec, or the package that knows this kind of URL, is not installed.
+    """
+    try:
+        import fsspec
+
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{url} can't be opened: {error} (pip install 'bert_fast[data]', and s3fs, gcsfs, ...)"
+        ) from error
+    return found
+
+
+@contextlib.contextmanager
+def open_file(name: str) -> Iterator[IO[bytes]]:
+    """The bytes of a local file or a URL, decompressed by its ending.
+
+    Raises:
+        ValueError: in the block, where the compressed bytes are broken or end too early; the file is named.
+    """
+    with contextlib.ExitStack() as stack:
+        if "://" in name:
+            files, path = filesystem(name)
+            raw = stack.enter_context(files.open(path, "rb"))
+        else:
+            raw = stack.enter_context(open(name, "rb"))
+        try:
+            yield stack.enter_context(_decompressed(raw, endings(name)[1]))
+        except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+            raise ValueError(f"{name}: can't be read to its end ({error})") from error
+
+
+def _decompressed(raw: IO[bytes], compression: str) -> Any:
+    if compression == ".gz":
+        return gzip.open(raw)
+    if compression == ".bz2":
+        return bz2.open(raw)
+    if compression == ".xz":
+        return lzma.open(raw)
+    if compression == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), 2**16)
+    return raw
+
+
+def plan_parts(config: PrepareConfig) -> list[tuple[Piece, ...]]:
+    """The parts of all sources in their order: small files together, large ones cut where their format allows it.
+
+    Raises:
+        ValueError: a source doesn't exist, or has a format that isn't known.
+    """
+    parts: list[tuple[Piece, ...]] = []
+    waiting: list[Piece] = []
+    size = 0
+
+    def close() -> None:
+        nonlocal waiting, size
+        if waiting:
+            parts.append(tuple(waiting))
+        waiting, size = [], 0
+
+    for source in config.sources:
+        if source == "builtin" or source.startswith("datasets:"):
+            close()
+            parts += [(piece,) for piece in (_builtin(config) if source == "builtin" else _dataset(source))]
+            continue
+        for name in find_files(source):
+            for piece, piece_bytes in _pieces(name, config):
+                if size and size + piece_bytes > config.part_bytes:
+                    close()
+                waiting.append(piece)
+                size += piece_bytes
+    close()
+    return parts
+
+
+def _builtin(config: PrepareConfig) -> list[Piece]:
+    names = DEFAULT_PACKAGES if config.packages is None else config.packages
+    return [Piece("builtin", "builtin", state=f"{versions(names)} {config.packages}")]
+
+
+def versions(names: tuple[str, ...] | list[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def open_dataset(source: str) -> Any:
+    """The train split of `datasets:NAME` or `datasets:NAME:CONFIGURATION`, as a stream.
+
+    Raises:
+        ValueError: the package `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"source {source!r} needs the package datasets: pip install 'bert_fast[datasets]'") from error
+    name, _, configuration = source.removeprefix("datasets:").partition(":")
+    return datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+
+
+def _dataset(source: str) -> list[Piece]:
+    count = open_dataset(source).num_shards
+    return [Piece("datasets", source, shard, shard + 1, f"{count} shards") for shard in range(count)]
+
+
+def _pieces(name: str, config: PrepareConfig) -> Iterator[tuple[Piece, int]]:
+    """The pieces of one file and their bytes."""
+    form, compression = endings(name)
+    if "://" in name:
+        files, path = filesystem(name)
+        info = files.info(path)
+        size, state = int(info["size"]), str({key: info[key] for key in ("size", "ETag", "mtime") if key in info})
+    else:
+        stat = Path(name).stat()
+        size, state = stat.st_size, f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+    if form == ".parquet":
+        for start, end, group_bytes in _row_groups(name, config.part_bytes):
+            yield Piece(form, name, start, end, state), group_bytes
+        return
+    whole = compression or form == ".csv" or (form == ".txt" and config.boundary == "file")
+    step = size if whole else config.part_bytes
+    if size <= step:
+        yield Piece(form, name, state=state), size
+        return
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        yield Piece(form, name, start, end, state), end - start
+
+
+def _row_groups(name: str, part_bytes: int) -> Iterator[tuple[int, int, int]]:
+    with open_parquet(name) as file:
+        metadata = file.metadata
+        start = size = 0
+        for group in range(metadata.num_row_groups):
+            size += metadata.row_group(group).total_byte_size
+            if size >= part_bytes or group == metadata.num_row_groups - 1:
+                yield start, group + 1, size
+                start, size = group + 1, 0
+
+
+@contextlib.contextmanager
+def open_parquet(name: str) -> Iterator[Any]:
+    """The parquet file of a path or URL.
+
+    Raises:
+        ValueError: it is not a parquet file, or broken; the file is named.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    with contextlib.ExitStack() as stack:
+        try:
+            if "://" in name:
+                files, path = filesystem(name)
+                source = stack.enter_context(files.open(path, "rb"))
+            else:
+                source = name
+            yield stack.enter_context(pyarrow.parquet.ParquetFile(source, memory_map="://" not in name))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{name}: not a Parquet file that can be read ({error})") from error
