@@ -29,9 +29,10 @@ from bert_fast.data import PackedBatch, PrepareConfig, prepare
 from bert_fast.models import BertForPreTraining
 from bert_fast.tasks.fill_mask import fill_mask
 from bert_fast.training.config import OptimizerOptions, PretrainConfig, from_mapping
-from bert_fast.training.loop import PretrainResult, forward, pretrain
+from bert_fast.training.loop import PretrainResult, pretrain
 from bert_fast.training.params import make_optimizer
 from bert_fast.training.parts import RunData, build_model, open_data
+from bert_fast.training.passes import forward
 
 TEXTS = (
     "return a new array with the same [MASK] as the input.",

@@ -119,7 +119,7 @@ def _is_users(error: Exception) -> bool:
     if isinstance(error, (ValueError, TypeError, OSError, ImportError)):
         return True
     return any(
-        kind.__name__ in ("ImplUnavailableError", "TrainingDivergedError", "ArgumentError")
+        kind.__name__ in ("ImplUnavailableError", "TrainingDivergedError", "RankError", "ArgumentError")
         for kind in type(error).mro()
     )
 

@@ -1,4 +1,7 @@
-"""Train a BERT on prepared data. The same command, given again, goes on with a run that was stopped."""
+"""Train a BERT on prepared data. The same command, given again, goes on with a run that was stopped.
+
+With several processes: torchrun --nproc-per-node N -m bert_fast.cli pretrain ...; a stopped run goes on with any N.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,16 @@ def run(args: Any) -> int:
     # A folder behind a URL is trained on from its checked copy on this machine.
     config = replace(config, data=replace(config.data, folder=str(local_folder(config.data.folder))))
     result = pretrain(config, report=lambda text: print(text, file=sys.stderr))
+    if result.rank:
+        return 128 + result.interrupted if result.interrupted is not None else 0
     if result.interrupted is not None:
         print(f"stopped by signal {result.interrupted} after step {result.step} of {result.total_steps}; saved")
         print(f"checkpoint: {result.model_dir} (the same command goes on from it)")
         return 128 + result.interrupted
     for name, value in result.metrics.items():
         print(f"{'held-out ' + name:<22} {value:.4f}")
+    if result.skipped:
+        print(f"{'skipped updates':<22} {result.skipped:,}")
     print(f"{'tokens':<22} {result.tokens:,}")
     print(f"{'tokens per second':<22} {result.tokens_per_second:,.0f}")
     print(f"{'model':<22} {result.model_dir}")

@@ -52,6 +52,13 @@ class PackedBatch:
         }
         return replace(self, **moved)
 
+    def pin_memory(self) -> PackedBatch:
+        """The batch in page-locked memory, from which a copy to a GPU need not be waited for."""
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **pinned)
+
     @classmethod
     def joined(cls, batches: Sequence[PackedBatch]) -> PackedBatch:
         """One batch of the examples of several, in order."""

@@ -2,7 +2,8 @@
 
     <output_dir>/checkpoints/step-00000500/
         config.json, model.safetensors, tokenizer files   what transformers' from_pretrained reads
-        training_state.safetensors                        the optimizer's tensors and the generators' states
+        training_state.safetensors                        the optimizer's tensors, or, of sharded ones,
+        optimizer/*.safetensors                           a file a rank, by torch.distributed.checkpoint
         trainer_state.json                                position, running sums, settings
         manifest.json                                     size and SHA-256 of every other file
 
@@ -20,13 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from bert_fast.training.ranks import Ranks
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 TENSORS = "training_state.safetensors"
+SHARDS = "optimizer"
 _TEMPORARY = ".writing-"
 _FORMAT = 1
 
@@ -48,20 +55,45 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(target: Path, fill: Callable[[Path], None], ranks: Ranks | None = None) -> None:
     """Make the folder `target` from what `fill(folder)` writes: it appears under its name complete, or not at all.
 
-    An existing `target` is replaced. Leftovers of writes that were cut off are removed.
+    An existing `target` is replaced. Leftovers of writes that failed or were cut off are removed.
+
+    Args:
+        ranks: all of them call this, and `fill` runs on each, with the same folder: a file system that all see.
+
+    Raises:
+        RankError: it failed on another rank.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover)
+    main = ranks is None or ranks.main
     temporary = target.parent / f"{_TEMPORARY}{target.name}"
-    temporary.mkdir()
-    fill(temporary)
-    files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+
+    def begin() -> None:
+        if main:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(target.parent)
+            temporary.mkdir()
+
+    try:
+        for part in (begin, lambda: fill(temporary), lambda: _finish(temporary, target) if main else None):
+            part() if ranks is None else ranks.together(part)
+    except BaseException:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover)
+
+
+def _finish(temporary: Path, target: Path) -> None:
+    paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+    files = {path.relative_to(temporary).as_posix(): _describe(path) for path in paths}
     (temporary / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
-    for path in temporary.iterdir():
+    for path in temporary.rglob("*"):
         _flush(path)
     _flush(temporary)
     replaced = target.parent / f"{_TEMPORARY}replaced-{target.name}"
@@ -119,26 +151,39 @@ def newest_good(root: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; 0 keeps all."""
+def prune(root: Path, keep: int, spared: int | None = None) -> None:
+    """Remove all checkpoints but the newest `keep` (0 keeps all) and that of step `spared`."""
     for path in list_checkpoints(root)[: -keep or None] if keep else []:
-        shutil.rmtree(path)
+        if spared is None or path != checkpoint_path(root, spared):
+            shutil.rmtree(path)
 
 
 def save_training_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    ranks: Ranks | None = None,
 ) -> None:
-    """Write the optimizer's state, the generators' states and `state` (JSON) into `folder`."""
-    tensors = {f"rng/{name}": value for name, value in rng_states().items()}
+    """Write the optimizer's state and `state` (JSON) into `folder`.
+
+    Whole tensors are written by rank 0; sharded ones (DTensor) by the ranks that have them, which all call this.
+    """
+    tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
+                tensors[f"optimizer/{name}/{key}"] = value.detach()
             else:
                 scalars.setdefault(name, {})[key] = value
-    save_file(tensors, str(folder / TENSORS))
-    (folder / STATE).write_text(json.dumps({**state, "optimizer_scalars": scalars}, indent=1) + "\n")
+    if any(isinstance(value, DTensor) for value in tensors.values()):
+        (folder / SHARDS).mkdir(exist_ok=True)
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
+    elif ranks is None or ranks.main:
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, str(folder / TENSORS))
+    if ranks is None or ranks.main:
+        (folder / STATE).write_text(json.dumps({**state, "optimizer_scalars": scalars}, indent=1) + "\n")
 
 
 def load_trainer_state(folder: Path) -> dict[str, Any]:
@@ -148,48 +193,48 @@ def load_trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer and the generators the states that `save_training_state` wrote.
+    """Give the optimizer the state that `save_training_state` wrote, with any number of ranks, sharded or whole.
 
     Raises:
         ValueError: the checkpoint's tensors belong to parameters that `model` does not have.
     """
-    scalars = load_trainer_state(folder)["optimizer_scalars"]
-    states: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars.items()}
-    rng: dict[str, Tensor] = {}
-    with safe_open(str(folder / TENSORS), "pt") as file:
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            kind, _, rest = key.partition("/")
-            if kind == "rng":
-                rng[rest] = file.get_tensor(key)
-            else:
-                name, _, entry = rest.rpartition("/")
-                states.setdefault(name, {})[entry] = file.get_tensor(key)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    unknown = sorted(set(states) - set(names.values()))
+    parameters = dict(model.named_parameters())
+    states: dict[str, dict[str, Any]] = {
+        name: dict(values) for name, values in load_trainer_state(folder)["optimizer_scalars"].items()
+    }
+    for key, value in _stored_tensors(folder, parameters).items():
+        name, _, entry = key.removeprefix("optimizer/").rpartition("/")
+        states.setdefault(name, {})[entry] = value
+    unknown = sorted(set(states) - set(parameters))
     if unknown:
-        raise ValueError(
-            f"{folder / TENSORS} has optimizer states of {', '.join(unknown)}, which the model does not have"
-        )
+        raise ValueError(f"{folder} has optimizer states of {', '.join(unknown)}, which the model does not have")
+    names = {parameter: name for name, parameter in parameters.items()}
     described = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     described["state"] = {i: states[names[p]] for i, p in enumerate(order) if names[p] in states}
     optimizer.load_state_dict(described)
-    set_rng_states(rng)
 
 
-def rng_states() -> dict[str, Tensor]:
-    """The states of torch's generators: "cpu" and, where CUDA is in use, "cuda"."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+def _stored_tensors(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's tensors of a checkpoint, each whole or in shards as its parameter is."""
+    if not (folder / SHARDS).is_dir():
+        return {key: _as_parameter(key, value, parameters) for key, value in load_file(folder / TENSORS).items()}
+    reader = dcp.HuggingFaceStorageReader(str(folder / SHARDS))
+    found: dict[str, Tensor] = {}
+    for key, described in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(described, TensorStorageMetadata)
+        empty = torch.empty(described.size, dtype=described.properties.dtype)
+        found[key] = _as_parameter(key, empty, parameters)
+    dcp.load(found, storage_reader=reader, no_dist=not dist.is_initialized())
+    return found
 
 
-def set_rng_states(states: dict[str, Tensor]) -> None:
-    """Set torch's generators to `states`, as `rng_states` gave them."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+def _as_parameter(key: str, value: Tensor, parameters: dict[str, nn.Parameter]) -> Tensor:
+    """`value`, in shards where its parameter is and has its shape."""
+    parameter = parameters.get(key.removeprefix("optimizer/").rpartition("/")[0])
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -154,19 +154,31 @@ class PretrainConfig:
         optimizer: how it is trained.
         steps: optimizer steps; give this or epochs.
         epochs: passes over the training split; give this or steps.
-        accumulation: micro-batches a step; every masked token and every sequence pair of a step weighs the same,
-            whichever micro-batch it is in.
+        accumulation: micro-batches of data.token_budget tokens that make a step, on all ranks together: the step is the
+            same whatever their number, and with N ranks each computes accumulation / N of them. Every masked token and
+            every sequence pair of a step weighs the same, whichever micro-batch and rank it is in.
         precision: fp32, or bf16 autocast with fp32 weights.
-        device: auto takes CUDA where there is one.
+        device: auto takes CUDA where there is one; under torchrun each rank its own.
+        parallel: what several ranks share: ddp has the whole model on each, fsdp its parameters, gradients and
+            optimizer states in shards (adamw only).
+        gradient_communication: the dtype in which ranks exchange gradients.
+        timeout: seconds after which a rank that does not answer ends the run.
         seed: of the weights, the dropout and the examples.
         log_interval: steps between two lines of the log.
         eval_interval: steps between two evaluations on the held-out split; 0 evaluates only at the end.
         eval_batches: at most so many batches an evaluation; 0 takes the whole held-out split.
         checkpoint_interval: steps between two checkpoints; 0 writes only the last.
         keep_last: checkpoints that are kept; 0 keeps all.
+        keep_best: keep the checkpoint with the lowest held-out loss too; an evaluation that beats all before it writes
+            one. Not where checkpoint_interval is 0.
+        on_divergence: what follows where the loss or the gradient norm is not finite, or the loss explodes: stop ends
+            the run, skip leaves that update out. Either way the batch and the weights are kept in output_dir/diverged.
+        explosion: a loss above this many times its running mean explodes; 0 for no such limit.
+        max_skips: updates left out in a row after which skip ends the run too.
         resume: auto goes on from the newest good checkpoint in output_dir, never refuses to, and a path names one.
         tensorboard: write TensorBoard events beside the JSONL log.
         progress: show a progress bar.
+        prefetch: steps whose batches a thread makes ahead; 0 makes each when it is needed.
     """
 
     output_dir: str
@@ -178,15 +190,23 @@ class PretrainConfig:
     accumulation: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    gradient_communication: Literal["fp32", "bf16"] = "fp32"
+    timeout: float = 600.0
     seed: int = 0
     log_interval: int = 10
     eval_interval: int = 500
     eval_batches: int = 0
     checkpoint_interval: int = 500
     keep_last: int = 2
+    keep_best: bool = True
+    on_divergence: Literal["stop", "skip"] = "stop"
+    explosion: float = 0.0
+    max_skips: int = 10
     resume: str = "auto"
     tensorboard: bool = True
     progress: bool = True
+    prefetch: int = 2
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -197,9 +217,19 @@ class PretrainConfig:
         for name, least in {
             "steps": 1, "epochs": 1, "accumulation": 1, "log_interval": 1, "seed": 0,
             "eval_interval": 0, "eval_batches": 0, "checkpoint_interval": 0, "keep_last": 0,
+            "max_skips": 1, "prefetch": 0,
         }.items():  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= least, f"{name} is {value}; expected at least {least}")
+        _check(
+            self.explosion == 0 or self.explosion > 1,
+            f"explosion is {self.explosion}; expected more than 1 times the running mean, or 0 for no limit",
+        )
+        _check(self.timeout > 0, f"timeout is {self.timeout}; expected seconds, more than 0")
+        _check(
+            self.parallel == "ddp" or self.optimizer.name == "adamw",
+            "parallel is fsdp and optimizer.name is lamb, whose trust ratios need whole tensors; choose adamw, or ddp",
+        )
         if self.steps is not None:
             self.warmup(self.steps)
 

@@ -30,11 +30,12 @@ from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, Task, 
 from bert_fast.training.finetune_config import FinetuneConfig
 from bert_fast.training.finetune_data import Batcher, FinetuneData, Split, open_data
 from bert_fast.training.finetune_report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
+from bert_fast.training.guard import TrainingDivergedError
 from bert_fast.training.layers import Unfreezing, freeze, layered_groups
 from bert_fast.training.log import RunLog
-from bert_fast.training.loop import TrainingDivergedError, autocast
 from bert_fast.training.params import clipped_step
 from bert_fast.training.parts import resolve_device
+from bert_fast.training.passes import autocast
 from bert_fast.training.progress import Progress
 from bert_fast.training.schedule import lr_factor
 

@@ -51,6 +51,19 @@ class RunLog:
             self._writer.close()
 
 
+class SilentLog:
+    """The log of a rank that keeps none."""
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; a last line that was cut off is left out, and an absent file has none."""
     if not path.exists():

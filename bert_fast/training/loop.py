@@ -1,36 +1,40 @@
 """The pretraining loop: steps, evaluation, log, checkpoints, and going on exactly where a run stopped.
 
-On the CPU a run that was killed at any moment and resumed has, bit for bit, the losses of one that was not: batches are
-a pure function of (seed, epoch, index), dropout follows torch's generator, and a checkpoint holds all the rest.
+A step is the same on any number of ranks: the same examples, weighed alike, with dropout that depends on (seed, step,
+micro-batch) alone. On the CPU a run that was killed at any moment and resumed on as many ranks has, bit for bit, the
+losses of one that was not.
 """
 
 from __future__ import annotations
 
+import errno
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from bert_fast.training import checkpoint
+from bert_fast.training import checkpoint, replay
 from bert_fast.training.config import PretrainConfig, check_resumable
-from bert_fast.training.log import RunLog
+from bert_fast.training.feed import Feed, Position, Prefetch, StepBatches, seed_dropout
+from bert_fast.training.guard import Guard, TrainingDivergedError, Verdict
+from bert_fast.training.log import RunLog, SilentLog
 from bert_fast.training.metrics import Totals
+from bert_fast.training.parallel import Parallel
 from bert_fast.training.params import clipped_step, make_optimizer
-from bert_fast.training.parts import RunData, build_model, open_data, resolve_device
+from bert_fast.training.parts import RunData, build_model, open_data
+from bert_fast.training.passes import autocast, forward, held_out_totals
 from bert_fast.training.progress import Progress
+from bert_fast.training.ranks import Ranks
 from bert_fast.training.schedule import lr_factor
+from bert_fast.training.signals import stop_signals
 
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or the gradient is not finite; the last checkpoint is from before."""
+_RECORDS_KEPT = 3  # of steps that diverged
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ class PretrainResult:
 
     Args:
         step: optimizer steps done, of `total_steps`.
-        tokens: real tokens trained on, over all resumes.
+        tokens: real tokens trained on, over all resumes and ranks.
         seconds: wall clock of this call's training steps, without evaluation and checkpoints.
-        tokens_per_second: of this call.
+        tokens_per_second: of this call, all ranks together.
         metrics: held-out results at the end: loss, mlm_loss, mlm_accuracy, nsp_loss, nsp_accuracy.
         model_dir: the final model in Hugging Face's format, or the last checkpoint of an interrupted run.
         interrupted: the signal that ended the run early, or None.
+        skipped: updates that were left out because they diverged.
+        rank: who tells it; what it says is the same on all of them.
     """
 
     step: int
@@ -55,92 +61,48 @@ class PretrainResult:
     metrics: dict[str, float]
     model_dir: str
     interrupted: int | None = None
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Within the block the first SIGTERM or SIGINT only sets what the yielded function returns; a second acts as ever.
-
-    So a step is never cut in half. Outside the main thread, where handlers can't be set, it always returns None.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def handle(number: int, _: object) -> None:
-        received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """bf16 autocast on `device`, or nothing for fp32."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def forward(model: torch.nn.Module, batch: Any) -> Any:
-    """The model's output for a PackedBatch."""
-    return model(
-        input_ids=batch.input_ids,
-        token_type_ids=batch.token_type_ids,
-        position_ids=batch.position_ids,
-        cu_seqlens=batch.cu_seqlens,
-        max_seqlen=batch.max_seqlen,
-        labels=batch.labels,
-        next_sentence_label=batch.next_sentence_label,
-        output_logits=False,
-    )
-
-
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, batches: Iterator[Any], device: torch.device, precision: str) -> dict[str, float]:
-    """Losses and accuracies over `batches`, weighed by masked tokens and by sentence pairs."""
-    training = model.training
-    model.eval()
-    totals = Totals(device)
-    for batch in batches:
-        batch = batch.to(device)
-        with autocast(device, precision):
-            out = forward(model, batch)
-        totals.add(out.mlm_loss, out.mlm_correct, out.mlm_count, out.seq_relationship_logits, batch.next_sentence_label)
-    model.train(training)
-    return totals.summary()
+    skipped: int = 0
+    rank: int = 0
 
 
 class Trainer:
-    """A pretraining run: everything that `pretrain` holds between two steps.
+    """A pretraining run: everything that a rank of `pretrain` holds between two steps.
 
     Args:
         config: the run.
-        report: takes the sentences that a user should read.
+        report: takes the sentences that a user should read, on rank 0.
+        ranks: who trains together; this process alone where it is None.
     """
 
-    def __init__(self, config: PretrainConfig, report: Callable[[str], None] = print) -> None:
-        self.config, self.report = config, report
+    def __init__(
+        self, config: PretrainConfig, report: Callable[[str], None] = print, ranks: Ranks | None = None
+    ) -> None:
+        self.config = config
+        self.ranks = ranks = ranks or Ranks(config.device, config.timeout)
+        self.report = report if ranks.main else lambda text: None
         self.output_dir = Path(config.output_dir)
         self.checkpoints = self.output_dir / "checkpoints"
-        self.device = resolve_device(config.device)
-        self.data: RunData = open_data(config.data, config.seed)
+        self.device = ranks.device
+        # One rank reads every byte of the data and of the checkpoints; the others take its word.
+        self.data: RunData = ranks.together(lambda: open_data(config.data, config.seed, checksums=ranks.main))
+        self.feed = Feed(self.data.train, config.accumulation, ranks.rank, ranks.world)
         self.total_steps = config.steps or max(1, self.data.count_batches(config.epochs or 0) // config.accumulation)
         self.warmup = config.warmup(self.total_steps)
-        self.step, self.epoch, self.index, self.tokens = 0, 0, 0, 0
-        start = self._find_start()
+        self.step, self.position, self.tokens = 0, Position(0, 0), 0
+        self.best: dict[str, float] | None = None
+        start = ranks.first(self._find_start)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, self.data, start).to(self.device).train()
+        model = build_model(config, self.data, start).to(self.device).train()
+        self.parallel = Parallel(model, config, ranks)
+        self.model = self.parallel.model
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.totals = Totals(self.device)
+        self.guard = Guard(config.on_divergence, config.explosion, self.device)
         self.saved_step = -1
         if start is not None:
             self._resume(start)
+        self._prefetch: Prefetch | None = None
+        self._settle_buckets()
 
     def _find_start(self) -> Path | None:
         resume = self.config.resume
@@ -167,120 +129,190 @@ class Trainer:
                 "output_dir"
             )
         checkpoint.load_training_state(folder, self.model, self.optimizer)
-        self.step, self.epoch, self.index = state["step"], state["epoch"], state["index"]
-        self.tokens = state["tokens"]
+        self.step, self.position = state["step"], Position(state["epoch"], state["batch"])
+        self.tokens, self.best = state["tokens"], state["best"]
         self.totals = Totals(self.device, state["totals"])
+        self.guard.restore(state["guard"])
         self.saved_step = self.step
         self.report(f"going on from {folder} at step {self.step} of {self.total_steps}")
+        if state["ranks"] != self.ranks.world:
+            self.report(f"ranks are now {self.ranks.world}; the checkpoint was written by {state['ranks']}")
         for name, (before, now) in changed.items():
             if name not in ("output_dir", "resume", "progress", "data.folder"):
                 self.report(f"{name} is now {now!r}; the run started with {before!r}")
 
-    def _next_batches(self) -> list[Any]:
-        """The micro-batches of the next step, in order; epochs follow each other without a gap."""
-        batches = []
-        for _ in range(self.config.accumulation):
-            batches.append(self.data.train.batch(self.epoch, self.index))
-            self.index += 1
-            if self.index >= self.data.train.num_batches(self.epoch):
-                self.epoch, self.index = self.epoch + 1, 0
-        return batches
+    def _settle_buckets(self) -> None:
+        """One pass whose gradients are thrown away: DistributedDataParallel arranges its buckets after the first.
+
+        With several ranks the order of a bucket decides how sums round; so a run that starts and one that goes on have
+        the same from their first step.
+        """
+        if self.parallel.forward is self.model:
+            return
+        self._backward(self.feed.step(self.position), Totals(self.device))
+        self.optimizer.zero_grad(set_to_none=True)
 
     def train_step(self) -> Tensor:
         """One optimizer step; returns the gradient's norm before clipping, on the device."""
-        batches = [batch.to(self.device) for batch in self._next_batches()]
-        masked = [(batch.labels != -100).sum() for batch in batches]
-        pairs = [(batch.next_sentence_label != -100).sum() for batch in batches]
-        all_masked, all_pairs = (torch.stack(counts).sum().clamp(min=1) for counts in (masked, pairs))
-        for batch, batch_masked, batch_pairs in zip(batches, masked, pairs, strict=True):
-            with autocast(self.device, self.config.precision):
-                out = forward(self.model, batch)
-            # Weigh by masked tokens and by pairs: accumulated micro-batches give the gradient of one large batch.
-            mlm_weight, nsp_weight = batch_masked / all_masked, batch_pairs / all_pairs
-            loss = out.loss
-            if len(batches) > 1:
-                loss = mlm_weight * out.mlm_loss + nsp_weight * out.next_sentence_loss
-            loss.backward()
-            labels = batch.next_sentence_label
-            self.totals.add(out.mlm_loss, out.mlm_correct, out.mlm_count, out.seq_relationship_logits, labels)
-            self.tokens += len(batch.input_ids)
-            if self.device.type == "cpu":
-                self._check_finite(loss.detach(), "loss", self.step + 1)
-        return self._update()
+        if self._prefetch is None:
+            pin = self.device.type == "cuda"
+            self._prefetch = Prefetch(self.feed, self.position, ahead=self.config.prefetch, pin=pin)
+        taken = self._prefetch.next()
+        found = Totals(self.device)
+        self._backward(taken, found)
+        self.ranks.sum(found.sums)
+        self.position = taken.end
+        self.tokens += taken.tokens
+        return self._update(taken, found)
 
-    def _update(self) -> Tensor:
+    def _backward(self, taken: StepBatches, found: Totals) -> None:
+        """The gradient of the step's loss from this rank's micro-batches, and their sums into `found`."""
+        batches = [micro.batch.to(self.device, non_blocking=True) for micro in taken.micro]
+        counts = [torch.stack([(b.labels != -100).sum(), (b.next_sentence_label != -100).sum()]) for b in batches]
+        # Weigh by masked tokens and by pairs: micro-batches and ranks give the gradient of one large batch.
+        all_counts = self.ranks.sum(torch.stack(counts).sum(0)).clamp(min=1)
+        for place, (micro, batch, count) in enumerate(zip(taken.micro, batches, counts, strict=True)):
+            seed_dropout(self.config.seed, self.step + 1, micro.number)
+            with self.parallel.accumulating(last=place == len(batches) - 1):
+                with autocast(self.device, self.config.precision):
+                    out = forward(self.parallel.forward, batch)
+                mlm_weight, nsp_weight = (self.ranks.world * count / all_counts).unbind()
+                (mlm_weight * out.mlm_loss + nsp_weight * out.next_sentence_loss).backward()
+            labels = batch.next_sentence_label
+            found.add(out.mlm_loss, out.mlm_correct, out.mlm_count, out.seq_relationship_logits, labels)
+
+    def _update(self, taken: StepBatches, found: Totals) -> Tensor:
         self.step += 1
-        options = self.config.optimizer
+        options, loss = self.config.optimizer, found.loss()
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * lr_factor(self.step, self.warmup, self.total_steps, options.decay)
-        norm = clipped_step(self.optimizer, options.max_grad_norm)
-        if self.device.type == "cpu":
-            self._check_finite(norm, "gradient norm", self.step)
+        refused: list[Tensor] = []
+
+        def judge(norm: Tensor) -> Tensor:
+            refused.append(self.guard.judge(loss, norm))
+            return refused[0]
+
+        norm = clipped_step(self.optimizer, options.max_grad_norm, judge)
+        self.totals.sums += torch.where(refused[0] > 0, 0.0, found.sums)
+        self.guard.note(self.step, taken.start, loss, norm, refused[0])
         self.optimizer.zero_grad(set_to_none=True)
+        self._hear()
         return norm
 
-    def _check_finite(self, value: Tensor, name: str, step: int) -> None:
-        if not bool(value.isfinite()):
+    def _hear(self, *, all_steps: bool = False) -> None:
+        """Act on what the guard has found: keep the batches, and stop where that is asked for or skipping goes on."""
+        for verdict in self.guard.settled(all_steps=all_steps):
+            if verdict.refused:
+                self._diverged(verdict)
+
+    def _diverged(self, verdict: Verdict) -> None:
+        kept = self.output_dir / "diverged" / f"step-{verdict.step:08d}"
+
+        def fill(folder: Path) -> None:
+            self.parallel.save_pretrained(folder, main=self.ranks.main)
+            if self.ranks.main:
+                micro = self.feed.whole_step(verdict.start).micro
+                replay.write_batch(folder, verdict, micro, self.config.seed, self.config.precision)
+
+        checkpoint.write_folder(kept, fill, self.ranks)
+        if self.ranks.main:
+            checkpoint.prune(kept.parent, _RECORDS_KEPT)
+        stopping = self.config.on_divergence == "stop"
+        if stopping or self.guard.in_a_row >= self.config.max_skips:
             last = checkpoint.list_checkpoints(self.checkpoints)
             raise TrainingDivergedError(
-                f"the {name} is {float(value)} at step {step}; lower optimizer.lr or lengthen the warm-up"
-                + (f". The last checkpoint from before is {last[-1]}" if last else "")
+                f"{verdict.reason} at step {verdict.step}"
+                + ("" if stopping else f", the last of {self.guard.in_a_row} skipped in a row")
+                + f"; lower optimizer.lr or lengthen the warm-up. The batch is in {kept}"
+                + (f"; the last checkpoint from before is {last[-1]}" if last else "")
             )
+        self.report(f"step {verdict.step} was skipped: {verdict.reason}; the batch is in {kept}")
 
     def evaluate(self) -> dict[str, float]:
-        """Losses and accuracies on the held-out split."""
-        batches = self.data.held_out_batches(self.config.eval_batches)
-        return evaluate(self.model, batches, self.device, self.config.precision)
+        """Losses and accuracies on the held-out split, of which each rank computes a part."""
+        count = self.data.count_held_out(self.config.eval_batches)
+        rank, world = self.ranks.rank, self.ranks.world
+        mine = range(rank, count, world)
+        precision = self.config.precision
+        held_out = self.data.held_out
+        totals = held_out_totals(self.model, (held_out.batch(0, i) for i in mine), self.device, precision)
+        if self.parallel.sharded and len(mine) < -(-count // world):
+            # The shards of the others' last pass are here.
+            held_out_totals(self.model, [held_out.batch(0, 0)], self.device, precision)
+        self.ranks.sum(totals.sums)
+        return totals.summary()
 
     def save(self) -> Path:
         """Write the checkpoint of this step, unless there is one, and remove those that are too old."""
         target = checkpoint.checkpoint_path(self.checkpoints, self.step)
         if self.saved_step == self.step and target.exists():
             return target
+        self._hear(all_steps=True)
         state = {
             "step": self.step,
-            "epoch": self.epoch,
-            "index": self.index,
+            "epoch": self.position.epoch,
+            "batch": self.position.batch,
             "tokens": self.tokens,
             "totals": self.totals.tolist(),
+            "guard": self.guard.state(),
+            "best": self.best,
             "total_steps": self.total_steps,
+            "ranks": self.ranks.world,
             "data_fingerprint": self.data.fingerprint,
             "config": asdict(self.config),
         }
 
         def fill(folder: Path) -> None:
             self._write_model(folder)
-            checkpoint.save_training_state(folder, self.model, self.optimizer, state)
+            checkpoint.save_training_state(folder, self.model, self.optimizer, state, self.ranks)
 
-        checkpoint.write_folder(target, fill)
+        self._write_folder(target, fill)
         self.saved_step = self.step
-        checkpoint.prune(self.checkpoints, self.config.keep_last)
+        if self.ranks.main:
+            checkpoint.prune(self.checkpoints, self.config.keep_last, int(self.best["step"]) if self.best else None)
         return target
 
     def save_final(self) -> Path:
         """Write the model and its tokenizer alone, in Hugging Face's format."""
         target = self.output_dir / "final"
-        checkpoint.write_folder(target, self._write_model)
+        self._write_folder(target, self._write_model)
         return target
 
+    def _write_folder(self, target: Path, fill: Callable[[Path], None]) -> None:
+        try:
+            checkpoint.write_folder(target, fill, self.ranks)
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+                raise
+            last = checkpoint.list_checkpoints(self.checkpoints)
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk of {target.parent} is full, so {target.name} could not be written; make room and give the "
+                "same command again" + (f": it goes on from {last[-1]}" if last else ""),
+            ) from error
+
     def _write_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        for path in self.data.tokenizer_files:
-            shutil.copy(path, folder / path.name)
+        self.parallel.save_pretrained(folder, main=self.ranks.main)
+        if self.ranks.main:
+            for path in self.data.tokenizer_files:
+                shutil.copy(path, folder / path.name)
 
     def run(self) -> PretrainResult:
         """Train to the last step or to a signal. See `pretrain`."""
-        log = RunLog(self.output_dir, self.step, tensorboard=self.config.tensorboard, report=self.report)
-        progress = Progress(self.total_steps, self.step, shown=self.config.progress)
+        config, main = self.config, self.ranks.main
+        log: RunLog | SilentLog = SilentLog()
+        if main:
+            log = RunLog(self.output_dir, self.step, tensorboard=config.tensorboard, report=self.report)
+        progress = Progress(self.total_steps, self.step, shown=config.progress and main)
         first_tokens, seconds, interrupted = self.tokens, 0.0, None
         metrics: dict[str, float] = {}
         try:
-            with stop_signals() as stopped:
+            with stop_signals(repeated=self.ranks.launched) as stopped:
                 meter = _Meter(self.tokens)
                 while self.step < self.total_steps and interrupted is None:
                     norm = self.train_step()
-                    interrupted = stopped()
-                    if self.step % self.config.log_interval == 0 or self.step == self.total_steps:
+                    interrupted = self.ranks.agreed(stopped())
+                    if self.step % config.log_interval == 0 or self.step == self.total_steps:
                         seconds += self._log_step(log, progress, meter, norm)
                     progress.advance(self.step)
                     with meter.paused():
@@ -292,29 +324,42 @@ class Trainer:
                     folder = self.save()
                 log.sync()
         finally:
+            if self._prefetch is not None:
+                self._prefetch.close()
+                self._prefetch = None
             progress.close()
             log.close()
         tokens = self.tokens - first_tokens
         rate = tokens / seconds if seconds else 0.0
         return PretrainResult(
-            self.step, self.total_steps, self.tokens, seconds, rate, metrics, str(folder), interrupted
+            self.step,
+            self.total_steps,
+            self.tokens,
+            seconds,
+            rate,
+            metrics,
+            str(folder),
+            interrupted,
+            self.guard.skipped,
+            self.ranks.rank,
         )
 
-    def _log_step(self, log: RunLog, progress: Progress, meter: _Meter, norm: Tensor) -> float:
+    def _log_step(self, log: RunLog | SilentLog, progress: Progress, meter: _Meter, norm: Tensor) -> float:
         values = self.totals.summary()
-        self._check_finite(self.totals.sums.sum(), "loss", self.step)
-        self._check_finite(norm, "gradient norm", self.step)
+        self._hear(all_steps=True)
         self.totals = Totals(self.device)
         seconds, tokens = meter.lap(self.tokens)
         lr = self.optimizer.param_groups[0]["lr"]
         extra = {"lr": lr, "grad_norm": float(norm), "tokens": self.tokens, "tokens_per_second": tokens / seconds}
-        log.write("train", self.step, {"epoch": self.epoch, **values, **extra})
+        log.write("train", self.step, {"epoch": self.position.epoch, **values, **extra, "skipped": self.guard.skipped})
         progress.show(values["loss"], lr, tokens / seconds)
         return seconds
 
-    def _housekeeping(self, log: RunLog, progress: Progress, stopping: bool) -> dict[str, float]:
+    def _housekeeping(self, log: RunLog | SilentLog, progress: Progress, stopping: bool) -> dict[str, float]:
         """Evaluate and save where this step is due; returns the evaluation's metrics, if there was one."""
         config, last = self.config, self.step == self.total_steps
+        interval = config.checkpoint_interval
+        due = last or stopping or bool(interval and self.step % interval == 0)
         metrics: dict[str, float] = {}
         if last or (not stopping and config.eval_interval and self.step % config.eval_interval == 0):
             metrics = self.evaluate()
@@ -323,7 +368,10 @@ class Trainer:
                 f"step {self.step}: held-out MLM loss {metrics['mlm_loss']:.3f}, MLM accuracy "
                 f"{metrics['mlm_accuracy']:.1%}, NSP accuracy {metrics['nsp_accuracy']:.1%}"
             )
-        if last or stopping or (config.checkpoint_interval and self.step % config.checkpoint_interval == 0):
+            if config.keep_best and interval and (self.best is None or metrics["loss"] < self.best["loss"]):
+                self.best = {"step": self.step, "loss": metrics["loss"]}
+                due = True
+        if due:
             log.sync()
             self.save()
         return metrics
@@ -352,15 +400,19 @@ class _Meter:
 def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> PretrainResult:
     """Pretrain a BERT on masked tokens and sentence pairs, from the start or from the last checkpoint in output_dir.
 
-    The first SIGTERM or SIGINT ends the run after the current step with a checkpoint.
+    Under torchrun all ranks call it and train together. The first SIGTERM or SIGINT that any of them gets ends the run
+    after the current step (with several ranks, the next) with a checkpoint.
 
     Args:
         config: the run.
-        report: takes the sentences that a user should read.
+        report: takes the sentences that a user should read, on rank 0.
 
     Raises:
         ValueError: the settings contradict the data, the machine or the checkpoint to go on from.
         CorruptCheckpointError: there are checkpoints and none is good.
-        TrainingDivergedError: the loss or the gradient is not finite.
+        TrainingDivergedError: the loss or the gradient is not finite, or explodes.
+        RankError: another rank failed or is lost; the message names it.
+        OSError: the disk is full; the last checkpoint is good.
     """
-    return Trainer(config, report).run()
+    with Ranks(config.device, config.timeout) as ranks:
+        return Trainer(config, report, ranks).run()

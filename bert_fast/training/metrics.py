@@ -35,6 +35,11 @@ class Totals:
         new = [mlm, mlm_correct, count, nsp_loss, nsp_correct, pairs]
         self.sums += torch.stack([value.double() for value in new])
 
+    def loss(self) -> Tensor:
+        """Mean MLM loss plus mean NSP loss of what was added, float64 () on the device; 0 for what there is none of."""
+        mlm, _, tokens, nsp, _, pairs = self.sums.unbind()
+        return mlm / tokens.clamp(min=1) + nsp / pairs.clamp(min=1)
+
     def tolist(self) -> list[float]:
         values: list[float] = self.sums.tolist()
         return values

@@ -58,6 +58,8 @@ class Lamb(torch.optim.Optimizer):
         self.capturable = capturable
         self.impl = impl
         self.last_grad_norm: Tensor | None = None
+        # Asked with the norm of all gradients, where there is a max_grad_norm: True leaves the update out.
+        self.refuses: Callable[[Tensor], bool] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -70,6 +72,8 @@ class Lamb(torch.optim.Optimizer):
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
         if self.max_grad_norm is not None and grads:
             self.last_grad_norm, grad_scale = clip_scale(grads, self.max_grad_norm, impl=self.impl)
+            if self.refuses is not None and self.refuses(self.last_grad_norm):
+                return loss
         for group in self.param_groups:
             self._step_group(group, grad_scale)
         return loss

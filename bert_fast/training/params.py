@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bert_fast.training.config import OptimizerOptions
 
@@ -34,18 +36,33 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.O
     return Lamb(groups, lr=options.lr, betas=options.betas, eps=options.eps, max_grad_norm=clip)
 
 
-def clipped_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+def clipped_step(
+    optimizer: torch.optim.Optimizer, max_grad_norm: float, judge: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Clip the global norm of all gradients to `max_grad_norm` (0: no clipping) and step; returns the norm before.
 
     LAMB folds the clipping into its own step; for others the gradients are scaled in place.
+
+    Args:
+        judge: takes the norm and gives a float32 () tensor: 1 to leave this update out, 0 to make it. AdamW reads it
+            on the device; LAMB makes the host wait for it.
     """
     from bert_fast.training.optim import Lamb
 
     if isinstance(optimizer, Lamb) and optimizer.max_grad_norm is not None:
+        optimizer.refuses = None if judge is None else lambda norm: bool(judge(norm))
         optimizer.step()
         assert optimizer.last_grad_norm is not None, "no parameter had a gradient"
         return optimizer.last_grad_norm
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
-    optimizer.step()
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    refused = None if judge is None else judge(norm)
+    if isinstance(optimizer, Lamb):
+        if refused is None or not bool(refused):
+            optimizer.step()
+    else:
+        optimizer.found_inf = refused  # type: ignore[attr-defined] # torch's name for it, from loss scaling
+        optimizer.step()
     return norm

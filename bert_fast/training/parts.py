@@ -54,10 +54,14 @@ class RunData:
     fingerprint: str
     tokenizer_files: tuple[Path, ...]
 
+    def count_held_out(self, most: int = 0) -> int:
+        """How many held-out batches an evaluation of at most `most` (0: all) has."""
+        count = self.held_out.num_batches(0)
+        return min(most, count) if most else count
+
     def held_out_batches(self, most: int = 0) -> Iterator[PackedBatch]:
         """The first `most` held-out batches, or all for 0: the same ones at each evaluation."""
-        count = self.held_out.num_batches(0)
-        return (self.held_out.batch(0, index) for index in range(min(most, count) if most else count))
+        return (self.held_out.batch(0, index) for index in range(self.count_held_out(most)))
 
     def count_batches(self, epochs: int) -> int:
         """The training batches of the first `epochs` epochs."""
@@ -78,8 +82,8 @@ class RunData:
         return unigram_loss(counts, torch.cat(targets))
 
 
-def open_data(options: DataOptions, seed: int) -> RunData:
-    """Open and verify the prepared folder that `options` names.
+def open_data(options: DataOptions, seed: int, *, checksums: bool = True) -> RunData:
+    """Open and verify the prepared folder that `options` names; without `checksums`, only the sizes of its files.
 
     Raises:
         ValueError: it is not a prepared folder, a file of it is corrupt (named), or it has no held-out split.
@@ -87,7 +91,7 @@ def open_data(options: DataOptions, seed: int) -> RunData:
     folder = Path(options.folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data.folder is {options.folder}, which is no folder; make it with bert-fast prepare")
-    settings: dict[str, Any] = dict(vars(options))
+    settings: dict[str, Any] = {**vars(options), "checksums": checksums}
     train = PretrainingData(PretrainingDataConfig(**settings, split="train", seed=seed))
     held_out = PretrainingData(PretrainingDataConfig(**settings, split="heldout", seed=seed))
     for data in (train, held_out):

@@ -15,9 +15,12 @@ import torch
 from bert_fast.models import BertForPreTraining
 from bert_fast.training import checkpoint
 from bert_fast.training.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
+from bert_fast.training.feed import Position
+from bert_fast.training.guard import TrainingDivergedError
 from bert_fast.training.log import read_log
-from bert_fast.training.loop import PretrainResult, Trainer, TrainingDivergedError, evaluate, pretrain
+from bert_fast.training.loop import PretrainResult, Trainer, pretrain
 from bert_fast.training.parts import open_data
+from bert_fast.training.passes import evaluate
 
 EXACT = (
     "step",
@@ -72,10 +75,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
     """Call `act()` in the middle of the optimizer step after `step`."""
     original = Trainer._update
 
-    def update(self: Trainer) -> Any:
+    def update(self: Trainer, *arguments: Any) -> Any:
         if self.step == step:
             act()
-        return original(self)
+        return original(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_update", update)
 
@@ -181,11 +184,11 @@ def test_epochs_set_the_length_and_follow_each_other(config: PretrainConfig) -> 
     data = open_data(config.data, config.seed)
     trainer = Trainer(replace(config, steps=None, epochs=2), quiet)
     assert trainer.total_steps == data.train.num_batches(0) + data.train.num_batches(1)
-    trainer.epoch, trainer.index = 0, data.train.num_batches(0) - 1
-    last, first = trainer._next_batches() + trainer._next_batches()
-    assert torch.equal(last.input_ids, data.train.batch(0, data.train.num_batches(0) - 1).input_ids)
-    assert torch.equal(first.input_ids, data.train.batch(1, 0).input_ids)
-    assert (trainer.epoch, trainer.index) == (1, 1)
+    last = trainer.feed.step(Position(0, data.train.num_batches(0) - 1))
+    first = trainer.feed.step(last.end)
+    for taken, (epoch, index) in ((last, (0, data.train.num_batches(0) - 1)), (first, (1, 0))):
+        assert torch.equal(taken.micro[0].batch.input_ids, data.train.batch(epoch, index).input_ids)
+    assert first.end == (1, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
@@ -229,6 +232,19 @@ def test_checkpoints_are_pruned_and_a_corrupt_one_is_passed_over_by_name(
     assert any("step-00000010 at step 10 of 12" in text for text in said)
     assert again.metrics == first.metrics
     checkpoint.verify_folder(folder / "step-00000012")
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 1.0, 2.0, 1.5, 2.0, 4.0, 0.5])
+    found = {"mlm_loss": 1.0, "mlm_accuracy": 0.5, "nsp_accuracy": 0.5}
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"loss": next(losses), **found})
+    config = replace(config, eval_interval=2, checkpoint_interval=5, keep_last=1)
+    pretrain(config, quiet)
+    folder = Path(config.output_dir) / "checkpoints"
+    assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-00000004", "step-00000012"]
+    assert checkpoint.load_trainer_state(folder / "step-00000012")["best"] == {"step": 4, "loss": 1.0}
+    pretrain(replace(config, steps=14), quiet)
+    assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-00000014"]
 
 
 def test_resume_never_and_other_settings_or_data_are_refused(

@@ -1,0 +1,77 @@
+"""What goes wrong on one rank or all of them: nothing is lost, and the message says where it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bert_fast.training import checkpoint
+
+Start = Callable[..., Any]
+
+
+def lines(folder: str) -> list[str]:
+    """A run's log without the clock's column."""
+    text = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [", ".join(part for part in line.split(", ") if "tokens_per_second" not in part) for line in text]
+
+
+def test_all_ranks_killed_and_started_again_have_bit_equal_losses(
+    start_ranks: Start, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    config = {**settings, "accumulation": 3}  # so that ranks differ in what they compute
+    for folder, act in ((whole, None), (killed, {"rank": "all", "step": 5, "what": "kill"}), (killed, None)):
+        job = start_ranks(2, config={**config, "output_dir": folder}, act=act)
+        left = job.wait()
+        if act:
+            assert [process.exitcode for process in job.processes] == [-signal.SIGKILL] * 2
+    assert "step-00000003 at step 3 of 6" in left[0]["said"][0]
+    assert lines(killed) == lines(whole)
+    weights = [(Path(folder) / "final" / "model.safetensors").read_bytes() for folder in (killed, whole)]
+    assert weights[0] == weights[1]
+
+
+def test_a_killed_rank_ends_the_others_with_its_name(start_ranks: Start, settings: dict[str, Any]) -> None:
+    job = start_ranks(3, config={**settings, "timeout": 5.0}, act={"rank": 1, "step": 2, "what": "kill"})
+    began = time.monotonic()
+    left = job.wait(30)
+    assert time.monotonic() - began < 25
+    assert left[1] == {}
+    for rank in (0, 2):
+        assert left[rank]["error"].startswith(f"RankError: the run ended: rank 1 (process {job.processes[1].pid} on ")
+        assert "has given no sign of life for" in left[rank]["error"]
+
+
+def test_a_rank_that_hangs_ends_the_others_within_the_timeout(start_ranks: Start, settings: dict[str, Any]) -> None:
+    job = start_ranks(2, config={**settings, "timeout": 4.0}, act={"rank": 1, "step": 2, "what": "stop"})
+    job.processes[0].join(30)
+    os.kill(job.processes[1].pid, signal.SIGKILL)
+    left = job.wait()
+    assert left[0]["error"].startswith("RankError: the run ended: rank 1 (process ")
+
+
+def test_an_error_of_one_rank_is_told_by_the_others(start_ranks: Start, settings: dict[str, Any]) -> None:
+    left = start_ranks(2, config={**settings, "timeout": 5.0}, act={"rank": 1, "step": 2, "what": "fail"}).wait()
+    assert left[1]["error"] == "ValueError: this rank has had enough"
+    assert "failed: ValueError: this rank has had enough" in left[0]["error"]
+    assert left[0]["error"].startswith("RankError: the run ended: rank 1 ")
+
+
+def test_a_full_disk_ends_every_rank_with_a_clear_error_and_leaves_the_last_good_checkpoint(
+    start_ranks: Start, settings: dict[str, Any]
+) -> None:
+    left = start_ranks(2, config=settings, act={"rank": "all", "step": 4, "what": "full disk"}).wait()
+    assert "is full, so step-00000006 could not be written; make room" in left[0]["error"]
+    assert "it goes on from" in left[0]["error"]
+    assert left[1]["error"].startswith("RankError: rank 0 failed: OSError: [Errno 28] No space left on device")
+    folder = Path(settings["output_dir"]) / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+    checkpoint.verify_folder(folder / "step-00000003")
+    again = start_ranks(2, config=settings).wait()
+    assert [rank["error"] for rank in again] == [None, None]
+    assert again[0]["result"]["step"] == 6
