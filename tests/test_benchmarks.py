@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu, gpu_peers, gpu_sanitize, plots, runner, targets
+from benchmarks import fuse_speed, gpu, gpu_peers, gpu_sanitize, plots, runner, targets
 from benchmarks.attention_peers import Batch, peers, truth
 from benchmarks.devices import Cpu, machine_of
 from benchmarks.lengths import half_filled
@@ -434,3 +435,25 @@ def test_a_whole_model_is_compared_with_transformers_and_timed(machine: Cpu) -> 
     check = partial(gpu_peers.check, variants, *gpu_peers.batches(scenario, vocabulary, machine.device))
     with pytest.raises(SystemExit, match=r"bert_fast auto: .* from float32"):
         check("tiny")
+
+
+@pytest.mark.parametrize("kind", ["infer", "train"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_model_is_timed_before_and_after_it_is_fused(dtype: torch.dtype, kind: str, machine: Cpu) -> None:
+    size = fuse_speed.Size("tiny", 1, 24, 32, heads=2, vocabulary=50, batch=3, seqlen=8)
+    assert size.flops([8, 8]) == 2 * size.flops([8])
+    case = fuse_speed.case(Setting(machine.device, quick=True), size, " half filled", dtype, kind)
+    rows = runner.measure("tiny", case, machine, LIMITS, 0.01)
+    assert [row.variant for row in rows] == ["transformers", "bert_fast fuse"]
+    assert all(row.ms and row.error is not None and not row.refused for row in rows)
+    ours = case.variants["bert_fast fuse"]
+    assert isinstance(ours, Variant)
+    wrong = Variant(ours.run, lambda found: ours.result(found) * 1.2)
+    with pytest.raises(SystemExit, match="nothing was reported"):
+        runner.measure("tiny", replace(case, variants={"bert_fast fuse": wrong}), machine, LIMITS, 0.01)
+
+
+def test_every_case_of_fuse_is_named_once() -> None:
+    names = [plan.name for plan in fuse_speed.plans(Setting(torch.device("cuda"), quick=False))]
+    assert len(set(names)) == len(names) == 16
+    assert {plots.split(name)[1] for name in names} == {"infer", "train"}
