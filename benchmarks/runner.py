@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.devices import Call, Machine, environment, machine_of, reason
 from bert_fast.kernels._common.dispatch import ROOMS
-from bert_fast.kernels._common.triton_support import INTERPRETED
+from bert_fast.kernels._common.library import simulated
 from bert_fast.testing import max_error
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,7 +53,7 @@ class Setting:
             if slot.availability.ok
             and slot.device == self.device.type
             and (slot.dtypes is None or dtype in slot.dtypes)
-            and not (impl == "triton" and INTERPRETED)
+            and not simulated(impl)
         ]
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import bert_fast.kernels  # noqa: F401  (fills ROOMS)
 from bert_fast.kernels._common.dispatch import ROOMS
-from bert_fast.kernels._common.triton_support import INTERPRETED
+from bert_fast.kernels._common.library import simulated
 
 FLOOR_ULPS = 1.0  # of the largest magnitude: one rounding of the output, and the order of additions
 FACTOR = 2.0
@@ -53,7 +53,8 @@ def targets(
     Args:
         room: the room's name.
         cases: tuples to test on; one empty one where there are none.
-        interpreted: the cases for Triton's interpreter, which takes a millisecond a program and more; None for `cases`.
+        interpreted: the cases for Triton's interpreter, which takes a millisecond a program and more, and for the CUDA
+            kernels' emulator, which takes about as long for a block; None for `cases`.
         dtypes: to test in.
     """
     found: list[tuple[Any, ...]] = []
@@ -61,8 +62,7 @@ def targets(
         device = slot.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not slot.availability.ok or (impl, device) == ("reference", "cpu"):
             continue
-        slow = impl == "triton" and INTERPRETED
-        for case in interpreted if slow and interpreted is not None else cases:
+        for case in interpreted if simulated(impl) and interpreted is not None else cases:
             if dtypes is None:
                 found.append((impl, device, *case))
             else:
@@ -72,7 +72,8 @@ def targets(
 
 def operators(impl: str) -> Any:
     """The namespace of torch.ops that holds the operators of `impl`."""
-    return torch.ops.bert_fast_triton if impl == "triton" else torch.ops.bert_fast
+    namespaces = {"triton": "bert_fast_triton", "cuda": "bert_fast_cuda"}
+    return getattr(torch.ops, namespaces.get(impl, "bert_fast"))
 
 
 def max_error(x: Tensor, truth: Tensor) -> float:

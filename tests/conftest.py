@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -12,9 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined: the Triton kernels run on CPU tensors, in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # bert_fast reads it when it is imported: the CUDA kernels run on CPU tensors, compiled by the C++ compiler.
+    if "BERT_FAST_CUDA_EMULATOR" not in os.environ and any(map(shutil.which, ("c++", "g++"))):
+        spec = importlib.util.spec_from_file_location("emulator_build", ROOT / "csrc" / "emulator" / "build.py")
+        assert spec is not None
+        assert spec.loader is not None
+        emulator = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(emulator)
+        os.environ["BERT_FAST_CUDA_EMULATOR"] = str(emulator.build())
 
 WORDS = [
     "the",
@@ -38,6 +49,11 @@ WORDS = [
     "quietly",
     "again",
 ]
+
+
+def pytest_report_header() -> list[str]:
+    emulated = os.environ.get("BERT_FAST_CUDA_EMULATOR")
+    return [f"CUDA kernels: {f'emulated ({emulated})' if emulated else 'on the GPU, or not at all without a compiler'}"]
 
 
 @pytest.fixture(autouse=True)

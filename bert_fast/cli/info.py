@@ -55,6 +55,7 @@ def collect() -> dict[str, Any]:
         machine["compute"] = "sm_{}{}".format(*torch.cuda.get_device_capability())
     modules = {
         "bert_fast._C": native.MISSING or "built",
+        "bert_fast._CUDA": native.CUDA_MISSING or _cuda_build(native.build_report("_CUDA")),
         "bert_fast._host": _host_state(Path(bert_fast.__file__).parent),
     }
     probe = torch.empty(0, device="cuda" if cuda else "cpu")
@@ -86,6 +87,12 @@ def _cpu_features() -> str:
         import torch
 
         return f"{torch.backends.cpu.get_cpu_capability()} (torch)"
+
+
+def _cuda_build(report: dict[str, Any]) -> str:
+    if not report.get("built"):
+        return "emulated on CPU tensors (BERT_FAST_CUDA_EMULATOR): for tests"
+    return f"built with CUDA {report['cuda']} for {', '.join(f'sm_{arch}' for arch in report['architectures'])}"
 
 
 def _host_state(package: Path) -> str:

@@ -1,8 +1,9 @@
 """Define an operator with torch.library: schema, fake and gradient in Python; the kernels register themselves.
 
-An operator is defined twice, with one schema, fake and gradient: `bert_fast::name` for the compiled kernels (dispatch
-keys CPU and CUDA), `bert_fast_triton::name` for the Triton kernels. So both can run in one process on the same device,
-and which of them runs is decided by the room's door, not by who registered last.
+An operator is defined once for each family of kernels, with one schema, fake and gradient: `bert_fast::name` for the
+compiled CPU kernels, `bert_fast_cuda::name` for the CUDA kernels, `bert_fast_triton::name` for the Triton kernels. So
+all can run in one process on the same device, and which of them runs is decided by the room's door, not by who
+registered last.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 
-from bert_fast.kernels._common import native, triton_support
+from bert_fast.kernels._common import native, records, triton_support
 from bert_fast.kernels._common.dispatch import AVAILABLE, Availability, Implementation
 
-_NATIVE, _TRITON = "bert_fast", "bert_fast_triton"
-_LIBRARIES = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in (_NATIVE, _TRITON)}
+_NATIVE, _CUDA, _TRITON = "bert_fast", "bert_fast_cuda", "bert_fast_triton"
+_LIBRARIES = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in (_NATIVE, _CUDA, _TRITON)}
 NATIVE_CPU_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def define(
@@ -31,14 +33,15 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     triton: bool = True,
+    cuda: bool = False,
 ) -> None:
     """Define `name` with `schema` (arguments and returns), its shapes and, where given, its gradient.
 
     `backward(ops, ctx, *gradients)` finds the operators that it calls in `ops`, the namespace it is registered for.
-    `triton=False` is for operators that only the compiled kernels have.
+    `triton=False` is for operators that only the compiled kernels have, `cuda=True` for those with CUDA kernels.
     """
     for namespace, library in _LIBRARIES.items():
-        if namespace == _TRITON and not triton:
+        if (namespace == _TRITON and not triton) or (namespace == _CUDA and not cuda):
             continue
         qualified = f"{namespace}::{name}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -65,6 +68,29 @@ def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
         reason = native.MISSING or f"the compiled module lacks {', '.join(missing)}: build it again"
         availability = Availability(False, False, reason)
     return Implementation(functools.partial(call, torch.ops.bert_fast), "cpu", NATIVE_CPU_DTYPES, availability)
+
+
+def cuda_kernels(call: Callable[..., Any], room: str, *operators: str) -> Implementation:
+    """The slot of the CUDA kernels: available when `bert_fast._CUDA` registered every one of `operators`.
+
+    Where tests loaded the emulated kernels (csrc/emulator), they are those, on CPU tensors.
+    """
+    device = "cpu" if native.CUDA_EMULATED else "cuda"
+    missing = [name for name in operators if not native.registered(f"{_CUDA}::{name}", device.upper())]
+    if missing:
+        reason = native.CUDA_MISSING or f"the compiled module lacks {', '.join(missing)}: build it again"
+        availability = Availability(False, False, reason)
+    elif native.CUDA_EMULATED:
+        availability = Availability(True, False, "emulated on CPU tensors (BERT_FAST_CUDA_EMULATOR): for tests")
+    else:
+        reason = records.unverified(room, "cuda")
+        availability = Availability(True, not reason, reason)
+    return Implementation(functools.partial(call, torch.ops.bert_fast_cuda), device, CUDA_DTYPES, availability)
+
+
+def simulated(impl: str) -> bool:
+    """Whether `impl` runs on CPU tensors in Triton's interpreter or the CUDA kernels' emulator, slowly, for tests."""
+    return (impl == "triton" and triton_support.INTERPRETED) or (impl == "cuda" and native.CUDA_EMULATED)
 
 
 def triton_function(room: str, name: str) -> Callable[..., Any]:

@@ -1,12 +1,27 @@
-"""Load the compiled kernels (`bert_fast._C`) once, and keep the reason where they are absent."""
+"""Load the compiled kernels (`bert_fast._C`, `bert_fast._CUDA`) once, and keep the reason where they are absent."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
+
+_EMULATOR = "BERT_FAST_CUDA_EMULATOR"
+
+
+def build_report(module: str) -> dict[str, Any]:
+    """What setup.py noted of the extension `module`, {} where it noted nothing."""
+    spec = importlib.util.find_spec("bert_fast")
+    assert spec is not None
+    assert spec.origin is not None
+    info = Path(spec.origin).parent / "_build_info.json"
+    report: dict[str, Any] = json.loads(info.read_text()).get(module, {}) if info.exists() else {}
+    return report
 
 
 def _load() -> str:
@@ -14,21 +29,46 @@ def _load() -> str:
     try:
         importlib.import_module("bert_fast._C")
     except ImportError as error:
-        spec = importlib.util.find_spec("bert_fast")
-        assert spec is not None
-        assert spec.origin is not None
-        info = Path(spec.origin).parent / "_build_info.json"
-        if info.exists():
-            report = json.loads(info.read_text())["_C"]
-            if not report["built"]:
-                return f"not built: {report['reason']}"
+        report = build_report("_C")
+        if report and not report["built"]:
+            return f"not built: {report['reason']}"
         return f"not built: {error}"
     return ""
 
 
-MISSING = _load()
+def _load_emulator(file: str) -> None:
+    """Import the CUDA kernels that csrc/emulator/build.py compiled for the CPU."""
+    spec = importlib.util.spec_from_file_location("bert_fast._CUDA", file)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def _load_cuda() -> str:
+    """Import the CUDA kernels. Returns "" or the reason why there are none."""
+    if CUDA_EMULATED:
+        _load_emulator(os.environ[_EMULATOR])
+        return ""
+    report = build_report("_CUDA")
+    if not report.get("built"):
+        return f"not built: {report.get('reason', 'this installation is older than the CUDA kernels; build it again')}"
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    if torch.cuda.device_count() == 0:  # through NVML: leaves the process free to fork
+        return "no CUDA device was found"
+    try:
+        importlib.import_module("bert_fast._CUDA")
+    except ImportError as error:
+        return f"can't be loaded: {error}"
+    return ""
 
 
 def registered(operator: str, dispatch_key: str) -> bool:
     """Whether `operator` ("bert_fast::name") has a native kernel for `dispatch_key` ("CPU", "CUDA")."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key))
+
+
+MISSING = _load()
+# A file that csrc/emulator/build.py made: tests on machines without a GPU run the CUDA kernels in it.
+CUDA_EMULATED = _EMULATOR in os.environ
+CUDA_MISSING = _load_cuda()

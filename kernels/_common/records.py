@@ -22,6 +22,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from bert_fast.kernels._common import native
+
 RECORDED = ("triton", "cuda")  # the implementations that need a record; the others are tested wherever they run
 _KERNELS = Path(__file__).resolve().parents[1]
 _UNHEARD = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
@@ -43,8 +45,13 @@ def user_folder() -> Path:
 
 
 @functools.cache
-def sources_hash(room: str) -> str:
-    """Hash of the Triton sources that the room runs, its own and the shared; comments and blank lines don't count."""
+def sources_hash(room: str, impl: str = "triton") -> str:
+    """Hash of the sources that the room runs as `impl`, its own and the shared.
+
+    Of Triton's, comments and blank lines don't count; the CUDA kernels' was noted when they were built.
+    """
+    if impl == "cuda":
+        return str(native.build_report("_CUDA").get("sources", {}).get(room, "not built"))
     digest = hashlib.sha256()
     for path in sorted([*_KERNELS.glob(f"{room}/triton_*.py"), *_KERNELS.glob("_common/triton_*.py")]):
         with path.open("rb") as file:
@@ -63,7 +70,7 @@ def unverified(room: str, impl: str) -> str:
         for path in sorted(folder.glob("*.json")):
             record = read(path)
             entry = record["rooms"].get(room, {}).get(impl)
-            if entry and entry["sources"] == sources_hash(room):
+            if entry and entry["sources"] == sources_hash(room, impl):
                 return ""
             if entry:
                 outdated.append(f"{record['device']}, commit {entry['commit']}")
@@ -92,7 +99,7 @@ def write(
         impls = record["rooms"].setdefault(room, {})
         impls.pop(impl, None)
         if cases is not None:
-            impls[impl] = {"sources": sources_hash(room), **about, "cases": cases}
+            impls[impl] = {"sources": sources_hash(room, impl), **about, "cases": cases}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")

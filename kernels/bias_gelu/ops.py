@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
-from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, TRITON_DTYPES, define, native_cpu, triton_kernels
+from bert_fast.kernels._common.library import (
+    CUDA_DTYPES,
+    NATIVE_CPU_DTYPES,
+    TRITON_DTYPES,
+    cuda_kernels,
+    define,
+    native_cpu,
+    triton_kernels,
+)
 from bert_fast.kernels.bias_gelu.reference import bias_gelu_reference
 
 
@@ -31,13 +39,19 @@ def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
     return dx, dbias.to(bias.dtype), None
 
 
-define("bias_gelu_bwd", "(Tensor dout, Tensor x, Tensor bias, bool tanh) -> (Tensor, Tensor)", fake=_bwd_fake)
+define(
+    "bias_gelu_bwd",
+    "(Tensor dout, Tensor x, Tensor bias, bool tanh) -> (Tensor, Tensor)",
+    fake=_bwd_fake,
+    cuda=True,
+)
 define(
     "bias_gelu_fwd",
     "(Tensor x, Tensor bias, bool tanh) -> Tensor",
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cuda=True,
 )
 
 
@@ -51,6 +65,7 @@ ROOM = Room(
     {
         "reference": Implementation(bias_gelu_reference, None, None),
         "triton": triton_kernels(_run, "bias_gelu", "bias_gelu_fwd", "bias_gelu_bwd"),
+        "cuda": cuda_kernels(_run, "bias_gelu", "bias_gelu_fwd", "bias_gelu_bwd"),
         "cpu": native_cpu(_run, "bias_gelu_fwd", "bias_gelu_bwd"),
     },
     choices=(
@@ -68,6 +83,13 @@ ROOM = Room(
             TRITON_DTYPES,
             measured="no GPU figure yet (benchmarks/results/PENDING.md); by count of bytes: 2 passes over (T, F) "
             "forward where the reference makes 4, 3 backward where it makes 6",
+        ),
+        Choice(
+            "cuda",
+            "cuda",
+            CUDA_DTYPES,
+            measured="no GPU figure yet (benchmarks/results/PENDING.md); as many bytes as triton: 2 passes over (T, F) "
+            "forward, 3 backward",
         ),
     ),
 )

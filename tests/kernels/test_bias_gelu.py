@@ -129,8 +129,6 @@ def test_bad_input_is_named() -> None:
         bias_gelu(x, bias, approximate="erf")
     with pytest.raises(ValueError, match="impl is 'fastest'"):
         bias_gelu(x, bias, impl="fastest")
-    with pytest.raises(ImplUnavailableError, match=r"impl='cuda' not built yet.*Available here: reference"):
-        bias_gelu(x, bias, impl="cuda")
 
 
 @pytest.mark.parametrize(("impl", "device"), targets("bias_gelu"))

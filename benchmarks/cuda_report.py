@@ -1,0 +1,179 @@
+"""Compile every CUDA source ahead of time, for every GPU that is supported, on a machine that needs nvcc and no GPU.
+
+    python -m benchmarks.cuda_report             compile what is out of date and compare; exit code 1 where it differs
+    python -m benchmarks.cuda_report --write     compile what is out of date and write the table
+
+A row of `results/cuda_compile.json` is one instantiation of a kernel on one architecture, as `ptxas -v` reports it:
+registers a thread, bytes that it spills, bytes of stack and of static shared memory. `sources` is the hash of the file
+and of every header of the project that it includes: files whose hash is still right are not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "benchmarks" / "results" / "cuda_compile.json"
+ARCHITECTURES = ("80", "90a", "100")
+FLAGS = (
+    "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-Xptxas=-v",
+)  # fmt: skip
+COMPILING = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
+SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def cuda_sources() -> list[Path]:
+    """Every .cu of the project."""
+    return sorted(ROOT.glob("csrc/*/*.cu"))
+
+
+def sources_hash(source: Path) -> str:
+    """Hash of a source and of the project's headers that it includes, directly or not."""
+    digest, seen, waiting = hashlib.sha256(), set(), [source]
+    while waiting:
+        path = waiting.pop(0)
+        if path in seen or not path.is_file():  # headers of torch and CUDA are not the project's
+            continue
+        seen.add(path)
+        text = path.read_text()
+        digest.update(text.encode())
+        waiting += [ROOT / "csrc" / name for name in re.findall(r'^#include "([^"]+)"', text, re.MULTILINE)]
+    return digest.hexdigest()[:16]
+
+
+def compile_source(source: Path) -> list[dict[str, Any]]:
+    """Rows of one source, for every architecture.
+
+    Raises:
+        RuntimeError: nvcc failed; the message is its own.
+    """
+    from torch.utils.cpp_extension import include_paths
+
+    includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", *FLAGS, *includes, *gencode, "-c", str(source), "-o", f"{folder}/out.o"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed on {source.relative_to(ROOT)}:\n{done.stderr}")
+    return list(parse(done.stderr))
+
+
+def parse(report: str) -> list[dict[str, Any]]:
+    """Rows of what `ptxas -v` printed; device functions that were not inlined are part of no row."""
+    starts = list(COMPILING.finditer(report))
+    names = demangled([start.group(1) for start in starts])
+    rows = []
+    for number, (name, start) in enumerate(zip(names, starts, strict=True)):
+        end = starts[number + 1].start() if number + 1 < len(starts) else len(report)
+        block = report[start.end() : end]
+        spills, used, shared = SPILLS.search(block), USED.search(block), SHARED.search(block)
+        if spills is None or used is None:
+            raise RuntimeError(f"ptxas said nothing of registers for {name}; its report has changed:\n{block}")
+        rows.append(
+            {
+                "kernel": name,
+                "arch": f"sm_{start.group(2)}",
+                "registers": int(used.group(1)),
+                "stack": int(spills.group(1)),
+                "spilled": int(spills.group(2)) + int(spills.group(3)),
+                "shared": int(shared.group(1)) if shared else 0,
+            }
+        )
+    return sorted(rows, key=lambda row: (row["kernel"], row["arch"]))
+
+
+def demangled(names: list[str]) -> list[str]:
+    """Names as C++ writes them, without return type, arguments and namespaces."""
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    found = []
+    for line in done.stdout.splitlines():
+        name = re.sub(r"\(anonymous namespace\)::|bert_fast::|c10::", "", line).removeprefix("void ")
+        depth = 0
+        for place, character in enumerate(name):
+            depth += {"<": 1, ">": -1}.get(character, 0)
+            if character == "(" and depth == 0:
+                name = name[:place]
+                break
+        found.append(re.sub(r"\((?:int|bool)\)", "", name))
+    return found
+
+
+def read() -> dict[str, Any]:
+    """The checked-in table: {"nvcc": its release, "files": {source: {"sources": hash, "rows": [...]}}}."""
+    table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {"nvcc": "", "files": {}}
+    return table
+
+
+def stale(table: dict[str, Any]) -> list[Path]:
+    """The sources whose rows are missing or of another version of the sources."""
+    files = table["files"]
+    return [
+        path
+        for path in cuda_sources()
+        if files.get(str(path.relative_to(ROOT)), {}).get("sources") != sources_hash(path)
+    ]
+
+
+def release() -> str:
+    """The release of nvcc, e.g. "13.0".
+
+    Raises:
+        RuntimeError: there is no nvcc.
+    """
+    if shutil.which("nvcc") is None:
+        raise RuntimeError("no nvcc was found on $PATH; the CUDA kernels can't be compiled here")
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", said)
+    return found.group(1) if found else said.strip()
+
+
+def problems(table: dict[str, Any]) -> list[str]:
+    """Rows that spill."""
+    return [
+        f"{row['kernel']} on {row['arch']} spills {row['spilled']} bytes"
+        for entry in table["files"].values()
+        for row in entry["rows"]
+        if row["spilled"]
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--all", action="store_true", help="compile every source, also those whose rows are right")
+    options = parser.parse_args()
+    before, nvcc = read(), release()
+    outdated = cuda_sources() if options.all else stale(before)
+    known = {str(path.relative_to(ROOT)) for path in cuda_sources()}
+    files = {name: entry for name, entry in before["files"].items() if name in known}
+    for path in outdated:
+        rows = compile_source(path)
+        files[str(path.relative_to(ROOT))] = {"sources": sources_hash(path), "rows": rows}
+        print(f"{path.relative_to(ROOT)}: {len(rows)} kernels for {', '.join(ARCHITECTURES)}")
+    table = {"nvcc": nvcc if outdated else before["nvcc"], "files": dict(sorted(files.items()))}
+    wrong = problems(table)
+    if options.write:
+        TABLE.write_text(
+            json.dumps(table, indent=None, separators=(",", ":")).replace('{"kernel"', '\n{"kernel"') + "\n"
+        )
+    elif nvcc == before["nvcc"] and files != before["files"]:
+        wrong.append("the table is not what nvcc says now: python -m benchmarks.cuda_report --write")
+    print("\n".join(wrong) or f"{sum(len(entry['rows']) for entry in files.values())} rows, none spills")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+// The scheduler of the emulated GPU: one block at a time, its threads as fibers that take turns.
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "emulator/cuda.h"
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStack = 256 << 10;
+constexpr size_t kShared = 227 << 10;  // what a block may have on a Hopper
+constexpr int kBarriers = 16;
+
+struct Copy {
+  void* to;
+  std::vector<unsigned char> bytes;
+};
+
+struct Fiber {
+  Index index;
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
+  ucontext_t start;
+  jmp_buf resume;
+  bool started = false, done = false;
+  const unsigned* waits_for = nullptr;  // a generation that has to pass `seen`
+  unsigned seen = 0;
+  std::vector<std::vector<Copy>> groups;  // of asynchronous copies, oldest first; the last is open
+};
+
+struct Warp {
+  unsigned arrived = 0, generation = 0;
+  const char* kind = nullptr;
+  alignas(16) unsigned char payload[2][kWarp * kPayload];
+};
+
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+  unsigned expected = 0;  // 0: all that still run
+};
+
+struct Block {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Warp> warps;
+  std::array<Barrier, kBarriers> barriers;
+  unsigned running = 0;
+};
+
+Block block;
+Fiber* current = nullptr;
+jmp_buf scheduler;
+const std::function<void()>* kernel = nullptr;
+std::exception_ptr failure;
+alignas(1024) unsigned char shared[kShared];
+uint32_t shuffle_state = 1;
+
+[[noreturn]] void back_to_scheduler() {
+  _longjmp(scheduler, 1);
+}
+
+// Leave the processor to the others; comes back when the scheduler resumes this fiber.
+void yield() {
+  if (_setjmp(current->resume) == 0) back_to_scheduler();
+}
+
+void release(Barrier& barrier) {
+  barrier.arrived = 0;
+  barrier.expected = 0;
+  ++barrier.generation;
+}
+
+void leave() {
+  current->done = true;
+  --block.running;
+  // Barriers of the whole block wait for those that still run.
+  for (Barrier& barrier : block.barriers) {
+    if (barrier.arrived && barrier.expected == 0 && barrier.arrived == block.running) release(barrier);
+  }
+}
+
+void fiber_main() {
+  try {
+    (*kernel)();
+  } catch (...) {
+    if (!failure) failure = std::current_exception();
+  }
+  leave();
+  back_to_scheduler();
+}
+
+void switch_to(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(scheduler) == 0) {
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    fiber.started = true;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, fiber_main, 0);
+    setcontext(&fiber.start);
+  }
+}
+
+uint32_t next_random() {
+  shuffle_state = shuffle_state * 1664525u + 1013904223u;
+  return shuffle_state >> 8;
+}
+
+std::string stuck() {
+  std::string message = "emulated kernel: no thread of the block can go on; waiting:";
+  int named = 0;
+  for (const auto& fiber : block.fibers) {
+    if (!fiber->done && named++ < 8) message += " " + std::to_string(fiber->index.thread.x);
+  }
+  return message + (named > 8 ? " and " + std::to_string(named - 8) + " more" : "");
+}
+
+void run_block(unsigned threads) {
+  std::vector<unsigned> order(threads);
+  for (unsigned i = 0; i < threads; ++i) order[i] = i;
+  while (block.running) {
+    for (unsigned i = threads - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
+    bool moved = false;
+    for (unsigned i : order) {
+      Fiber& fiber = *block.fibers[i];
+      if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
+      fiber.waits_for = nullptr;
+      moved = true;
+      switch_to(fiber);
+      if (failure) std::rethrow_exception(failure);
+    }
+    if (!moved) throw std::runtime_error(stuck());
+  }
+}
+
+void wait_on(const unsigned* generation, unsigned seen) {
+  current->waits_for = generation;
+  current->seen = seen;
+  yield();
+}
+
+}  // namespace
+
+const Index& index() {
+  return current->index;
+}
+
+void* shared_memory() {
+  return shared;
+}
+
+void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+  static std::mutex one_kernel;
+  const std::lock_guard<std::mutex> lock(one_kernel);
+  if (threads == 0 || threads > 1024 || threads % kWarp)
+    throw std::runtime_error("threads of a block: " + std::to_string(threads));
+  if (shared_bytes > kShared) throw std::runtime_error("shared memory of a block: " + std::to_string(shared_bytes));
+  kernel = &body;
+  failure = nullptr;
+  while (block.fibers.size() < threads) block.fibers.push_back(std::make_unique<Fiber>());
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        block.warps.assign(threads / kWarp, Warp());
+        block.barriers.fill(Barrier());
+        block.running = threads;
+        std::memset(shared, 0xff, shared_bytes);
+        for (unsigned i = 0; i < threads; ++i) {
+          Fiber& fiber = *block.fibers[i];
+          fiber.index = {dim3(i), dim3(x, y, z), dim3(threads), grid};
+          fiber.started = fiber.done = false;
+          fiber.waits_for = nullptr;
+          fiber.groups.assign(1, {});
+        }
+        run_block(threads);
+      }
+    }
+  }
+}
+
+void barrier(int id, int count) {
+  Barrier& barrier = block.barriers.at(id);
+  const unsigned seen = barrier.generation, expected = count ? count : block.running;
+  barrier.expected = count;
+  if (++barrier.arrived == expected) {
+    release(barrier);
+  } else {
+    wait_on(&barrier.generation, seen);
+  }
+}
+
+const unsigned char* exchange(const char* kind, const void* mine, size_t size) {
+  Warp& warp = block.warps[current->index.thread.x / kWarp];
+  const unsigned seen = warp.generation;
+  unsigned char* payload = warp.payload[seen & 1];
+  if (size > kPayload) throw std::runtime_error(std::string(kind) + ": payload too large");
+  if (warp.arrived == 0) warp.kind = kind;
+  if (std::strcmp(warp.kind, kind) != 0) {
+    throw std::runtime_error(std::string("lanes of a warp disagree: ") + warp.kind + " and " + kind);
+  }
+  if (size) std::memcpy(payload + lane() * kPayload, mine, size);
+  if (++warp.arrived == kWarp) {
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    wait_on(&warp.generation, seen);
+  }
+  return payload;  // stays: the next collective writes the other half, the one after needs all lanes to have come
+}
+
+// The bytes are read now and appear at `to` when they are waited for.
+void copy_async(void* to, const void* from, size_t bytes) {
+  const auto* source = static_cast<const unsigned char*>(from);
+  std::vector<unsigned char> taken(bytes);  // zeros where there is no source
+  if (from) taken.assign(source, source + bytes);
+  current->groups.back().push_back({to, std::move(taken)});
+}
+
+void commit_copies() {
+  current->groups.emplace_back();
+}
+
+void wait_for_copies(int groups_left) {
+  auto& groups = current->groups;
+  while (static_cast<int>(groups.size()) - 1 > groups_left) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace emulator

@@ -1,0 +1,67 @@
+"""The table of what nvcc made of the CUDA kernels: complete, of these sources, without spills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cuda_report
+
+REPORT = """\
+ptxas info    : 28 bytes gmem
+ptxas info    : Compiling entry function '_ZN9bert_fast12_GLOBAL__N_14rowsIfLi4ELb0EEEvPKT_' for 'sm_90a'
+ptxas info    : Function properties for _ZN9bert_fast12_GLOBAL__N_14rowsIfLi4ELb0EEEvPKT_
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes stack, 1024 bytes smem, 416 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN9bert_fast9plain_oneEPKf' for 'sm_80'
+ptxas info    : Function properties for _ZN9bert_fast9plain_oneEPKf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers, used 0 barriers, 360 bytes cmem[0]
+"""
+
+
+def test_table_is_of_these_sources() -> None:
+    stale = [str(path) for path in cuda_report.stale(cuda_report.read())]
+    assert not stale, f"python -m benchmarks.cuda_report --write, for {stale}"
+
+
+def test_table_has_every_source_on_every_architecture_and_no_spills() -> None:
+    table = cuda_report.read()
+    assert sorted(table["files"]) == [str(path.relative_to(cuda_report.ROOT)) for path in cuda_report.cuda_sources()]
+    for entry in table["files"].values():
+        kernels = {row["kernel"] for row in entry["rows"]}
+        found = {(row["kernel"], row["arch"]) for row in entry["rows"]}
+        assert found == {(kernel, f"sm_{arch}") for kernel in kernels for arch in cuda_report.ARCHITECTURES}
+    assert not cuda_report.problems(table)
+
+
+def test_report_of_ptxas_is_read() -> None:
+    rows = cuda_report.parse(REPORT)
+    assert rows == [
+        {"kernel": "plain_one", "arch": "sm_80", "registers": 12, "stack": 0, "spilled": 0, "shared": 0},
+        {
+            "kernel": "rows<float, 4, false>",
+            "arch": "sm_90a",
+            "registers": 40,
+            "stack": 16,
+            "spilled": 12,
+            "shared": 1024,
+        },
+    ]
+    assert cuda_report.problems({"files": {"a.cu": {"rows": rows}}}) == [
+        "rows<float, 4, false> on sm_90a spills 12 bytes"
+    ]
+
+
+def test_hash_follows_the_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_report, "ROOT", tmp_path)
+    folder = tmp_path / "csrc" / "room"
+    folder.mkdir(parents=True)
+    source = folder / "room_cuda.cu"
+    source.write_text('#include "room/one.h"\n#include <vector>\n')
+    (folder / "one.h").write_text('#include "room/two.h"\n')
+    (folder / "two.h").write_text("int x;\n")
+    before = cuda_report.sources_hash(source)
+    (folder / "two.h").write_text("int y;\n")
+    assert cuda_report.sources_hash(source) != before
