@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "text into a vocabulary and tokenised shards",
     "pretrain": "train a BERT on prepared data, or go on with a run that stopped",
     "finetune": "fine-tune a model on a task: classification, regression, pairs, tokens, answers ...",
+    "multitask": "fine-tune one encoder on several tasks at once, each with its own head and rows",
     "sweep": "fine-tune with every combination of a grid of settings, on one split or on k folds",
     "predict": "what a fine-tuned model says about texts or rows",
     "evaluate": "metrics of a fine-tuned model on rows with the true answers",

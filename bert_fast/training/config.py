@@ -262,7 +262,17 @@ def from_mapping(kind: type, values: Any) -> Any:
             values[name] = from_mapping(hints[name], value)
         elif isinstance(value, list) and getattr(hints[name], "__origin__", None) is tuple:
             values[name] = tuple(value)
+        elif value is not None and (inner := _dataclass_in(hints[name])) and not isinstance(value, inner):
+            if getattr(hints[name], "__origin__", None) is dict:
+                values[name] = {key: x if isinstance(x, inner) else from_mapping(inner, x) for key, x in value.items()}
+            else:
+                values[name] = from_mapping(inner, value)
     return kind(**values)
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass of `dict[str, X]` or `X | None`; None where there is none."""
+    return next((kind for kind in get_args(hint) if hasattr(kind, "__dataclass_fields__")), None)
 
 
 # A resumed run with another value of one of these would not continue the same run.

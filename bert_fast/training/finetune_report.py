@@ -81,6 +81,11 @@ def page(
     parts += _calibration(predictions) + _mistakes(predictions)
     shown = escape(json.dumps(settings, indent=1, ensure_ascii=False))
     parts.append(f"<h2>Settings</h2><details><summary>{SETTINGS}</summary><pre>{shown}</pre></details>")
+    return html_page(title, parts)
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """A whole page, in the style of the reports, of pieces of HTML."""
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 

@@ -14,8 +14,10 @@ import numpy as np
 
 from bert_fast.tasks.task import make_task
 from bert_fast.training.config import from_mapping
-from bert_fast.training.finetune import finetune, score, write_json
+from bert_fast.training.finetune import finetune
 from bert_fast.training.finetune_config import FinetuneConfig
+from bert_fast.training.finetune_files import write_json
+from bert_fast.training.finetune_part import score
 from bert_fast.training.finetune_report import METRICS, SETTINGS
 
 RESULT = "sweep.json"

@@ -19,9 +19,12 @@ from bert_fast.tasks.prediction import predict
 from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import LossOptions, make_task, task_from_config
 from bert_fast.training.config import from_mapping
-from bert_fast.training.finetune import Finetuner, FinetuneResult, finetune, result_folder
+from bert_fast.training.finetune import FinetuneResult, finetune
 from bert_fast.training.finetune_config import BatchOptions, FinetuneConfig
 from bert_fast.training.finetune_data import Batcher, Split, hold_out
+from bert_fast.training.finetune_files import result_folder
+from bert_fast.training.finetune_loop import Finetuner
+from bert_fast.training.finetune_part import Part
 from bert_fast.training.layers import Unfreezing, depths, freeze, layered_groups
 from bert_fast.training.log import read_log
 
@@ -140,24 +143,25 @@ def test_the_same_seed_gives_the_same_losses(config: FinetuneConfig) -> None:
 
 
 def test_the_first_loss_is_that_of_transformers_on_the_same_rows(config: FinetuneConfig) -> None:
-    run = Finetuner(with_(config), report=quiet)
-    run.model.eval()
-    _, batches = next(run.steps())
+    run = Finetuner([Part(config, report=quiet)])
+    part = run.parts[0]
+    part.model.eval()
+    _, ((number, examples),) = next(run.steps())
     model = transformers.BertForSequenceClassification(
         transformers.BertConfig(
             vocab_size=20, max_position_embeddings=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=64,
         )
     ).eval()  # fmt: skip
-    model.load_state_dict(bert_fast.models.to_hf(run.model.state_dict()))
-    rows = [run.data.train.table["text"][example.row] for example in batches[0]]
-    encoded = run.tokenizer.encode_batch(rows)
+    model.load_state_dict(bert_fast.models.to_hf(part.model.state_dict()))
+    rows = [part.data.train.table["text"][example.row] for example in examples]
+    encoded = part.tokenizer.encode_batch(rows)
     width = max(len(one.ids) for one in encoded)
     ids = torch.tensor([one.ids + [0] * (width - len(one.ids)) for one in encoded])
-    labels = torch.tensor([example.target for example in batches[0]])
+    labels = torch.tensor([example.target for example in examples])
     expected = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
-    found, _ = run.train_step(batches)
-    assert float(found) == pytest.approx(float(expected.detach()), abs=1e-6)
+    found, _ = run.train_step([(number, examples)])
+    assert float(found[0]) == pytest.approx(float(expected.detach()), abs=1e-6)
 
 
 @pytest.mark.parametrize("weights", ["none", [1.0, 5.0]], ids=["plain", "weighted classes"])
@@ -165,13 +169,15 @@ def test_accumulation_has_the_gradient_of_one_large_batch(config: FinetuneConfig
     gradients = []
     for rows, accumulation in ((12, 1), (3, 4)):
         batch = {"rows": rows, "accumulation": accumulation}
-        run = Finetuner(with_(config, batch=batch, loss={"class_weights": weights}), report=quiet)
-        run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.0)
+        torch.manual_seed(0)
+        part = Part(with_(config, batch=batch, loss={"class_weights": weights}), report=quiet)
+        run = Finetuner([part])
+        run.optimizer = torch.optim.SGD(part.model.parameters(), lr=0.0)
         run.optimizer.param_groups[0]["lr_factor"] = 0.0
         run.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
         _, batches = next(run.steps())
         run.train_step(batches)
-        gradients.append([parameter.grad for parameter in run.model.parameters()])
+        gradients.append([parameter.grad for parameter in part.model.parameters()])
     for large, small in zip(*gradients, strict=True):
         assert torch.allclose(large, small, atol=1e-6)
 
@@ -330,7 +336,7 @@ def test_balanced_weights_and_duplicates_and_empty_rows(config: FinetuneConfig, 
     (tmp_path / "b.json").write_text(json.dumps([rows[0], {"text": "sad", "label": "bad"}]))
     data = {"train": str(tmp_path / "a.json"), "dev": str(tmp_path / "b.json"), "empty": "drop"}
     said: list[str] = []
-    run = Finetuner(with_(config, data=data, loss={"class_weights": "balanced"}), report=said.append)
+    run = Part(with_(config, data=data, loss={"class_weights": "balanced"}), report=said.append)
     assert run.loss_options.class_weights is not None
     assert run.loss_options.class_weights.tolist() == pytest.approx([8 / (2 * 2), 8 / (2 * 6)])
     assert any("1 of 9 rows have no text (row 9); left out" in text for text in said)

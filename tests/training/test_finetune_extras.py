@@ -19,8 +19,10 @@ from bert_fast.models import BertConfig, BertModel
 from bert_fast.tasks.prediction import predict
 from bert_fast.tasks.table import Table
 from bert_fast.training.config import from_mapping
-from bert_fast.training.finetune import Finetuner, finetune
+from bert_fast.training.finetune import finetune
 from bert_fast.training.finetune_config import FinetuneConfig
+from bert_fast.training.finetune_loop import Finetuner
+from bert_fast.training.finetune_part import Part
 
 SIGNS, FILLER = {"good": "fine", "bad": "poor"}, ["the", "a", "film", "was", "it", "very", "and", "we", "saw"]
 
@@ -118,10 +120,11 @@ def test_windows_and_pooled_tokens_are_learnt_and_remembered(config: FinetuneCon
 
 
 def test_augmented_rows_are_learnt_from_and_only_in_training(config: FinetuneConfig) -> None:
-    run = Finetuner(with_(config, augment={"delete": 0.1, "swap": 0.3, "mask": 0.05}), report=quiet)
-    plain = Finetuner(config, report=quiet)
-    assert [list(one.input_ids) for one in run.dev_examples] == [list(one.input_ids) for one in plain.dev_examples]
-    epochs = [[list(one.input_ids) for batch in batches for one in batch] for _, batches in islice(run.steps(), 10)]
+    changed = with_(config, augment={"delete": 0.1, "swap": 0.3, "mask": 0.05})
+    run, plain = (Finetuner([Part(settings, report=quiet)]) for settings in (changed, config))
+    ours, expected = ([list(one.input_ids) for one in x.parts[0].dev_examples] for x in (run, plain))
+    assert ours == expected
+    epochs = [[list(one.input_ids) for _, batch in batches for one in batch] for _, batches in islice(run.steps(), 10)]
     assert epochs[:5] != epochs[5:]
     assert run.total_steps == plain.total_steps
-    assert run.run().metrics["dev"]["accuracy"] >= 0.9
+    assert finetune(changed, report=quiet).metrics["dev"]["accuracy"] >= 0.9
