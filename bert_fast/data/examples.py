@@ -14,7 +14,15 @@ import torch
 
 from bert_fast.data.batch import PackedBatch
 from bert_fast.data.host import host
-from bert_fast.data.host_numpy import CONTINUATION, Array, Masking, epoch_key, shuffled
+from bert_fast.data.host_numpy import (
+    CONTINUATION,
+    CONTINUES,
+    Array,
+    Masking,
+    epoch_key,
+    shuffled,
+    span_thresholds,
+)
 from bert_fast.data.remote import local_folder
 from bert_fast.data.shards import TokenStore, verify_files
 from bert_fast.data.vocab import load_wordpiece, token_kinds
@@ -34,7 +42,9 @@ class PretrainingDataConfig:
         seed: of all random choices.
         short_seq_prob: how often an example aims at a random shorter length.
         next_sentence: whether examples are pairs A, B for next-sentence prediction, or one text each.
-        whole_words: whether all pieces of a word are masked together.
+        whole_words: whether all pieces of a word are masked together; what a word is, `prepare` was told.
+        max_span: the most words of a masked span, 1 for no spans; SpanBERT has 10. Lengths are geometric.
+        span_p: how likely a span ends after each word; SpanBERT has 0.2.
         mask_prob: share of the tokens to predict.
         mask_token_prob: share of those that become [MASK].
         random_token_prob: share of those that become a random token; the rest stays as it is.
@@ -51,6 +61,8 @@ class PretrainingDataConfig:
     short_seq_prob: float = 0.1
     next_sentence: bool = True
     whole_words: bool = True
+    max_span: int = 1
+    span_p: float = 0.2
     mask_prob: float = 0.15
     mask_token_prob: float = 0.8
     random_token_prob: float = 0.1
@@ -70,6 +82,11 @@ class PretrainingDataConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
         if not 2.0**-32 <= self.mask_prob <= 1.0:
             raise ValueError(f"mask_prob is {self.mask_prob}; expected more than 0, to 1")
+        if not (1 <= self.max_span <= 1000 and 0.0 < self.span_p < 1.0):
+            raise ValueError(
+                f"max_span is {self.max_span} and span_p {self.span_p}; expected 1 to 1000 words, and more than 0, "
+                "below 1"
+            )
         if self.mask_token_prob + self.random_token_prob > 1.0 + 1e-9:
             total = self.mask_token_prob + self.random_token_prob
             raise ValueError(f"mask_token_prob + random_token_prob is {total}; expected at most 1")
@@ -164,6 +181,7 @@ class PretrainingData:
             mask_threshold=round(config.mask_token_prob * 2**32),
             random_threshold=min(round((config.mask_token_prob + config.random_token_prob) * 2**32), 2**32),
             whole_words=config.whole_words,
+            span_thresholds=span_thresholds(config.max_span, config.span_p),
         )
         self._max_tokens = config.seq_len - (3 if config.next_sentence else 2)
         limit = self._max_tokens // 2 if config.next_sentence else self._max_tokens
@@ -279,7 +297,8 @@ def _units(store: TokenStore, kinds: Array, limit: int, pairs: bool) -> tuple[Ar
 def _word_starts(store: TokenStore, kinds: Array, start: int, end: int) -> Array:
     """Where words start in a sentence, after its first token."""
     tokens = store.gather(np.array([start]), np.array([end - start]))
-    return np.flatnonzero(kinds[tokens[1:]] != CONTINUATION) + 1
+    begins = (kinds[tokens & ~CONTINUES] != CONTINUATION) & (tokens & CONTINUES == 0)
+    return np.flatnonzero(begins[1:]) + 1
 
 
 def _cut_long(words: Array, length: int, limit: int) -> list[int]:

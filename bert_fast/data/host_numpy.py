@@ -7,7 +7,7 @@ on any machine and in any order of calls, decide alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ CONTINUATION, SPECIAL = 1, 2
 CONTINUES = 2**30  # in a token of a shard: it continues the word of the token before it
 IGNORE = -100
 # The last word of every counter says what the bits are for, so that no two uses share any.
-KEY, PLAN, SHUFFLE, WORDS, REPLACE = range(5)
+KEY, PLAN, SHUFFLE, WORDS, REPLACE, SPANS = range(6)
 _MASK32 = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
@@ -36,6 +36,8 @@ class Masking:
         mask_threshold, random_threshold: a predicted token becomes [MASK] below the first, a random token below the
             second, and stays as it is above, in units of 2^-32.
         whole_words: whether the pieces of a word are masked together.
+        span_thresholds: int64 (n,), rising, of 2^32: where it isn't empty, spans of 1 to n + 1 words are masked; a span
+            is one word longer for each threshold that 32 random bits reach. See `span_thresholds`.
     """
 
     kinds: Array
@@ -47,6 +49,17 @@ class Masking:
     mask_threshold: int
     random_threshold: int
     whole_words: bool
+    span_thresholds: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+
+def span_thresholds(longest: int, p: float) -> Array:
+    """What `Masking` needs for spans of geometric lengths, P(k) ~ p (1 - p)^(k - 1) for k of 1 to `longest` words.
+
+    Joshi et al., "SpanBERT: Improving pre-training by representing and predicting spans", 2019, section 3.1: p = 0.2,
+    at most 10 words, 3.8 on average.
+    """
+    shares = (1 - p) ** np.arange(1, longest)
+    return np.round((1 - shares) / (1 - (1 - p) ** longest) * 2**32).astype(np.int64)
 
 
 def philox(first: Any, second: Any, third: Any, purpose: int, key: Array) -> Array:
@@ -253,9 +266,12 @@ def build_batch(
 
     Of an example's n tokens that are not special, max(1, round(share n)) are predicted: words in random order, each
     taken if it still fits (Devlin et al. 2019, section 3.1, with whole words). Where no word fits, a shortest is taken.
+    With spans, the words after a taken one are taken too, as many as its random length says, while they fit; the tokens
+    of a span become [MASK], random or stay together.
 
     Args:
-        tokens: int32 (n,), the texts A, B of the first example, of the second, ...
+        tokens: int32 (n,), the texts A, B of the first example, of the second, ...; ids, and `CONTINUES` where a token
+            continues the word before it without being a `##` piece.
         a_lengths, b_lengths: int32 (B,), adding up to n; A has at least one token.
         indices: int64 (B,), the examples' numbers in the epoch: what their random bits depend on, with `key`.
         key: uint32 (2,), see `epoch_key`.
@@ -302,8 +318,9 @@ def _check_batch(
             f"a_lengths and b_lengths add up to {lengths.sum()}; expected the {tokens.size} elements of tokens"
         )
     vocab = masking.kinds.size
-    for i in np.flatnonzero((tokens < 0) | (tokens >= vocab))[:1]:
-        raise ValueError(f"tokens element {i} is id {tokens[i]}; expected 0 to {vocab - 1} as in masking.kinds")
+    ids = np.where(tokens < 0, tokens, tokens & ~CONTINUES)
+    for i in np.flatnonzero((ids < 0) | (ids >= vocab))[:1]:
+        raise ValueError(f"tokens element {i} is id {ids[i]}; expected 0 to {vocab - 1} as in masking.kinds")
     full = lengths + np.where(b_lengths > 0, 3, 2)
     if full.sum() >= 2**31:
         raise ValueError(f"the batch has {full.sum()} tokens; expected less than 2^31")
@@ -320,6 +337,12 @@ def _check_masking(masking: Masking) -> None:
     ranges = [(name, 0, vocab - 1) for name in ("cls_id", "sep_id", "mask_id")]
     ranges += [("select_threshold", 1, 2**32), ("mask_threshold", 0, 2**32)]
     ranges += [("random_threshold", masking.mask_threshold, 2**32)]
+    spans = _checked(masking.span_thresholds, "masking.span_thresholds", np.int64)
+    for i in np.flatnonzero((np.diff(spans, prepend=0) < 0) | (spans > 2**32))[:1]:
+        raise ValueError(
+            f"masking.span_thresholds element {i} is {spans[i]}; expected 0 to 4294967296, and none below the one "
+            "before"
+        )
     for name, low, high in ranges:
         if not low <= getattr(masking, name) <= high:
             raise ValueError(f"masking.{name} is {getattr(masking, name)}; expected {low} to {high}")
@@ -330,15 +353,19 @@ def _example(
 ) -> tuple[Array, Array, Array, Array]:
     cls, sep = np.array([masking.cls_id]), np.array([masking.sep_id])
     parts = [cls, text[:a_length], sep] + ([text[a_length:], sep] if b_length else [])
-    ids = np.concatenate(parts).astype(np.int64)
+    marked = np.concatenate(parts).astype(np.int64)
+    ids = marked & ~CONTINUES
     types = np.zeros(ids.size, dtype=np.int64)
     types[a_length + 2 :] = 1
     labels = np.full(ids.size, IGNORE, dtype=np.int64)
     is_text = np.ones(ids.size, dtype=bool)
     is_text[[0, a_length + 1, -1]] = False
-    chosen = _choose(masking.kinds[ids], is_text, index, key, masking)
+    kinds = masking.kinds[ids] | (marked & CONTINUES != 0) * np.uint8(CONTINUATION)
+    chosen, begins = _choose(kinds, is_text, index, key, masking)
     labels[chosen] = ids[chosen]
     random = philox(chosen, index & 0xFFFFFFFF, index >> 32, REPLACE, key)
+    if masking.span_thresholds.size:
+        random[:, 0] = philox(begins, index & 0xFFFFFFFF, index >> 32, REPLACE, key)[:, 0]
     replaced = masking.replacements[_below(random[:, 1], masking.replacements.size)]
     ids[chosen] = np.where(
         random[:, 0] < masking.mask_threshold,
@@ -348,27 +375,38 @@ def _example(
     return ids, types, np.arange(ids.size, dtype=np.int64), labels
 
 
-def _choose(kinds: Array, is_text: Array, index: int, key: Array, masking: Masking) -> Array:
-    """The positions to predict, int64: whole words (or single tokens) up to the budget."""
+def _choose(kinds: Array, is_text: Array, index: int, key: Array, masking: Masking) -> tuple[Array, Array]:
+    """The positions to predict, and where the span of each begins, int64: words (or single tokens) up to the budget."""
     candidate = is_text & (kinds & SPECIAL == 0)
     begins = candidate.copy()
     if masking.whole_words:
         begins[1:] &= ~(candidate[:-1] & (kinds[1:] & CONTINUATION != 0))
     starts = np.flatnonzero(begins)
     if starts.size == 0:
-        return starts
+        return starts, starts
     lengths = np.bincount(np.cumsum(begins)[candidate] - 1, minlength=starts.size)
-    words = philox(np.arange((starts.size + 3) // 4), index & 0xFFFFFFFF, index >> 32, WORDS, key).reshape(-1)
-    order = np.argsort(words[: starts.size], kind="stable")
-    budget = max(1, (int(candidate.sum()) * masking.select_threshold + 2**31) >> 32)
-    taken: list[int] = []
-    left = budget
-    for word, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        if length <= left:
-            taken.append(word)
-            left -= length
+    blocks, low, high = np.arange((starts.size + 3) // 4), index & 0xFFFFFFFF, index >> 32
+    order = np.argsort(philox(blocks, low, high, WORDS, key).reshape(-1)[: starts.size], kind="stable")
+    wanted = np.ones(starts.size, dtype=np.int64)
+    if masking.span_thresholds.size:
+        random = philox(blocks, low, high, SPANS, key).reshape(-1)[: starts.size]
+        wanted += np.searchsorted(masking.span_thresholds, random.astype(np.int64), side="right")
+    left = max(1, (int(candidate.sum()) * masking.select_threshold + 2**31) >> 32)
+    taken: dict[int, int] = {}  # word: the word that its span begins with
+    for first in order.tolist():
+        if first in taken or lengths[first] > left:
+            continue
+        for word in range(first, min(first + int(wanted[first]), starts.size)):
+            adjoins = word == first or starts[word] == starts[word - 1] + lengths[word - 1]
+            if word in taken or not adjoins or lengths[word] > left:
+                break
+            taken[word] = first
+            left -= int(lengths[word])
         if left == 0:
             break
     if not taken:
-        taken = [int(order[np.argmin(lengths[order])])]
-    return np.concatenate([np.arange(starts[word], starts[word] + lengths[word]) for word in taken])
+        shortest = int(order[np.argmin(lengths[order])])
+        taken = {shortest: shortest}
+    positions = [np.arange(starts[word], starts[word] + lengths[word]) for word in taken]
+    spans = [np.full(lengths[word], starts[first]) for word, first in taken.items()]
+    return np.concatenate(positions), np.concatenate(spans)

@@ -5,7 +5,9 @@ A prepared folder:
     manifest.json            schema version, counts, and size and sha256 of every other file
     vocab.txt  tokenizer.json  tokenizer_config.json
     train/00000.arrow ...    Arrow IPC files, one row a document:
-    heldout/00000.arrow ...      tokens         list<int32>  the token ids, no special tokens added
+    heldout/00000.arrow ...      tokens         list<int32>  the token ids, no special tokens added; bit 30
+                                              is set where a token continues a word that
+                                              the pieces don't show (`prepare --words`)
                                  sentence_ends  list<int32>  the position after each sentence; rising
 """
 
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from bert_fast.data.host_numpy import Array
+from bert_fast.data.host_numpy import CONTINUES, Array
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -275,7 +277,10 @@ class TokenStore:
         return int(self._starts[-1])
 
     def gather(self, starts: Array, lengths: Array) -> Array:
-        """The token ranges [start, start + length) one after the other, int32; each must lie in one document."""
+        """The token ranges [start, start + length) one after the other, int32; each must lie in one document.
+
+        Bit 30 (`CONTINUES`) of a token marks a word's continuation; the id is the rest.
+        """
         parts = np.searchsorted(self._starts, starts, side="right") - 1
         begins = starts - self._starts[parts]
         ends = begins + lengths
@@ -299,8 +304,9 @@ def _read_shard(path: Path, vocab_size: int) -> Iterator[tuple[Array, Array, Arr
     for batch in batches:
         tokens, ends = (column.flatten().to_numpy(zero_copy_only=True) for column in batch.columns)
         lengths, counts = (column.value_lengths().to_numpy().astype(np.int64) for column in batch.columns)
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
+        lowest, highest = (int(tokens.min()), int((tokens & ~CONTINUES).max())) if tokens.size else (0, 0)
+        if lowest < 0 or highest >= vocab_size:
+            wrong = lowest if lowest < 0 else highest
             raise ValueError(f"{path} has token id {wrong}; expected 0 to {vocab_size - 1}: prepare the data again")
         last = np.cumsum(counts) - 1
         if (counts < 1).any() or (ends[last] != lengths).any():

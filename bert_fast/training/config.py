@@ -114,6 +114,8 @@ class DataOptions:
         short_seq_prob: how often an example aims at a random shorter length.
         next_sentence: whether examples are sentence pairs for next-sentence prediction, or one text each.
         whole_words: whether all pieces of a word are masked together.
+        max_span: the most words of a masked span, 1 for no spans; SpanBERT has 10. Lengths are geometric.
+        span_p: how likely a span ends after each word; SpanBERT has 0.2.
         mask_prob: share of the tokens to predict.
         mask_token_prob: share of those that become [MASK].
         random_token_prob: share of those that become a random token; the rest stays as it is.
@@ -125,6 +127,8 @@ class DataOptions:
     short_seq_prob: float = 0.1
     next_sentence: bool = True
     whole_words: bool = True
+    max_span: int = 1
+    span_p: float = 0.2
     mask_prob: float = 0.15
     mask_token_prob: float = 0.8
     random_token_prob: float = 0.1
@@ -139,6 +143,8 @@ class DataOptions:
         _check(0.0 < self.mask_prob <= 1.0, f"mask_prob is {self.mask_prob}; expected more than 0, to 1")
         for name in ("short_seq_prob", "mask_token_prob", "random_token_prob"):
             _check(0.0 <= getattr(self, name) <= 1.0, f"{name} is {getattr(self, name)}; expected 0 to 1")
+        _check(1 <= self.max_span <= 1000, f"max_span is {self.max_span}; expected 1 to 1000 words")
+        _check(0.0 < self.span_p < 1.0, f"span_p is {self.span_p}; expected more than 0 and less than 1")
         both = self.mask_token_prob + self.random_token_prob
         _check(both <= 1.0 + 1e-9, f"mask_token_prob + random_token_prob is {both}; expected at most 1")
 

@@ -11,6 +11,7 @@ namespace bert_fast::host {
 namespace {
 
 constexpr uint8_t kContinuation = 1, kSpecial = 2;
+constexpr int32_t kContinues = 1 << 30;  // in a token of a shard: it continues the word of the token before it
 constexpr int64_t kIgnore = -100;
 
 struct Masking {
@@ -19,6 +20,7 @@ struct Masking {
   int64_t cls, sep, mask;
   int64_t select_threshold, mask_threshold, random_threshold;  // of 2^32
   bool whole_words;
+  View<int64_t> span_thresholds;  // of 2^32: a span is one word longer for each that its random word reaches
 };
 
 int64_t integer(const py::object& masking, const char* name, int64_t low, int64_t high) {
@@ -30,7 +32,8 @@ int64_t integer(const py::object& masking, const char* name, int64_t low, int64_
   return value;
 }
 
-Masking read_masking(const py::object& object, const py::array& kinds, const py::array& replacements) {
+Masking read_masking(const py::object& object, const py::array& kinds, const py::array& replacements,
+                     const py::array& span_thresholds) {
   constexpr int64_t one = int64_t{1} << 32;
   const auto table = view<uint8_t>(kinds, "masking.kinds");
   const auto random_ids = view<int32_t>(replacements, "masking.replacements");
@@ -43,6 +46,13 @@ Masking read_masking(const py::object& object, const py::array& kinds, const py:
                             std::to_string(table.size - 1));
     }
   }
+  const auto spans = view<int64_t>(span_thresholds, "masking.span_thresholds");
+  for (int64_t i = 0; i < spans.size; ++i) {
+    if (spans[i] < (i == 0 ? 0 : spans[i - 1]) || spans[i] > one) {
+      throw py::value_error("masking.span_thresholds element " + std::to_string(i) + " is " + std::to_string(spans[i]) +
+                            "; expected 0 to 4294967296, and none below the one before");
+    }
+  }
   const int64_t masked = integer(object, "mask_threshold", 0, one);
   return {table,
           random_ids,
@@ -52,12 +62,13 @@ Masking read_masking(const py::object& object, const py::array& kinds, const py:
           integer(object, "select_threshold", 1, one),
           masked,
           integer(object, "random_threshold", masked, one),
-          object.attr("whole_words").cast<bool>()};
+          object.attr("whole_words").cast<bool>(),
+          spans};
 }
 
 struct Word {
-  uint64_t order;  // random key, then the word's number: a total order
   int32_t start, length;
+  bool taken;
 };
 
 class BatchBuilder {
@@ -93,19 +104,21 @@ class BatchBuilder {
   void text(const int32_t* tokens, int32_t length, int64_t type) {
     bool in_word = false;
     for (int32_t i = 0; i < length; ++i) {
-      const uint8_t kind = masking_.kinds[tokens[i]];
+      const int32_t id = tokens[i] & ~kContinues;
+      const uint8_t kind = masking_.kinds[id];
+      const bool continues = (kind & kContinuation) || (tokens[i] & kContinues);
       if (kind & kSpecial) {
         in_word = false;
       } else {
         ++candidates_;
-        if (in_word && masking_.whole_words && (kind & kContinuation)) {
+        if (in_word && masking_.whole_words && continues) {
           ++words_.back().length;
         } else {
-          words_.push_back({0, static_cast<int32_t>(cursor_ - begin_), 1});
+          words_.push_back({static_cast<int32_t>(cursor_ - begin_), 1, false});
         }
         in_word = true;
       }
-      put(tokens[i], type);
+      put(id, type);
     }
   }
 
@@ -114,40 +127,75 @@ class BatchBuilder {
       return;
     }
     const auto low = static_cast<uint32_t>(index), high = static_cast<uint32_t>(index >> 32);
+    order_.resize(words_.size());
     for (size_t w = 0; w < words_.size(); w += 4) {
       const auto random = philox4x32<10>({static_cast<uint32_t>(w / 4), low, high, kWords}, key_);
       for (size_t i = w; i < std::min(w + 4, words_.size()); ++i) {
-        words_[i].order = uint64_t{random[i - w]} << 32 | i;
+        order_[i] = uint64_t{random[i - w]} << 32 | i;  // a random key, then the word's number: a total order
       }
     }
-    std::sort(words_.begin(), words_.end(), [](const Word& x, const Word& y) { return x.order < y.order; });
-    const int64_t budget = std::max<int64_t>(1, (candidates_ * masking_.select_threshold + (int64_t{1} << 31)) >> 32);
-    int64_t chosen = 0;
-    for (const Word& word : words_) {
-      if (chosen + word.length <= budget) {
-        replace(word, low, high);
-        chosen += word.length;
+    std::sort(order_.begin(), order_.end());
+    int64_t left = std::max<int64_t>(1, (candidates_ * masking_.select_threshold + (int64_t{1} << 31)) >> 32);
+    bool none = true;
+    for (const uint64_t key : order_) {
+      const auto first = static_cast<uint32_t>(key);
+      if (!words_[first].taken && words_[first].length <= left) {
+        left -= span(first, left, low, high);
+        none = false;
       }
-      if (chosen == budget) {
+      if (left == 0) {
         break;
       }
     }
-    if (chosen == 0) {
+    if (none) {
       // Every word is longer than the budget: take a shortest one, so that each example teaches something.
-      replace(*std::min_element(words_.begin(), words_.end(),
-                                [](const Word& x, const Word& y) { return x.length < y.length; }),
-              low, high);
+      const auto shorter = [this](uint64_t x, uint64_t y) {
+        return words_[static_cast<uint32_t>(x)].length < words_[static_cast<uint32_t>(y)].length;
+      };
+      const auto shortest = static_cast<uint32_t>(*std::min_element(order_.begin(), order_.end(), shorter));
+      replace(words_[shortest], shortest, low, high);
     }
   }
 
-  void replace(const Word& word, uint32_t low, uint32_t high) {
+  // Masks words from `first` on, as many as its random length says, while they are free, adjoin and fit into `left`
+  // tokens; returns the tokens taken.
+  int64_t span(uint32_t first, int64_t left, uint32_t low, uint32_t high) {
+    int64_t wanted = 1;
+    if (masking_.span_thresholds.size > 0) {
+      const uint32_t random = philox4x32<10>({first / 4, low, high, kSpans}, key_)[first % 4];
+      const auto* thresholds = masking_.span_thresholds.data;
+      wanted += std::upper_bound(thresholds, thresholds + masking_.span_thresholds.size, int64_t{random}) - thresholds;
+    }
+    int64_t used = 0, position = words_[first].start;
+    for (size_t w = first; w < words_.size() && wanted > 0; ++w, --wanted) {
+      Word& word = words_[w];
+      if (word.taken || word.start != position || used + word.length > left) {
+        break;
+      }
+      replace(word, first, low, high);
+      used += word.length;
+      position += word.length;
+    }
+    return used;
+  }
+
+  // Predicts a word of the span that begins at word `first`. The tokens of a span of words share one fate: [MASK],
+  // random or kept; without spans each token has its own.
+  void replace(Word& word, uint32_t first, uint32_t low, uint32_t high) {
+    word.taken = true;
+    const bool shared = masking_.span_thresholds.size > 0;
+    uint32_t fate = 0;
+    if (shared) {
+      fate = philox4x32<10>({static_cast<uint32_t>(words_[first].start), low, high, kReplace}, key_)[0];
+    }
     for (int32_t position = word.start; position < word.start + word.length; ++position) {
       const auto random = philox4x32<10>({static_cast<uint32_t>(position), low, high, kReplace}, key_);
+      const uint32_t choice = shared ? fate : random[0];
       int64_t& id = input_ids_[begin_ + position];
       labels_[begin_ + position] = id;
-      if (random[0] < masking_.mask_threshold) {
+      if (choice < masking_.mask_threshold) {
         id = masking_.mask;
-      } else if (random[0] < masking_.random_threshold) {
+      } else if (choice < masking_.random_threshold) {
         id = masking_.replacements[below(random[1], masking_.replacements.size)];
       }
     }
@@ -157,7 +205,8 @@ class BatchBuilder {
   std::array<uint32_t, 2> key_;
   int64_t *input_ids_, *types_, *positions_, *labels_;
   int64_t cursor_ = 0, begin_ = 0, candidates_ = 0;
-  std::vector<Word> words_;
+  std::vector<Word> words_;  // in the order of the text
+  std::vector<uint64_t> order_;
 };
 
 // Checks lengths and ids, fills cu_seqlens; returns the longest sequence.
@@ -183,8 +232,9 @@ int64_t measure(View<int32_t> tokens, View<int32_t> a_lengths, View<int32_t> b_l
     throw py::value_error("the batch has " + std::to_string(offsets.back()) + " tokens; expected less than 2^31");
   }
   for (int64_t i = 0; i < tokens.size; ++i) {
-    if (tokens[i] < 0 || tokens[i] >= vocab) {
-      throw py::value_error("tokens element " + std::to_string(i) + " is id " + std::to_string(tokens[i]) +
+    const int32_t id = tokens[i] < 0 ? tokens[i] : tokens[i] & ~kContinues;
+    if (id < 0 || id >= vocab) {
+      throw py::value_error("tokens element " + std::to_string(i) + " is id " + std::to_string(id) +
                             "; expected 0 to " + std::to_string(vocab - 1) + " as in masking.kinds");
     }
   }
@@ -224,8 +274,9 @@ py::tuple build_batch(const py::array& tokens, const py::array& a_lengths, const
   const auto b = view<int32_t>(b_lengths, "b_lengths", a.size);
   const auto index = view<int64_t>(indices, "indices", a.size);
   const auto key_words = view<uint32_t>(key, "key", 2);
-  const py::array kinds = masking.attr("kinds"), replacements = masking.attr("replacements");
-  const Masking settings = read_masking(masking, kinds, replacements);
+  const py::array kinds = masking.attr("kinds"), replacements = masking.attr("replacements"),
+                  spans = masking.attr("span_thresholds");
+  const Masking settings = read_masking(masking, kinds, replacements, spans);
   std::vector<int64_t> offsets(a.size + 1, 0);
   const int64_t max_seqlen = measure(text, a, b, settings.kinds.size, offsets);
   py::array_t<int64_t> input_ids(offsets.back()), types(offsets.back()), positions(offsets.back()),

@@ -48,6 +48,6 @@ inline int64_t below(uint32_t random, int64_t count) {
 }
 
 // What a random stream is for: the last word of every counter, so that no two uses share bits.
-enum Purpose : uint32_t { kKey = 0, kPlan = 1, kShuffle = 2, kWords = 3, kReplace = 4 };
+enum Purpose : uint32_t { kKey = 0, kPlan = 1, kShuffle = 2, kWords = 3, kReplace = 4, kSpans = 5 };
 
 }  // namespace bert_fast::host

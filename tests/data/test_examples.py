@@ -329,6 +329,8 @@ def test_held_out_documents_are_not_trained_on(prepared):
         ({"token_budget": 47}, "token_budget is 47; expected at least seq_len, 48: an example must fit"),
         ({"short_seq_prob": 1.5}, "short_seq_prob is 1.5; expected 0 to 1"),
         ({"mask_prob": 0.0}, "mask_prob is 0.0; expected more than 0, to 1"),
+        ({"max_span": 0}, "max_span is 0 and span_p 0.2; expected 1 to 1000 words"),
+        ({"span_p": 1.0}, "max_span is 1 and span_p 1.0; expected 1 to 1000 words, and more than 0, below 1"),
         ({"mask_token_prob": 0.8, "random_token_prob": 0.3}, r"mask_token_prob \+ random_token_prob is 1.1"),
         ({"split": "test"}, "has no split 'test'; it has train, heldout"),
         ({"host": "gpu"}, "the host implementation is 'gpu'"),

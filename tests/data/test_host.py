@@ -80,13 +80,20 @@ def test_plan_twins_agree_to_the_bit(cpp, seed, max_tokens, documents, short_thr
     first_index=st.integers(-(2**63), 2**63 - 13),
     select=st.sampled_from([1, round(0.15 * 2**32), 2**31, 2**32]),
     whole_words=st.booleans(),
+    max_span=st.sampled_from([1, 2, 10]),
+    marks=st.booleans(),
 )
-def test_build_batch_twins_agree_to_the_bit(cpp, seed, examples, longest, first_index, select, whole_words):
+def test_build_batch_twins_agree_to_the_bit(
+    cpp, seed, examples, longest, first_index, select, whole_words, max_span, marks
+):
     generator = np.random.default_rng(seed)
-    settings_ = masking(generator, select_threshold=select, whole_words=whole_words)
+    spans = host_numpy.span_thresholds(max_span, 0.2)
+    settings_ = masking(generator, select_threshold=select, whole_words=whole_words, span_thresholds=spans)
     a = generator.integers(1, longest + 1, examples).astype(np.int32)
     b = generator.integers(0, longest + 1, examples).astype(np.int32)
     tokens = generator.integers(0, settings_.kinds.size, a.sum() + b.sum()).astype(np.int32)
+    if marks:
+        tokens |= generator.integers(0, 2, tokens.size, dtype=np.int32) * host_numpy.CONTINUES
     indices = np.arange(first_index, first_index + examples, dtype=np.int64)
     arguments = (tokens, a, b, indices, host_numpy.epoch_key(seed, 0), settings_)
     *ours, ours_longest = cpp.build_batch(*arguments)
@@ -156,6 +163,7 @@ TOKENS, A, B, INDICES = (
         ({"tokens": TOKENS.astype(np.int64)}, "tokens has dtype int64; expected int32"),
         ({"tokens": TOKENS + 37}, "tokens element 0 is id 43; expected 0 to 39"),
         ({"tokens": -TOKENS}, "tokens element 0 is id -6; expected 0 to 39"),
+        ({"tokens": TOKENS + 37 | host_numpy.CONTINUES}, "tokens element 0 is id 43; expected 0 to 39"),
         ({"tokens": TOKENS[:3].copy()}, "add up to 4; expected the 3 elements of tokens"),
         ({"a_lengths": np.array([3, 0], dtype=np.int32)}, r"example 1 has lengths \(0, 0\)"),
         ({"b_lengths": np.array([-1, 2], dtype=np.int32)}, r"example 0 has lengths \(2, -1\)"),
@@ -168,6 +176,9 @@ TOKENS, A, B, INDICES = (
         ({"random_threshold": 5}, "masking.random_threshold is 5; expected 3435973837 to"),
         ({"replacements": np.array([40], dtype=np.int32)}, "masking.replacements has id 40; expected 0 to 39"),
         ({"replacements": np.array([], dtype=np.int32)}, "masking.replacements is empty"),
+        ({"span_thresholds": np.array([9, 8])}, "masking.span_thresholds element 1 is 8; expected 0 to"),
+        ({"span_thresholds": np.array([2**32 + 1])}, "masking.span_thresholds element 0 is 4294967297; expected"),
+        ({"span_thresholds": np.array([1.5])}, "masking.span_thresholds has dtype float64; expected int64"),
         ({"kinds": np.zeros(40)}, "masking.kinds has dtype float64; expected uint8"),
     ],
     ids=lambda value: value.replace(" ", "-")[:40] if isinstance(value, str) else "",

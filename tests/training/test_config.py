@@ -52,6 +52,8 @@ def test_contradictions_of_a_run_are_named(changes: dict[str, Any], message: str
         (ModelOptions, {"config": "a", "init_from": "b"}, "model.config and model.init_from are both given"),
         (DataOptions, {"folder": ""}, "data.folder is empty"),
         (DataOptions, {"folder": "f", "token_budget": 64}, "token_budget is 64, below seq_len = 128"),
+        (DataOptions, {"folder": "f", "max_span": 0}, "max_span is 0; expected 1 to 1000 words"),
+        (DataOptions, {"folder": "f", "span_p": 0.0}, "span_p is 0.0; expected more than 0 and less than 1"),
         (DataOptions, {"folder": "f", "mask_prob": 0.0}, "mask_prob is 0.0; expected more than 0"),
         (DataOptions, {"folder": "f", "mask_token_prob": 0.95}, r"mask_token_prob \+ random_token_prob is 1.05"),
     ],
