@@ -43,7 +43,8 @@ class SentenceEmbeddingOptions:
         objective: contrastive: each text has to find its pair among all pairs, and negatives, of its batch; triplet:
             the pair has to be closer than the negative by a margin; cosine: the pair's cosine is its score. auto takes
             cosine where there are scores, else contrastive.
-        pooling: of the last hidden states: mean, cls, max or pooler.
+        pooling: of the last hidden states: mean, cls, max or pooler. sentence-transformers knows all but pooler, and
+            loads the result folder of the others.
         temperature: by which the contrastive objective divides cosines.
         margin: of the triplet objective, in cosines.
         score_low, score_high: the scores that stand for a cosine of 0 and of 1; by default the lowest and highest of
@@ -127,6 +128,24 @@ class SentenceEmbedding(Task):
         self.objective = settings["objective"]
         self.low, self.high = float(settings["low"]), float(settings["high"])
         self._choose_metric()
+
+    def files_for_others(self, text: TextSettings, hidden_size: int) -> dict[str, Any]:
+        """Those of sentence-transformers: the modules, the length of a text, the pooling."""
+        if self.options.pooling == "pooler":
+            return {}
+        kinds = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"}
+        modules = (("", "Transformer"), ("1_Pooling", "Pooling"))
+        return {
+            "modules.json": [
+                {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for place, (path, kind) in enumerate(modules)
+            ],
+            "sentence_bert_config.json": {"max_seq_length": text.max_length, "do_lower_case": False},
+            "1_Pooling/config.json": {
+                "word_embedding_dimension": hidden_size,
+                **{f"pooling_mode_{name}": kind == self.options.pooling for kind, name in kinds.items()},
+            },
+        }
 
     def _scores(self, table: Table, columns: Columns) -> list[float]:
         found = []

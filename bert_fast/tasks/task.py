@@ -224,6 +224,10 @@ class Task(ABC):
         """Settings of our heads that transformers does not have; they go into config.json and `BertConfig.extra`."""
         return {}
 
+    def files_for_others(self, text: TextSettings, hidden_size: int) -> dict[str, Any]:
+        """JSON files, by their path in the result folder, by which a library that is not transformers loads it."""
+        return {}
+
     @abstractmethod
     def encode(
         self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool

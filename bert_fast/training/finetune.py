@@ -43,9 +43,9 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune a model on a task and write it to `config.output_dir`, which appears complete or not at all.
 
-    The folder holds the model and the tokenizer as transformers loads them, with the labels and the task in
-    config.json; metrics.json; predictions.dev.jsonl, each line with an `error` of 0 where the prediction is right;
-    log.jsonl; finetune.json, the settings; and report.html.
+    The folder holds the model and the tokenizer as transformers (of sentence-embedding sentence-transformers too) loads
+    them, with the labels and the task in config.json; metrics.json; predictions.dev.jsonl, each line with an `error` of
+    0 where the prediction is right; log.jsonl; finetune.json, the settings; and report.html.
 
     Args:
         config: the run.

@@ -183,6 +183,9 @@ class Part:
                 shutil.copy(path, folder / path.name)
         if not (folder / "tokenizer.json").is_file():
             self.tokenizer.save(str(folder / "tokenizer.json"))
+        for name, values in self.task.files_for_others(self.config.text, model.config.hidden_size).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_json(folder / name, values)
         if self.config.report:
             if package := missing_package():
                 self.report(f"{REPORT} is not written: {package} is not installed (pip install 'bert_fast[finetune]')")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,6 +18,7 @@ from bert_fast.data import load_tokenizer
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.tasks.columns import choose_columns
 from bert_fast.tasks.prediction import predict
+from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import task_class, task_from_config
 from bert_fast.training.config import from_mapping
@@ -194,6 +197,28 @@ def test_a_fused_model_of_transformers_takes_the_same_steps(task: str, base: Pat
         found.append([line["loss"] for line in lines])
     assert len(found[0]) == 4
     assert found[1] == pytest.approx(found[0], rel=2e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
+def test_sentence_transformers_loads_what_it_writes(pooling: str, base: Path, tmp_path: Path) -> None:
+    """With the same vectors, of texts longer than text.max_length too; its pooling module has no pooler."""
+    # A GPU machine with no network has the packages that it has.
+    library = pytest.importorskip if torch.cuda.is_available() else importlib.import_module
+    sentence_transformers: Any = library("sentence_transformers")
+    result, _ = run("sentence-embedding", base, tmp_path, steps=2, options={"pooling": pooling})
+    folder = Path(result.folder)
+    if pooling == "pooler":
+        assert not (folder / "modules.json").exists()
+        return
+    texts = ["the ada", "we saw rome in oslo", "", " ".join(words_of(8)) + " to bonn" * 9]
+    task = task_from_config(json.loads((folder / "config.json").read_text()))
+    model = BertModel.from_pretrained(folder)
+    settings = TextSettings(max_length=14)
+    ours = predict(model, task, load_tokenizer(folder), Table({"text": texts}), {"text": "text"}, text=settings)
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    assert theirs.max_seq_length == 14
+    found = theirs.encode(texts, show_progress_bar=False)
+    np.testing.assert_allclose(found, [item["vector"] for item in ours], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["question-answering", "sentence-embedding"])
