@@ -1,4 +1,4 @@
-"""Which words a classifier's answer comes from, as one HTML page: attention rollout and integrated gradients."""
+"""Which words an answer comes from, as one HTML page: attention rollout and integrated gradients."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from bert_fast.cli.models import read_texts
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("model", type=str, help="folder that bert-fast finetune wrote, of a task that classifies texts")
+    parser.add_argument("model", type=str, help="folder that bert-fast finetune wrote")
     parser.add_argument("texts", nargs="*", type=str, help="texts; without any and without --file, stdin is read")
     parser.add_argument("--file", type=str | None, default=None, help="one text a line; - is stdin")
-    parser.add_argument("--pair", type=str | None, default=None, help="the second text, for a model of pairs")
+    parser.add_argument(
+        "--pair", type=str | None, default=None, help="the second text of a pair, or a question's context"
+    )
     parser.add_argument("--label", type=str | None, default=None, help="explain this label, not the one predicted")
     parser.add_argument("--steps", type=int, default=50, help="steps of the integral")
     parser.add_argument("--output", type=str, default="explain.html", help="the page")

@@ -23,7 +23,7 @@ COMMANDS = {
     "predict": "what a fine-tuned model says about texts or rows",
     "evaluate": "metrics of a fine-tuned model on rows with the true answers",
     "report": "curves, metrics and worst mistakes of a fine-tuning run as an HTML page, made again",
-    "explain": "which words a classifier's answer comes from, as an HTML page",
+    "explain": "which words an answer comes from, as an HTML page",
     "fill-mask": "what could stand where a text says [MASK]",
     "embed": "texts into vectors",
     "info": "versions, device, CPU features, which implementation runs here and why the others can't",

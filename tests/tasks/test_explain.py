@@ -16,7 +16,13 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from bert_fast.cli.main import main
-from bert_fast.models import BertConfig, BertForSequenceClassification
+from bert_fast.models import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertPreTrainedModel,
+)
 from bert_fast.tasks.explain import Explanation, explain, page, rollout
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
@@ -82,8 +88,68 @@ def test_another_label_a_pair_and_windows(task: Task, tokenizer: Tokenizer) -> N
     assert explain(model, task, tokenizer, ["the film was bad " * 3], text, steps=2).windows > 1
     with pytest.raises(ValueError, match=r"label is 'never'; expected one of <yes>, maybe, no"):
         explain(model, task, tokenizer, ["the"], TEXT, label="never")
-    with pytest.raises(ValueError, match="the model is of the task question-answering; expected one of classification"):
-        explain(nn.Linear(1, 1), make_task("question-answering"), tokenizer, ["the"], TEXT)
+    with pytest.raises(ValueError, match="the model is of the task multiple-choice; expected one of classification"):
+        explain(nn.Linear(1, 1), make_task("multiple-choice"), tokenizer, ["the"], TEXT)
+
+
+def span_model(kind: type[BertPreTrainedModel], tokenizer: Tokenizer, count: int) -> Any:
+    torch.manual_seed(2)
+    size = tokenizer.get_vocab_size()
+    config = BertConfig(
+        vocab_size=size, max_position_embeddings=16, initializer_range=0.5, num_labels=count, **SMALL
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+def test_the_label_of_a_word(tokenizer: Tokenizer) -> None:
+    task: Any = make_task("token-classification")
+    rows = Table({"tokens": [["the", "film"], ["bad"]], "tags": [["O", "B-X"], ["B-Y"]]})
+    task.fit(rows, {"tokens": "tokens", "tags": "tags"})
+    model = span_model(BertForTokenClassification, tokenizer, len(task.labels))
+    text = "The goods  film was"
+    ids = tokenizer.encode(text).ids
+    logits = model(input_ids=torch.tensor([ids])).logits[0].detach()
+    firsts = {1: "The", 2: "goods", 4: "film", 5: "was"}
+    for label in (None, "B-Y"):
+        found = explain(model, task, tokenizer, [text], TEXT, label=label, steps=300)
+        columns = [task.labels.index(label)] if label else [i for i, x in enumerate(task.labels) if x != "O"]
+        sure = {(at, c): float(logits.softmax(-1)[at, c]) for at in firsts for c in columns}
+        at, column = max(sure, key=sure.__getitem__)
+        assert found.label == f"{task.labels[column]} of {firsts[at]!r}"
+        assert found.logit == pytest.approx(float(logits[at, column]), abs=1e-5)
+        assert found.gradients.sum() == pytest.approx(found.logit - found.baseline, abs=0.03)
+        assert found.rollout.sum() == pytest.approx(1.0, abs=1e-5)
+        assert found.rollout.argmax() == at, "half of each layer is the residual connection"
+    assert "entities " in page([found], "t")
+    with pytest.raises(ValueError, match="reads this text in windows of 16 tokens"):
+        explain(model, task, tokenizer, ["the film was bad " * 8], TEXT)
+    with pytest.raises(ValueError, match="2 texts came; the task token-classification takes tokens"):
+        explain(model, task, tokenizer, ["the", "film"], TEXT)
+    with pytest.raises(ValueError, match="the text has no words"):
+        explain(model, task, tokenizer, [" "], TEXT)
+
+
+def test_the_start_of_an_answer(tokenizer: Tokenizer) -> None:
+    task: Any = make_task("question-answering")
+    rows = Table({"question": ["what"], "context": ["the film"], "answers": ["film"]})
+    task.fit(rows, {name: name for name in rows.columns})
+    model = span_model(BertForQuestionAnswering, tokenizer, 2)
+    found = explain(model, task, tokenizer, ["was the", "the film  was bad"], TEXT, steps=300)
+    start = found.prediction["start"]
+    assert found.label == f"the start of {found.prediction['answer']!r}"
+    token = found.places.index(next(at for at in found.places if at is not None and at[:2] == (1, start)))
+    encoded = tokenizer.encode("was the", "the film  was bad")
+    ids, types = torch.tensor([encoded.ids]), torch.tensor([encoded.type_ids])
+    logits = model(input_ids=ids, token_type_ids=types).start_logits[0].detach()
+    assert found.logit == pytest.approx(float(logits[token]), abs=1e-5)
+    assert found.gradients.sum() == pytest.approx(found.logit - found.baseline, abs=0.03)
+    assert found.rollout.argmax() == token
+    html = page([found], "t")
+    assert f"answer {found.prediction['answer']}, probability" in html
+    with pytest.raises(ValueError, match="1 texts came; the task question-answering takes question and context"):
+        explain(model, task, tokenizer, ["the"], TEXT)
+    with pytest.raises(ValueError, match="label is 'x'; expected one of none: the model has no labels"):
+        explain(model, task, tokenizer, ["the", "film"], TEXT, label="x")
 
 
 def test_the_page_shows_every_character_on_its_colour() -> None:
