@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bert_fast.kernels._common.checks import check_integer, check_range, check_same_device, check_shape
 from bert_fast.models import checkpoint
 from bert_fast.models.config import BertConfig
 from bert_fast.models.encoder import BertEmbeddings, BertEncoder, BertPooler, draw_rng_states
@@ -217,6 +218,7 @@ class BertModel(BertPreTrainedModel):
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        label_rows: Tensor | None = None,
         return_dict: bool | None = None,
         **flags: Unpack[Flags],
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
@@ -225,6 +227,8 @@ class BertModel(BertPreTrainedModel):
         Padding is removed once, before the embeddings, and put back as zeros after the last layer.
 
         Args:
+            label_rows: int64 (M,), of packed input: the tokens that will have a loss. Then the last layer is computed
+                at these and at the first tokens only, and last_hidden_state is (M, E), theirs.
             output_hidden_states: also return the embeddings' and every layer's output.
             output_attentions: also return every layer's attention probabilities before dropout, (B, N, S, S).
             return_dict: False for a tuple.
@@ -250,16 +254,24 @@ class BertModel(BertPreTrainedModel):
         hidden = self.embeddings(tokens, None if rng_states is None else rng_states[0])
         if self.embeddings_project is not None:
             hidden = self.embeddings_project(hidden)
+        wanted = None if label_rows is None else _first_and(label_rows, tokens)
         encoded = self.encoder(
             hidden,
             tokens,
             None if rng_states is None else rng_states[1:],
+            wanted=wanted,
             output_hidden_states=self._flag("output_hidden_states", **flags),
             output_attentions=self._flag("output_attentions", **flags),
         )
+        last, first = encoded.hidden, None
+        if wanted is not None:
+            first, last = last.split([tokens.batch, wanted.shape[0] - tokens.batch])
+            first = first.masked_fill(tokens.cu_seqlens.diff().eq(0).unsqueeze(1), 0.0)
+        elif self.pooler is not None:
+            first = tokens.first(last)
         output = BaseModelOutputWithPooling(
-            last_hidden_state=tokens.restore(encoded.hidden),
-            pooler_output=None if self.pooler is None else self.pooler(tokens.first(encoded.hidden)),
+            last_hidden_state=tokens.restore(last),
+            pooler_output=None if self.pooler is None else self.pooler(first),
             hidden_states=restored(tokens.restore, encoded.hidden_states),
             attentions=restored(tokens.restore_attentions, encoded.attentions),
         )
@@ -276,6 +288,18 @@ class BertModel(BertPreTrainedModel):
 def restored(restore: Callable[[Tensor], Tensor], states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
     """`states` in the shape of the input; None where there are none."""
     return tuple(restore(state) for state in states) if states else None
+
+
+def _first_and(label_rows: Tensor, tokens: Tokens) -> Tensor:
+    """The rows of the sequences' first tokens, and then `label_rows`, checked."""
+    T = tokens.token_type_ids.shape[0]
+    if tokens.shape is not None or T == 0:
+        raise ValueError("label_rows came with padded or empty input; expected packed tokens, with cu_seqlens")
+    check_integer("label_rows", label_rows, (torch.int64,))
+    check_shape("label_rows", label_rows, ("M",))
+    check_same_device(tokens.cu_seqlens, label_rows=label_rows)
+    check_range("label_rows", label_rows, T, "the number of tokens")
+    return torch.cat([tokens.cu_seqlens[:-1].long().clamp(max=T - 1), label_rows])
 
 
 class BertHeadModel(BertPreTrainedModel):
@@ -295,6 +319,7 @@ class BertHeadModel(BertPreTrainedModel):
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        label_rows: Tensor | None = None,
         **flags: Unpack[Flags],
     ) -> Encoded:
         """Remove the padding and run the encoder on the real tokens."""
@@ -308,7 +333,9 @@ class BertHeadModel(BertPreTrainedModel):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )
-        output = self.bert(**tokens.arguments(), return_dict=True, **flags)
+        if label_rows is not None:
+            _first_and(label_rows, tokens)  # once more inside, where padding is already gone
+        output = self.bert(**tokens.arguments(), label_rows=label_rows, return_dict=True, **flags)
         states = {
             "hidden_states": restored(tokens.restore, output.hidden_states),
             "attentions": restored(tokens.restore_attentions, output.attentions),

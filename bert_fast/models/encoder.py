@@ -230,12 +230,24 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int, rng_states: Tensor | None) -> Tensor:
-        """(T, E) -> (T, E); `rng_states` int64 (3, 2), a row for each place of dropout, or None for no dropout."""
-        rows = (None, None, None) if rng_states is None else rng_states.unbind(0)
-        attended = self.attention.self(hidden, cu_seqlens, max_seqlen, rows[0])
-        attended = self.attention.output(attended, hidden, rows[1])
-        out: Tensor = self.output(self.intermediate(attended), attended, rows[2])
+    def forward(
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rng_states: Tensor | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """(T, E) -> (T, E), or (R, E) of the rows `wanted`, int64 (R,): behind the attention no others are computed.
+
+        `rng_states` int64 (3, 2), a row for each place of dropout, or None for no dropout.
+        """
+        states = (None, None, None) if rng_states is None else rng_states.unbind(0)
+        attended = self.attention.self(hidden, cu_seqlens, max_seqlen, states[0])
+        if wanted is not None:
+            attended, hidden = attended.index_select(0, wanted), hidden.index_select(0, wanted)
+        attended = self.attention.output(attended, hidden, states[1])
+        out: Tensor = self.output(self.intermediate(attended), attended, states[2])
         return out
 
 
@@ -253,22 +265,26 @@ class BertEncoder(nn.Module):
         tokens: Tokens,
         rng_states: Tensor | None,
         *,
+        wanted: Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> EncoderOutput:
-        """(T, E) -> (T, E); `rng_states` int64 (3L, 2), or None for no dropout."""
+        """(T, E) -> (T, E), or (R, E) of the rows `wanted`; `rng_states` int64 (3L, 2), or None for no dropout."""
         states, attentions = [hidden], []
         sequences = (tokens.cu_seqlens, tokens.max_seqlen)
         for index, layer in enumerate(self.layer):
             rows = None if rng_states is None else rng_states[SITES_PER_LAYER * index :][:SITES_PER_LAYER]
+            last = wanted if index == len(self.layer) - 1 else None
             if output_attentions:
                 assert isinstance(layer, BertLayer)
                 attentions.append(layer.attention.self.probabilities(hidden, *sequences))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # The dropout of the second run is that of the first: it depends on `rows` only.
-                hidden = checkpoint(layer, hidden, *sequences, rows, use_reentrant=False, preserve_rng_state=False)
+                hidden = checkpoint(
+                    layer, hidden, *sequences, rows, last, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                hidden = layer(hidden, *sequences, rows)
+                hidden = layer(hidden, *sequences, rows, last)
             if output_hidden_states:
                 states.append(hidden)
         return EncoderOutput(hidden, tuple(states) if output_hidden_states else (), tuple(attentions))

@@ -118,13 +118,21 @@ def _tie(model: BertHeadModel, head: BertLMPredictionHead) -> None:
 
 
 def _masked_lm(
-    head: BertLMPredictionHead, tokens: Tokens, hidden: Tensor, labels: Tensor | None, with_logits: bool
+    head: BertLMPredictionHead,
+    tokens: Tokens,
+    hidden: Tensor,
+    labels: Tensor | None,
+    with_logits: bool,
+    rows: Tensor | None = None,
 ) -> tuple[MaskedLMLoss | None, Tensor | None]:
-    """The loss where there are labels, the logits (in the shape of the input) where they are wanted."""
+    """The loss where there are labels, the logits (in the shape of the input) where they are wanted.
+
+    `hidden` is (T, E), or (M, E) of the tokens `rows`.
+    """
     found = None
     if labels is not None:
-        classes = head.decoder.out_features
-        found = head.loss(hidden, tokens.select_labels("labels", labels, classes))
+        labels = tokens.select_labels("labels", labels, head.decoder.out_features)
+        found = head.loss(hidden, labels if rows is None else labels.index_select(0, rows))
     return found, tokens.restore(head(hidden)) if with_logits else None
 
 
@@ -153,6 +161,7 @@ class BertForPreTraining(BertHeadModel):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         *,
+        label_rows: Tensor | None = None,
         output_logits: bool = False,
         return_dict: bool | None = None,
         **options: Unpack[Options],
@@ -163,11 +172,16 @@ class BertForPreTraining(BertHeadModel):
             input_ids ... inputs_embeds, options: see `BertModel.forward`.
             labels: int64, shape of input_ids; the words to predict, -100 elsewhere. Labels at padding are left out.
             next_sentence_label: int64 (B,); 0 where the second sentence follows the first, 1 where it does not.
+            label_rows: int64 (M,), of packed input: where labels are not -100, each once, and maybe others. The last
+                layer is then computed at these and at the first tokens only, with the same loss, and its dropout (which
+                goes by row) is another; prediction_logits are (M, V).
             output_logits: in training with labels, where only the loss is computed, return prediction_logits too.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
+        tensors = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(*tensors, label_rows=label_rows, **options)
         with_logits = output_logits or labels is None or not self.training
-        found, logits = _masked_lm(self.cls.predictions, encoded.tokens, encoded.hidden, labels, with_logits)
+        head, tokens = self.cls.predictions, encoded.tokens
+        found, logits = _masked_lm(head, tokens, encoded.hidden, labels, with_logits, label_rows)
         relationship = self.cls.seq_relationship(encoded.pooled)
         next_sentence_loss = None
         if next_sentence_label is not None:

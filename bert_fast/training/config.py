@@ -184,6 +184,12 @@ class PretrainConfig:
         resume: auto goes on from the newest good checkpoint in output_dir, never refuses to, and a path names one.
         tensorboard: write TensorBoard events beside the JSONL log.
         progress: show a progress bar.
+        recompute: keep only each layer's input for the backward pass and compute the rest again: less memory, a third
+            more work.
+        masked_last_layer: compute the last layer, behind its attention, only where a loss is: at the masked and the
+            first tokens. The same loss and gradient; its dropout is another.
+        static_shapes: fill every micro-batch up to data.token_budget tokens, so that all have one shape.
+        ceiling: measure at the start how fast matrix products are, to log the share of it that the model's take (MFU).
         prefetch: steps whose batches a thread makes ahead; 0 makes each when it is needed.
     """
 
@@ -212,6 +218,10 @@ class PretrainConfig:
     resume: str = "auto"
     tensorboard: bool = True
     progress: bool = True
+    recompute: bool = False
+    masked_last_layer: bool = True
+    static_shapes: bool = False
+    ceiling: bool = True
     prefetch: int = 2
 
     def __post_init__(self) -> None:

@@ -7,9 +7,10 @@ ranks can go on from, and every example is seen once an epoch.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -51,13 +52,16 @@ class StepBatches:
     Attributes:
         start, end: the step's first batch of the plan, and the one after its last.
         micro: this rank's micro-batches.
-        tokens: real tokens of the whole step, on all ranks.
+        examples, tokens, squares: of the whole step, on all ranks: how many, their real tokens, and the sum of the
+            squares of their lengths, to which the attention's work is proportional.
     """
 
     start: Position
     end: Position
     micro: tuple[MicroBatch, ...]
+    examples: int
     tokens: int
+    squares: int
 
 
 def split_evenly(lengths: Array, parts: int) -> list[Array]:
@@ -86,6 +90,28 @@ def split_evenly(lengths: Array, parts: int) -> list[Array]:
     return [np.flatnonzero(owner == part) for part in range(parts)]
 
 
+def shaping(data: PretrainingData, *, label_rows: bool, static: bool) -> Callable[[PackedBatch], PackedBatch] | None:
+    """What is made of a micro-batch before the model gets it.
+
+    Args:
+        data: whose batches.
+        label_rows: say where the labels are, so that the last layer is computed there only.
+        static: the same shape for all: the token budget, twice the sequences of the fullest batch of the first epoch,
+            and as many labels as these can have.
+    """
+    if not (label_rows or static):
+        return None
+    options = data.config
+    sequences = 2 * int(np.diff(data.plan(0).starts).max(initial=1))
+    labels = math.ceil(options.mask_prob * options.token_budget) + sequences
+
+    def shape(batch: PackedBatch) -> PackedBatch:
+        batch = batch.with_label_rows() if label_rows else batch
+        return batch.padded(options.token_budget, sequences, labels, options.seq_len) if static else batch
+
+    return shape
+
+
 class Feed:
     """The steps of a run, as one rank sees them.
 
@@ -93,11 +119,21 @@ class Feed:
         data: the training split.
         accumulation: batches of the plan that make a step.
         rank, ranks: which of how many processes this is.
+        shape: what is made of every micro-batch; see `shaping`.
+
+    Attributes:
         pieces: micro-batches of a step; the smallest multiple of `ranks` that is at least `accumulation`.
     """
 
-    def __init__(self, data: PretrainingData, accumulation: int, rank: int = 0, ranks: int = 1) -> None:
-        self.data, self.accumulation = data, accumulation
+    def __init__(
+        self,
+        data: PretrainingData,
+        accumulation: int,
+        rank: int = 0,
+        ranks: int = 1,
+        shape: Callable[[PackedBatch], PackedBatch] | None = None,
+    ) -> None:
+        self.data, self.accumulation, self.shape = data, accumulation, shape
         self.rank, self.ranks = rank, ranks
         self.pieces = -(-accumulation // ranks) * ranks
 
@@ -137,11 +173,13 @@ class Feed:
             # Batches so full that equal parts don't fit: the plan's own do.
             parts = [np.flatnonzero(np.concatenate(batch_of) == number) for number in range(self.pieces)]
         micro = tuple(self._micro(number, epoch_of[parts[number]], example_of[parts[number]]) for number in numbers)
-        return StepBatches(start, places[-1], micro, int(lengths.sum()))
+        return StepBatches(start, places[-1], micro, lengths.size, int(lengths.sum()), int(np.square(lengths).sum()))
 
     def _micro(self, number: int, epochs: Array, examples: Array) -> MicroBatch:
         found = [self.data.select(epoch, examples[epochs == epoch]) for epoch in sorted(set(epochs.tolist()))]
         batch = PackedBatch.joined(found or [self.data.select(0, examples)])
+        if self.shape is not None:
+            batch = self.shape(batch)
         return MicroBatch(number, batch, tuple(zip(epochs.tolist(), examples.tolist(), strict=True)))
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,10 +19,10 @@ from torch import Tensor
 
 from bert_fast.training import checkpoint, replay
 from bert_fast.training.config import PretrainConfig, check_resumable
-from bert_fast.training.feed import Feed, Position, Prefetch, StepBatches, seed_dropout
+from bert_fast.training.feed import Feed, Position, Prefetch, StepBatches, seed_dropout, shaping
 from bert_fast.training.guard import Guard, TrainingDivergedError, Verdict
 from bert_fast.training.log import RunLog, SilentLog
-from bert_fast.training.metrics import Totals
+from bert_fast.training.metrics import FIELDS, Totals
 from bert_fast.training.parallel import Parallel
 from bert_fast.training.params import clipped_step, make_optimizer
 from bert_fast.training.parts import RunData, build_model, open_data
@@ -33,6 +31,7 @@ from bert_fast.training.progress import Progress
 from bert_fast.training.ranks import Ranks
 from bert_fast.training.schedule import lr_factor
 from bert_fast.training.signals import stop_signals
+from bert_fast.training.throughput import Meter, gemm_ceiling
 
 _RECORDS_KEPT = 3  # of steps that diverged
 
@@ -85,7 +84,8 @@ class Trainer:
         self.device = ranks.device
         # One rank reads every byte of the data and of the checkpoints; the others take its word.
         self.data: RunData = ranks.together(lambda: open_data(config.data, config.seed, checksums=ranks.main))
-        self.feed = Feed(self.data.train, config.accumulation, ranks.rank, ranks.world)
+        shape = shaping(self.data.train, label_rows=config.masked_last_layer, static=config.static_shapes)
+        self.feed = Feed(self.data.train, config.accumulation, ranks.rank, ranks.world, shape)
         self.total_steps = config.steps or max(1, self.data.count_batches(config.epochs or 0) // config.accumulation)
         self.warmup = config.warmup(self.total_steps)
         self.step, self.position, self.tokens = 0, Position(0, 0), 0
@@ -93,6 +93,8 @@ class Trainer:
         start = ranks.first(self._find_start)
         torch.manual_seed(config.seed)
         model = build_model(config, self.data, start).to(self.device).train()
+        if config.recompute:
+            model.gradient_checkpointing_enable()
         self.parallel = Parallel(model, config, ranks)
         self.model = self.parallel.model
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -152,8 +154,8 @@ class Trainer:
         self._backward(self.feed.step(self.position), Totals(self.device))
         self.optimizer.zero_grad(set_to_none=True)
 
-    def train_step(self) -> Tensor:
-        """One optimizer step; returns the gradient's norm before clipping, on the device."""
+    def train_step(self, meter: Meter | None = None) -> Tensor:
+        """One optimizer step, counted by `meter`; returns the gradient's norm before clipping, on the device."""
         if self._prefetch is None:
             pin = self.device.type == "cuda"
             self._prefetch = Prefetch(self.feed, self.position, ahead=self.config.prefetch, pin=pin)
@@ -163,6 +165,8 @@ class Trainer:
         self.ranks.sum(found.sums)
         self.position = taken.end
         self.tokens += taken.tokens
+        if meter is not None:
+            meter.add(taken)
         return self._update(taken, found)
 
     def _backward(self, taken: StepBatches, found: Totals) -> None:
@@ -304,16 +308,16 @@ class Trainer:
         if main:
             log = RunLog(self.output_dir, self.step, tensorboard=config.tensorboard, report=self.report)
         progress = Progress(self.total_steps, self.step, shown=config.progress and main)
-        first_tokens, seconds, interrupted = self.tokens, 0.0, None
+        interrupted = None
         metrics: dict[str, float] = {}
         try:
             with stop_signals(repeated=self.ranks.launched) as stopped:
-                meter = _Meter(self.tokens)
+                meter = self._meter()
                 while self.step < self.total_steps and interrupted is None:
-                    norm = self.train_step()
+                    norm = self.train_step(meter)
                     interrupted = self.ranks.agreed(stopped())
                     if self.step % config.log_interval == 0 or self.step == self.total_steps:
-                        seconds += self._log_step(log, progress, meter, norm)
+                        self._log_step(log, progress, meter, norm)
                     progress.advance(self.step)
                     with meter.paused():
                         metrics = self._housekeeping(log, progress, interrupted is not None) or metrics
@@ -329,13 +333,12 @@ class Trainer:
                 self._prefetch = None
             progress.close()
             log.close()
-        tokens = self.tokens - first_tokens
-        rate = tokens / seconds if seconds else 0.0
+        rate = meter.tokens / meter.seconds if meter.seconds else 0.0
         return PretrainResult(
             self.step,
             self.total_steps,
             self.tokens,
-            seconds,
+            meter.seconds,
             rate,
             metrics,
             str(folder),
@@ -344,16 +347,22 @@ class Trainer:
             self.ranks.rank,
         )
 
-    def _log_step(self, log: RunLog | SilentLog, progress: Progress, meter: _Meter, norm: Tensor) -> float:
+    def _meter(self) -> Meter:
+        config, ceiling = self.config, None
+        if config.ceiling:
+            ceiling = float(self.ranks.sum(gemm_ceiling(self.device, config.precision)))
+            self.report(f"matrix products reach {ceiling / 1e12:.3g} TFLOP/s in {config.precision} here")
+        return Meter(self.model.config, self.feed.pieces * config.data.token_budget, ceiling)
+
+    def _log_step(self, log: RunLog | SilentLog, progress: Progress, meter: Meter, norm: Tensor) -> None:
         values = self.totals.summary()
         self._hear(all_steps=True)
+        speed = meter.lap(self.totals.tolist()[FIELDS.index("mlm_count")])
         self.totals = Totals(self.device)
-        seconds, tokens = meter.lap(self.tokens)
         lr = self.optimizer.param_groups[0]["lr"]
-        extra = {"lr": lr, "grad_norm": float(norm), "tokens": self.tokens, "tokens_per_second": tokens / seconds}
+        extra = {"lr": lr, "grad_norm": float(norm), "tokens": self.tokens, **speed}
         log.write("train", self.step, {"epoch": self.position.epoch, **values, **extra, "skipped": self.guard.skipped})
-        progress.show(values["loss"], lr, tokens / seconds)
-        return seconds
+        progress.show(values["loss"], lr, speed["tokens_per_second"])
 
     def _housekeeping(self, log: RunLog | SilentLog, progress: Progress, stopping: bool) -> dict[str, float]:
         """Evaluate and save where this step is due; returns the evaluation's metrics, if there was one."""
@@ -375,26 +384,6 @@ class Trainer:
             log.sync()
             self.save()
         return metrics
-
-
-class _Meter:
-    """Wall clock of training alone: what runs inside `paused` does not count."""
-
-    def __init__(self, tokens: int) -> None:
-        self._since, self._tokens = time.perf_counter(), tokens
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-    def lap(self, tokens: int) -> tuple[float, int]:
-        """Seconds and tokens since the last lap."""
-        now = time.perf_counter()
-        result = max(now - self._since, 1e-9), tokens - self._tokens
-        self._since, self._tokens = now, tokens
-        return result
 
 
 def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> PretrainResult:

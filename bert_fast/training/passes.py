@@ -27,6 +27,7 @@ def forward(model: torch.nn.Module, batch: PackedBatch) -> Any:
         max_seqlen=batch.max_seqlen,
         labels=batch.labels,
         next_sentence_label=batch.next_sentence_label,
+        label_rows=batch.label_rows,
         output_logits=False,
     )
 

@@ -28,7 +28,7 @@ from bert_fast.training.parts import resolve_device
 from bert_fast.training.passes import autocast, forward
 
 BATCH, RECORD = "batch.safetensors", "record.json"
-_TENSORS = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "labels", "next_sentence_label")
+_TENSORS = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "labels", "next_sentence_label", "label_rows")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,12 @@ class Replayed:
 
 def write_batch(folder: Path, verdict: Verdict, micro: Sequence[MicroBatch], seed: int, precision: str) -> None:
     """Write the micro-batches of a step and what is known of it into `folder`."""
-    tensors = {f"{m.number}/{name}": getattr(m.batch, name).contiguous() for m in micro for name in _TENSORS}
+    tensors = {
+        f"{m.number}/{name}": value.contiguous()
+        for m in micro
+        for name in _TENSORS
+        if (value := getattr(m.batch, name)) is not None
+    }
     save_file(tensors, str(folder / BATCH))
     record = {
         **asdict(verdict),
@@ -84,15 +89,10 @@ def replay(folder: str | Path, device: str = "auto", weights: str | Path | None 
     tensors = load_file(folder / BATCH)
     where = resolve_device(device)
     model = BertForPreTraining.from_pretrained(weights or folder).to(where).train()
-    micro = [
-        (
-            entry["number"],
-            PackedBatch(
-                **{name: tensors[f"{entry['number']}/{name}"] for name in _TENSORS}, max_seqlen=entry["max_seqlen"]
-            ).to(where),
-        )
-        for entry in record["micro_batches"]
-    ]
+    micro = []
+    for entry in record["micro_batches"]:
+        found = {name: tensors[key] for name in _TENSORS if (key := f"{entry['number']}/{name}") in tensors}
+        micro.append((entry["number"], PackedBatch(**found, max_seqlen=entry["max_seqlen"]).to(where)))
     masked = max(1, sum(int((batch.labels != -100).sum()) for _, batch in micro))
     pairs = max(1, sum(int((batch.next_sentence_label != -100).sum()) for _, batch in micro))
     totals, losses = Totals(where), []

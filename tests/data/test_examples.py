@@ -370,3 +370,25 @@ def test_joined_batches_are_one_batch_of_their_examples(data):
         found, expected = getattr(joined, name), getattr(whole, name)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), name
+
+
+def test_a_padded_batch_has_the_same_examples_in_a_fixed_shape(data):
+    batch = data.batch(0, 1).with_label_rows()
+    padded = batch.padded(BUDGET + 70, 40, 90, SEQ_LEN)
+    n, examples, labels = batch.num_tokens, batch.num_sequences, len(batch.label_rows)
+    assert (padded.num_tokens, padded.num_sequences, len(padded.label_rows)) == (BUDGET + 70, 40, 90)
+    for name in ("input_ids", "token_type_ids", "position_ids", "labels"):
+        assert torch.equal(getattr(padded, name)[:n], getattr(batch, name))
+    assert torch.equal(padded.cu_seqlens[: examples + 1], batch.cu_seqlens)
+    assert padded.cu_seqlens.dtype == torch.int32
+    lengths = padded.cu_seqlens.diff()[examples:].tolist()
+    assert sum(lengths) == BUDGET + 70 - n
+    assert lengths[-1] == 0
+    assert max(lengths) <= SEQ_LEN
+    assert padded.position_ids.max() < SEQ_LEN
+    assert set(padded.labels[n:].tolist()) == set(padded.next_sentence_label[examples:].tolist()) == {-100}
+    assert padded.label_rows[labels:].tolist() == [0] * (90 - labels)
+    twice = batch.padded(BUDGET, 3, 5, SEQ_LEN)
+    assert (twice.num_sequences % 3, len(twice.label_rows) % 5) == (0, 0)
+    with pytest.raises(ValueError, match=f"the batch has {n} tokens in sequences of up to"):
+        batch.padded(n - 1, 40, 90, SEQ_LEN)

@@ -93,6 +93,7 @@ def settings(tmp_path: Path, prepared: Path, tiny_config: Path) -> dict[str, Any
         "keep_last": 0,
         "timeout": 20.0,
         "device": "cpu",
+        "ceiling": False,
         "tensorboard": False,
         "progress": False,
     }

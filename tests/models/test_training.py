@@ -220,3 +220,26 @@ def test_a_training_step_with_dropout_compiles_without_a_break() -> None:
     torch.testing.assert_close(compiled_loss, loss)
     for name, gradient in gradients.items():
         torch.testing.assert_close(compiled_gradients[f"_orig_mod.{name}"], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [[], [1, 1, 29]], ids=["rows of labels", "and others"])
+def test_the_last_layer_at_labels_only_has_the_same_loss_and_gradients(extra: list[int]) -> None:
+    model = BertForPreTraining(WITHOUT_DROPOUT).double().train()
+    rows = torch.cat([(batch()["labels"] != -100).nonzero()[:, 0], torch.tensor(extra, dtype=torch.int64)])
+    loss, expected = step(model)
+    again, found = step(model, label_rows=rows)
+    torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-9, atol=1e-12), name
+    out = model(**batch(), label_rows=rows, output_logits=True)
+    every = model(**batch(), output_logits=True)
+    torch.testing.assert_close(out.prediction_logits, every.prediction_logits[rows])
+    torch.testing.assert_close(out.seq_relationship_logits, every.seq_relationship_logits)
+
+
+def test_rows_of_labels_are_for_packed_tokens_and_in_range() -> None:
+    model = BertForPreTraining(WITHOUT_DROPOUT)
+    with pytest.raises(ValueError, match="label_rows came with padded or empty input"):
+        model(input_ids=torch.ones(2, 5, dtype=torch.int64), label_rows=torch.tensor([0]))
+    with pytest.raises(ValueError, match="label_rows has values from 30 to 30; expected 0 to 29"):
+        model(**batch(), label_rows=torch.tensor([30]))

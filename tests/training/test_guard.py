@@ -32,6 +32,7 @@ def config(tmp_path: Path, prepared: Path, tiny_config: Path) -> PretrainConfig:
         log_interval=1,
         eval_interval=0,
         checkpoint_interval=0,
+        ceiling=False,
         tensorboard=False,
         progress=False,
     )

@@ -56,6 +56,7 @@ def config(tmp_path: Path, prepared: Path, tiny_config: Path) -> PretrainConfig:
         log_interval=2,
         eval_interval=6,
         checkpoint_interval=5,
+        ceiling=False,
         tensorboard=False,
         progress=False,
     )
