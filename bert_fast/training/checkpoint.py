@@ -22,12 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from bert_fast.training.params import is_sharded
 from bert_fast.training.ranks import Ranks
 
 MANIFEST = "manifest.json"
@@ -177,7 +175,9 @@ def save_training_state(
                 tensors[f"optimizer/{name}/{key}"] = value.detach()
             else:
                 scalars.setdefault(name, {})[key] = value
-    if any(isinstance(value, DTensor) for value in tensors.values()):
+    if any(is_sharded(value) for value in tensors.values()):
+        import torch.distributed.checkpoint as dcp
+
         (folder / SHARDS).mkdir(exist_ok=True)
         dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
     elif ranks is None or ranks.main:
@@ -219,6 +219,9 @@ def _stored_tensors(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[s
     """The optimizer's tensors of a checkpoint, each whole or in shards as its parameter is."""
     if not (folder / SHARDS).is_dir():
         return {key: _as_parameter(key, value, parameters) for key, value in load_file(folder / TENSORS).items()}
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     reader = dcp.HuggingFaceStorageReader(str(folder / SHARDS))
     found: dict[str, Tensor] = {}
     for key, described in reader.read_metadata().state_dict_metadata.items():
@@ -232,9 +235,12 @@ def _stored_tensors(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[s
 def _as_parameter(key: str, value: Tensor, parameters: dict[str, nn.Parameter]) -> Tensor:
     """`value`, in shards where its parameter is and has its shape."""
     parameter = parameters.get(key.removeprefix("optimizer/").rpartition("/")[0])
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value
+    if parameter is None or not is_sharded(parameter) or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bert_fast.training.config import OptimizerOptions
 
@@ -36,6 +35,11 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.O
     return Lamb(groups, lr=options.lr, betas=options.betas, eps=options.eps, max_grad_norm=clip)
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether `x` is a DTensor, told without importing torch.distributed.tensor, which takes as long as torch."""
+    return hasattr(x, "full_tensor")
+
+
 def clipped_step(
     optimizer: torch.optim.Optimizer, max_grad_norm: float, judge: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
@@ -56,8 +60,8 @@ def clipped_step(
         return optimizer.last_grad_norm
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    if is_sharded(norm):
+        norm = norm.full_tensor()  # type: ignore[operator]
     refused = None if judge is None else judge(norm)
     if isinstance(optimizer, Lamb):
         if refused is None or not bool(refused):
