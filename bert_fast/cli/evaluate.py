@@ -22,7 +22,7 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: Any) -> int:
     rows.check_output(args.output)
-    loaded = rows.load_task(args.model, args.device)
+    loaded = rows.load_task(args.model, args.device, args.options)
     task = loaded[2]
     table = task.read(args.data, args.names)
 

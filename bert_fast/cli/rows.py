@@ -32,6 +32,12 @@ def add_row_arguments(parser: Any) -> None:
     parser.add_argument(
         "--empty", type=Literal["refuse", "drop", "fill"], default="refuse", help="what is done with rows without text"
     )
+    parser.add_argument(
+        "--options",
+        type=dict[str, Any] | None,
+        default=None,
+        help="settings of the task in place of those of the training, as null_threshold, threshold, n_best",
+    )
     parser.add_argument("--fill", type=str, default="[UNK]", help="the text that is put in with --empty fill")
     parser.add_argument("--tokens_per_batch", type=int, default=8192, help="texts of like length are packed up to this")
     parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="bf16 is autocast")
@@ -44,14 +50,14 @@ def check_output(output: str | None) -> None:
         raise ValueError(f"--output is {output!r}; expected a name ending in {', '.join(FORMATS)}")
 
 
-def load_task(folder: str, device: str) -> tuple[Any, Any, Task]:
-    """The model that bert-fast finetune wrote to `folder`, in eval mode; its tokenizer; its task."""
+def load_task(folder: str, device: str, options: Mapping[str, Any] | None = None) -> tuple[Any, Any, Task]:
+    """The model that bert-fast finetune wrote to `folder`, in eval mode; its tokenizer; its task with `options`."""
     from bert_fast.tasks.task import task_from_config
 
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; expected the folder that bert-fast finetune wrote")
-    task = task_from_config(json.loads(path.read_text(encoding="utf-8")))
+    task = task_from_config(json.loads(path.read_text(encoding="utf-8")), options)
     model, tokenizer = load(task.model_class, folder, device)
     return model, tokenizer, task
 

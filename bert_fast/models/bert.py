@@ -142,6 +142,7 @@ class BertPreTrainedModel(nn.Module):
         strict: bool = True,
         allow_pickle: bool = False,
         ignore_mismatched_sizes: bool = False,
+        new_head: bool = False,
         revision: str | None = None,
         **settings: Any,
     ) -> Self:
@@ -157,6 +158,7 @@ class BertPreTrainedModel(nn.Module):
             strict: False to go on with tensors missing or unexpected, named in a warning.
             allow_pickle: read pytorch_model.bin where there is no safetensors file (weights only, no code).
             ignore_mismatched_sizes: initialise a head anew where its shapes differ, as with another num_labels.
+            new_head: leave the checkpoint's head out, and initialise one anew; a pooler is no head.
             revision: branch, tag or commit on the hub.
             settings: replace those of config.json, for example `num_labels=3`; and the constructor's own arguments.
 
@@ -178,7 +180,9 @@ class BertPreTrainedModel(nn.Module):
             model = cls(config, **model_arguments)
         model = model.to(dtype).to_empty(device="cpu")
         model.tie_weights()
-        checkpoint.load(model, stored, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        checkpoint.load(
+            model, stored, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, new_head=new_head
+        )
         return model.eval()
 
     model_arguments: ClassVar[tuple[str, ...]] = ()

@@ -161,6 +161,7 @@ def load(
     *,
     strict: bool = True,
     ignore_mismatched_sizes: bool = False,
+    new_head: bool = False,
 ) -> None:
     """Fill the parameters of `model` from tensors under transformers' names; `from_pretrained` says what may differ."""
     own = model.state_dict()
@@ -168,8 +169,12 @@ def load(
     names = model.hf_names
     stored, foreign = _matching_names(model, stored)
     found = from_hf(stored, names)
+    if new_head:
+        matches = {name: _HEADS.match(name) for name in found}
+        found = {name: found[name] for name, match in matches.items() if not match or match[1].endswith("pooler")}
     wrong = [name for name in sorted(expected & found.keys()) if own[name].shape != found[name].shape]
-    anew = {name for name in wrong if ignore_mismatched_sizes and _HEADS.match(name)}
+    changed = {name.rpartition(".")[0] for name in wrong if ignore_mismatched_sizes and _HEADS.match(name)}
+    anew = {name for name in expected if name.rpartition(".")[0] in changed}
     if wrong_shapes := [name for name in wrong if name not in anew]:
         listed = "; ".join(
             f"{to_theirs(name, names)} is {tuple(found[name].shape)}, expected {tuple(own[name].shape)}"
@@ -177,13 +182,16 @@ def load(
         )
         hint = " (ignore_mismatched_sizes=True initialises a head anew)" if all(map(_HEADS.match, wrong_shapes)) else ""
         raise ValueError(f"the checkpoint does not fit the configuration: {listed}{hint}")
-    missing = (expected - found.keys()) | anew
-    new_heads = _whole_heads(missing, expected)
+    if wrong:
+        listed = ", ".join(f"{to_theirs(name, names)} was {tuple(found[name].shape)}" for name in wrong)
+        _logger.warning("of another shape in the checkpoint, initialised anew: %s", listed)
+    missing = expected - found.keys() - anew
+    new_heads = _whole_heads(missing | anew, expected) - anew
     unexpected = foreign | set(_hf_names(found.keys() - own.keys(), names))
     _report(_hf_names(missing - new_heads, names), _hf_names(new_heads, names), sorted(unexpected), strict)
-    _initialise(model, missing)
+    _initialise(model, missing | anew)
     with torch.no_grad():
-        for name in expected - missing:
+        for name in expected - missing - anew:
             own[name].copy_(found[name])
 
 

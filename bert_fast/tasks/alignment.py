@@ -182,8 +182,8 @@ def character_range(text: str, spans: Sequence[Span], first: int, end: int) -> S
 
     Marks that the tokenizer stripped off the last letter (accents, variation selectors) belong to it.
     """
-    start = min(span[0] for span in spans[first:end])
-    stop = max(span[1] for span in spans[first:end])
+    starts, stops = zip(*spans[first:end], strict=True)
+    start, stop = min(starts), max(stops)
     limit = spans[end][0] if end < len(spans) else len(text)
     while stop < limit and unicodedata.category(text[stop]).startswith("M"):
         stop += 1

@@ -106,6 +106,11 @@ class MultipleChoice(Task):
             found.append([str(item) for item in value])
         return found
 
+    def inputs(self, table: Table, columns: Columns) -> list[str]:
+        choices = self.choices(table, columns)
+        read = super().inputs(table, {role: name for role, name in columns.items() if role != "choices"})
+        return [f"{text} {own}" for text, own in zip(read, choices, strict=True)]
+
     def targets(self, table: Table, columns: Columns) -> list[int]:
         """The index of the right choice of every row. ValueError where a label is none of the row's choices."""
         found = []

@@ -49,7 +49,8 @@ class QuestionAnsweringOptions:
         max_question: questions are cut to so many pieces, and to half of the input.
         max_answer: most pieces of an answer.
         n_best: answers that a prediction lists.
-        null_threshold: no answer is given where its score is higher than the best answer's by more than this.
+        null_threshold: no answer is given where its score is higher than the best answer's by more than this; by
+            default what is best for F1 on the dev rows, which the model's configuration keeps.
         mismatched: answers that are not where the data says: refuse, take the nearest occurrence, or drop them.
         by: how answers are compared: characters for Chinese and Japanese; auto finds out from the contexts.
     """
@@ -58,7 +59,7 @@ class QuestionAnsweringOptions:
     max_question: int = 64
     max_answer: int = 30
     n_best: int = 20
-    null_threshold: float = 0.0
+    null_threshold: float | None = None
     mismatched: Literal["refuse", "nearest", "drop"] = "refuse"
     by: Literal["auto", "words", "characters"] = "auto"
 
@@ -102,6 +103,13 @@ class QuestionAnswering(Task):
     main_metric = "f1"
     without_answer: bool  # whether some questions have none
     by: By
+    tuned_threshold: float = 0.0
+
+    @property
+    def null_threshold(self) -> float:
+        """The threshold that decides: that of the options, else the one found on dev, else 0."""
+        given: float | None = self.options.null_threshold
+        return self.tuned_threshold if given is None else given
 
     def fit(self, table: Table, columns: Columns) -> None:
         answers = self.answers(table, columns)
@@ -127,10 +135,18 @@ class QuestionAnswering(Task):
         return said
 
     def settings(self) -> dict[str, Any]:
-        return {"without_answer": self.without_answer, "by": self.by}
+        return {"without_answer": self.without_answer, "by": self.by, "null_threshold": self.tuned_threshold}
 
     def restore(self, settings: Mapping[str, Any]) -> None:
         self.without_answer, self.by = bool(settings["without_answer"]), settings["by"]
+        self.tuned_threshold = float(settings.get("null_threshold", 0.0))
+
+    def tune(self, metrics: Mapping[str, Any]) -> str:
+        best = metrics.get("best_f1_threshold")
+        if self.options.null_threshold is not None or best is None:
+            return ""
+        self.tuned_threshold = float(best)
+        return f"null_threshold is {best:.4f} from now on: with it F1 on dev is {metrics['best_f1']:.4f}, the best"
 
     def model_config(self) -> dict[str, Any]:
         return {"num_labels": 2}
@@ -250,7 +266,7 @@ class QuestionAnswering(Task):
             listed.sort(key=lambda item: -item["score"])
         scores = softmax(np.array([item["score"] for item in listed]))
         listed = [{**item, "probability": float(p)} for item, p in zip(listed, scores, strict=True)]
-        no_answer = not best or (self.without_answer and difference > self.options.null_threshold)
+        no_answer = difference is None or (self.without_answer and difference > self.null_threshold)
         chosen = next(item for item in listed if (item["start"] is None) == no_answer)
         return {**chosen, "null_difference": difference, "n_best": listed}
 
@@ -279,6 +295,7 @@ class QuestionAnswering(Task):
             for number, name in enumerate(("exact_match", "f1")):
                 threshold, score = best_threshold([pair[number] for pair in worth], answerable.tolist(), gaps)
                 found |= {f"best_{name}": score, f"best_{name}_threshold": threshold}
+            found["null_threshold"] = self.null_threshold
         return found
 
     def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
@@ -304,16 +321,22 @@ def window_answers(scores: Array, place: Place, context: str, options: QuestionA
         return []
     inside = scores[place.offset : place.offset + count].astype(np.float64)
     longest = min(options.max_answer, count)
-    ends = np.pad(inside[:, 1], (0, longest - 1), constant_values=-np.inf)
-    # total[i, n]: from piece i, n + 1 pieces.
-    total = inside[:, :1] + np.lib.stride_tricks.sliding_window_view(ends, longest)
-    flat = total.ravel()
-    wanted = min(options.n_best, len(flat))
-    best = np.argpartition(-flat, wanted - 1)[:wanted]
+    ends = np.full(count + longest - 1, -np.inf)
+    ends[:count] = inside[:, 1]
+    reached = np.lib.stride_tricks.sliding_window_view(ends, longest)
+    # The n best spans start at the n pieces whose own best spans are the best: only these are tried with every end.
+    firsts = _largest(inside[:, 0] + reached.max(1), options.n_best)
+    total = (inside[firsts, :1] + reached[firsts]).ravel()  # from each of them, 1 to `longest` pieces
     found = []
-    for index in best[np.argsort(-flat[best], kind="stable")].tolist():
-        if np.isfinite(flat[index]):
-            first = place.window.start + index // longest
+    for index in _largest(total, options.n_best).tolist():
+        if np.isfinite(total[index]):
+            first = place.window.start + int(firsts[index // longest])
             start, end = character_range(context, place.spans, first, first + index % longest + 1)
-            found.append(Candidate(start, end, float(flat[index])))
+            found.append(Candidate(start, end, float(total[index])))
     return found
+
+
+def _largest(values: Array, count: int) -> Array:
+    """Where the `count` largest values are, the largest first."""
+    best: Array = np.argpartition(-values, min(count, len(values)) - 1)[:count]
+    return best[np.argsort(-values[best], kind="stable")]

@@ -276,6 +276,19 @@ class Task(ABC):
         """How wrong each prediction is: 0 where it is right, the more the worse; None for a task that can't say."""
         return None
 
+    def inputs(self, table: Table, columns: Columns) -> list[str]:
+        """What the model reads of each row, so that equal rows can be told."""
+        names = [role.name for role in self.roles if not role.target and role.name in columns]
+        return [repr(values) for values in zip(*(table[columns[name]] for name in names), strict=True)]
+
+    def tune(self, metrics: Mapping[str, Any]) -> str:
+        """Take over what the dev rows say about decoding, after the training; a sentence about it, "" for nothing.
+
+        Args:
+            metrics: of `evaluate`, on dev. What is taken over is among `settings`.
+        """
+        return ""
+
     def class_counts(self, examples: Sequence[Example]) -> list[int] | None:
         """How often each class is a target, for balanced class weights; None for a task without classes."""
         return None
@@ -309,8 +322,8 @@ def task_entry(task: Task) -> dict[str, Any]:
     return {"name": task.name, "options": asdict(task.options), **task.settings()}
 
 
-def task_from_config(config: Mapping[str, Any]) -> Task:
-    """The fitted task of a model, from the content of its config.json.
+def task_from_config(config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Task:
+    """The fitted task of a model, from the content of its config.json, with `options` in place of those it has.
 
     Raises:
         ValueError: the model was not fine-tuned by bert_fast.
@@ -318,6 +331,6 @@ def task_from_config(config: Mapping[str, Any]) -> Task:
     entry = config.get(CONFIG_KEY)
     if not isinstance(entry, Mapping):
         raise ValueError(f"the model's config.json has no {CONFIG_KEY}; expected a model written by bert-fast finetune")
-    task = make_task(entry["name"], entry.get("options"))
+    task = make_task(entry["name"], {**entry.get("options", {}), **(options or {})})
     task.restore(entry)
     return task

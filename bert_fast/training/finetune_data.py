@@ -158,14 +158,8 @@ def _parted(split: Split, held: Sequence[int]) -> tuple[Split, Split]:
 
 def duplicates(task: Task, train: Split, other: Split) -> list[str]:
     """A sentence where rows of `other` have the same inputs as rows of `train`."""
-
-    def inputs(split: Split) -> list[str]:
-        names = [role.name for role in task.roles if not role.target and role.name in split.columns]
-        columns = [split.table[split.columns[name]] for name in names]
-        return [repr(values) for values in zip(*columns, strict=True)]
-
-    known = set(inputs(train))
-    rows = [row for row, key in enumerate(inputs(other)) if key in known]
+    known = set(task.inputs(train.table, train.columns))
+    rows = [row for row, key in enumerate(task.inputs(other.table, other.columns)) if key in known]
     if not rows:
         return []
     where = ", ".join(str(other.table.numbers[row]) for row in rows[:5]) + (" ..." if len(rows) > 5 else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,8 +23,10 @@ def config_entry(config: FinetuneConfig, task: Task) -> dict[str, Any]:
 _HEAD_DROPOUTS = ("qa_dropout", "seq_classif_dropout", "summary_last_dropout")
 
 
-def build_model(config: FinetuneConfig, task: Task) -> nn.Module:
-    """The model of the task's class from the checkpoint `config.model`; a head of other labels is made anew.
+def build_model(config: FinetuneConfig, task: Task, report: Callable[[str], None] = print) -> nn.Module:
+    """The model of the task's class from the checkpoint `config.model`.
+
+    A head of another task, another pooling or another number of labels is made anew, and `report` says so.
 
     Raises:
         ValueError: the checkpoint is damaged, or has fewer positions than text.max_length.
@@ -33,7 +35,8 @@ def build_model(config: FinetuneConfig, task: Task) -> nn.Module:
 
     kind: Any = getattr(bert_fast.models, task.model_class)
     settings: Any = BertConfig.from_pretrained(config.model)
-    kept = {name: value for name, value in settings.extra.items() if name != "classifier_pooling"}
+    before = settings.extra
+    kept = {name: value for name, value in before.items() if name != "classifier_pooling"}
     changes: dict[str, Any] = {
         **task.model_config(),
         "extra": {**kept, **task.head_config(), CONFIG_KEY: config_entry(config, task)},
@@ -48,8 +51,28 @@ def build_model(config: FinetuneConfig, task: Task) -> nn.Module:
         changes["extra"] |= dict.fromkeys(own, config.classifier_dropout)
         changes["classifier_dropout"] = config.classifier_dropout
     settings = settings.replace(**changes)
-    model: nn.Module = kind.from_pretrained(config.model, config=settings, ignore_mismatched_sizes=True)
+    said = other_head(before, task)
+    if said:
+        report(f"{config.model}: {said}; it is made anew")
+    model: nn.Module = kind.from_pretrained(
+        config.model, config=settings, ignore_mismatched_sizes=True, new_head=bool(said)
+    )
     return model
+
+
+def other_head(before: Mapping[str, Any], task: Task) -> str:
+    """In which way the head of a checkpoint that was fine-tuned here is of another kind than that of `task`, or "".
+
+    Args:
+        before: what config.json of the checkpoint has beside BERT's settings.
+    """
+    entry = before.get(CONFIG_KEY)
+    if not isinstance(entry, Mapping):
+        return ""
+    if entry["name"] != task.name:
+        return f"its head is of the task {entry['name']}"
+    pooling, wanted = (found.get("classifier_pooling", "cls") for found in (before, task.head_config()))
+    return "" if pooling == wanted else f"its head is one for the pooling {pooling}, and {wanted} is wanted"
 
 
 def adopt_model(model: nn.Module, config: FinetuneConfig, task: Task) -> nn.Module:
@@ -70,11 +93,17 @@ def adopt_model(model: nn.Module, config: FinetuneConfig, task: Task) -> nn.Modu
             setattr(settings, name, value)
     if unknown := task.head_config():
         raise ValueError(f"a model came that does not have {unknown}; leave it out, or let finetune make the model")
+    describe_task(model, config, task)
+    return model
+
+
+def describe_task(model: nn.Module, config: FinetuneConfig, task: Task) -> None:
+    """Write what is known of the task by now into the configuration of `model`, ours or transformers'."""
+    settings: Any = model.config
     if isinstance(settings, BertConfig):
         settings.extra = {**settings.extra, CONFIG_KEY: config_entry(config, task)}
     else:
         setattr(settings, CONFIG_KEY, config_entry(config, task))
-    return model
 
 
 def share_encoder(models: Sequence[Any]) -> None:

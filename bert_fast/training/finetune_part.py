@@ -23,7 +23,7 @@ from bert_fast.tasks.task import Batch, Example, LossOptions, Task, make_task
 from bert_fast.training.finetune_config import FinetuneConfig
 from bert_fast.training.finetune_data import Batcher, FinetuneData, Split, open_data
 from bert_fast.training.finetune_files import write_json
-from bert_fast.training.finetune_models import adopt_model, build_model
+from bert_fast.training.finetune_models import adopt_model, build_model, describe_task
 from bert_fast.training.finetune_report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
 from bert_fast.training.parts import resolve_device
 from bert_fast.training.passes import autocast
@@ -75,7 +75,7 @@ class Part:
             )
         self.tokenizer = load_tokenizer(config.model)
         self.data: FinetuneData = open_data(self.task, config.data, config.seed, report)
-        model = build_model(config, self.task) if model is None else adopt_model(model, config, self.task)
+        model = build_model(config, self.task, report) if model is None else adopt_model(model, config, self.task)
         longest = longest_input(model.config)
         if config.text.max_length > longest:
             raise ValueError(f"text.max_length is {config.text.max_length}; the model takes at most {longest} tokens")
@@ -136,8 +136,10 @@ class Part:
         """By what the sum of the losses of `batches` is divided to be their mean."""
         return max(sum(self.task.weight(examples, self.loss_options) for examples in batches), 1e-12)
 
-    def evaluate(self, split: Split, examples: Sequence[Example]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Metrics (with the mean loss) and predictions on `split`."""
+    def evaluate(
+        self, split: Split, examples: Sequence[Example], *, tune: bool = False
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Metrics (with the mean loss) and predictions on `split`, after which `tune` lets the task choose by them."""
         outputs = run_examples(
             self.model,
             self.task,
@@ -145,8 +147,14 @@ class Part:
             tokens_per_batch=self.config.batch.eval_tokens,
             precision=self.config.precision,
         )
-        predictions = self.task.decode(outputs.arrays, examples, split.table, split.columns)
-        return {"loss": outputs.loss, **self.task.evaluate(predictions, split.table, split.columns)}, predictions
+        while True:
+            predictions = self.task.decode(outputs.arrays, examples, split.table, split.columns)
+            metrics = {"loss": outputs.loss, **self.task.evaluate(predictions, split.table, split.columns)}
+            said = self.task.tune(metrics) if tune else ""
+            if not said:
+                return metrics, predictions
+            self.report(said)
+            tune = False
 
     def check_metric(self) -> None:
         """ValueError before the training, and not after it, where there is no such metric."""
@@ -162,7 +170,8 @@ class Part:
     def write(self, folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
         """Model, tokenizer, metrics, predictions, settings and report to `folder`, where log.jsonl is; the metrics."""
         run = {"task": self.task.name, **run, "main_metric": self.config.metric or self.task.main_metric}
-        dev, predictions = self.evaluate(self.data.dev, self.dev_examples)
+        dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
+        describe_task(self.model, self.config, self.task)
         metrics = {"run": run, "dev": dev}
         if self.data.test is not None:
             examples = self._encode(self.data.test, training=False)

@@ -121,6 +121,27 @@ def test_a_base_checkpoint_in_a_head_model_names_the_new_head(saved: Any, caplog
     assert not model.classifier.bias.any()
 
 
+def test_a_head_of_another_shape_or_kind_is_made_anew_whole(saved: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a head that reads two poolings the bias fits, but is no more worth keeping than the weight that does not."""
+    _, folder = saved("BertForSequenceClassification")
+    wide = {"extra": {"classifier_pooling": "mean_max"}}
+    config = BertConfig.from_pretrained(folder)
+    before = BertForSequenceClassification.from_pretrained(folder)
+    with caplog.at_level(logging.WARNING, logger="bert_fast"):
+        model = BertForSequenceClassification.from_pretrained(
+            folder, config=config.replace(**wide), ignore_mismatched_sizes=True
+        )
+    assert "of another shape in the checkpoint, initialised anew: classifier.weight was (2, 48)" in caplog.messages
+    assert model.classifier.weight.shape == (config.num_labels, 2 * config.hidden_size)
+    assert before.classifier.bias.any()
+    assert not model.classifier.bias.any()
+    again = BertForSequenceClassification.from_pretrained(folder, new_head=True)
+    assert torch.equal(again.bert.pooler.dense.weight, before.bert.pooler.dense.weight)
+    assert not again.classifier.bias.any()
+    with pytest.raises(ValueError, match=r"classifier.weight is .*, expected .*ignore_mismatched_sizes"):
+        BertForSequenceClassification.from_pretrained(folder, config=config.replace(**wide))
+
+
 def test_a_head_checkpoint_in_the_base_model_names_what_it_leaves_out(
     saved: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -62,7 +62,7 @@ def test_it_learns_to_answer(
 ) -> None:
     train, test = rows(150, 0, unanswerable=unanswerable), rows(40, 1, unanswerable=unanswerable)
     task = fitted(train, overlap=6)
-    assert task.settings() == {"without_answer": unanswerable, "by": "words"}
+    assert task.settings() == {"without_answer": unanswerable, "by": "words", "null_threshold": 0.0}
     assert task.check(test, COLUMNS) == []
     examples = task.encode(train, COLUMNS, tokenizer, TEXT, training=True)
     assert len(examples) > 150, "long contexts come in several windows"

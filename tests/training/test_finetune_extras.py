@@ -119,6 +119,29 @@ def test_windows_and_pooled_tokens_are_learnt_and_remembered(config: FinetuneCon
         finetune(with_(changed, overwrite=True), model=theirs, report=quiet)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
+def test_a_result_is_trained_on_with_another_head(pooling: str, config: FinetuneConfig, tmp_path: Path) -> None:
+    first = finetune(with_(config, options={"pooling": "mean_max"}, steps=2), report=quiet)
+    said: list[str] = []
+    changed = with_(
+        config, model=first.folder, options={"pooling": pooling}, steps=2, output_dir=str(tmp_path / "again")
+    )
+    again = finetune(changed, report=said.append)
+    assert any(f"for the pooling mean_max, and {pooling} is wanted; it is made anew" in text for text in said)
+    assert again.model.classifier.weight.shape == (2, 32)
+    said.clear()
+    small = {"model": again.folder, "steps": 1, "optimizer": {"lr": 1e-9}}
+    kept = finetune(with_(changed, output_dir=str(tmp_path / "kept"), **small), report=said.append)
+    assert torch.allclose(kept.model.classifier.weight, again.model.classifier.weight, atol=1e-6)
+    assert not any("made anew" in text for text in said), "the same task with the same pooling goes on with its head"
+    other = with_(
+        changed, task="multi-label", options={"pooling": pooling}, output_dir=str(tmp_path / "other"), **small
+    )
+    moved = finetune(other, report=said.append)
+    assert any("its head is of the task classification; it is made anew" in text for text in said)
+    assert not torch.allclose(moved.model.classifier.weight, again.model.classifier.weight, atol=1e-3)
+
+
 def test_augmented_rows_are_learnt_from_and_only_in_training(config: FinetuneConfig) -> None:
     changed = with_(config, augment={"delete": 0.1, "swap": 0.3, "mask": 0.05})
     run, plain = (Finetuner([Part(settings, report=quiet)]) for settings in (changed, config))

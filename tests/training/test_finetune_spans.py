@@ -14,16 +14,18 @@ import torch
 import transformers
 
 import bert_fast
+from bert_fast.cli.main import main
 from bert_fast.data import load_tokenizer
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.tasks.columns import choose_columns
 from bert_fast.tasks.prediction import predict
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
-from bert_fast.tasks.task import task_class, task_from_config
+from bert_fast.tasks.task import CONFIG_KEY, task_class, task_from_config
 from bert_fast.training.config import from_mapping
 from bert_fast.training.finetune import FinetuneResult, finetune
 from bert_fast.training.finetune_config import FinetuneConfig
+from bert_fast.training.finetune_data import Split, duplicates
 from bert_fast.training.log import read_log
 
 NAMES, PLACES, FILLERS = ["ada", "bob", "eva"], ["rome", "oslo", "bonn"], ["the", "we", "saw", "went", "in", "to"]
@@ -240,3 +242,46 @@ def test_questions_about_a_context_are_held_out_together_and_reported(base: Path
     assert len(lines) == sum(context in held for context in every)
     assert sum(line["error"] for line in lines) == pytest.approx(len(lines) * (1 - result.metrics["dev"]["f1"]))
     assert "Worst mistakes on dev" in (Path(result.folder) / "report.html").read_text()
+
+
+def test_the_threshold_for_no_answer_is_chosen_on_dev_and_kept(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {}
+    for name, rows in (("train", range(0, 40)), ("dev", range(100, 116))):
+        found = json.loads(squad(tmp_path, rows).read_text())
+        for paragraph in found["data"][0]["paragraphs"][::2]:
+            paragraph["qas"][0] |= {"answers": [], "is_impossible": True}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+        data[name] = str(tmp_path / f"{name}.json")
+    (tmp_path / "given").mkdir()
+    result, said = run("question-answering", base, tmp_path, data=data, steps=3)
+    dev = result.metrics["dev"]
+    assert any(text.startswith("null_threshold is ") for text in said)
+    assert dev["null_threshold"] == dev["best_f1_threshold"] != 0.0
+    assert dev["f1"] == pytest.approx(dev["best_f1"])
+    entry = json.loads((Path(result.folder) / "config.json").read_text())[CONFIG_KEY]
+    assert entry["null_threshold"] == dev["null_threshold"]
+    assert main(["evaluate", result.folder, data["dev"]]) == 0
+    assert f"{'f1':<22} {dev['f1']:.4f}" in capsys.readouterr().out.splitlines()
+    command = ["predict", result.folder, "--file", data["dev"]]
+    for threshold, answered in ((1e9, True), (-1e9, False)):
+        assert main([*command, "--options", json.dumps({"null_threshold": threshold})]) == 0
+        found = [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
+        assert {bool(answer) for answer in found} == {answered}
+    given, said = run(
+        "question-answering", base, tmp_path / "given", data=data, steps=1, options={"null_threshold": 2.0}
+    )
+    assert given.metrics["dev"]["null_threshold"] == 2.0
+    assert not any(text.startswith("null_threshold is ") for text in said)
+
+
+def test_rows_with_one_text_and_other_choices_are_no_duplicates() -> None:
+    task = task_class("multiple-choice")()
+    columns = {"text": "text", "label": "label"}
+    rows = {"text": ["who?"] * 2, "choice0": ["ada", "bob"], "choice1": ["eve", "dan"], "label": [0, 1]}
+    train = Split(Table(rows, "train"), columns)
+    task.fit(train.table, columns)
+    other = Split(Table({**rows, "choice1": ["eve", "eve"]}, "dev"), columns)
+    (said,) = duplicates(task, train, other)
+    assert said.startswith("1 of 2 rows of dev are in train too")
