@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,16 +22,18 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, engine: str) -> Generator[int
 
     Args:
         jobs: what to run.
-        workers: processes, 0 for one a core; with 1, jobs run in this process one after the other.
+        workers: processes, 0 for one a core; with 1, jobs run in this process one after the other. For Ray, the most
+            jobs at once, 0 for as many as the cluster has cores.
         engine: `processes` or `ray`.
 
     Raises:
         ValueError: a worker died, or Ray is asked for and not installed; and whatever a job raises.
     """
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if engine == "ray":
         yield from _over_ray(jobs, workers)
-    elif workers <= 1:
+        return
+    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    if workers <= 1:
         for number, job in enumerate(jobs):
             job()
             yield number
@@ -69,18 +73,26 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _over_ray(jobs: Sequence[Job], workers: int) -> Iterator[int]:
+def _over_ray(jobs: Sequence[Job], workers: int) -> Generator[int, None, None]:
     try:
         import ray
-    except ImportError as error:
-        raise ValueError("engine 'ray' needs the package ray: pip install 'bert_fast[ray]'") from error
-    rows = ray.data.from_items(
-        [{"number": number, "job": job} for number, job in enumerate(jobs)], override_num_blocks=len(jobs)
-    )
-    for row in rows.map(_run_row).iter_rows():
+    except ModuleNotFoundError as error:
+        raise ValueError(f"engine 'ray' needs the package {error.name}: pip install 'bert_fast[ray]'") from error
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # The job as bytes: Ray Data's rows are Arrow's.
+    rows = [{"number": number, "job": pickle.dumps(job)} for number, job in enumerate(jobs)]
+    blocks = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for row in blocks.map(_run_row, compute=ray.data.TaskPoolStrategy(size=workers or None)).iter_rows():
+        if row["error"]:
+            raise pickle.loads(row["error"])
         yield int(row["number"])
 
 
-def _run_row(row: dict[str, Any]) -> dict[str, int]:
-    row["job"]()
-    return {"number": row["number"]}
+def _run_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Run a job; its error is sent home as it is, Ray would wrap it in its own."""
+    job: Job = pickle.loads(row["job"])
+    try:
+        job()
+    except Exception as error:
+        return {"number": row["number"], "error": pickle.dumps(error)}
+    return {"number": row["number"], "error": b""}

@@ -42,8 +42,10 @@ class PrepareConfig:
         heldout_fraction: share of the documents that are kept out of training, for evaluation; their hash chooses.
         shard_tokens: tokens of a shard, after which the next one is begun.
         part_bytes: input is worked on in parts of about so many bytes; a compressed file is never cut.
-        workers: processes; 0 takes one a core. The files that come out are the same for any number.
-        engine: `processes` of this machine, or `ray`, the machines of a Ray cluster that share the folder `work`.
+        workers: processes, or parts at once on a Ray cluster; 0 takes one a core. The files that come out are the same
+            for any number.
+        engine: `processes` of this machine, or `ray`, the machines of a Ray cluster (`RAY_ADDRESS`), all of which see
+            the sources and the folder `work`.
         work: a folder for finished parts, so that a preparation that was stopped goes on; beside `output` if null.
         overwrite: replace an earlier prepared folder at `output`.
         progress: whether to show a progress bar and print the report.

@@ -10,6 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from bert_fast.cli.main import main
 from bert_fast.data import PrepareConfig, PretrainingData, PretrainingDataConfig, local_folder, prepare, remote
 from bert_fast.data.shards import TokenStore, read_manifest
 
@@ -37,6 +38,15 @@ def test_batches_of_a_url_are_those_of_the_folder(prepared, store, tmp_path):
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
     [copy] = tmp_path.iterdir()
     assert read_manifest(copy) == read_manifest(prepared)
+
+
+def test_pretraining_reads_a_url(store, tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = ["--output_dir", str(tmp_path / "run"), "--steps", "2", "--eval_batches", "1", "--tensorboard", "false"]
+    data = ["--data.folder", URL, "--data.seq_len", "48", "--data.token_budget", "128"]
+    assert main(["pretrain", *run, *data, "--model.config", str(tiny_config), "--progress", "false"]) == 0
+    assert "held-out" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache" / "bert_fast" / "data").iterdir())) == 1
 
 
 def test_a_copy_is_fetched_once_and_only_what_is_missing_again(store, tmp_path, monkeypatch):
