@@ -61,7 +61,7 @@ def clipped_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
     if is_sharded(norm):
-        norm = norm.full_tensor()  # type: ignore[operator]
+        norm = norm.full_tensor()  # type: ignore[attr-defined]
     refused = None if judge is None else judge(norm)
     if isinstance(optimizer, Lamb):
         if refused is None or not bool(refused):

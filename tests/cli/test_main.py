@@ -70,7 +70,7 @@ def test_without_a_command_the_overview_and_a_failure(capsys: pytest.CaptureFixt
         (["embed", "absent", "a", "--output", "vectors.txt"], "expected a name ending in .npy, .jsonl, .parquet"),
         (["embed", "absent", "--file", "absent.txt"], "absent.txt"),
         (["verify", "--rooms", "[kitchen]"], "rooms has kitchen; expected some of add_layer_norm"),
-        (["verify", "--impls", "[cuda]"], "nothing to test"),
+        (["verify", "--rooms", "[lamb]", "--impls", "[cuda]"], "nothing to test"),
         (["prepare", "--output", "y", "--sources", "[absent.txt]"], "absent.txt"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else None,
