@@ -220,9 +220,9 @@ class EncodeJob:
             _write_counts(folder, counts)
 
 
-def remove_unfinished(work: Path) -> None:
-    """Remove what jobs left that were killed."""
-    for path in work.glob("*.tmp"):
+def remove_unfinished(folder: Path, pattern: str) -> None:
+    """Remove the temporary folders that were left by a process that was killed."""
+    for path in folder.glob(pattern):
         shutil.rmtree(path, ignore_errors=True)
 
 

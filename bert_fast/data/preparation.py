@@ -113,7 +113,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         importlib.import_module("rjieba")  # its absence is told now, not after the corpus was read
     parts = plan_parts(config)
     work = Path(config.work) if config.work else output.with_name(f".{output.name}.work")
-    with _working(work):
+    with _working(work, output):
         cleaned = _clean([CleanJob(pieces, config, str(work)) for pieces in parts], config)
         keep, duplicates = select(cleaned, config.max_documents, drop_duplicates=config.drop_duplicates)
         threshold = heldout_threshold(cleaned, keep, config.heldout_fraction)
@@ -139,15 +139,16 @@ def prepare(config: PrepareConfig) -> PrepareReport:
 
 
 @contextmanager
-def _working(work: Path) -> Iterator[None]:
-    """The work folder, locked: two preparations must not meet in it."""
+def _working(work: Path, output: Path) -> Iterator[None]:
+    """The work folder, locked: two preparations must not meet in it. What a killed one left half done is removed."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"another bert-fast prepare is at work in {work}; wait for it, or end it") from error
-        remove_unfinished(work)
+        remove_unfinished(work, "*.tmp")
+        remove_unfinished(output.parent, f".{output.name}.*.tmp")
         yield
 
 
@@ -173,9 +174,22 @@ def _run(jobs: Sequence[Job], what: str, config: PrepareConfig, enough: int | No
 
 
 def _clean(jobs: list[CleanJob], config: PrepareConfig) -> list[Path]:
-    """The finished folders of the cleaned parts."""
+    """The finished folders of the cleaned parts.
+
+    Raises:
+        ValueError: no document is left; why is in the message.
+    """
     used = _run(jobs, "text", config, config.max_documents)
-    return [job.folder for job in jobs[:used]]
+    folders = [job.folder for job in jobs[:used]]
+    counts = [read_counts(folder) for folder in folders]
+    read, dropped = sum(count["read"] for count in counts), Counter[str]()
+    for count in counts:
+        dropped.update(count["dropped"])
+    if read == dropped.total():
+        first = {reason: where for count in reversed(counts) for reason, where in count["first_dropped"].items()}
+        why = "; ".join(f"{REASONS[reason]}, first {first[reason]}" for reason in dropped)
+        raise ValueError(f"the corpus has no documents of the {read} that were read ({why or 'are the files empty?'})")
+    return folders
 
 
 def _vocabulary(

@@ -18,21 +18,13 @@ def _digests(folders: list[Path]) -> Iterator[Array]:
 
 
 def select(folders: list[Path], max_documents: int | None, *, drop_duplicates: bool) -> tuple[list[Array], int]:
-    """Which documents of each finished part are kept, bool (documents,) a part, and how many duplicates are not.
-
-    Raises:
-        ValueError: there are no documents.
-    """
+    """Which documents of each finished part are kept, bool (documents,) a part, and how many duplicates are not."""
     keep = [np.ones(digests.size, dtype=bool) for digests in _digests(folders)]
     left = sum(mask.size for mask in keep) if max_documents is None else max_documents
     for mask in keep:
         mask[left:] = False
         left -= min(left, mask.size)
     before = sum(int(mask.sum()) for mask in keep)
-    if before == 0:
-        raise ValueError(
-            "the corpus has no documents; are the files empty, or all documents shorter than min_characters?"
-        )
     if drop_duplicates:
         _drop_later(folders, keep, max(1, -(-before // _BUCKET)))
     return keep, before - sum(int(mask.sum()) for mask in keep)

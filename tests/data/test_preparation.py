@@ -165,6 +165,13 @@ def test_the_report_says_what_was_dropped_and_why(corpus, once, capsys, tmp_path
     assert "dropped 1: not UTF-8 (first: " in out
 
 
+def test_a_corpus_of_which_nothing_is_left_says_why(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Größe und Länge.\n\nKürze.\n\nTiny.\n".encode("latin-1"))
+    message = r"no documents of the 3 that were read \(not UTF-8, first .*a\.txt, line 1: .*; fewer characters .*line 5"
+    with pytest.raises(ValueError, match=message):
+        prepare(settings(tmp_path / "a.txt", tmp_path / "data"))
+
+
 def test_errors_end_the_preparation_where_asked(corpus, tmp_path):
     message = r"b\.jsonl\.gz, line 21: nothing \(null\) where a text .*; errors='drop' leaves"
     with pytest.raises(ValueError, match=message):

@@ -118,6 +118,7 @@ prepare(PrepareConfig(output={str(output)!r}, sources=[{str(text_file)!r}], voca
     assert not output.exists()
     prepare(small(text_file, output))
     verify_files(output, checksums=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"], "nothing half written is left"
 
 
 def open_train(folder: Path, checksums: bool = True) -> PretrainingData:
