@@ -183,6 +183,9 @@ class PretrainConfig:
         max_skips: updates left out in a row after which skip ends the run too.
         resume: auto goes on from the newest good checkpoint in output_dir, never refuses to, and a path names one.
         tensorboard: write TensorBoard events beside the JSONL log.
+        wandb: the project of Weights & Biases to log to as well, with the package's own settings (WANDB_MODE=offline).
+        trace: record so many steps, after the first ten, as trace.json in output_dir, for chrome://tracing or Perfetto;
+            0 for none.
         progress: show a progress bar.
         recompute: keep only each layer's input for the backward pass and compute the rest again: less memory, a third
             more work.
@@ -217,6 +220,8 @@ class PretrainConfig:
     max_skips: int = 10
     resume: str = "auto"
     tensorboard: bool = True
+    wandb: str | None = None
+    trace: int = 0
     progress: bool = True
     recompute: bool = False
     masked_last_layer: bool = True
@@ -233,7 +238,7 @@ class PretrainConfig:
         for name, least in {
             "steps": 1, "epochs": 1, "accumulation": 1, "log_interval": 1, "seed": 0,
             "eval_interval": 0, "eval_batches": 0, "checkpoint_interval": 0, "keep_last": 0,
-            "max_skips": 1, "prefetch": 0,
+            "max_skips": 1, "prefetch": 0, "trace": 0,
         }.items():  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= least, f"{name} is {value}; expected at least {least}")

@@ -23,7 +23,7 @@ METRICS, PREDICTIONS, SETTINGS, REPORT = "metrics.json", "predictions.dev.jsonl"
 MISTAKES = 25  # listed
 _MOST_LABELS = 30  # of which a picture has names and numbers
 _MOST_CHARACTERS = 400  # of a cell
-_BLUE, _ORANGE = "#1b6ca8", "#d9822b"
+BLUE, ORANGE = "#1b6ca8", "#d9822b"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62em; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
@@ -121,7 +121,7 @@ def _cell(value: Any) -> str:
     return escape(text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " …")
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
     """A figure as an inline SVG, the same for the same figure."""
     import matplotlib
 
@@ -134,7 +134,7 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+def panels_of(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
     """A figure that belongs to no window, and its panels side by side."""
     from matplotlib.figure import Figure
 
@@ -149,20 +149,20 @@ def curves(log: Sequence[Mapping[str, Any]], metric: str, best: int) -> str:
     """The loss of training and dev, the metric on dev, and the learning rate, by step."""
     train = [line for line in log if line["kind"] == "train"]
     dev = [line for line in log if line["kind"] == "eval"]
-    figure, (losses, scores, rates) = _figure(11, 3, 3)
-    losses.plot([line["step"] for line in train], [line["loss"] for line in train], color=_BLUE, lw=1, label="train")
+    figure, (losses, scores, rates) = panels_of(11, 3, 3)
+    losses.plot([line["step"] for line in train], [line["loss"] for line in train], color=BLUE, lw=1, label="train")
     judged = [line for line in dev if line.get("loss") is not None]
-    losses.plot([x["step"] for x in judged], [x["loss"] for x in judged], "o-", color=_ORANGE, ms=3, label="dev")
+    losses.plot([x["step"] for x in judged], [x["loss"] for x in judged], "o-", color=ORANGE, ms=3, label="dev")
     losses.set(title="loss", xlabel="step")
     losses.legend(frameon=False)
     defined = [line for line in dev if line.get(metric) is not None]
-    scores.plot([line["step"] for line in defined], [line[metric] for line in defined], "o-", color=_ORANGE, ms=3)
+    scores.plot([line["step"] for line in defined], [line[metric] for line in defined], "o-", color=ORANGE, ms=3)
     scores.axvline(best, color="#999", lw=1, ls=":")
     scores.set(title=f"{metric} on dev; dotted: the step kept", xlabel="step")
-    rates.plot([line["step"] for line in train], [line["lr"] for line in train], color=_BLUE, lw=1)
+    rates.plot([line["step"] for line in train], [line["lr"] for line in train], color=BLUE, lw=1)
     rates.set(title="learning rate", xlabel="step")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    return _svg(figure)
+    return svg(figure)
 
 
 def _classes(metrics: Mapping[str, Any], split: str) -> list[str]:
@@ -183,7 +183,7 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
     counts = np.array(matrix)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = min(2.2 + 0.45 * len(labels), 10.0)
-    figure, (axes,) = _figure(size + 1, size)
+    figure, (axes,) = panels_of(size + 1, size)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true")
@@ -195,7 +195,7 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
             if count:
                 colour = "white" if shares[row, column] > 0.6 else "#222"
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _calibration(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -204,15 +204,15 @@ def _calibration(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
     if not sure or any(not isinstance(p, float) for p in sure) or predictions[0].get("error") is None:
         return []
     bins = calibration(np.array(sure), np.array([line["error"] == 0 for line in predictions]), 10)
-    figure, (axes,) = _figure(4.5, 3.6)
+    figure, (axes,) = panels_of(4.5, 3.6)
     axes.plot([0, 1], [0, 1], color="#999", lw=1, ls=":")
     confidence, accuracy = ([part[name] for part in bins] for name in ("confidence", "accuracy"))
     sizes = [20 + 200 * part["rows"] / len(predictions) for part in bins]
-    axes.scatter(confidence, accuracy, s=sizes, color=_BLUE, alpha=0.8, clip_on=False)
+    axes.scatter(confidence, accuracy, s=sizes, color=BLUE, alpha=0.8, clip_on=False)
     axes.set(xlabel="probability of what is predicted", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
     rows = [[part["confidence"], part["accuracy"], part["rows"]] for part in bins]
     said = "<p>On the dotted line probabilities are what they say; a larger dot stands for more rows.</p>"
-    return ["<h2>Calibration on dev</h2>", said, _svg(figure), table([["probability", "right", "rows"], *rows])]
+    return ["<h2>Calibration on dev</h2>", said, svg(figure), table([["probability", "right", "rows"], *rows])]
 
 
 def _mistakes(predictions: Sequence[Mapping[str, Any]]) -> list[str]:

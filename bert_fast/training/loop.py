@@ -8,6 +8,7 @@ losses of one that was not.
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,7 +33,9 @@ from bert_fast.training.ranks import Ranks
 from bert_fast.training.schedule import lr_factor
 from bert_fast.training.signals import stop_signals
 from bert_fast.training.throughput import Meter, gemm_ceiling
+from bert_fast.training.tracing import Tracer
 
+SETTINGS = "pretrain.json"
 _RECORDS_KEPT = 3  # of steps that diverged
 
 
@@ -306,15 +309,17 @@ class Trainer:
         config, main = self.config, self.ranks.main
         log: RunLog | SilentLog = SilentLog()
         if main:
-            log = RunLog(self.output_dir, self.step, tensorboard=config.tensorboard, report=self.report)
+            log = self._open_log()
         progress = Progress(self.total_steps, self.step, shown=config.progress and main)
         interrupted = None
         metrics: dict[str, float] = {}
         try:
             with stop_signals(repeated=self.ranks.launched) as stopped:
                 meter = self._meter()
+                tracer = Tracer(self.output_dir / "trace.json", config.trace if main else 0, self.device)
                 while self.step < self.total_steps and interrupted is None:
                     norm = self.train_step(meter)
+                    tracer.step()
                     interrupted = self.ranks.agreed(stopped())
                     if self.step % config.log_interval == 0 or self.step == self.total_steps:
                         self._log_step(log, progress, meter, norm)
@@ -345,6 +350,22 @@ class Trainer:
             interrupted,
             self.guard.skipped,
             self.ranks.rank,
+        )
+
+    def _open_log(self) -> RunLog:
+        """The log, and beside it the run's settings for whoever reads it."""
+        config, settings = self.config, asdict(self.config)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        temporary = self.output_dir / f".{SETTINGS}.tmp"
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        temporary.replace(self.output_dir / SETTINGS)
+        return RunLog(
+            self.output_dir,
+            self.step,
+            tensorboard=config.tensorboard,
+            report=self.report,
+            wandb=config.wandb,
+            settings=settings,
         )
 
     def _meter(self) -> Meter:

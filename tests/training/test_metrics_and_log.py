@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from bert_fast.cli.main import _one_line
 from bert_fast.training.log import RunLog, read_log
 from bert_fast.training.metrics import Totals, token_counts, unigram_loss
 
@@ -86,3 +90,63 @@ def test_without_tensorboard_the_log_goes_on_and_says_so_once(tmp_path: Path, mo
     assert len(said) == 1
     assert "tensorboard is not installed (pip install 'bert_fast[cli]')" in said[0]
     assert [line["loss"] for line in read_log(tmp_path / "log.jsonl")] == [1.0]
+
+
+class FakeRun:
+    """What the log asks of a run of Weights & Biases."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.metrics: list[tuple[str, str | None]] = []
+        self.finished = False
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.metrics.append((name, step_metric))
+
+    def log(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_weights_and_biases_gets_the_lines_and_a_resumed_run_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[tuple[dict[str, Any], FakeRun]] = []
+
+    def init(**settings: Any) -> FakeRun:
+        runs.append((settings, FakeRun()))
+        return runs[-1][1]
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    folder = tmp_path / "run"
+    for step in (0, 2):
+        log = RunLog(folder, step, tensorboard=False, report=print, wandb="project", settings={"lr": 1})
+        log.write("train", step + 1, {"loss": 2.0})
+        log.close()
+    identity = runs[0][0]["id"]
+    assert len(identity) == 16
+    for settings, run in runs:
+        assert settings == {"project": "project", "id": identity, "resume": "allow", "name": "run",
+                            "dir": str(folder), "config": {"lr": 1}}  # fmt: skip
+        assert run.metrics == [("step", None), ("*", "step")]
+        assert run.finished
+    assert [run.lines for _, run in runs] == [[{"step": 1, "train/loss": 2.0}], [{"step": 3, "train/loss": 2.0}]]
+
+
+def test_without_weights_and_biases_the_command_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError) as caught:
+        RunLog(tmp_path, 0, tensorboard=False, report=print, wandb="project")
+    assert _one_line(caught.value) == ("wandb is not installed; this command needs it: pip install 'bert_fast[wandb]'")
+
+
+def test_a_log_on_a_full_disk_says_which_file(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, tensorboard=False, report=print)
+    log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (closed by the log)
+    with pytest.raises(OSError, match=r"the log .*log\.jsonl can't be written: No space left on device"):
+        log.write("train", 1, {"loss": 1.0})
+    log.close()

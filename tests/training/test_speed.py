@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -179,3 +180,11 @@ def test_the_ceiling_is_that_of_a_matrix_product() -> None:
     found = gemm_ceiling(torch.device("cpu"), "fp32")
     assert found.dtype == torch.float64
     assert 1e8 < float(found) < 1e14
+
+
+def test_a_trace_has_the_steps_that_were_asked_for(config: PretrainConfig) -> None:
+    pretrain(replace(config, steps=13, trace=2), lambda text: None)
+    events = json.loads((Path(config.output_dir) / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#10", "ProfilerStep#11"}
+    assert any("attention" in str(event.get("name")) for event in events)
