@@ -203,13 +203,14 @@ def _vocabulary(
             [folder.name, hashlib.sha256(mask.tobytes()).hexdigest()]
             for folder, mask in zip(cleaned, keep, strict=True)
         ]
-        settings = [config.vocab_size, config.vocab_characters, config.lowercase, versions(["bert_fast", "tokenizers"])]
-        key = job_key("trained", documents, settings)
+        settings = [config.vocab_size, config.alphabet_size, config.vocab_characters, config.lowercase]
+        key = job_key("trained", documents, settings, versions(["bert_fast", "tokenizers"]))
     folder = work / f"vocabulary-{key}"
     if not folder.is_dir():
         if tokenizer is None:
             sample = _Sample(cleaned, keep, config)
-            tokenizer = train_vocab(sample, vocab_size=config.vocab_size, lowercase=config.lowercase)
+            sizes = {"vocab_size": config.vocab_size, "alphabet_size": config.alphabet_size}
+            tokenizer = train_vocab(sample, **sizes, lowercase=config.lowercase)
         with finished_folder(folder) as temporary:
             save_tokenizer(tokenizer, temporary)
     return folder / "tokenizer.json"

@@ -36,6 +36,7 @@ class PrepareConfig:
         drop_duplicates: keep only the first of documents that are equal but for case, white space and Unicode form.
         vocab: a vocab.txt, a tokenizer.json or a folder with one, to use instead of training a vocabulary.
         vocab_size: tokens of the vocabulary to train.
+        alphabet_size: the most different characters of the vocabulary to train; Chinese text has about 8000.
         vocab_characters: the vocabulary is trained on about so many characters of a larger corpus, whole documents
             that their hash chooses.
         lowercase: whether the vocabulary to train is lower-case, as bert-base-uncased.
@@ -65,6 +66,7 @@ class PrepareConfig:
     drop_duplicates: bool = False
     vocab: str | None = None
     vocab_size: int = 8192
+    alphabet_size: int = 1000
     vocab_characters: int = 2**30
     lowercase: bool = True
     heldout_fraction: float = 0.02
@@ -86,7 +88,7 @@ class PrepareConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(hint))}")
         if not 0.0 <= self.heldout_fraction < 1.0:
             raise ValueError(f"heldout_fraction is {self.heldout_fraction}; expected 0 or more and less than 1")
-        least = {"shard_tokens": 1, "part_bytes": 1, "vocab_characters": 1, "max_documents": 1}
+        least = {"shard_tokens": 1, "part_bytes": 1, "vocab_characters": 1, "alphabet_size": 1, "max_documents": 1}
         for name, smallest in {**least, "workers": 0, "min_characters": 0}.items():
             value = getattr(self, name)
             if value is not None and value < smallest:

@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_LIMIT_ALPHABET = 1000
 
 
-def train_vocab(sentences: Iterable[str], *, vocab_size: int = 8192, lowercase: bool = True) -> Tokenizer:
+def train_vocab(
+    sentences: Iterable[str], *, vocab_size: int = 8192, lowercase: bool = True, alphabet_size: int = 1000
+) -> Tokenizer:
     """Train a WordPiece vocabulary; the same sentences give the same vocabulary.
 
     Args:
         sentences: the text; it is read twice.
         vocab_size: tokens, counting the special ones, which have the ids 0 to 4; fewer where the text has no more.
         lowercase: lower-case the text and strip its accents first, as bert-base-uncased does.
+        alphabet_size: the most different characters; rarer ones are unknown. Chinese text has about 8000.
 
     Raises:
         ValueError: `vocab_size` is too small for the text's alphabet.
@@ -40,14 +42,17 @@ def train_vocab(sentences: Iterable[str], *, vocab_size: int = 8192, lowercase: 
     for sentence in sentences:
         counts.update(tokenizer.normalizer.normalize_str(sentence))
     counts = Counter({character: count for character, count in counts.items() if not character.isspace()})
-    alphabet = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:_LIMIT_ALPHABET])
+    alphabet = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:alphabet_size])
     # The trainer numbers letters in the order of a hash map, and breaks ties by number: given as special tokens, they
     # are numbered in the order given, and training is deterministic.
-    letters = [*alphabet, *(f"##{character}" for character in alphabet)]
+    # The normalizer puts spaces around a Chinese character: it continues nothing.
+    inner = [character for character in alphabet if " " not in tokenizer.normalizer.normalize_str(character)]
+    letters = [*alphabet, *(f"##{character}" for character in inner)]
     if vocab_size < len(SPECIAL_TOKENS) + len(letters):
         raise ValueError(
             f"vocab_size is {vocab_size}; expected at least {len(SPECIAL_TOKENS) + len(letters)}: the text has "
-            f"{len(alphabet)} different characters, each of which is two tokens, and {len(SPECIAL_TOKENS)} are special"
+            f"{len(alphabet)} different characters, {len(inner)} of them two tokens each (alone and after ##), and "
+            f"{len(SPECIAL_TOKENS)} tokens are special"
         )
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,

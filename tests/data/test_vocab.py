@@ -88,6 +88,17 @@ def test_rare_letters_beyond_a_thousand_are_unknown():
     assert tokenizer.encode(chr(0x4E00 + 1199), add_special_tokens=False).tokens == ["[UNK]"]
 
 
+def test_a_chinese_character_is_one_token_and_the_alphabet_can_be_larger():
+    many = "".join(chr(0x4E00 + i) for i in range(1500))
+    text = [many, "latin letters " * 10]
+    tokens = train_vocab(text, vocab_size=2000, alphabet_size=8000).get_vocab()
+    assert {character in tokens for character in many} == {True}
+    assert not any(f"##{character}" in tokens for character in many)
+    assert {"latin", "##a"} <= set(tokens)
+    known = set(many) & set(train_vocab(text, vocab_size=2000).get_vocab())
+    assert len(known) == 1000 - len(set("latinletters"))
+
+
 def test_kinds_of_tokens(folder):
     tokenizer = load_wordpiece(folder)
     kinds = token_kinds(tokenizer)
