@@ -28,6 +28,9 @@ FLAGS = (
     "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
     "-Xptxas=-v",
 )  # fmt: skip
+# The most bytes a kernel may spill, by the beginning and the end of its name; any other spills none. A row of more than
+# 4096 columns takes 1024 threads, each of which can have 64 registers; backward wants about 100. No BERT is so wide.
+KNOWN_SPILLS = {("add_layer_norm_backward<", ", 1024>"): 664}
 COMPILING = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -140,13 +143,21 @@ def release() -> str:
     return found.group(1) if found else said.strip()
 
 
+def allowed(kernel: str) -> int:
+    """Bytes that `kernel` is known to spill."""
+    bounds = [
+        bound for (first, last), bound in KNOWN_SPILLS.items() if kernel.startswith(first) and kernel.endswith(last)
+    ]
+    return max(bounds, default=0)
+
+
 def problems(table: dict[str, Any]) -> list[str]:
-    """Rows that spill."""
+    """Rows that spill more than is known."""
     return [
-        f"{row['kernel']} on {row['arch']} spills {row['spilled']} bytes"
+        f"{row['kernel']} on {row['arch']} spills {row['spilled']} bytes; known are {allowed(row['kernel'])}"
         for entry in table["files"].values()
         for row in entry["rows"]
-        if row["spilled"]
+        if row["spilled"] > allowed(row["kernel"])
     ]
 
 
@@ -171,7 +182,9 @@ def main() -> int:
         )
     elif nvcc == before["nvcc"] and files != before["files"]:
         wrong.append("the table is not what nvcc says now: python -m benchmarks.cuda_report --write")
-    print("\n".join(wrong) or f"{sum(len(entry['rows']) for entry in files.values())} rows, none spills")
+    rows = [row for entry in files.values() for row in entry["rows"]]
+    spilling = sum(bool(row["spilled"]) for row in rows)
+    print("\n".join(wrong) or f"{len(rows)} rows; {spilling} spill, as is known, the others don't")
     return 1 if wrong else 0
 
 

@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "add_layer_norm/add_layer_norm.h"
 #include "bias_gelu/bias_gelu.h"
 
 #ifdef BERT_FAST_EMULATOR
@@ -12,6 +13,8 @@
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(bert_fast_cuda, BF_KEY, m) {
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&bert_fast::add_layer_norm_fwd_cuda));
+  m.impl("add_layer_norm_bwd", TORCH_BOX(&bert_fast::add_layer_norm_bwd_cuda));
   m.impl("bias_gelu_fwd", TORCH_BOX(&bert_fast::bias_gelu_fwd_cuda));
   m.impl("bias_gelu_bwd", TORCH_BOX(&bert_fast::bias_gelu_bwd_cuda));
 }

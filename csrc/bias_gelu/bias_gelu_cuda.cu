@@ -1,7 +1,7 @@
 // bias_gelu on a GPU: one pass forward; backward one pass that computes GeLU's slope again and keeps dbias in
 // registers, and a small sum over the parts of the rows.
 //
-// A thread owns PACK neighbouring columns, 16 bytes of them, and walks down the rows of its block: the bias is read
+// A thread owns kPack neighbouring columns, 16 bytes of them, and walks down the rows of its block: the bias is read
 // once, and dbias needs no exchange between threads. Bytes: forward 2 T F elements, backward 3 T F.
 #include "bias_gelu/bias_gelu.h"
 #include "common/cuda.h"
@@ -32,50 +32,50 @@ __device__ __forceinline__ float gelu_slope(float u) {
   return 0.5f * (1.0f + erff(u * 0.70710678118654752f)) + u * 0.39894228040143268f * expf(-0.5f * u * u);
 }
 
-template <class T, int PACK, bool TANH>
+template <class T, bool WHOLE, bool TANH>
 __global__ void __launch_bounds__(kThreads)
     bias_gelu_forward(const T* x, const float* bias, T* out, int64_t rows, int64_t cols) {
-  const int64_t col = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * PACK;
+  const int64_t col = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kPack<T>;
   if (col >= cols) return;
-  float shift[PACK];
-  load_pack<PACK>(bias + col, shift);
+  float shift[kPack<T>];
+  load_pack<kPack<T>, WHOLE>(bias + col, cols - col, shift);
   const int64_t first = int64_t{blockIdx.x} * kForwardRows;
 #pragma unroll 4
   for (int i = 0; i < kForwardRows; ++i) {
     if (first + i >= rows) return;
     const int64_t at = (first + i) * cols + col;
-    float u[PACK];
-    load_pack<PACK>(x + at, u);
+    float u[kPack<T>];
+    load_pack<kPack<T>, WHOLE>(x + at, cols - col, u);
 #pragma unroll
-    for (int j = 0; j < PACK; ++j) u[j] = gelu<TANH>(u[j] + shift[j]);
-    store_pack<PACK>(out + at, u);
+    for (int j = 0; j < kPack<T>; ++j) u[j] = gelu<TANH>(u[j] + shift[j]);
+    store_pack<kPack<T>, WHOLE>(out + at, cols - col, u);
   }
 }
 
-template <class T, int PACK, bool TANH>
+template <class T, bool WHOLE, bool TANH>
 __global__ void __launch_bounds__(kThreads)
     bias_gelu_backward(const T* dout, const T* x, const float* bias, T* dx, float* partial, int64_t rows, int64_t cols,
                        int64_t part_rows) {
-  const int64_t col = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * PACK;
+  const int64_t col = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kPack<T>;
   if (col >= cols) return;
-  float shift[PACK], total[PACK] = {};
-  load_pack<PACK>(bias + col, shift);
+  float shift[kPack<T>], total[kPack<T>] = {};
+  load_pack<kPack<T>, WHOLE>(bias + col, cols - col, shift);
   const int64_t first = int64_t{blockIdx.x} * part_rows;
   const int64_t end = first + part_rows < rows ? first + part_rows : rows;
 #pragma unroll 2
   for (int64_t row = first; row < end; ++row) {
     const int64_t at = row * cols + col;
-    float u[PACK], grad[PACK];
-    load_pack<PACK>(x + at, u);
-    load_pack<PACK>(dout + at, grad);
+    float u[kPack<T>], grad[kPack<T>];
+    load_pack<kPack<T>, WHOLE>(x + at, cols - col, u);
+    load_pack<kPack<T>, WHOLE>(dout + at, cols - col, grad);
 #pragma unroll
-    for (int j = 0; j < PACK; ++j) {
+    for (int j = 0; j < kPack<T>; ++j) {
       grad[j] *= gelu_slope<TANH>(u[j] + shift[j]);
       total[j] += grad[j];
     }
-    store_pack<PACK>(dx + at, grad);
+    store_pack<kPack<T>, WHOLE>(dx + at, cols - col, grad);
   }
-  store_pack<PACK>(partial + blockIdx.x * cols + col, total);
+  store_pack<kPack<T>, WHOLE>(partial + blockIdx.x * cols + col, cols - col, total);
 }
 
 void check_inputs(const Tensor& x, const Tensor& bias) {
@@ -94,12 +94,12 @@ Tensor bias_gelu_fwd_cuda(const Tensor& x, const Tensor& bias, bool tanh) {
   const Tensor in = as_contiguous(x), shift = as_float(bias);
   const int64_t rows = x.size(0), cols = x.size(1);
   const Tensor out = empty_like_rows(x, {rows, cols}, x.scalar_type());
-  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {in, out}, [&](auto element, auto pack) {
+  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {in, out}, [&](auto element, auto whole) {
     using T = decltype(element);
-    constexpr int kPack = decltype(pack)::value;
-    const auto kernel = tanh ? bias_gelu_forward<T, kPack, true> : bias_gelu_forward<T, kPack, false>;
-    launch(kernel, grid_of(ceil_div(rows, kForwardRows), cols, kPack), kThreads, 0, x, data<T>(in), data<float>(shift),
-           mutable_data<T>(out), rows, cols);
+    constexpr bool kWhole = decltype(whole)::value;
+    const auto kernel = tanh ? bias_gelu_forward<T, kWhole, true> : bias_gelu_forward<T, kWhole, false>;
+    launch(kernel, grid_of(ceil_div(rows, kForwardRows), cols, kPack<T>), kThreads, 0, x, data<T>(in),
+           data<float>(shift), mutable_data<T>(out), rows, cols);
   });
   return out;
 }
@@ -114,14 +114,14 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd_cuda(const Tensor& dout, const Tensor& 
   const Tensor dx = empty_like_rows(x, {rows, cols}, x.scalar_type());
   const DeviceParts parts(rows);
   const Tensor partial = empty_like_rows(x, {parts.count, cols}, ScalarType::Float);
-  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {grad, in, dx}, [&](auto element, auto pack) {
+  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {grad, in, dx}, [&](auto element, auto whole) {
     using T = decltype(element);
-    constexpr int kPack = decltype(pack)::value;
-    const auto kernel = tanh ? bias_gelu_backward<T, kPack, true> : bias_gelu_backward<T, kPack, false>;
-    launch(kernel, grid_of(parts.count, cols, kPack), kThreads, 0, x, data<T>(grad), data<T>(in), data<float>(shift),
+    constexpr bool kWhole = decltype(whole)::value;
+    const auto kernel = tanh ? bias_gelu_backward<T, kWhole, true> : bias_gelu_backward<T, kWhole, false>;
+    launch(kernel, grid_of(parts.count, cols, kPack<T>), kThreads, 0, x, data<T>(grad), data<T>(in), data<float>(shift),
            mutable_data<T>(dx), mutable_data<float>(partial), rows, cols, parts.size);
   });
-  return {dx, sum_parts_cuda(partial)};
+  return {dx, sum_parts_cuda(partial, 0, cols)};
 }
 
 }  // namespace bert_fast

@@ -94,19 +94,33 @@ struct alignas(sizeof(T) * N) Pack {
   T element[N];
 };
 
-template <int N, class T>
-__device__ __forceinline__ void load_pack(const T* from, float (&to)[N]) {
-  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from);
+// WHOLE: the pack is all there and aligned to its size. Else only its first `count` elements are, anywhere; the others
+// read as 0 and are not written.
+template <int N, bool WHOLE, class T>
+__device__ __forceinline__ void load_pack(const T* from, int64_t count, float (&to)[N]) {
+  if (WHOLE) {
+    const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from);
 #pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = static_cast<float>(pack.element[i]);
+    for (int i = 0; i < N; ++i) to[i] = static_cast<float>(pack.element[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = i < count ? static_cast<float>(from[i]) : 0.0f;
+  }
 }
 
-template <int N, class T>
-__device__ __forceinline__ void store_pack(T* to, const float (&from)[N]) {
-  Pack<T, N> pack;
+template <int N, bool WHOLE, class T>
+__device__ __forceinline__ void store_pack(T* to, int64_t count, const float (&from)[N]) {
+  if (WHOLE) {
+    Pack<T, N> pack;
 #pragma unroll
-  for (int i = 0; i < N; ++i) pack.element[i] = static_cast<T>(from[i]);
-  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+    for (int i = 0; i < N; ++i) pack.element[i] = static_cast<T>(from[i]);
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < count) to[i] = static_cast<T>(from[i]);
+    }
+  }
 }
 
 // Sum over the warp, in every lane: a butterfly, so always in the same order.

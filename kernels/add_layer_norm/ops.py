@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
-from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, TRITON_DTYPES, define, native_cpu, triton_kernels
+from bert_fast.kernels._common.library import (
+    CUDA_DTYPES,
+    NATIVE_CPU_DTYPES,
+    TRITON_DTYPES,
+    cuda_kernels,
+    define,
+    native_cpu,
+    triton_kernels,
+)
 from bert_fast.kernels.add_layer_norm.reference import add_layer_norm_reference
 
 
@@ -74,6 +82,7 @@ define(
     "float dropout_p, Tensor? rng_state) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
     fake=_bwd_fake,
+    cuda=True,
 )
 define(
     "add_layer_norm_fwd",
@@ -82,6 +91,7 @@ define(
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cuda=True,
 )
 
 
@@ -105,6 +115,7 @@ ROOM = Room(
     {
         "reference": Implementation(add_layer_norm_reference, None, None),
         "triton": triton_kernels(_run, "add_layer_norm", "add_layer_norm_fwd", "add_layer_norm_bwd"),
+        "cuda": cuda_kernels(_run, "add_layer_norm", "add_layer_norm_fwd", "add_layer_norm_bwd"),
         "cpu": native_cpu(_run, "add_layer_norm_fwd", "add_layer_norm_bwd"),
     },
     choices=(
@@ -123,6 +134,13 @@ ROOM = Room(
             TRITON_DTYPES,
             measured="no GPU figure yet (benchmarks/results/PENDING.md); by count of bytes: 3 passes over (T, E) "
             "forward where the reference makes 8, 10 with dropout, and 5 backward where it makes 8, 10 with dropout",
+        ),
+        Choice(
+            "cuda",
+            "cuda",
+            CUDA_DTYPES,
+            measured="no GPU figure yet (benchmarks/results/PENDING.md); as many bytes as triton: 3 passes over (T, E) "
+            "forward, 5 backward",
         ),
     ),
 )

@@ -1,0 +1,303 @@
+// add_layer_norm on a GPU: a block owns a row forward, and a part of the rows, one after the other, backward.
+//
+// A thread holds kHeld elements of the row in registers, in packs of 16 bytes, so a row is read once; its threads meet
+// twice forward (mean, then variance about it) and once backward (both means of the gradient). Backward a thread sees
+// the same columns of every row, so the sums for dweight, dbias and dx_bias stay in its registers until its part is
+// done. Bytes: forward 3 T E elements, backward 5 T E, and 24 E for each part.
+#include "add_layer_norm/add_layer_norm.h"
+#include "common/cuda_philox.h"
+#include "common/cuda_reduce.h"
+
+namespace bert_fast {
+namespace {
+
+constexpr int kHeld = 8;
+constexpr int kFew = 512;  // threads of a block; up to so many have all the registers that they want
+constexpr int64_t kWidest = 1024 * kHeld;
+constexpr int64_t kParts =
+    512;  // at most so many parts of the rows backward: 4 blocks for each multiprocessor of an H200
+
+template <class T>
+struct Rows {
+  const T *x, *residual;
+  const float *x_bias, *weight, *bias;  // x_bias may be null
+  T* out;
+  float *mean, *rstd;
+  int64_t rows, cols;
+  float eps;
+  DropoutArguments drop;
+};
+
+template <class T>
+struct GradRows {
+  const T *dout, *x, *residual;
+  const float *x_bias, *weight, *mean, *rstd;
+  T *dx, *dresidual;
+  float* partial;  // (parts, 3, E): dweight, dbias, dx_bias
+  int64_t rows, cols, part_rows;
+  DropoutArguments drop;
+};
+
+template <class T>
+constexpr int kPacks = kHeld / kPack<T>;
+template <class T>
+using Held = float[kPacks<T>][kPack<T>];
+
+// The columns of a thread: kPacks packs, one row of threads apart, so that a warp reads without a gap. For each of them
+// that lies inside the row: body(first column, number of the pack).
+template <class T, class Body>
+__device__ __forceinline__ void for_packs(int64_t cols, const Body& body) {
+#pragma unroll
+  for (int pack = 0; pack < kPacks<T>; ++pack) {
+    const int64_t col = (static_cast<int64_t>(pack) * blockDim.x + threadIdx.x) * kPack<T>;
+    if (col < cols) body(col, pack);
+  }
+}
+
+template <bool WHOLE, class T>
+__device__ __forceinline__ void load_row(const T* from, int64_t cols, Held<T>& to) {
+  for_packs<T>(cols, [&](int64_t col, int pack) { load_pack<kPack<T>, WHOLE>(from + col, cols - col, to[pack]); });
+}
+
+// residual + dropout(x + x_bias) of a row. Returns which elements dropout kept: bit pack * kPack<T> + i.
+template <bool WHOLE, class T>
+__device__ __forceinline__ uint32_t load_sum(const T* x, const T* residual, const float* x_bias,
+                                             const DropoutState& drop, int64_t row, int64_t cols, Held<T>& sum) {
+  Held<T> stream;
+  uint32_t kept = 0;
+  load_row<WHOLE>(x + row * cols, cols, sum);
+  load_row<WHOLE>(residual + row * cols, cols, stream);
+  for_packs<T>(cols, [&](int64_t col, int pack) {
+    float shift[kPack<T>] = {};
+    if (x_bias) load_pack<kPack<T>, WHOLE>(x_bias + col, cols - col, shift);
+    uint32_t words[4];
+    if (drop.threshold) dropout_words(drop, 0, static_cast<uint32_t>(row), static_cast<uint32_t>(col) / 16, words);
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) {
+      float branch = sum[pack][i] + shift[i];
+      if (drop.threshold) {
+        const bool keep = dropout_keeps(drop, words, static_cast<uint32_t>(col) + i);
+        kept |= static_cast<uint32_t>(keep) << (pack * kPack<T> + i);
+        branch = keep ? branch * drop.scale : 0.0f;
+      }
+      sum[pack][i] = stream[pack][i] + branch;
+    }
+  });
+  return kept;
+}
+
+// Sums of a and b over the block, in every thread. Each call takes the other half of `scratch`, 4 floats a warp, so
+// that one barrier a call is enough.
+__device__ __forceinline__ void block_sums(float* scratch, int turn, float& a, float& b) {
+  const int warps = blockDim.x / kWarp;
+  a = warp_sum(a);
+  b = warp_sum(b);
+  if (warps == 1) return;
+  float* mine = scratch + (turn & 1) * 2 * warps;
+  if (threadIdx.x % kWarp == 0) {
+    mine[threadIdx.x / kWarp] = a;
+    mine[warps + threadIdx.x / kWarp] = b;
+  }
+  __syncthreads();
+  a = b = 0.0f;
+  for (int warp = 0; warp < warps; ++warp) {
+    a += mine[warp];
+    b += mine[warps + warp];
+  }
+}
+
+template <class T, bool WHOLE>
+__global__ void __launch_bounds__(1024) add_layer_norm_forward(Rows<T> in) {
+  float* scratch = dynamic_shared<float>();
+  const int64_t row = blockIdx.x;
+  const float count = static_cast<float>(in.cols);
+  Held<T> sum = {};
+  load_sum<WHOLE>(in.x, in.residual, in.x_bias, load_dropout(in.drop), row, in.cols, sum);
+  float total = 0.0f, deviations = 0.0f, squares = 0.0f, unused = 0.0f;
+  for_packs<T>(in.cols, [&](int64_t, int pack) {
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) total += sum[pack][i];
+  });
+  block_sums(scratch, 0, total, unused);
+  const float first_mean = total / count;
+  for_packs<T>(in.cols, [&](int64_t col, int pack) {
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) {
+      const float d = WHOLE || col + i < in.cols ? sum[pack][i] - first_mean : 0.0f;
+      deviations += d;
+      squares += d * d;
+    }
+  });
+  block_sums(scratch, 1, deviations, squares);
+  // The deviations' own mean repairs what the first sum lost to rounding.
+  const float shift = deviations / count, mean = first_mean + shift;
+  const float variance = squares / count - shift * shift;
+  const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + in.eps);
+  if (threadIdx.x == 0) {
+    in.mean[row] = mean;
+    in.rstd[row] = rstd;
+  }
+  for_packs<T>(in.cols, [&](int64_t col, int pack) {
+    float gain[kPack<T>], bias[kPack<T>];
+    load_pack<kPack<T>, WHOLE>(in.weight + col, in.cols - col, gain);
+    load_pack<kPack<T>, WHOLE>(in.bias + col, in.cols - col, bias);
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) bias[i] += (sum[pack][i] - mean) * rstd * gain[i];
+    store_pack<kPack<T>, WHOLE>(in.out + row * in.cols + col, in.cols - col, bias);
+  });
+}
+
+template <class T, bool WHOLE, int THREADS>
+__global__ void __launch_bounds__(THREADS) add_layer_norm_backward(GradRows<T> in) {
+  float* scratch = dynamic_shared<float>();
+  const DropoutState drop = load_dropout(in.drop);
+  const float count = static_cast<float>(in.cols);
+  const int64_t first = int64_t{blockIdx.x} * in.part_rows;
+  const int64_t end = first + in.part_rows < in.rows ? first + in.part_rows : in.rows;
+  Held<T> dweight = {}, dbias = {}, dx_bias = {};
+  for (int64_t row = first; row < end; ++row) {
+    Held<T> xhat, grad;
+    const uint32_t kept = load_sum<WHOLE>(in.x, in.residual, in.x_bias, drop, row, in.cols, xhat);
+    load_row<WHOLE>(in.dout + row * in.cols, in.cols, grad);
+    const float mean = in.mean[row], rstd = in.rstd[row];
+    float sum_grad = 0.0f, sum_both = 0.0f;
+    for_packs<T>(in.cols, [&](int64_t col, int pack) {
+      float gain[kPack<T>];
+      load_pack<kPack<T>, WHOLE>(in.weight + col, in.cols - col, gain);
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i) {
+        xhat[pack][i] = (xhat[pack][i] - mean) * rstd;
+        dweight[pack][i] += grad[pack][i] * xhat[pack][i];
+        dbias[pack][i] += grad[pack][i];
+        grad[pack][i] *= gain[i];
+        sum_grad += grad[pack][i];
+        sum_both += grad[pack][i] * xhat[pack][i];
+      }
+    });
+    block_sums(scratch, static_cast<int>(row - first), sum_grad, sum_both);
+    const float mean_grad = sum_grad / count, mean_both = sum_both / count;
+    for_packs<T>(in.cols, [&](int64_t col, int pack) {
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i) grad[pack][i] = (grad[pack][i] - mean_grad - xhat[pack][i] * mean_both) * rstd;
+      store_pack<kPack<T>, WHOLE>(in.dresidual + row * in.cols + col, in.cols - col, grad[pack]);
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i) {
+        if (drop.threshold) grad[pack][i] = kept >> (pack * kPack<T> + i) & 1 ? grad[pack][i] * drop.scale : 0.0f;
+        dx_bias[pack][i] += grad[pack][i];
+      }
+      store_pack<kPack<T>, WHOLE>(in.dx + row * in.cols + col, in.cols - col, grad[pack]);
+    });
+  }
+  float* partial = in.partial + int64_t{blockIdx.x} * 3 * in.cols;
+  for_packs<T>(in.cols, [&](int64_t col, int pack) {
+    store_pack<kPack<T>, WHOLE>(partial + col, in.cols - col, dweight[pack]);
+    store_pack<kPack<T>, WHOLE>(partial + in.cols + col, in.cols - col, dbias[pack]);
+    store_pack<kPack<T>, WHOLE>(partial + 2 * in.cols + col, in.cols - col, dx_bias[pack]);
+  });
+}
+
+void check_inputs(const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& x_bias) {
+  STD_TORCH_CHECK(x.dim() == 2 && residual.dim() == 2 && weight.dim() == 1,
+                  "add_layer_norm: expected x (T, E), residual (T, E) and weight (E,)");
+  check_size(residual, "residual", 0, x.size(0));
+  check_size(residual, "residual", 1, x.size(1));
+  check_dtype(residual, "residual", x.scalar_type());
+  check_size(weight, "weight", 0, x.size(1));
+  if (x_bias) check_size(*x_bias, "x_bias", 0, x.size(1));
+  STD_TORCH_CHECK(x.size(1) <= kWidest, "add_layer_norm: impl='cuda' takes E up to ", kWidest, "; it is ", x.size(1));
+}
+
+unsigned threads_of(int64_t cols) {
+  return static_cast<unsigned>(ceil_div(std::max<int64_t>(cols, 1), kHeld * kWarp) * kWarp);
+}
+
+size_t scratch_of(unsigned threads) {
+  return sizeof(float) * 4 * (threads / kWarp);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd_cuda(const Tensor& x, const Tensor& residual,
+                                                           const Tensor& weight, const Tensor& bias,
+                                                           const std::optional<Tensor>& x_bias, double dropout_p,
+                                                           double eps, const std::optional<Tensor>& rng_state) {
+  check_inputs(x, residual, weight, x_bias);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  check_size(bias, "bias", 0, cols);
+  const DropoutArguments drop = dropout_arguments(dropout_p, rng_state);
+  const Tensor branch = as_contiguous(x), stream = as_contiguous(residual), gain = as_float(weight);
+  const Tensor shift = as_float(bias), branch_bias = x_bias ? as_float(*x_bias) : shift;
+  const Tensor out = empty_like_rows(x, {rows, cols}, x.scalar_type());
+  const Tensor mean = empty_like_rows(x, {rows}, ScalarType::Float),
+               rstd = empty_like_rows(x, {rows}, ScalarType::Float);
+  dispatch_pack(x.scalar_type(), "add_layer_norm", cols, {branch, stream, gain, shift, branch_bias, out},
+                [&](auto element, auto whole) {
+                  using T = decltype(element);
+                  const Rows<T> in = {data<T>(branch),
+                                      data<T>(stream),
+                                      x_bias ? data<float>(branch_bias) : nullptr,
+                                      data<float>(gain),
+                                      data<float>(shift),
+                                      mutable_data<T>(out),
+                                      mutable_data<float>(mean),
+                                      mutable_data<float>(rstd),
+                                      rows,
+                                      cols,
+                                      static_cast<float>(eps),
+                                      drop};
+                  const unsigned threads = threads_of(cols);
+                  launch(add_layer_norm_forward<T, decltype(whole)::value>, dim3(static_cast<unsigned>(rows)), threads,
+                         scratch_of(threads), x, in);
+                });
+  return {out, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd_cuda(const Tensor& dout, const Tensor& x,
+                                                                           const Tensor& residual, const Tensor& weight,
+                                                                           const std::optional<Tensor>& x_bias,
+                                                                           const Tensor& mean, const Tensor& rstd,
+                                                                           double dropout_p,
+                                                                           const std::optional<Tensor>& rng_state) {
+  check_inputs(x, residual, weight, x_bias);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  check_size(dout, "dout", 0, rows);
+  check_size(dout, "dout", 1, cols);
+  check_dtype(dout, "dout", x.scalar_type());
+  check_size(mean, "mean", 0, rows);
+  check_size(rstd, "rstd", 0, rows);
+  const DropoutArguments drop = dropout_arguments(dropout_p, rng_state);
+  const Tensor grad = as_contiguous(dout), branch = as_contiguous(x), stream = as_contiguous(residual);
+  const Tensor gain = as_float(weight), branch_bias = x_bias ? as_float(*x_bias) : gain;
+  const Tensor means = as_float(mean), rstds = as_float(rstd);
+  const Tensor dx = empty_like_rows(x, {rows, cols}, x.scalar_type());
+  const Tensor dresidual = empty_like_rows(x, {rows, cols}, x.scalar_type());
+  const DeviceParts parts(rows, kParts);
+  const Tensor partial = empty_like_rows(x, {parts.count, 3 * cols}, ScalarType::Float);
+  dispatch_pack(x.scalar_type(), "add_layer_norm", cols,
+                {grad, branch, stream, gain, branch_bias, dx, dresidual, partial}, [&](auto element, auto whole) {
+                  using T = decltype(element);
+                  const GradRows<T> in = {data<T>(grad),
+                                          data<T>(branch),
+                                          data<T>(stream),
+                                          x_bias ? data<float>(branch_bias) : nullptr,
+                                          data<float>(gain),
+                                          data<float>(means),
+                                          data<float>(rstds),
+                                          mutable_data<T>(dx),
+                                          mutable_data<T>(dresidual),
+                                          mutable_data<float>(partial),
+                                          rows,
+                                          cols,
+                                          parts.size,
+                                          drop};
+                  constexpr bool kWhole = decltype(whole)::value;
+                  const unsigned threads = threads_of(cols);
+                  const auto kernel = threads > kFew ? add_layer_norm_backward<T, kWhole, 1024>
+                                                     : add_layer_norm_backward<T, kWhole, kFew>;
+                  launch(kernel, dim3(static_cast<unsigned>(parts.count)), threads, scratch_of(threads), x, in);
+                });
+  const auto sum = [&](int64_t index) { return sum_parts_cuda(partial, index * cols, cols); };
+  return {dx, dresidual, sum(0), sum(1), x_bias ? sum(2) : empty_like_rows(x, {0}, ScalarType::Float)};
+}
+
+}  // namespace bert_fast
