@@ -2,11 +2,11 @@
 
     python -m benchmarks.recipes
 
-Nothing of it was measured on a GPU. FLOPs a token are those of the matrix products, forward and twice that backward:
-24 E^2 + 4 S E a layer, and at the masked tokens 2 E^2 + 2 E V of the head. Hours are FLOPs over `PEAK` (dense bf16 of
-an H200) times `MFU`, and over 8 GPUs with the efficiency `SCALING`; both shares are assumed. Memory is 16 bytes a
-parameter (weights, gradients and two moments in float32), 34 E bytes a layer and token of a micro-batch, and `OTHER`.
-The recipes carry the lines of `Estimate`; a test holds them to what is computed here.
+Nothing of it was measured on a GPU. FLOPs are those of `bert_fast.training.throughput.model_flops`, which training
+reports too, for sequences as long as the recipe allows. Hours are FLOPs over `PEAK` (dense bf16 of an H200) times `MFU`,
+and over 8 GPUs with the efficiency `SCALING`; both shares are assumed. Memory is 16 bytes a parameter (weights,
+gradients and two moments in float32), 34 E bytes a layer and token of a micro-batch, and `OTHER`. The recipes carry the
+lines of `Estimate`; a test holds them to what is computed here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import yaml
 
 from bert_fast import BertConfig
 from bert_fast.training.config import PretrainConfig, from_mapping
+from bert_fast.training.throughput import model_flops
 
 RECIPES = Path(__file__).resolve().parents[1] / "bert_fast" / "recipes"
 PEAK, MFU, SCALING = 790e12, 0.4, 0.95
@@ -55,10 +56,8 @@ class Estimate:
 def estimate(config: PretrainConfig, vocab_size: int) -> Estimate:
     """The estimate for a recipe, `config.model.size` with a vocabulary of `vocab_size` tokens."""
     size = BertConfig.size(config.model.size, vocab_size=vocab_size)
-    hidden, layers = size.hidden_size, size.num_hidden_layers
-    inner = size.intermediate_size
-    layer = 8 * hidden**2 + 4 * hidden * inner + 4 * config.data.seq_len * hidden
-    head = config.data.mask_prob * (2 * hidden**2 + 2 * hidden * vocab_size)
+    hidden, layers, inner = size.hidden_size, size.num_hidden_layers, size.intermediate_size
+    length = config.data.seq_len
     embeddings = (vocab_size + size.max_position_embeddings) * hidden
     parameters = embeddings + layers * (4 * hidden**2 + 2 * hidden * inner) + 2 * hidden**2
     batch = config.data.token_budget * config.accumulation
@@ -67,7 +66,7 @@ def estimate(config: PretrainConfig, vocab_size: int) -> Estimate:
         steps=config.steps,
         batch=batch,
         tokens=float(config.steps * batch),
-        flops=3 * (layers * layer + head),
+        flops=model_flops(size, tokens=1, squares=length, masked=config.data.mask_prob, sequences=1 / length),
         memory=16 * parameters + 34 * hidden * layers * config.data.token_budget + OTHER,
     )
 
