@@ -3,8 +3,8 @@
     python -m benchmarks.recipes
 
 Nothing of it was measured on a GPU. FLOPs are those of `bert_fast.training.throughput.model_flops`, which training
-reports too, for sequences as long as the recipe allows. Hours are FLOPs over `PEAK` (dense bf16 of an H200) times `MFU`,
-and over 8 GPUs with the efficiency `SCALING`; both shares are assumed. Memory is 16 bytes a parameter (weights,
+reports too, for sequences as long as the recipe allows. Hours are FLOPs over `PEAK` (dense bf16 of an H200) times
+`MFU`, and over 8 GPUs with the efficiency `SCALING`; both shares are assumed. Memory is 16 bytes a parameter (weights,
 gradients and two moments in float32), 34 E bytes a layer and token of a micro-batch, and `OTHER`. The recipes carry the
 lines of `Estimate`; a test holds them to what is computed here.
 """
