@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from bert_fast.data import PackedBatch
 from bert_fast.training import checkpoint, replay
 from bert_fast.training.config import PretrainConfig, check_resumable
 from bert_fast.training.feed import Feed, Position, Prefetch, StepBatches, seed_dropout, shaping
@@ -241,13 +242,16 @@ class Trainer:
         rank, world = self.ranks.rank, self.ranks.world
         mine = range(rank, count, world)
         precision = self.config.precision
-        held_out = self.data.held_out
-        totals = held_out_totals(self.model, (held_out.batch(0, i) for i in mine), self.device, precision)
+        totals = held_out_totals(self.model, (self._held_out_batch(i) for i in mine), self.device, precision)
         if self.parallel.sharded and len(mine) < -(-count // world):
             # The shards of the others' last pass are here.
-            held_out_totals(self.model, [held_out.batch(0, 0)], self.device, precision)
+            held_out_totals(self.model, [self._held_out_batch(0)], self.device, precision)
         self.ranks.sum(totals.sums)
         return totals.summary()
+
+    def _held_out_batch(self, index: int) -> PackedBatch:
+        batch = self.data.held_out.batch(0, index)
+        return batch.with_label_rows() if self.config.masked_last_layer else batch
 
     def save(self) -> Path:
         """Write the checkpoint of this step, unless there is one, and remove those that are too old."""

@@ -52,10 +52,14 @@ class Ranks(AbstractContextManager["Ranks"]):
             self.device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
             torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        limit = timedelta(seconds=timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        # Ranks that torchrun started again would find each other's old addresses in its store.
+        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # What steers the run has a group of its own on the CPU: it never waits for the device.
-        self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self._control = dist.new_group(backend="gloo", timeout=limit)
         if self.world > 1:
             self._heartbeat = Heartbeat(self.rank, self.world, timeout)
 

@@ -1,7 +1,7 @@
 """One rank of a pretraining run; JOB, given by conftest.py, says which and what happens to it.
 
 {"rank", "world", "port", "folder", "config": PretrainConfig as a mapping, "record": whether to note the examples,
- "act": {"rank", "step", "what"}: in the middle of that step the rank does "what"}
+ "act": {"rank", "step", "what"}: in the middle of that step the rank does "what"; "poison" spoils its gradient}
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def act(what: str) -> None:
     elif what == "full disk":
         checkpoint.save_file = to_a_full_disk
     else:
-        raise AssertionError(what)
+        assert what == "poison", what
 
 
 def watch(job: dict[str, Any], examples: list[Any]) -> None:
     """Note the examples of every step that is done, and act where the job says so."""
-    update, following = Trainer._update, Prefetch.next
+    update, backward, following = Trainer._update, Trainer._backward, Prefetch.next
     taken: list[Any] = []
 
     def following_noted(self: Prefetch) -> Any:
@@ -60,6 +60,16 @@ def watch(job: dict[str, Any], examples: list[Any]) -> None:
         examples.append([self.step, [list(pair) for micro in taken[-1].micro for pair in micro.examples]])
         return done
 
+    def backward_watched(self: Trainer, *arguments: Any) -> None:
+        if job.get("act") != {"rank": job["rank"], "step": self.step + 1, "what": "poison"} or not taken:
+            return backward(self, *arguments)
+        parameter = next(self.model.parameters())
+        kept = parameter.detach().clone()
+        parameter.data.fill_(float("nan"))
+        backward(self, *arguments)
+        parameter.data.copy_(kept)
+
+    Trainer._backward = backward_watched  # type: ignore[method-assign]
     Trainer._update = update_watched  # type: ignore[method-assign]
     Prefetch.next = following_noted  # type: ignore[method-assign]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.training import checkpoint
+from bert_fast.training.replay import replay
 
 Start = Callable[..., Any]
 
@@ -38,7 +39,7 @@ def test_all_ranks_killed_and_started_again_have_bit_equal_losses(
 
 
 def test_a_killed_rank_ends_the_others_with_its_name(start_ranks: Start, settings: dict[str, Any]) -> None:
-    job = start_ranks(3, config={**settings, "timeout": 5.0}, act={"rank": 1, "step": 2, "what": "kill"})
+    job = start_ranks(3, config={**settings, "timeout": 8.0}, act={"rank": 1, "step": 2, "what": "kill"})
     began = time.monotonic()
     left = job.wait(30)
     assert time.monotonic() - began < 25
@@ -49,7 +50,7 @@ def test_a_killed_rank_ends_the_others_with_its_name(start_ranks: Start, setting
 
 
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(start_ranks: Start, settings: dict[str, Any]) -> None:
-    job = start_ranks(2, config={**settings, "timeout": 4.0}, act={"rank": 1, "step": 2, "what": "stop"})
+    job = start_ranks(2, config={**settings, "timeout": 8.0}, act={"rank": 1, "step": 2, "what": "stop"})
     job.processes[0].join(30)
     os.kill(job.processes[1].pid, signal.SIGKILL)
     left = job.wait()
@@ -57,10 +58,22 @@ def test_a_rank_that_hangs_ends_the_others_within_the_timeout(start_ranks: Start
 
 
 def test_an_error_of_one_rank_is_told_by_the_others(start_ranks: Start, settings: dict[str, Any]) -> None:
-    left = start_ranks(2, config={**settings, "timeout": 5.0}, act={"rank": 1, "step": 2, "what": "fail"}).wait()
+    left = start_ranks(2, config={**settings, "timeout": 8.0}, act={"rank": 1, "step": 2, "what": "fail"}).wait()
     assert left[1]["error"] == "ValueError: this rank has had enough"
     assert "failed: ValueError: this rank has had enough" in left[0]["error"]
     assert left[0]["error"].startswith("RankError: the run ended: rank 1 ")
+
+
+def test_a_gradient_spoiled_on_one_rank_is_skipped_by_all(start_ranks: Start, settings: dict[str, Any]) -> None:
+    act = {"rank": 1, "step": 3, "what": "poison"}
+    left = start_ranks(2, config={**settings, "on_divergence": "skip"}, act=act).wait()
+    assert [(rank["error"], rank["result"]["step"], rank["result"]["skipped"]) for rank in left] == [(None, 6, 1)] * 2
+    kept = Path(settings["output_dir"]) / "diverged"
+    assert [path.name for path in checkpoint.list_checkpoints(kept)] == ["step-00000003"]
+    # The weights with which it happened are kept, and they are good: alone, they give a loss.
+    again = replay(kept / "step-00000003", device="cpu")
+    assert len(again.micro_losses) == settings["accumulation"]
+    assert all(loss == loss for pair in again.micro_losses for loss in pair)
 
 
 def test_a_full_disk_ends_every_rank_with_a_clear_error_and_leaves_the_last_good_checkpoint(
