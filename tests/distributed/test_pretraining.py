@@ -141,3 +141,22 @@ def test_gradients_travel_as_bf16_where_that_is_asked_for(
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2**-8)
     assert found["grad_norm"] != pytest.approx(expected["grad_norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shards_go_with_every_way_to_compute_a_step(
+    start_ranks: Callable[..., Any], settings: Settings, tmp_path: Path, precision: str
+) -> None:
+    """Recomputation, static shapes, gradients as bf16, three ranks with micro-batches of other sizes."""
+    extra = {"recompute": True, "static_shapes": True, "gradient_communication": "bf16", "precision": precision}
+    logs = []
+    for parallel in ("ddp", "fsdp"):
+        folder = str(tmp_path / parallel)
+        config = {**settings, **extra, "parallel": parallel, "steps": 3, "checkpoint_interval": 0}
+        run(start_ranks, 3, {**config, "output_dir": folder})
+        logs.append(log(folder))
+    # Gradients of 8 bits, rounded before they are summed up.
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours.get("grad_norm", 0.0) == pytest.approx(theirs.get("grad_norm", 0.0), rel=1e-2)
+    assert logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-6)
