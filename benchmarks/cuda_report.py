@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +172,9 @@ def main() -> int:
     outdated = cuda_sources() if options.all else stale(before)
     known = {str(path.relative_to(ROOT)) for path in cuda_sources()}
     files = {name: entry for name, entry in before["files"].items() if name in known}
-    for path in outdated:
-        rows = compile_source(path)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(compile_source, outdated))
+    for path, rows in zip(outdated, compiled, strict=True):
         files[str(path.relative_to(ROOT))] = {"sources": sources_hash(path), "rows": rows}
         print(f"{path.relative_to(ROOT)}: {len(rows)} kernels for {', '.join(ARCHITECTURES)}")
     table = {"nvcc": nvcc if outdated else before["nvcc"], "files": dict(sorted(files.items()))}

@@ -1,12 +1,14 @@
-"""compute-sanitizer over every Triton operator: memcheck (out of bounds, misaligned) and racecheck (shared memory).
+"""compute-sanitizer over the operators in Triton and in CUDA C++.
 
-    python -m benchmarks.gpu_sanitize [--rooms attention ...] [--tools memcheck ...] [--jobs 14] [--record]
+    python -m benchmarks.gpu_sanitize [--rooms attention ...] [--impls triton cuda] [--tools ...] [--jobs 28] [--record]
 
-For each room and tool a process of its own runs `--run ROOM` under the sanitizer: the cases of `bert-fast verify`,
+Tools: memcheck (out of bounds, misaligned) and racecheck (shared memory), for CUDA C++ also initcheck (memory that
+nobody wrote) and synccheck (barriers). For each room, implementation and tool a process of its own runs `--run ROOM
+--impls IMPL` under the sanitizer: the cases of `bert-fast verify`,
 forward and backward, float32 and bfloat16, with and without dropout, and then the operators with cu_seqlens, ids,
 labels and indices that are wrong: they may refuse them, but not touch memory that is not theirs. torch's allocator
-caches nothing there, so that each tensor is an allocation whose ends the sanitizer knows. A kernel of the room that
-none of this launches is a failure.
+caches nothing there, so that each tensor is an allocation whose ends the sanitizer knows. A Triton kernel of the room
+that none of this launches is a failure.
 
 Where the tool or the device is missing, the result is "not run", never "passed". Exit code 0: every room passed.
 """
@@ -24,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from bert_fast.kernels._common.dispatch import ROOMS
 from bert_fast.testing import operators, outputs_and_gradients
 from bert_fast.verification import CASES
 
-TOOLS = ("memcheck", "racecheck")
+TOOLS = {"triton": ("memcheck", "racecheck"), "cuda": ("memcheck", "racecheck", "initcheck", "synccheck")}
 FOUND = 86  # exit code of the sanitizer where it found something
 DTYPES = (torch.float32, torch.bfloat16)
 STATE = (1234, 5678)
@@ -51,23 +53,23 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
-def command(tool: str, room: str) -> list[str]:
+def command(tool: str, room: str, impl: str) -> list[str]:
     path = sanitizer()
     assert path is not None
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only"]
     # Space behind each allocation, so that a step past the end of one tensor is not the start of the next.
     options += ["--padding", "256"] if tool == "memcheck" else []
-    return [path, *options, sys.executable, "-m", "benchmarks.gpu_sanitize", "--run", room]
+    return [path, *options, sys.executable, "-m", "benchmarks.gpu_sanitize", "--run", room, "--impls", impl]
 
 
-def verified_cases(room: str, device: str) -> int:
+def verified_cases(room: str, impl: str, device: str) -> int:
     """The cases of `bert-fast verify`, forward and backward; returns how many ran."""
     count = 0
     for dtype in DTYPES:
         for case in CASES[room]():
 
             def call(run: Callable[..., Any] = case.call, **inputs: Any) -> Any:
-                return run(impl="triton", **inputs)
+                return run(impl=impl, **inputs)
 
             inputs = {name: x.to(device) for name, x in case.inputs.items()}
             floating = {name for name, x in inputs.items() if x.is_floating_point()}
@@ -90,7 +92,8 @@ def wrong_ids(good: int) -> Tensor:
     return ids
 
 
-def malformed_attention(ops: Any, device: str) -> list[Callable[[], Any]]:
+def malformed_attention(impl: str, device: str) -> list[Callable[[], Any]]:
+    ops = operators(impl)
     qkv, dout = torch.randn(T, 3, 2, 32, device=device), torch.randn(T, 2, 32, device=device)
     state, lse = torch.tensor(STATE, device=device), torch.randn(2, T, device=device)
     wrong = (
@@ -112,7 +115,8 @@ def malformed_attention(ops: Any, device: str) -> list[Callable[[], Any]]:
     return [*calls, lambda: both(good, 17), lambda: both(tensors[1], 4096)]  # longer and shorter than max_seqlen
 
 
-def malformed_embedding(ops: Any, device: str) -> list[Callable[[], Any]]:
+def malformed_embedding(impl: str, device: str) -> list[Callable[[], Any]]:
+    ops = operators(impl)
     word, types, position = (torch.randn(rows, E, device=device) for rows in (V, 2, 16))
     weight, dout = torch.randn(E, device=device), torch.randn(T, E, device=device)
     ids = [wrong_ids(rows).to(device) for rows in (V, 2, 16)]
@@ -127,17 +131,18 @@ def malformed_embedding(ops: Any, device: str) -> list[Callable[[], Any]]:
     return [both]
 
 
-def malformed_loss(ops: Any, device: str) -> list[Callable[[], Any]]:
+def malformed_loss(impl: str, device: str) -> list[Callable[[], Any]]:
     """Through the door: on CUDA it does not read the labels, and the operator's list of settings is the room's own."""
     from bert_fast.kernels import masked_lm_loss
 
     shapes = ((T, E), (E, E), (E,), (E,), (E,), (V, E), (V,))
     hidden, *parameters = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
     labels = wrong_ids(V).to(device)
-    return [lambda: masked_lm_loss(hidden, labels, *parameters, impl="triton").loss.backward()]
+    return [lambda: masked_lm_loss(hidden, labels, *parameters, impl=impl).loss.backward()]
 
 
-def malformed_padding(ops: Any, device: str) -> list[Callable[[], Any]]:
+def malformed_padding(impl: str, device: str) -> list[Callable[[], Any]]:
+    ops = operators(impl)
     x, indices = torch.randn(T, E, device=device), wrong_ids(80).to(device)
     return [
         lambda: ops.gather_rows(torch.randn(80, E, device=device), indices),
@@ -146,7 +151,7 @@ def malformed_padding(ops: Any, device: str) -> list[Callable[[], Any]]:
     ]
 
 
-MALFORMED: dict[str, Callable[[Any, str], list[Callable[[], Any]]]] = {
+MALFORMED: dict[str, Callable[[str, str], list[Callable[[], Any]]]] = {
     "attention": malformed_attention,
     "embedding_layer_norm": malformed_embedding,
     "masked_lm_loss": malformed_loss,
@@ -154,35 +159,35 @@ MALFORMED: dict[str, Callable[[Any, str], list[Callable[[], Any]]]] = {
 }
 
 
-def long_attention(device: str) -> None:
+def long_attention(impl: str, device: str) -> None:
     """Sequences that take several blocks of keys, in bfloat16, where `bert-fast verify` has short ones alone."""
     ends = torch.tensor([0, 150, 150, 193, 202], dtype=torch.int32, device=device)
     for D in (32, 64):
         qkv = torch.randn(202, 3, 1, D, device=device, dtype=torch.bfloat16, requires_grad=True)
         bias = torch.randn(3, 1, D, device=device, requires_grad=True)
         state = torch.tensor(STATE, device=device)
-        attention(qkv, ends, 150, bias=bias, dropout_p=0.1, rng_state=state, impl="triton").sum().backward()
+        attention(qkv, ends, 150, bias=bias, dropout_p=0.1, rng_state=state, impl=impl).sum().backward()
 
 
-def clipped_lamb(device: str) -> None:
+def clipped_lamb(impl: str, device: str) -> None:
     """The global norm over tensors of several chunks, on addresses that are no multiple of 16 bytes."""
     params = [torch.randn(size, device=device)[1:] for size in (70_001, 3, 34)]
     grads = [torch.randn_like(param) for param in params]
     states = [[torch.zeros_like(param) for param in params] for _ in range(2)]
-    scale = clip_scale(grads, 1.0, impl="triton").scale
-    lamb_step(params, grads, *states, step=1, lr=0.01, grad_scale=scale, impl="triton")
+    scale = clip_scale(grads, 1.0, impl=impl).scale
+    lamb_step(params, grads, *states, step=1, lr=0.01, grad_scale=scale, impl=impl)
 
 
-def wide_add_layer_norm(device: str) -> None:
+def wide_add_layer_norm(impl: str, device: str) -> None:
     """Rows that no program holds, whose x_bias gets its gradient from a kernel of its own."""
     x, residual = (torch.randn(5, 8100, device=device, requires_grad=True) for _ in range(2))
     weight, bias, x_bias = (torch.randn(8100, device=device, requires_grad=True) for _ in range(3))
     state = torch.tensor(STATE, device=device)
-    out = add_layer_norm(x, residual, weight, bias, x_bias=x_bias, dropout_p=0.1, rng_state=state, impl="triton")
+    out = add_layer_norm(x, residual, weight, bias, x_bias=x_bias, dropout_p=0.1, rng_state=state, impl=impl)
     out.sum().backward()
 
 
-MORE: dict[str, Callable[[str], None]] = {
+MORE: dict[str, Callable[[str, str], None]] = {
     "add_layer_norm": wide_add_layer_norm,
     "attention": long_attention,
     "lamb": clipped_lamb,
@@ -221,30 +226,31 @@ def launches() -> Iterator[set[str]]:
         KernelInterface.__getitem__ = before
 
 
-def run_room(room: str, device: str) -> int:
+def run_room(room: str, impl: str, device: str) -> int:
     """What runs under the sanitizer: a line says how far it came."""
     torch.manual_seed(0)
-    slot = ROOMS[room].impls["triton"]
+    slot = ROOMS[room].impls[impl]
     if not slot.availability.ok:
         print(f"{room}: not run: {slot.availability.reason}")
         return 0
-    with launches() as launched:
-        ran = verified_cases(room, device)
+    kernels = kernels_of(room) if impl == "triton" else set()
+    with launches() if kernels else nullcontext(set()) as launched:
+        ran = verified_cases(room, impl, device)
         if room in MORE:
-            MORE[room](device)
-        malformed, refused = run_malformed(room, device)
-    missing = sorted(kernels_of(room) - launched)
+            MORE[room](impl, device)
+        malformed, refused = run_malformed(room, impl, device)
+    missing = sorted(kernels - launched)
     if missing:
         print(f"{room}: never launched: {', '.join(missing)}")
         return 1
-    said = f"{ran} cases, {malformed} malformed calls of which {refused} refused, {len(kernels_of(room))} kernels"
+    said = f"{ran} cases, {malformed} malformed calls of which {refused} refused, {len(kernels)} Triton kernels"
     print(f"{room}: done: {said}")
     return 0
 
 
-def run_malformed(room: str, device: str) -> tuple[int, int]:
+def run_malformed(room: str, impl: str, device: str) -> tuple[int, int]:
     """How many malformed calls ran, and how many of them were refused."""
-    calls = MALFORMED[room](operators("triton"), device) if room in MALFORMED else []
+    calls = MALFORMED[room](impl, device) if room in MALFORMED else []
     refused = 0
     for call in calls:
         try:
@@ -258,11 +264,11 @@ def run_malformed(room: str, device: str) -> tuple[int, int]:
     return len(calls), refused
 
 
-def judge(tool: str, room: str, code: int, output: str, seconds: float) -> dict[str, Any]:
+def judge(tool: str, room: str, impl: str, code: int, output: str, seconds: float) -> dict[str, Any]:
     """One entry of the report. Passed: the script came to its end, and the sanitizer's summary has no error."""
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
     done = re.search(rf"^{room}: (done|not run): (.*)$", output, re.MULTILINE)
-    entry: dict[str, Any] = {"room": room, "tool": tool, "seconds": round(seconds, 1), "exit_code": code}
+    entry: dict[str, Any] = {"room": room, "impl": impl, "tool": tool, "seconds": round(seconds, 1), "exit_code": code}
     if done and done[1] == "not run":
         return entry | {"result": "not run", "reason": done[2]}
     if re.search(r"Device not supported|Unable to find|No such file|not supported on this", output) and not done:
@@ -282,11 +288,11 @@ def _last_line(output: str) -> str:
     return lines[-1][:200] if lines else "no output"
 
 
-def sanitize(tool: str, room: str, limit: float) -> dict[str, Any]:
-    """Run a room under a tool, at most `limit` seconds."""
+def sanitize(tool: str, room: str, impl: str, limit: float) -> dict[str, Any]:
+    """Run an implementation of a room under a tool, at most `limit` seconds."""
     begin = time.perf_counter()
     process = subprocess.Popen(
-        command(tool, room),
+        command(tool, room, impl),
         cwd=Path(__file__).parents[1],
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         stdout=subprocess.PIPE,
@@ -301,10 +307,10 @@ def sanitize(tool: str, room: str, limit: float) -> dict[str, Any]:
         process.communicate()
         seconds = round(time.perf_counter() - begin, 1)
         return {
-            "room": room, "tool": tool, "seconds": seconds, "exit_code": None,
+            "room": room, "impl": impl, "tool": tool, "seconds": seconds, "exit_code": None,
             "result": "not run", "reason": f"cut after {limit:.0f} s",
         }  # fmt: skip
-    return judge(tool, room, process.returncode, output, time.perf_counter() - begin)
+    return judge(tool, room, impl, process.returncode, output, time.perf_counter() - begin)
 
 
 def missing() -> str:
@@ -317,29 +323,39 @@ def missing() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="compute-sanitizer over the Triton kernels")
+    parser = argparse.ArgumentParser(description="compute-sanitizer over the Triton and CUDA kernels")
     parser.add_argument("--rooms", nargs="+", choices=sorted(CASES), default=sorted(CASES))
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--jobs", type=int, default=14, help="processes at a time")
+    parser.add_argument("--impls", nargs="+", choices=sorted(TOOLS), default=sorted(TOOLS))
+    parser.add_argument("--tools", nargs="+", choices=TOOLS["cuda"], default=list(TOOLS["cuda"]))
+    parser.add_argument("--jobs", type=int, default=28, help="processes at a time")
     parser.add_argument("--limit", type=float, default=150, help="seconds for one room under one tool")
     parser.add_argument("--record", action="store_true", help="write results/<device>/sanitizer.json")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--run", choices=sorted(CASES), help="what runs under the sanitizer: one room, here")
+    parser.add_argument("--run", choices=sorted(CASES), help="what runs under the sanitizer: one room and impl, here")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda", help="of --run; cpu under TRITON_INTERPRET=1"
     )
     options = parser.parse_args()
     if options.run:
-        return run_room(options.run, options.device)
-    pairs = [(tool, room) for tool in options.tools for room in options.rooms]
+        return run_room(options.run, options.impls[0], options.device)
+    runs = [
+        (tool, room, impl)
+        for impl in options.impls
+        for tool in TOOLS[impl]
+        for room in options.rooms
+        if tool in options.tools and ROOMS[room].impls[impl].device is not None
+    ]
     reason = missing()
     if reason:
-        entries = [{"room": room, "tool": tool, "result": "not run", "reason": reason} for tool, room in pairs]
+        entries = [
+            {"room": room, "impl": impl, "tool": tool, "result": "not run", "reason": reason}
+            for tool, room, impl in runs
+        ]
     else:
         with ThreadPoolExecutor(options.jobs) as pool:
-            entries = list(pool.map(lambda pair: sanitize(*pair, options.limit), pairs))
+            entries = list(pool.map(lambda run: sanitize(*run, options.limit), runs))
     for entry in entries:
-        print(f"{entry['room']:<21} {entry['tool']:<10} {entry['result']:<8} {entry['reason']}")
+        print(f"{entry['room']:<21} {entry['impl']:<7} {entry['tool']:<10} {entry['result']:<8} {entry['reason']}")
         if entry["result"] == "failed":
             print("    " + "\n    ".join(entry["output"].splitlines()[-25:]))
     if options.record:

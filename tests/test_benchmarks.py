@@ -195,7 +195,7 @@ def test_plots_without_matplotlib_say_what_to_install(
     ids=["clean", "errors", "no hazards", "hazards", "raised", "ended early", "one missed", "no support", "no kernels"],
 )
 def test_the_sanitizer_passes_only_what_ran_to_its_end(code: int, output: str, expected: str) -> None:
-    assert gpu_sanitize.judge("memcheck", "toy", code, output, 1.0)["result"] == expected
+    assert gpu_sanitize.judge("memcheck", "toy", "triton", code, output, 1.0)["result"] == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's run of what compute-sanitizer runs on a GPU")
@@ -205,10 +205,10 @@ def test_the_sanitizer_launches_every_kernel_of_a_room(
     monkeypatch.setattr(gpu_sanitize, "DTYPES", (torch.float32,))
     kernels = {f"triton_kernels._{name}_kernel" for name in ("count", "write", "gather", "scatter")}
     assert gpu_sanitize.kernels_of("padding") == kernels
-    assert gpu_sanitize.run_room("padding", "cpu") == 0
-    assert re.search(r"padding: done: 1 cases, 3 malformed calls .*, 4 kernels", capsys.readouterr().out)
+    assert gpu_sanitize.run_room("padding", "triton", "cpu") == 0
+    assert re.search(r"padding: done: 1 cases, 3 malformed calls .*, 4 Triton kernels", capsys.readouterr().out)
     monkeypatch.setattr(gpu_sanitize, "verified_cases", lambda *_: 0)  # the malformed calls gather and scatter
-    assert gpu_sanitize.run_room("padding", "cpu") == 1
+    assert gpu_sanitize.run_room("padding", "triton", "cpu") == 1
     said = "padding: never launched: triton_kernels._count_kernel, triton_kernels._write_kernel"
     assert said in capsys.readouterr().out
 
@@ -220,8 +220,18 @@ def test_without_a_device_the_sanitizer_says_not_run(
     monkeypatch.setattr(sys, "argv", ["gpu_sanitize", "--rooms", "attention"])
     assert gpu_sanitize.main() == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert all(re.match(r"attention +\w+ +not run +no CUDA device", line) for line in lines)
+    tools = [tuple(line.split()[1:3]) for line in lines]
+    assert tools == [(impl, tool) for impl in ("cuda", "triton") for tool in gpu_sanitize.TOOLS[impl]]
+    assert all(re.match(r"attention +\w+ +\w+ +not run +no CUDA device", line) for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator's run of what compute-sanitizer runs on a GPU")
+def test_the_sanitizer_runs_the_cuda_kernels_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_sanitize, "DTYPES", (torch.float32,))
+    assert gpu_sanitize.run_room("attention", "cuda", "cpu") == 0
+    assert re.search(r"attention: done: \d+ cases, 7 malformed calls of which 0 refused", capsys.readouterr().out)
 
 
 @pytest.fixture

@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.dispatch import Choice, Implementation, Room
-from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, TRITON_DTYPES, define, native_cpu, triton_kernels
+from bert_fast.kernels._common.library import (
+    CUDA_DTYPES,
+    NATIVE_CPU_DTYPES,
+    TRITON_DTYPES,
+    cuda_kernels,
+    define,
+    native_cpu,
+    triton_kernels,
+)
 from bert_fast.kernels.attention.reference import attention_reference
+
+LARGEST_CUDA_D = 256  # kMaxDim of csrc/attention/attention_cuda.h
 
 
 def _fwd_fake(
@@ -48,6 +58,7 @@ define(
     "attention_bwd",
     f"(Tensor dout, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, {_REST}) -> (Tensor dqkv, Tensor dbias)",
     fake=_bwd_fake,
+    cuda=True,
 )
 define(
     "attention_fwd",
@@ -55,6 +66,7 @@ define(
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    cuda=True,
 )
 
 
@@ -63,11 +75,21 @@ def _run(ops: Any, *arguments: Any) -> Tensor:
     return out
 
 
+def _run_cuda(ops: Any, qkv: Tensor, *arguments: Any) -> Tensor:
+    if qkv.shape[3] > LARGEST_CUDA_D:
+        raise ValueError(
+            f"qkv has a head dimension D of {qkv.shape[3]}; the CUDA kernels take at most {LARGEST_CUDA_D}: "
+            "use impl='reference'"
+        )
+    return _run(ops, qkv, *arguments)
+
+
 ROOM = Room(
     "attention",
     {
         "reference": Implementation(attention_reference, None, None),
         "triton": triton_kernels(_run, "attention", "attention_fwd", "attention_bwd"),
+        "cuda": cuda_kernels(_run_cuda, "attention", "attention_fwd", "attention_bwd"),
         "cpu": native_cpu(_run, "attention_fwd", "attention_bwd"),
     },
     choices=(
@@ -84,6 +106,13 @@ ROOM = Room(
             TRITON_DTYPES,
             measured="no GPU figure yet (benchmarks/results/PENDING.md); by count of bytes: no (S, S) matrix in "
             "memory, S = 512, D 64, bf16: 0.5 KB a token and head forward where the reference moves 5 KB",
+        ),
+        Choice(
+            "cuda",
+            "cuda",
+            CUDA_DTYPES,
+            measured="no GPU figure yet (benchmarks/results/PENDING.md); as many bytes as triton forward, and "
+            "mma.sync where Triton takes Hopper's faster wgmma: so triton comes first",
         ),
     ),
 )

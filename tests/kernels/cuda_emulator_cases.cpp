@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "emulator/cuda.h"
+#include "common/cuda_mma.h"
 
 namespace {
 
@@ -47,6 +47,61 @@ void half_of_them_leave(float* out) {
   out[threadIdx.x] = 1.0f;
 }
 
+using bert_fast::BFloat16;
+
+// left (16, 16) right (16, 16) by the fragments of one warp, `right` in memory as it is or transposed; the copies of
+// the operands to shared memory are asynchronous.
+template <bool TRANSPOSED>
+void multiply(float* out, const BFloat16* left, const BFloat16* right) {
+  auto* tiles = static_cast<BFloat16*>(emulator::shared_memory());
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 2; ++i) {
+    bert_fast::copy_async_16(tiles + 8 * (lane + 32 * i), (i ? right : left) + 8 * lane, true);
+  }
+  bert_fast::commit_copies();
+  bert_fast::wait_for_copies<0>();
+  __syncthreads();
+  uint32_t a[4], b[4];
+  bert_fast::load_matrix_x4<false>(tiles + 16 * (lane % 16) + 8 * (lane / 16), a);
+  // The first two registers are columns 0 to 7 of the right operand, the others columns 8 to 15.
+  const int row = TRANSPOSED ? lane % 8 + lane / 16 * 8 : lane % 16, chunk = TRANSPOSED ? lane / 8 % 2 : lane / 16;
+  bert_fast::load_matrix_x4<!TRANSPOSED>(tiles + 256 + 16 * row + 8 * chunk, b);
+  for (int half = 0; half < 2; ++half) {
+    float c[4] = {};
+    bert_fast::mma_16x8x16<BFloat16>(c, a, b[2 * half], b[2 * half + 1]);
+    for (int i = 0; i < 4; ++i) out[16 * (g + i / 2 * 8) + 8 * half + 2 * t + i % 2] = c[i];
+  }
+}
+
+// 1 where the product by fragments is that of three loops, to the bit: the numbers are small integers.
+template <bool TRANSPOSED>
+float multiplies() {
+  alignas(16) BFloat16 left[256], right[256];
+  float expected[256] = {}, found[256] = {};
+  for (int i = 0; i < 256; ++i) {
+    left[i] = static_cast<float>(i * 7 % 23 - 11);
+    right[i] = static_cast<float>(i * 5 % 19 - 9);
+  }
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) {
+      for (int k = 0; k < 16; ++k)
+        expected[16 * i + j] += left[16 * i + k] * right[TRANSPOSED ? 16 * j + k : 16 * k + j];
+    }
+  }
+  emulator::run(dim3(1), 32, 1024, [&] { multiply<TRANSPOSED>(found, left, right); });
+  return std::memcmp(expected, found, sizeof(found)) == 0;
+}
+
+// The second register of a left operand is row g + 8, so lanes with t = 0 print 4 g.
+void second_register(float* out) {
+  uint32_t a[4] = {}, zero = 0;
+  const int g = threadIdx.x % 32 / 4;
+  a[1] = bert_fast::pack_pair<BFloat16>(static_cast<float>(g), 0.0f);
+  float c[4] = {};
+  bert_fast::mma_16x8x16<BFloat16>(c, a, g == 0 ? bert_fast::pack_pair<BFloat16>(1.0f, 0.0f) : zero, zero);
+  out[threadIdx.x] = threadIdx.x % 4 == 0 ? c[2] - c[0] : 0.0f;
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -62,6 +117,8 @@ int main(int, char** arguments) {
     if (name == "waited_for_one") run([&] { copied(out, in, 1); });
     if (name == "half_wait") run([&] { half_of_them_wait(out); });
     if (name == "disagree") run([&] { lanes_disagree(out); });
+    if (name == "multiply") out[0] = multiplies<false>(), out[1] = multiplies<true>();
+    if (name == "second_register") run([&] { second_register(out); });
     if (name == "half_leave") run([&] { half_of_them_leave(out); });
   } catch (const std::runtime_error& error) {
     std::printf("%s\n", error.what());

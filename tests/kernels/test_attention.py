@@ -123,6 +123,21 @@ def test_matches_reference_at_512(
     compare(impl, device, lengths, heads, dim, dtype, 0.1)
 
 
+# Several blocks of 64 rows and several steps over the other side in each D that the kernels are compiled for, whole and
+# padded, moved 16 bytes at a time (D a multiple of 8) and number by number.
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [*((dim, dtype) for dim in (24, 32, 61, 64, 128, 200) for dtype in DTYPES), (64, torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] == "cuda"])
+def test_tiles_of_the_cuda_kernels(
+    impl: str, device: str, dim: int, dtype: torch.dtype, dropout_p: float, poisoned_empty: None
+) -> None:
+    compare(impl, device, [130, 0, 64, 1], 2, dim, dtype, dropout_p)
+
+
 @pytest.mark.parametrize(("impl", "device"), targets("attention", interpreted=[]))
 def test_longer_than_a_block_of_depth(impl: str, device: str, poisoned_empty: None) -> None:
     """Several blocks of keys (128) and of queries, whose number shrinks as the rows get longer."""
@@ -414,8 +429,6 @@ def test_bad_input_is_named() -> None:
         attention(qkv, cu_seqlens, 7, dropout_p=0.1, rng_state=torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="head dimension D of at least 1"):
         attention(qkv[..., :0], cu_seqlens, 7)
-    with pytest.raises(ImplUnavailableError, match=r"impl='cuda' not built yet.*Available here: reference"):
-        attention(qkv, cu_seqlens, 7, impl="cuda")
 
 
 @pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] == "cpu"])
@@ -438,7 +451,7 @@ def test_operators_refuse_lengths_that_would_read_out_of_bounds(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] == "triton"])
+@pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] in ("triton", "cuda")])
 @pytest.mark.parametrize(
     "ends", [[1, 12], [0, 13], [0, 15, 12], [0, 3, 1, 12], [-5, 2**31 - 1], [-(2**31), 5, 2**31 - 1]], ids=str
 )
@@ -458,7 +471,7 @@ def test_no_lengths_read_out_of_bounds(impl: str, device: str, ends: list[int], 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] == "triton"])
+@pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] in ("triton", "cuda")])
 def test_rows_behind_the_last_sequence_are_zero(
     impl: str, device: str, dtype: torch.dtype, poisoned_empty: None
 ) -> None:
@@ -479,9 +492,10 @@ def test_rows_behind_the_last_sequence_are_zero(
     assert torch.allclose(dbias, expected_dbias, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] == "triton"])
+@pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] in ("triton", "cuda")])
 def test_too_large_a_head_is_named(impl: str, device: str) -> None:
-    with pytest.raises(ValueError, match="head dimension D of 257; the Triton kernels take at most 256"):
+    named = {"triton": "Triton", "cuda": "CUDA"}[impl]
+    with pytest.raises(ValueError, match=f"head dimension D of 257; the {named} kernels take at most 256"):
         attention(torch.randn(2, 3, 1, 257, device=device), cumulative([2], device), 2, impl=impl)
 
 

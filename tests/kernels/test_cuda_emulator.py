@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +19,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("emulator") / "cases"
     compiler = next(name for name in (os.environ.get("CXX"), "c++", "g++") if name and shutil.which(name))
     sources = [ROOT / "tests" / "kernels" / "cuda_emulator_cases.cpp", ROOT / "csrc" / "emulator" / "emulator.cpp"]
-    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", f"-I{ROOT / 'csrc'}"]
+    includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
+    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-DBERT_FAST_EMULATOR", *includes]
+    flags.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
     subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], check=True)
     return program
 
@@ -68,3 +71,12 @@ def test_lanes_that_do_different_things_are_an_error(cases: Path) -> None:
 
 def test_threads_that_are_gone_are_not_waited_for(cases: Path) -> None:
     assert numbers(cases, "half_leave") == [1.0] * 32 + [0.0] * 32
+
+
+def test_fragments_multiply_as_matrices_do(cases: Path) -> None:
+    """Both ways to load the right operand, against three loops, to the bit."""
+    assert numbers(cases, "multiply")[:2] == [1, 1]
+
+
+def test_registers_of_a_fragment_are_the_rows_that_the_instruction_takes(cases: Path) -> None:
+    assert numbers(cases, "second_register") == [(lane // 4 * 4 if lane % 4 == 0 else 0) for lane in range(32)] * 2
