@@ -21,6 +21,7 @@ from bert_fast.training.log import read_log
 from bert_fast.training.loop import PretrainResult, Trainer, pretrain
 from bert_fast.training.parts import open_data
 from bert_fast.training.passes import evaluate
+from bert_fast.training.signals import stop_signals
 
 EXACT = (
     "step",
@@ -207,6 +208,16 @@ def test_a_signal_saves_after_the_step_and_ends(
     pretrain(whole, quiet)
     pretrain(config, quiet)
     assert exact_lines(config) == exact_lines(whole)
+
+
+def test_under_torchrun_a_signal_that_comes_twice_is_one() -> None:
+    """It goes to the whole process group, and torchrun passes it on once more: the checkpoint must not be cut off."""
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals(repeated=True) as stopped:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped() == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(config: PretrainConfig) -> None:
