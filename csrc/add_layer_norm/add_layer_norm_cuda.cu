@@ -14,8 +14,8 @@ namespace {
 constexpr int kHeld = 8;
 constexpr int kFew = 512;  // threads of a block; up to so many have all the registers that they want
 constexpr int64_t kWidest = 1024 * kHeld;
-constexpr int64_t kParts =
-    512;  // at most so many parts of the rows backward: 4 blocks for each multiprocessor of an H200
+// At most so many parts of the rows backward: about 4 blocks for each multiprocessor of an H200.
+constexpr int64_t kParts = 512;
 
 template <class T>
 struct Rows {
