@@ -136,7 +136,7 @@ template <class T>
 void attention_dkv_cuda(const AttentionBatch& batch, const AttentionBackward<T>& tensors, const Tensor& on);
 
 // Rows that a block owns: of 64, fewer where float32 needs the room.
-inline int attention_block_rows(ScalarType dtype, int64_t dim) {
+constexpr int attention_block_rows(ScalarType dtype, int64_t dim) {
   return dtype != ScalarType::Float || dim <= 64 ? 64 : dim <= 128 ? 32 : 16;
 }
 

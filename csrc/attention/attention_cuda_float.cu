@@ -18,8 +18,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <int D>
 struct FloatPlan {
-  static constexpr int kRows = D <= 64 ? 64 : D <= 128 ? 32 : 16;  // of every tile: owned ones and others
-  static constexpr int kPitch = D + 4;                             // 16 rows apart lie in different banks
+  static constexpr int kRows = attention_block_rows(ScalarType::Float, D);  // of every tile: owned ones and others
+  static constexpr int kPitch = D + 4;                                      // 16 rows apart lie in different banks
   static constexpr int kScorePitch = kRows + 1;
   static constexpr int kEach = kRows / kSide, kColumns = D / kSide;
   static constexpr int kTile = kRows * kPitch, kScores = kRows * kScorePitch, kMask = kRows * (kRows / 16);

@@ -11,9 +11,9 @@
 
 namespace bert_fast {
 
-constexpr int kRows = 64;       // that a block owns
-constexpr int kWarpRows = 16;   // of them a warp's
-constexpr int kBlockWarps = 4;  // that share them
+constexpr int kRows = attention_block_rows(ScalarType::Half, kMaxDim);  // that a block owns
+constexpr int kWarpRows = 16;                                           // of them a warp's
+constexpr int kBlockWarps = kRows / kWarpRows;                          // that share them
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // What follows from D: rows of the other side that are taken at a time, tiles of them that are in flight, and whether
