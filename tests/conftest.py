@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
+import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +20,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # bert_fast reads it when it is imported: the CUDA kernels run on CPU tensors, compiled by the C++ compiler.
     if "BERT_FAST_CUDA_EMULATOR" not in os.environ and any(map(shutil.which, ("c++", "g++"))):
-        spec = importlib.util.spec_from_file_location("emulator_build", ROOT / "csrc" / "emulator" / "build.py")
-        assert spec is not None
-        assert spec.loader is not None
-        emulator = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(emulator)
-        os.environ["BERT_FAST_CUDA_EMULATOR"] = str(emulator.build())
+        build = runpy.run_path(str(ROOT / "csrc" / "emulator" / "build.py"))["build"]
+        os.environ["BERT_FAST_CUDA_EMULATOR"] = str(build())
 
 WORDS = [
     "the",
