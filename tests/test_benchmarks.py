@@ -250,19 +250,19 @@ def step(name: str, code: str, share: float) -> gpu.Step:
 def test_the_gpu_run_goes_on_after_a_failure_and_names_what_was_cut(
     logs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "GRACE", 3.0)  # a busy machine takes a second to end a process
+    monkeypatch.setattr(gpu, "GRACE", 2.0)  # a busy machine takes a second to end a process, and more to begin one
     polite = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what it had')"
     stubborn = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True)\ntime.sleep(60)"
     )
     steps = [
         step("broken", "print('the reason'); raise SystemExit(3)", 5.0),
-        step("polite", polite, 3.0),
-        step("stubborn", stubborn, 3.0),
+        step("polite", polite, 5.0),
+        step("stubborn", stubborn, 5.0),
         step("good", "print('fine')", 9.0),
     ]
     so_far: list[int] = []
-    outcomes = gpu.run_steps(steps, gpu.Options(False, logs), 18.0, lambda found: so_far.append(len(found)))
+    outcomes = gpu.run_steps(steps, gpu.Options(False, logs), 24.0, lambda found: so_far.append(len(found)))
     assert [outcome.result for outcome in outcomes] == ["failed", "cut", "cut", "passed"]
     assert outcomes[0].detail == "exit code 3; the reason"
     assert [outcome.detail.partition("; ")[2] for outcome in outcomes[1:3]] == ["what it had", "on"]

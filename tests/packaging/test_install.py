@@ -82,7 +82,8 @@ def test_sdist_carries_the_sources(source: Path, tmp_path: Path) -> None:
     (built,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(built) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = {str(p.relative_to(ROOT)) for pattern in ("csrc/**/*.[ch]*", "kernels/*/*.py") for p in ROOT.glob(pattern)}
+    patterns = ("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "kernels/*/*.py")
+    wanted = {str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)}
     assert wanted <= names
     assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
 
