@@ -1,4 +1,4 @@
-"""The whole model on the Triton kernels: a training step, packed, with dropout, against the reference to the bound."""
+"""The whole model on one family of kernels: a packed training step with dropout, against the reference to the bound."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from bert_fast import BertConfig, BertForPreTraining
-from bert_fast.kernels import available_impls, use_impl
+from bert_fast.kernels import use_impl
+from bert_fast.kernels._common.dispatch import ROOMS
 from bert_fast.testing import compare
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
 LENGTHS = (5, 1, 17)
 
-pytestmark = pytest.mark.skipif(
-    not all(impls["triton"].ok for room, impls in available_impls().items() if room != "lamb"),
-    reason="the Triton kernels can't run here: " + available_impls()["attention"]["triton"].reason,
-)
+# Those that have every room of a training step; lamb is the optimizer's.
+ROOMS_OF_A_STEP = {name: room.impls for name, room in ROOMS.items() if name != "lamb"}
+IMPLS = [
+    (impl, ROOMS_OF_A_STEP["attention"][impl].device)
+    for impl in ("triton", "cpu")
+    if all(impls[impl].availability.ok for impls in ROOMS_OF_A_STEP.values())
+]
 
 
-def batch() -> dict[str, Tensor | int]:
+def batch(device: str) -> dict[str, Tensor | int]:
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     total = sum(LENGTHS)
     ids = torch.randint(5, 50, (total,))
@@ -34,7 +37,7 @@ def batch() -> dict[str, Tensor | int]:
         "next_sentence_label": torch.tensor([0, 1, 1]),
         "cu_seqlens": ends,
     }
-    return {name: x.to(DEVICE) for name, x in tensors.items()} | {"max_seqlen": max(LENGTHS)}
+    return {name: x.to(device) for name, x in tensors.items()} | {"max_seqlen": max(LENGTHS)}
 
 
 def step(model: BertForPreTraining, inputs: dict[str, Tensor | int], impl: str) -> dict[str, Tensor]:
@@ -46,13 +49,14 @@ def step(model: BertForPreTraining, inputs: dict[str, Tensor | int], impl: str) 
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_training_step_equals_the_references_with_the_same_dropout() -> None:
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+def test_a_training_step_equals_the_references_with_the_same_dropout(impl: str, device: str) -> None:
     config = BertConfig.size("tiny", vocab_size=50, max_position_embeddings=32, **SIZES)
-    model = BertForPreTraining(config).to(DEVICE).train()
-    inputs = batch()
+    model = BertForPreTraining(config).to(device).train()
+    inputs = batch(device)
     eager = step(model, inputs, "reference")
     truth = step(model.double(), inputs, "reference")
-    ours = step(model.float(), inputs, "triton")
+    ours = step(model.float(), inputs, impl)
     assert ours.keys() == truth.keys()
     rows = [compare(name, ours[name], eager[name], truth[name], factor=3.0, floor_ulps=4.0) for name in truth]
     assert not [row for row in rows if not row.ok]
