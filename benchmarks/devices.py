@@ -68,11 +68,15 @@ class Cpu:
         return nullcontext()
 
     def interleaved(self, runs: Mapping[str, Call], seconds: float, graph: bool = True) -> Timing:
-        """Median seconds of each call, the calls in turns for about `seconds`."""
+        """Median seconds of each call, the calls in turns for about `seconds`.
+
+        A call that takes the whole time for itself is left out of the later rounds, after three.
+        """
         times = {name: [timed(run)] for name, run in runs.items()}
-        for _ in range(rounds_in(seconds, sum(found[0] for found in times.values()))):
+        for done in range(rounds_in(seconds, sum(found[0] for found in times.values()))):
             for name, run in runs.items():
-                times[name].append(timed(run))
+                if done < 3 or sum(times[name]) <= seconds:
+                    times[name].append(timed(run))
         return Timing({name: statistics.median(found[1:]) for name, found in times.items()}, "calls")
 
     def with_peak(self, run: Call) -> tuple[Any, float | None]:
@@ -90,7 +94,10 @@ class Cpu:
         for _ in range(50):  # threads started, clock up
             a @ b
         product = statistics.median(timed(lambda: a @ b) for _ in range(15))
-        return {"copy_gbytes_per_s": 2 * source.nbytes / copy / 1e9, "fp32_gemm_gflops": 2 * 1024**3 / product / 1e9}
+        return {
+            "copy_gbytes_per_s": 2 * source.nbytes / copy / 1e9,
+            **gemm_ceilings({"fp32": 2 * 1024**3 / product / 1e9}),
+        }
 
     def name(self) -> str:
         """The results' folder, e.g. "cpu-amd-epyc-2-threads-avx2"."""
@@ -103,6 +110,53 @@ class Cpu:
     def details(self) -> dict[str, Any]:
         """What else the numbers depend on here."""
         return {}
+
+
+def gemm_ceilings(known: Mapping[str, float], M: int = 1024, K: int = 768, N: int = 3072) -> dict[str, float]:
+    """GFLOP/s of the fastest product that torch carries on this processor for each precision, (M, K) by (K, N).
+
+    float32 by MKL and by oneDNN with packed weights, bfloat16 likewise, unsigned by signed int8 by oneDNN. What a
+    higher precision reaches is open to a lower one too, so a ceiling is never below that of a higher precision.
+    """
+    x, weight = torch.randn(M, K), torch.randn(N, K) / K
+    runs: dict[str, dict[str, Call]] = {name: linear_calls(x.to(dtype), weight.to(dtype)) for name, dtype in _FLOATS}
+    runs["int8"] = int8_call(x, weight)
+    best, found = max(known.values()), {}
+    for name in ("fp32", "bf16", "int8"):
+        for run in runs[name].values():
+            first = timed(run)
+            times = [timed(run) for _ in range(3 if first > 0.1 else 15)]
+            best = max(best, 2 * M * K * N / statistics.median(times) / 1e9)
+        found[f"{name}_gemm_gflops"] = best
+    return found
+
+
+_FLOATS = (("fp32", torch.float32), ("bf16", torch.bfloat16))
+
+
+def linear_calls(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Call]:
+    """x @ weight.T by torch's linear layer, and by oneDNN with packed weights where this torch has it."""
+    calls: dict[str, Call] = {"linear": lambda: torch.nn.functional.linear(x, weight)}
+    ops = torch.ops.mkldnn
+    if torch.backends.mkldnn.is_available() and (x.dtype is torch.float32 or ops._is_mkldnn_bf16_supported()):
+        packed = ops._reorder_linear_weight(weight, x.shape[0])
+        calls["oneDNN"] = lambda: ops._linear_pointwise(x, packed, None, "none", [], "")
+    return calls
+
+
+def int8_call(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Call]:
+    """The product in integers, with float32 results; empty where this torch has no oneDNN."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")):
+        return {}
+    a = torch.randint(0, 255, x.shape, dtype=torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack(torch.randint(-127, 127, weight.shape, dtype=torch.int8), list(x.shape))
+    scales, zeros = torch.full((weight.shape[0],), 0.01), torch.zeros(weight.shape[0], dtype=torch.int64)
+    one, middle = torch.tensor(0.02), torch.tensor(128)
+    return {
+        "oneDNN": lambda: torch.ops.onednn.qlinear_pointwise(
+            a, one, middle, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+    }
 
 
 class Cuda:
@@ -240,6 +294,39 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:160] if lines else ''}".rstrip(": ")
 
 
+class Load:
+    """How busy others keep the machine: the load average at the start, and the cores they take from then on."""
+
+    def __init__(self) -> None:
+        self.at_start = os.getloadavg()[0]
+        self._since = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds by the clock, of all processors busy, and of this process and its children."""
+        own = sum(os.times()[:4])
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return time.perf_counter(), own, own
+        ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # idle and waiting for disks
+        return time.perf_counter(), busy, own
+
+    def of_others(self) -> dict[str, Any]:
+        """Lines of the environment; `busy` where the figures are not worth much."""
+        seconds, busy, own = (now - then for now, then in zip(self._now(), self._since, strict=True))
+        others = max(0.0, busy - own) / max(seconds, 1e-9)
+        return {
+            "load_average_at_start": round(self.at_start, 2),
+            "cores_busy_with_others": round(others, 2),
+            "busy": self.at_start > BUSY * (os.cpu_count() or 1) or others > BUSY_CORES,
+        }
+
+
+BUSY, BUSY_CORES = 0.6, 0.2  # load average a core; cores
+LOAD = Load()
+
+
 def _output(command: list[str]) -> str:
     try:
         root = Path(__file__).parents[1]
@@ -266,5 +353,6 @@ def environment(machine: Machine) -> dict[str, Any]:
         "bert_fast": bert_fast.__version__,
         "commit": commit(),
         "threads": torch.get_num_threads(),
+        **LOAD.of_others(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }

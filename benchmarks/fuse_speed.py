@@ -56,8 +56,8 @@ class Size:
 SIZES = (Size("base, 4 layers", 4, 768, 3072), Size("MiniLM-L6-H384", 6, 384, 1536, batch=8))
 
 
-def model_of(size: Size) -> Any:
-    """transformers' model with random weights; dropout 0.1 is its default."""
+def model_of(size: Size, kind: str = "BertForSequenceClassification") -> Any:
+    """transformers' model of the class `kind` with random weights; dropout 0.1 is its default."""
     transformers.logging.set_verbosity_error()
     config = transformers.BertConfig(
         vocab_size=size.vocabulary,
@@ -68,7 +68,7 @@ def model_of(size: Size) -> Any:
         initializer_range=0.05,  # attention that is not uniform
     )
     config._attn_implementation = "sdpa"
-    return transformers.BertForSequenceClassification(config)
+    return getattr(transformers, kind)(config)
 
 
 def batch_of(size: Size, lengths: list[int]) -> dict[str, Tensor]:

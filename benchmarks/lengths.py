@@ -1,4 +1,4 @@
-"""Lengths of sequences for "half-full" batches: those of BERT's second phase in the MLPerf data."""
+"""Lengths of sequences for "half-full" batches: those of BERT's second phase in the MLPerf data, or evenly spaced."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def half_filled(batch: int, seqlen: int, seed: int = 0) -> list[int]:
     lengths += [round(low + (high - low) * (index + 0.5) / rest) for index in range(rest)]
     random.Random(seed).shuffle(lengths)
     return lengths
+
+
+def evenly_spaced(batch: int, shortest: int, longest: int) -> list[int]:
+    """`batch` lengths from `shortest` to `longest`, rounded down."""
+    return [shortest + (longest - shortest) * index // max(1, batch - 1) for index in range(batch)]

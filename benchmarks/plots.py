@@ -18,7 +18,10 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("#1b6ca8", "#4c9bd6", "#0b3c5d", "#7db9e8")
-PEERS = ("#b8b8b8", "#8f8f8f", "#d9c79a", "#a89f91", "#c9b7c4", "#9fb59a", "#6f6f6f")
+PEERS = (
+    *("#b8b8b8", "#8f8f8f", "#d9c79a", "#a89f91", "#c9b7c4", "#9fb59a", "#6f6f6f"),
+    *("#e0a08a", "#b07a6a", "#8ab0a8", "#c4c46a", "#9a86b0", "#5f7a6a", "#d8b0d0"),
+)
 YARDSTICK_COLOUR = "#e8e8e8"
 KIND = re.compile(r"^(?P<size>.*?) (?P<kind>(?:forward|backward|unpad|pad|train|infer)\b.*|one step\b.*)$")
 BAR = 0.17  # inches
@@ -51,7 +54,7 @@ def colours(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def measure_of(rows: list[dict[str, Any]]) -> tuple[str, float, str]:
     """The column that is drawn, what to divide it by, and its unit."""
-    if "tokens_per_s" in rows[0]:
+    if any(row.get("tokens_per_s") for row in rows):
         return "tokens_per_s", 1000.0, "thousand real tokens a second"
     flops = max((row["gflops"] or 0.0 for row in rows), default=0.0)
     column, top = ("gflops", flops) if flops else ("gbytes_per_s", max(row["gbytes_per_s"] or 0.0 for row in rows))

@@ -32,6 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 OURS = "bert_fast"  # variants whose name starts so are ours, the others are peers
 YARDSTICK = "copy of as many bytes"  # neither: what a plain copy takes for the floor's bytes, timed in the same way
 GEMMS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}  # whose product is the ceiling
+PRECISIONS = ("int8", "bf16", "fp32")  # from the lowest up
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,16 @@ class Variant:
     run: what is timed; returns a tensor or a tuple of them.
     result: what it returned -> what is compared with the truth; not timed.
     comparable: False where the result is random, i.e. a peer with a dropout mask of its own.
+    precision: one of `PRECISIONS` where variants of a case differ in it: it decides which matrix product is the
+        ceiling, and a peer stands beside ours of the same or a lower precision only.
+    tolerance: in the place of the case's.
     """
 
     run: Call
     result: Callable[[Any], Tensor] = lambda found: found
     comparable: bool = True
+    precision: str = ""
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ class Case:
 
     traffic: bytes that have to be read and written; flops: floating-point operations that have to be done. Both are the
     floor's, not what a variant does. `tolerance` is on the largest absolute error over the largest value of `truth`.
-    `dtype` decides which matrix product is the ceiling; `graph` is False where a variant waits for the device.
+    `dtype` decides which matrix product is the ceiling; `graph` is False where a variant waits for the device; `tokens`
+    are the real ones of a batch, where a case is a whole model.
     """
 
     variants: Mapping[str, Variant | Call]
@@ -95,6 +102,11 @@ class Case:
     flops: int = 0
     dtype: torch.dtype = torch.float32
     graph: bool = True
+    tokens: int = 0
+
+    def variant(self, label: str) -> Variant:
+        given = self.variants[label]
+        return given if isinstance(given, Variant) else Variant(given)
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,8 @@ class Row:
     peak_mbytes: float | None = None
     timing: str = ""
     refused: str = ""
+    precision: str = ""
+    tokens_per_s: float | None = None
 
 
 @dataclass
@@ -176,8 +190,8 @@ def checked(name: str, case: Case, machine: Machine) -> Checked:
     """Run every variant once and compare. Raises where one of ours is wrong or raises; peers are refused."""
     scale = float(case.truth.abs().max()) or 1.0
     found = Checked()
-    for label, given in case.variants.items():
-        variant = given if isinstance(given, Variant) else Variant(given)
+    for label in case.variants:
+        variant = case.variant(label)
         mine = label.startswith(OURS)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")  # torch says in warnings why a backend of SDPA refuses
@@ -190,8 +204,9 @@ def checked(name: str, case: Case, machine: Machine) -> Checked:
                 found.refused[label] = "; ".join([reason(problem), *_why(said)])
                 machine.release()
                 continue
-        if error is not None and not error <= case.tolerance:
-            wrong = f"error {error:.3g} over {case.tolerance:.3g}"
+        tolerance = case.tolerance if variant.tolerance is None else variant.tolerance
+        if error is not None and not error <= tolerance:
+            wrong = f"error {error:.3g} over {tolerance:.3g}"
             if mine:
                 raise SystemExit(f"{name}, {label}: {wrong}; nothing was reported")
             found.refused[label] = f"wrong: {wrong}"
@@ -216,15 +231,20 @@ def measure(name: str, case: Case, machine: Machine, limits: Mapping[str, float]
         runs[YARDSTICK] = lambda: target.copy_(source)
     timing = machine.interleaved(runs, seconds, case.graph) if runs else None
     medians = timing.seconds if timing else {}
-    peers = [median for label, median in medians.items() if not label.startswith(OURS) and label != YARDSTICK]
-    product = limits.get(f"{GEMMS.get(case.dtype, 'fp32')}_gemm_gflops", limits["fp32_gemm_gflops"])
+    precisions = {label: case.variant(label).precision for label in case.variants}
+    peers = {label: median for label, median in medians.items() if not label.startswith(OURS) and label != YARDSTICK}
     rows = []
     for label in [*case.variants, YARDSTICK]:
+        precision = precisions.get(label, "")
         if label in found.refused:
-            rows.append(Row(name, label, refused=found.refused[label]))
+            rows.append(Row(name, label, refused=found.refused[label], precision=precision))
         elif label in medians:
             median = medians[label]
             gbytes, gflops = case.traffic / median / 1e9, case.flops / median / 1e9
+            product = limits.get(
+                f"{precision or GEMMS.get(case.dtype, 'fp32')}_gemm_gflops", limits["fp32_gemm_gflops"]
+            )
+            beside = [median for peer, median in peers.items() if at_least(precisions[peer], precision)]
             rows.append(
                 Row(
                     name,
@@ -234,18 +254,26 @@ def measure(name: str, case: Case, machine: Machine, limits: Mapping[str, float]
                     gflops=gflops,
                     share_of_ceiling=gflops / product if case.flops else gbytes / limits["copy_gbytes_per_s"],
                     error=found.errors.get(label),
-                    ratio_to_best_peer=min(peers) / median if peers else None,
+                    ratio_to_best_peer=min(beside) / median if beside else None,
                     peak_mbytes=found.peaks.get(label),
                     timing=timing.method if timing else "",
+                    precision=precision,
+                    tokens_per_s=case.tokens / median if case.tokens else None,
                 )
             )
     return rows
 
 
+def at_least(precision: str, other: str) -> bool:
+    """Whether a precision is the same as another one, or higher; unnamed ones are the same."""
+    return not (precision and other) or PRECISIONS.index(precision) >= PRECISIONS.index(other)
+
+
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
+    rate = "real tokens/s" if any(row.tokens_per_s for row in rows) else "GB/s"
     lines = [
-        "| case | variant | ms | GB/s | GFLOP/s | of ceiling | error | x best peer |",
+        f"| case | variant | ms | {rate} | GFLOP/s | of ceiling | error | x best peer |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -256,8 +284,9 @@ def table(rows: list[Row]) -> str:
             "own mask" if r.error is None and r.variant != YARDSTICK else "" if r.error is None else f"{r.error:.1e}"
         )
         ratio = "" if r.ratio_to_best_peer is None or r.variant == YARDSTICK else f"{r.ratio_to_best_peer:.2f}"
+        rate = f"{r.gbytes_per_s:.1f}" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}"
         lines.append(
-            f"| {r.case} | {r.variant} | {r.ms:.3f} | {r.gbytes_per_s:.1f} | {r.gflops:.1f} "
+            f"| {r.case} | {r.variant} | {r.ms:.3f} | {rate} | {r.gflops:.1f} "
             f"| {r.share_of_ceiling:.0%} | {error} | {ratio} |"
         )
     return "\n".join(lines)

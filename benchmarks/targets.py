@@ -1,6 +1,6 @@
-"""The targets on a GPU, as ratios of what one run measured: met, missed or not measured.
+"""The targets of a device, as ratios of what one run measured: met, missed or not measured.
 
-    python -m benchmarks.targets [FOLDER ...]      benchmarks/results/<device>; every GPU's where none is named
+    python -m benchmarks.targets [FOLDER ...]      benchmarks/results/<device>; every device's where none is named
 
 Reads the recorded benchmarks of a device and writes targets.json beside them. A missed target is a result and no
 failure: the exit code is 0. Where ours has several implementations, the fastest is judged.
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.runner import at_least
 
 RESULTS = Path(__file__).parent / "results"
 OURS = re.compile(r"bert_fast (?!.*with bias)")  # attention's peers add no bias
@@ -40,14 +42,31 @@ def faster_than(peers: str) -> Callable[[Row, list[Row]], tuple[float, str] | No
     return ratio
 
 
+def as_precise(ours: Row, rows: list[Row]) -> tuple[float, str] | None:
+    """How many times faster than the fastest peer of the same or a higher precision."""
+    beside = [row for row in rows if at_least(row["precision"], ours["precision"])]
+    return faster_than("(?!bert_fast)")(ours, beside)
+
+
+def nearer_than(peer: str) -> Callable[[Row, list[Row]], tuple[float, str] | None]:
+    """How many times smaller the error is than that of the peer whose name matches."""
+
+    def ratio(ours: Row, rows: list[Row]) -> tuple[float, str] | None:
+        found = next((row for row in rows if row["error"] and re.match(peer, row["variant"])), None)
+        return found and (found["error"] / ours["error"], f"error of {found['variant']}")
+
+    return ratio
+
+
 @dataclass(frozen=True)
 class Target:
-    """`ratio` is to be at least `goal` in every case of `room` whose name matches."""
+    """`ratio` is to be at least `goal` in every case of `room` whose name matches, for ours whose name does."""
 
     room: str
     cases: str
     goal: float
     ratio: Callable[[Row, list[Row]], tuple[float, str] | None]
+    ours: re.Pattern[str] = OURS
 
 
 TARGETS = (
@@ -61,6 +80,25 @@ TARGETS = (
     Target("attention", r"S 512 bfloat16 forward \+ backward, dropout", 1.5, faster_than("(?!bert_fast|copy of)")),
     Target("attention", r"S 512 half filled bfloat16 .*", 1.8, faster_than("SDPA |torch.compile")),
 )
+BASE = {  # case of BERT-base -> goals in fp32, bf16 and int8
+    r"\(8, 128\) infer BERT-base": (1.1, 1.05, 1.4),
+    r"\(2, 512\) infer BERT-base": (1.1, 1.05, 1.5),
+    r"\(8, 512\) half filled infer BERT-base": (2.1, 2.2, 3.5),
+    r"\(1, 32\) infer BERT-base": (1.0, 1.3, 1.8),
+}
+CPU_TARGETS = (
+    *(
+        Target("cpu_inference", case, goal, as_precise, re.compile(rf"bert_fast, {precision}"))
+        for case, goals in BASE.items()
+        for precision, goal in zip(("fp32", "bf16", "int8"), goals, strict=True)
+    ),
+    Target("cpu_inference", r".* infer .*", 1.0, nearer_than("ONNX Runtime, dynamic"), re.compile("bert_fast, int8")),
+)
+
+
+def targets_of(device: str) -> tuple[Target, ...]:
+    """The targets of a device, by the name of its folder."""
+    return CPU_TARGETS if device.startswith("cpu-") else TARGETS
 
 
 def judge(target: Target, report: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -75,7 +113,9 @@ def judge(target: Target, report: dict[str, Any] | None) -> list[dict[str, Any]]
             cases.setdefault(row["case"], []).append(row)
     found: list[dict[str, Any]] = []
     for case, rows in cases.items():
-        ours = min((r for r in rows if r["ms"] and OURS.match(r["variant"])), key=lambda r: r["ms"], default=None)
+        ours = min(
+            (r for r in rows if r["ms"] and target.ours.match(r["variant"])), key=lambda r: r["ms"], default=None
+        )
         ratio = target.ratio(ours, rows) if ours else None
         if ours is None or ratio is None:
             reason = "no peer could be timed" if ours else "no implementation of ours was timed"
@@ -94,7 +134,7 @@ def judge(target: Target, report: dict[str, Any] | None) -> list[dict[str, Any]]
 def judge_folder(folder: Path) -> list[dict[str, Any]]:
     """The entries of every target, from the reports in the folder of a device."""
     found = []
-    for target in TARGETS:
+    for target in targets_of(folder.name):
         file = folder / f"{target.room}.json"
         found += judge(target, json.loads(file.read_text()) if file.exists() else None)
     return found
@@ -113,12 +153,12 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="the targets on a GPU, from the recorded benchmarks")
-    parser.add_argument("folders", nargs="*", type=Path, help="results/<device>; every GPU's where none is named")
+    parser = argparse.ArgumentParser(description="the targets of a device, from its recorded benchmarks")
+    parser.add_argument("folders", nargs="*", type=Path, help="results/<device>; every device's where none is named")
     named = parser.parse_args().folders
-    folders = named or sorted(p for p in RESULTS.iterdir() if p.is_dir() and not p.name.startswith("cpu-"))
-    if not folders:
-        print("targets: not measured: no benchmark on a GPU is recorded; make gpu does it on a machine that has one")
+    folders = named or sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    if all(folder.name.startswith("cpu-") for folder in folders):
+        print("targets on a GPU: no benchmark is recorded; make gpu does it on a machine that has one")
     for folder in folders:
         entries = judge_folder(folder)
         (folder / "targets.json").write_text(json.dumps({"targets": entries}, indent=1) + "\n")
