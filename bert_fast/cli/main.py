@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": "fine-tune with every combination of a grid of settings, on one split or on k folds",
     "predict": "what a fine-tuned model says about texts or rows",
     "evaluate": "metrics of a fine-tuned model on rows with the true answers",
+    "replay": "a step of pretraining that diverged, computed again",
     "report": "curves of pretraining runs beside each other, or a fine-tuning run's page, as HTML",
     "explain": "which words an answer comes from, as an HTML page",
     "fill-mask": "what could stand where a text says [MASK]",

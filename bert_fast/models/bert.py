@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bert_fast.kernels._common.checks import check_integer, check_range, check_same_device, check_shape
 from bert_fast.models import checkpoint
 from bert_fast.models.config import BertConfig
-from bert_fast.models.encoder import BertEmbeddings, BertEncoder, BertPooler, draw_rng_states
+from bert_fast.models.encoder import SITES_PER_LAYER, BertEmbeddings, BertEncoder, BertPooler, draw_rng_states
 from bert_fast.models.family import ARCHITECTURES, FOR_ALL, Names
 from bert_fast.models.inputs import Tokens
 from bert_fast.models.outputs import BaseModelOutputWithPooling, ModelOutput
@@ -35,6 +35,7 @@ class Options(Flags, total=False):
 
     cu_seqlens: Tensor | None
     max_seqlen: int | None
+    rng_states: Tensor | None
 
 
 class Encoded(NamedTuple):
@@ -223,6 +224,7 @@ class BertModel(BertPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         label_rows: Tensor | None = None,
+        rng_states: Tensor | None = None,
         return_dict: bool | None = None,
         **flags: Unpack[Flags],
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
@@ -233,6 +235,8 @@ class BertModel(BertPreTrainedModel):
         Args:
             label_rows: int64 (M,), of packed input: the tokens that will have a loss. Then the last layer is computed
                 at these and at the first tokens only, and last_hidden_state is (M, E), theirs.
+            rng_states: int64 (1 + 3L, 2), (seed, offset) of every place of dropout; in training without them they are
+                drawn from torch's generator.
             output_hidden_states: also return the embeddings' and every layer's output.
             output_attentions: also return every layer's attention probabilities before dropout, (B, N, S, S).
             return_dict: False for a tuple.
@@ -254,7 +258,7 @@ class BertModel(BertPreTrainedModel):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )
-        rng_states = draw_rng_states(self.config, tokens.cu_seqlens.device) if self.training else None
+        rng_states = self._rng_states(rng_states, tokens.cu_seqlens.device)
         hidden = self.embeddings(tokens, None if rng_states is None else rng_states[0])
         if self.embeddings_project is not None:
             hidden = self.embeddings_project(hidden)
@@ -280,6 +284,14 @@ class BertModel(BertPreTrainedModel):
             attentions=restored(tokens.restore_attentions, encoded.attentions),
         )
         return self.finished(output, return_dict)
+
+    def _rng_states(self, given: Tensor | None, device: torch.device) -> Tensor | None:
+        """Those of this pass: none outside of training, those given, else drawn."""
+        if given is None or not self.training:
+            return draw_rng_states(self.config, device) if self.training else None
+        check_integer("rng_states", given, (torch.int64,))
+        check_shape("rng_states", given, (1 + SITES_PER_LAYER * self.config.num_hidden_layers, 2))
+        return given
 
     def _flag(self, name: str, **flags: Unpack[Flags]) -> bool:
         unknown = flags.keys() - Flags.__annotations__.keys()
@@ -324,6 +336,7 @@ class BertHeadModel(BertPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         label_rows: Tensor | None = None,
+        rng_states: Tensor | None = None,
         **flags: Unpack[Flags],
     ) -> Encoded:
         """Remove the padding and run the encoder on the real tokens."""
@@ -339,7 +352,8 @@ class BertHeadModel(BertPreTrainedModel):
         )
         if label_rows is not None:
             _first_and(label_rows, tokens)  # once more inside, where padding is already gone
-        output = self.bert(**tokens.arguments(), label_rows=label_rows, return_dict=True, **flags)
+        inner = {"label_rows": label_rows, "rng_states": rng_states}
+        output = self.bert(**tokens.arguments(), **inner, return_dict=True, **flags)
         states = {
             "hidden_states": restored(tokens.restore, output.hidden_states),
             "attentions": restored(tokens.restore_attentions, output.attentions),

@@ -172,7 +172,8 @@ def save_training_state(
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value.detach()
+                # A count can be one tensor for many parameters, which a file can't keep.
+                tensors[f"optimizer/{name}/{key}"] = value.detach() if value.dim() else value.detach().clone()
             else:
                 scalars.setdefault(name, {})[key] = value
     if any(is_sharded(value) for value in tensors.values()):

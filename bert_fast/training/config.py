@@ -192,6 +192,9 @@ class PretrainConfig:
         masked_last_layer: compute the last layer, behind its attention, only where a loss is: at the masked and the
             first tokens. The same loss and gradient; its dropout is another.
         static_shapes: fill every micro-batch up to data.token_budget tokens, so that all have one shape.
+        cuda_graph: record a step (forward, backward, clipping, update) as a CUDA graph and replay it: the same bits,
+            and the host starts a step by one call. Needs static_shapes, one rank, a CUDA device, and kernels that are
+            verified there.
         ceiling: measure at the start how fast matrix products are, to log the share of it that the model's take (MFU).
         prefetch: steps whose batches a thread makes ahead; 0 makes each when it is needed.
     """
@@ -226,6 +229,7 @@ class PretrainConfig:
     recompute: bool = False
     masked_last_layer: bool = True
     static_shapes: bool = False
+    cuda_graph: bool = False
     ceiling: bool = True
     prefetch: int = 2
 
@@ -250,6 +254,14 @@ class PretrainConfig:
         _check(
             self.parallel == "ddp" or self.optimizer.name == "adamw",
             "parallel is fsdp and optimizer.name is lamb, whose trust ratios need whole tensors; choose adamw, or ddp",
+        )
+        _check(
+            self.static_shapes or not self.cuda_graph,
+            "cuda_graph is on and static_shapes off; a graph takes batches of one shape: set static_shapes to true",
+        )
+        _check(
+            self.parallel == "ddp" or not self.cuda_graph,
+            "cuda_graph is on and parallel is fsdp, whose exchange of shards is in no graph; choose one of them",
         )
         if self.steps is not None:
             self.warmup(self.steps)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bert_fast.data import PackedBatch, PretrainingData
 
@@ -54,6 +55,7 @@ class StepBatches:
         micro: this rank's micro-batches.
         examples, tokens, squares: of the whole step, on all ranks: how many, their real tokens, and the sum of the
             squares of their lengths, to which the attention's work is proportional.
+        counts: int64 (M, 2), of each of `micro`: the masked tokens and the sentence pairs.
     """
 
     start: Position
@@ -62,6 +64,7 @@ class StepBatches:
     examples: int
     tokens: int
     squares: int
+    counts: Tensor
 
 
 def split_evenly(lengths: Array, parts: int) -> list[Array]:
@@ -173,7 +176,11 @@ class Feed:
             # Batches so full that equal parts don't fit: the plan's own do.
             parts = [np.flatnonzero(np.concatenate(batch_of) == number) for number in range(self.pieces)]
         micro = tuple(self._micro(number, epoch_of[parts[number]], example_of[parts[number]]) for number in numbers)
-        return StepBatches(start, places[-1], micro, lengths.size, int(lengths.sum()), int(np.square(lengths).sum()))
+        labelled = [
+            [np.count_nonzero(x.numpy() != -100) for x in (m.batch.labels, m.batch.next_sentence_label)] for m in micro
+        ]
+        work = int(lengths.sum()), int(np.square(lengths).sum())
+        return StepBatches(start, places[-1], micro, lengths.size, *work, torch.tensor(labelled))
 
     def _micro(self, number: int, epochs: Array, examples: Array) -> MicroBatch:
         found = [self.data.select(epoch, examples[epochs == epoch]) for epoch in sorted(set(epochs.tolist()))]
@@ -231,7 +238,7 @@ class Prefetch:
         if not self._pin:
             return made
         micro = tuple(replace(m, batch=m.batch.pin_memory()) for m in made.micro)
-        return replace(made, micro=micro)
+        return replace(made, micro=micro, counts=made.counts.pin_memory())
 
     def _run(self) -> None:
         while not self._closed.is_set():

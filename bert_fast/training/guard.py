@@ -51,6 +51,7 @@ class Guard:
     Every rank judges the same numbers, so all decide alike. On the CPU a verdict is known at once. On a GPU the host
     hears of a step after it has queued the next one, so that neither waits. With "stop", no update is made after a
     refused one: the weights are still those with which it happened. With "skip" on a GPU they are one update newer.
+    What the guard remembers stays in its place, as a CUDA graph needs it.
 
     Args:
         policy: "stop" or "skip".
@@ -79,19 +80,20 @@ class Guard:
             refused |= (self._mean > 0) & (loss > self._explosion * self._mean)
         refused |= self._stuck
         if self._sticky:
-            self._stuck = refused
+            self._stuck.copy_(refused)
         mean = torch.where(self._mean > 0, _MEMORY * self._mean + (1 - _MEMORY) * loss, loss)
-        self._mean = torch.where(refused, self._mean, mean)
+        self._mean.copy_(torch.where(refused, self._mean, mean))
         return refused.float()
 
-    def note(self, step: int, start: Position, loss: Tensor, norm: Tensor, refused: Tensor) -> None:
-        """Send the verdict of a step to the host."""
-        values = torch.stack([refused.double(), loss.double(), norm.double()])
+    def note(self, step: int, start: Position, judged: Tensor) -> None:
+        """Send the verdict of a step to the host: `judged` float64 (3,), what `judge` gave, the loss and the norm."""
         event = None
         if self._device.type == "cuda":
-            values = values.to("cpu", non_blocking=True)
+            values = judged.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
+        else:
+            values = judged.clone()
         self._waiting.append((step, start, values, event))
 
     def settled(self, *, all_steps: bool = False) -> list[Verdict]:

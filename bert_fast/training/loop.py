@@ -21,18 +21,20 @@ from torch import Tensor
 from bert_fast.data import PackedBatch
 from bert_fast.training import checkpoint, replay
 from bert_fast.training.config import PretrainConfig, check_resumable
-from bert_fast.training.feed import Feed, Position, Prefetch, StepBatches, seed_dropout, shaping
+from bert_fast.training.feed import Feed, Position, Prefetch, StepBatches, shaping
+from bert_fast.training.graph import Capture, GraphedStep, capture_on
 from bert_fast.training.guard import Guard, TrainingDivergedError, Verdict
 from bert_fast.training.log import RunLog, SilentLog
 from bert_fast.training.metrics import FIELDS, Totals
 from bert_fast.training.parallel import Parallel
-from bert_fast.training.params import clipped_step, make_optimizer
+from bert_fast.training.params import make_optimizer, set_rate
 from bert_fast.training.parts import RunData, build_model, open_data
-from bert_fast.training.passes import autocast, forward, held_out_totals
+from bert_fast.training.passes import dropout_states, held_out_totals
 from bert_fast.training.progress import Progress
 from bert_fast.training.ranks import Ranks
 from bert_fast.training.schedule import lr_factor
 from bert_fast.training.signals import stop_signals
+from bert_fast.training.step import Inputs, StepWork
 from bert_fast.training.throughput import Meter, gemm_ceiling
 from bert_fast.training.tracing import Tracer
 
@@ -75,13 +77,20 @@ class Trainer:
         config: the run.
         report: takes the sentences that a user should read, on rank 0.
         ranks: who trains together; this process alone where it is None.
+        capture: how steps are recorded where `cuda_graph` is on; as CUDA graphs where it is None.
     """
 
     def __init__(
-        self, config: PretrainConfig, report: Callable[[str], None] = print, ranks: Ranks | None = None
+        self,
+        config: PretrainConfig,
+        report: Callable[[str], None] = print,
+        ranks: Ranks | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.config = config
         self.ranks = ranks = ranks or Ranks(config.device, config.timeout)
+        if config.cuda_graph and capture is None:
+            capture = capture_on(ranks, config.precision)
         self.report = report if ranks.main else lambda text: None
         self.output_dir = Path(config.output_dir)
         self.checkpoints = self.output_dir / "checkpoints"
@@ -92,7 +101,7 @@ class Trainer:
         self.feed = Feed(self.data.train, config.accumulation, ranks.rank, ranks.world, shape)
         self.total_steps = config.steps or max(1, self.data.count_batches(config.epochs or 0) // config.accumulation)
         self.warmup = config.warmup(self.total_steps)
-        self.step, self.position, self.tokens = 0, Position(0, 0), 0
+        self.step, self.position, self.tokens, self.lr = 0, Position(0, 0), 0, 0.0
         self.best: dict[str, float] | None = None
         start = ranks.first(self._find_start)
         torch.manual_seed(config.seed)
@@ -101,12 +110,25 @@ class Trainer:
             model.gradient_checkpointing_enable()
         self.parallel = Parallel(model, config, ranks)
         self.model = self.parallel.model
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.optimizer = make_optimizer(self.model, config.optimizer, capturable=config.cuda_graph)
         self.totals = Totals(self.device)
         self.guard = Guard(config.on_divergence, config.explosion, self.device)
         self.saved_step = -1
         if start is not None:
             self._resume(start)
+        self.work = StepWork(
+            self.parallel.forward,
+            self.optimizer,
+            self.guard,
+            self.totals,
+            precision=config.precision,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            keep_gradients=config.cuda_graph and (config.accumulation > 1 or config.optimizer.name == "lamb"),
+        )
+        self.graph: GraphedStep | None = None
+        if config.cuda_graph:
+            assert capture is not None
+            self.graph = GraphedStep(self.work, self.model.config, config.seed, capture)
         self._prefetch: Prefetch | None = None
         self._settle_buckets()
 
@@ -155,7 +177,9 @@ class Trainer:
         """
         if self.parallel.forward is self.model:
             return
-        self._backward(self.feed.step(self.position), Totals(self.device))
+        taken = self.feed.step(self.position)
+        self._backward(taken, self._weights(taken))
+        self.work.found.reset()
         self.optimizer.zero_grad(set_to_none=True)
 
     def train_step(self, meter: Meter | None = None) -> Tensor:
@@ -164,48 +188,51 @@ class Trainer:
             pin = self.device.type == "cuda"
             self._prefetch = Prefetch(self.feed, self.position, ahead=self.config.prefetch, pin=pin)
         taken = self._prefetch.next()
-        found = Totals(self.device)
-        self._backward(taken, found)
-        self.ranks.sum(found.sums)
+        weights = self._weights(taken)
         self.position = taken.end
         self.tokens += taken.tokens
         if meter is not None:
             meter.add(taken)
-        return self._update(taken, found)
+        if self.graph is None:
+            self._backward(taken, weights)
+            self.ranks.sum(self.work.found.sums)
+            self._update(taken)
+        else:
+            self._begin_update()
+            self.graph.run(taken, weights, self.step)
+            self._end_update(taken)
+        return self.work.judged[2]
 
-    def _backward(self, taken: StepBatches, found: Totals) -> None:
-        """The gradient of the step's loss from this rank's micro-batches, and their sums into `found`."""
+    def _weights(self, taken: StepBatches) -> Tensor:
+        """What the losses of this rank's micro-batches weigh: float32 (M, 2), on the device.
+
+        By masked tokens and by pairs: micro-batches and ranks give the gradient of one large batch.
+        """
+        counts = taken.counts.to(self.device, non_blocking=True)
+        return self.ranks.world * counts / self.ranks.sum(counts.sum(0)).clamp(min=1)
+
+    def _backward(self, taken: StepBatches, weights: Tensor) -> None:
+        """The gradient of the step's loss from this rank's micro-batches, and their sums."""
         batches = [micro.batch.to(self.device, non_blocking=True) for micro in taken.micro]
-        counts = [torch.stack([(b.labels != -100).sum(), (b.next_sentence_label != -100).sum()]) for b in batches]
-        # Weigh by masked tokens and by pairs: micro-batches and ranks give the gradient of one large batch.
-        all_counts = self.ranks.sum(torch.stack(counts).sum(0)).clamp(min=1)
-        for place, (micro, batch, count) in enumerate(zip(taken.micro, batches, counts, strict=True)):
-            seed_dropout(self.config.seed, self.step + 1, micro.number)
+        for place, (micro, batch, weight) in enumerate(zip(taken.micro, batches, weights.unbind(), strict=True)):
+            states = dropout_states(self.model.config, self.device, self.config.seed, self.step + 1, micro.number)
             with self.parallel.accumulating(last=place == len(batches) - 1):
-                with autocast(self.device, self.config.precision):
-                    out = forward(self.parallel.forward, batch)
-                mlm_weight, nsp_weight = (self.ranks.world * count / all_counts).unbind()
-                (mlm_weight * out.mlm_loss + nsp_weight * out.next_sentence_loss).backward()
-            labels = batch.next_sentence_label
-            found.add(out.mlm_loss, out.mlm_correct, out.mlm_count, out.seq_relationship_logits, labels)
+                self.work.accumulate(Inputs(batch, weight, states))
 
-    def _update(self, taken: StepBatches, found: Totals) -> Tensor:
+    def _update(self, taken: StepBatches) -> None:
+        self._begin_update()
+        self.work.update()
+        self._end_update(taken)
+
+    def _begin_update(self) -> None:
         self.step += 1
-        options, loss = self.config.optimizer, found.loss()
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * lr_factor(self.step, self.warmup, self.total_steps, options.decay)
-        refused: list[Tensor] = []
+        options = self.config.optimizer
+        self.lr = options.lr * lr_factor(self.step, self.warmup, self.total_steps, options.decay)
+        set_rate(self.optimizer, self.lr)
 
-        def judge(norm: Tensor) -> Tensor:
-            refused.append(self.guard.judge(loss, norm))
-            return refused[0]
-
-        norm = clipped_step(self.optimizer, options.max_grad_norm, judge)
-        self.totals.sums += torch.where(refused[0] > 0, 0.0, found.sums)
-        self.guard.note(self.step, taken.start, loss, norm, refused[0])
-        self.optimizer.zero_grad(set_to_none=True)
+    def _end_update(self, taken: StepBatches) -> None:
+        self.guard.note(self.step, taken.start, self.work.judged)
         self._hear()
-        return norm
 
     def _hear(self, *, all_steps: bool = False) -> None:
         """Act on what the guard has found: keep the batches, and stop where that is asked for or skipping goes on."""
@@ -383,11 +410,10 @@ class Trainer:
         values = self.totals.summary()
         self._hear(all_steps=True)
         speed = meter.lap(self.totals.tolist()[FIELDS.index("mlm_count")])
-        self.totals = Totals(self.device)
-        lr = self.optimizer.param_groups[0]["lr"]
-        extra = {"lr": lr, "grad_norm": float(norm), "tokens": self.tokens, **speed}
+        self.totals.reset()
+        extra = {"lr": self.lr, "grad_norm": float(norm), "tokens": self.tokens, **speed}
         log.write("train", self.step, {"epoch": self.position.epoch, **values, **extra, "skipped": self.guard.skipped})
-        progress.show(values["loss"], lr, speed["tokens_per_second"])
+        progress.show(values["loss"], self.lr, speed["tokens_per_second"])
 
     def _housekeeping(self, log: RunLog | SilentLog, progress: Progress, stopping: bool) -> dict[str, float]:
         """Evaluate and save where this step is due; returns the evaluation's metrics, if there was one."""

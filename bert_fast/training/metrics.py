@@ -18,6 +18,10 @@ class Totals:
     def __init__(self, device: torch.device | str, values: Sequence[float] | None = None) -> None:
         self.sums = torch.tensor(values or [0.0] * len(FIELDS), dtype=torch.float64, device=device)
 
+    def reset(self) -> None:
+        """Begin anew, in the same memory."""
+        self.sums.zero_()
+
     def add(self, mlm_loss: Tensor, mlm_correct: Tensor, mlm_count: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add one batch.
 

@@ -58,33 +58,53 @@ class Lamb(torch.optim.Optimizer):
         self.capturable = capturable
         self.impl = impl
         self.last_grad_norm: Tensor | None = None
-        # Asked with the norm of all gradients, where there is a max_grad_norm: True leaves the update out.
-        self.refuses: Callable[[Tensor], bool] | None = None
+        # A () tensor that is 1 leaves the update out: `found_inf`, as for torch's optimizers, or, where there is a
+        # max_grad_norm, what `refuses` says when asked with the norm of all gradients.
+        self.found_inf: Tensor | None = None
+        self.refuses: Callable[[Tensor], Tensor] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. Returns what `closure`, called first where given, returned."""
+        """Update every parameter that has a gradient. Returns what `closure`, called first where given, returned.
+
+        To leave an update out, the host waits for the verdict; where the optimizer is capturable it does not, and
+        weights and moments are copied before and put back on the device.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         grad_scale: float | Tensor = 1.0
+        refused = self.found_inf
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
         if self.max_grad_norm is not None and grads:
             self.last_grad_norm, grad_scale = clip_scale(grads, self.max_grad_norm, impl=self.impl)
-            if self.refuses is not None and self.refuses(self.last_grad_norm):
-                return loss
+            if self.refuses is not None:
+                refused = self.refuses(self.last_grad_norm)
+        if refused is not None and not self.capturable and bool(refused):
+            return loss
+        for group in self.param_groups:
+            counts: dict[torch.device, Tensor] = {}
+            for param in group["params"]:
+                if param.grad is not None and not self.state[param]:
+                    self._begin(param, counts)
+        before = self._copies() if refused is not None and self.capturable else []
         for group in self.param_groups:
             self._step_group(group, grad_scale)
+        for place, value in before:
+            assert refused is not None
+            place.copy_(torch.where(refused.to(place.device) > 0, value, place))
         return loss
+
+    def _copies(self) -> list[tuple[Tensor, Tensor]]:
+        """Everything that a step writes, each with a copy."""
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        written = {id(x): x for param in params for x in (param, *self.state[param].values())}
+        return [(x, x.detach().clone()) for x in written.values()]
 
     def _step_group(self, group: dict[str, Any], grad_scale: float | Tensor) -> None:
         # One multi-tensor call takes parameters on one device that have seen the same number of steps.
         params = [param for param in group["params"] if param.grad is not None]
-        counts: dict[torch.device, Tensor] = {}
-        for param in params:
-            if not self.state[param]:
-                self._begin(param, counts)
         for together in self._counted_on_device(group, params) if self.capturable else self._counted(params):
             device = together[0].device
             lamb_step(

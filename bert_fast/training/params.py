@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,15 +25,30 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
-    """The optimizer that `options` names, over `param_groups(model)`."""
+def make_optimizer(model: nn.Module, options: OptimizerOptions, *, capturable: bool = False) -> torch.optim.Optimizer:
+    """The optimizer that `options` names, over `param_groups(model)`.
+
+    Args:
+        capturable: a CUDA graph can record its step: the learning rate is a tensor on the device, and counts are too.
+    """
     groups = param_groups(model, options.weight_decay)
+    device = next(model.parameters()).device
+    lr = torch.tensor(options.lr, dtype=torch.float32, device=device) if capturable else options.lr
+    shared: dict[str, Any] = {"lr": lr, "betas": options.betas, "eps": options.eps, "capturable": capturable}
     if options.name == "adamw":
-        return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+        return torch.optim.AdamW(groups, fused=True, **shared)
     from bert_fast.training.optim import Lamb
 
-    clip = options.max_grad_norm or None
-    return Lamb(groups, lr=options.lr, betas=options.betas, eps=options.eps, max_grad_norm=clip)
+    return Lamb(groups, max_grad_norm=options.max_grad_norm or None, **shared)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the learning rate, rounded to float32 whether it is kept as a number or as a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = float(np.float32(lr))
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -48,13 +64,13 @@ def clipped_step(
     LAMB folds the clipping into its own step; for others the gradients are scaled in place.
 
     Args:
-        judge: takes the norm and gives a float32 () tensor: 1 to leave this update out, 0 to make it. AdamW reads it
-            on the device; LAMB makes the host wait for it.
+        judge: takes the norm and gives a float32 () tensor: 1 to leave this update out, 0 to make it. AdamW and a
+            capturable LAMB read it on the device; another LAMB makes the host wait for it.
     """
     from bert_fast.training.optim import Lamb
 
     if isinstance(optimizer, Lamb) and optimizer.max_grad_norm is not None:
-        optimizer.refuses = None if judge is None else lambda norm: bool(judge(norm))
+        optimizer.refuses = judge
         optimizer.step()
         assert optimizer.last_grad_norm is not None, "no parameter had a gradient"
         return optimizer.last_grad_norm
@@ -62,11 +78,6 @@ def clipped_step(
     norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
     if is_sharded(norm):
         norm = norm.full_tensor()  # type: ignore[attr-defined]
-    refused = None if judge is None else judge(norm)
-    if isinstance(optimizer, Lamb):
-        if refused is None or not bool(refused):
-            optimizer.step()
-    else:
-        optimizer.found_inf = refused  # type: ignore[attr-defined] # torch's name for it, from loss scaling
-        optimizer.step()
+    optimizer.found_inf = None if judge is None else judge(norm)  # type: ignore[attr-defined] # torch's name for it
+    optimizer.step()
     return norm

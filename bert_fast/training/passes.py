@@ -7,8 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bert_fast.data import PackedBatch
+from bert_fast.models import BertConfig
+from bert_fast.models.encoder import draw_rng_states
+from bert_fast.training.feed import seed_dropout
 from bert_fast.training.metrics import Totals
 
 
@@ -17,8 +21,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def forward(model: torch.nn.Module, batch: PackedBatch) -> Any:
-    """The model's output for a PackedBatch."""
+def dropout_states(config: BertConfig, device: torch.device, seed: int, step: int, micro_batch: int) -> Tensor | None:
+    """The dropout's states for a micro-batch, a function of (seed, step, micro-batch): int64 (1 + 3L, 2), or None."""
+    seed_dropout(seed, step, micro_batch)
+    return draw_rng_states(config, device)
+
+
+def forward(model: torch.nn.Module, batch: PackedBatch, rng_states: Tensor | None = None) -> Any:
+    """The model's output for a PackedBatch; in training its dropout has `rng_states`, or draws its own."""
     return model(
         input_ids=batch.input_ids,
         token_type_ids=batch.token_type_ids,
@@ -28,6 +38,7 @@ def forward(model: torch.nn.Module, batch: PackedBatch) -> Any:
         labels=batch.labels,
         next_sentence_label=batch.next_sentence_label,
         label_rows=batch.label_rows,
+        rng_states=rng_states,
         output_logits=False,
     )
 

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from bert_fast.data import PackedBatch
 from bert_fast.models import BertForPreTraining
 from bert_fast.training import checkpoint
-from bert_fast.training.feed import MicroBatch, seed_dropout
+from bert_fast.training.feed import MicroBatch
 from bert_fast.training.guard import Verdict
 from bert_fast.training.metrics import Totals
+from bert_fast.training.params import param_groups
 from bert_fast.training.parts import resolve_device
-from bert_fast.training.passes import autocast, forward
+from bert_fast.training.passes import autocast, dropout_states, forward
 
 BATCH, RECORD = "batch.safetensors", "record.json"
 _TENSORS = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "labels", "next_sentence_label", "label_rows")
@@ -36,11 +37,14 @@ class Replayed:
     """A step that was computed again.
 
     Args:
+        step: which one; `reason` says why it was refused.
         loss: of the step, now; `recorded_loss` what it was.
         norm: of the gradient, now; `recorded_norm` what it was.
         micro_losses: masked-language-model and next-sentence loss of each micro-batch.
     """
 
+    step: int
+    reason: str
     loss: float
     norm: float
     recorded_loss: float
@@ -97,12 +101,15 @@ def replay(folder: str | Path, device: str = "auto", weights: str | Path | None 
     pairs = max(1, sum(int((batch.next_sentence_label != -100).sum()) for _, batch in micro))
     totals, losses = Totals(where), []
     for number, batch in micro:
-        seed_dropout(record["seed"], record["step"], number)
+        states = dropout_states(model.config, where, record["seed"], record["step"], number)
         with autocast(where, record["precision"]):
-            out = forward(model, batch)
+            out = forward(model, batch, states)
         shares = (out.mlm_count / masked, (batch.next_sentence_label != -100).sum() / pairs)
         (shares[0] * out.mlm_loss + shares[1] * out.next_sentence_loss).backward()
         totals.add(out.mlm_loss, out.mlm_correct, out.mlm_count, out.seq_relationship_logits, batch.next_sentence_label)
         losses.append((float(out.mlm_loss.detach()), float(out.next_sentence_loss.detach())))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-    return Replayed(float(totals.loss()), float(norm), float(record["loss"]), float(record["norm"]), losses)
+    # In the optimizer's order, on which the last bit depends.
+    parameters = [p for group in param_groups(model, 0.0) for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
+    now, then = (float(totals.loss()), float(norm)), (float(record["loss"]), float(record["norm"]))
+    return Replayed(record["step"], record["reason"], *now, *then, losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bert_fast.cli.main import main
 from bert_fast.training import checkpoint
 from bert_fast.training.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
 from bert_fast.training.feed import Position
@@ -42,10 +44,10 @@ def at_step(monkeypatch: pytest.MonkeyPatch, steps: set[int], change: Callable[[
     """Call `change(trainer)` between backward and update of `steps`."""
     original = Trainer._update
 
-    def update(self: Trainer, taken: Any, found: Any) -> Any:
+    def update(self: Trainer, taken: Any) -> Any:
         if self.step + 1 in steps:
             change(self)
-        return original(self, taken, found)
+        return original(self, taken)
 
     monkeypatch.setattr(Trainer, "_update", update)
 
@@ -103,7 +105,7 @@ def test_too_many_skips_in_a_row_end_the_run(config: PretrainConfig, monkeypatch
 
 
 def test_an_exploding_loss_stops_before_its_update_and_is_computed_again_to_the_bit(
-    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def explode(trainer: Trainer) -> None:
         with torch.no_grad():
@@ -119,18 +121,29 @@ def test_an_exploding_loss_stops_before_its_update_and_is_computed_again_to_the_
     assert again.loss == again.recorded_loss
     assert again.norm == again.recorded_norm
     assert len(again.micro_losses) == 2
+    assert main(["replay", str(folder), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"step 4: {again.reason}"
+    assert said[2].split() == ["loss", f"{again.loss:.6g}", f"{again.loss:.6g}"]
+    assert said[3].split() == ["gradient", "norm", f"{again.norm:.6g}", f"{again.norm:.6g}"]
+    assert len(said) == 6
+    assert main(["replay", str(folder), "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["micro_losses"] == [list(pair) for pair in again.micro_losses]
     healthy = replay(folder, device="cpu", weights=Path(config.output_dir) / "checkpoints" / "step-00000002")
     assert healthy.loss < again.loss / 3
     (folder / "batch.safetensors").write_bytes(b"")
     with pytest.raises(checkpoint.CorruptCheckpointError, match=r"batch\.safetensors is corrupt"):
         replay(folder)
+    assert main(["replay", str(folder)]) == 2
+    assert "bert-fast replay: error:" in capsys.readouterr().err
 
 
 def judged(guard: Guard, *losses: float) -> list[bool]:
     """Which of these losses are refused, one step after the other."""
     for step, loss in enumerate(losses):
         value, norm = torch.tensor(loss, dtype=torch.float64), torch.tensor(1.0)
-        guard.note(step, Position(0, step), value, norm, guard.judge(value, norm))
+        judged = torch.stack([guard.judge(value, norm).double(), value, norm.double()])
+        guard.note(step, Position(0, step), judged)
     return [verdict.refused for verdict in guard.settled(all_steps=True)]
 
 

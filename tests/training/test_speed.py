@@ -165,7 +165,7 @@ def test_a_meter_leaves_out_what_is_paused(tiny_config: Path, monkeypatch: pytes
     monkeypatch.setattr("bert_fast.training.throughput.time.perf_counter", lambda: now[0])
     meter = Meter(BertConfig.from_pretrained(tiny_config.parent, vocab_size=120), 100, 1e6)
 
-    meter.add(StepBatches(Position(0, 0), Position(0, 1), (), 3, 80, 2200))
+    meter.add(StepBatches(Position(0, 0), Position(0, 1), (), 3, 80, 2200, torch.zeros(0, 2)))
     now[0] += 2.0
     with meter.paused():
         now[0] += 100.0
