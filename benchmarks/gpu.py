@@ -35,6 +35,7 @@ GRACE = 5.0  # seconds between the interrupt, at which pytest and the benchmarks
 PLAIN = 25.0  # seconds of the build's limit that are kept for a build without the CPU kernels
 # One compiler a process: eight processes compile at a time when they warm up, and the timed runs find it all cached.
 COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+MODELS = {"pretraining": "pretraining", "peers": "gpu_peers"}  # steps that measure whole models
 COMMAND_LINE_TESTS = ("tests/cli", "tests/training/test_kill.py")
 VERIFY = """
 from types import SimpleNamespace
@@ -187,13 +188,15 @@ def rooms() -> list[str]:
 def warm_up(options: Options, limit: float) -> list[Outcome]:
     """Compile what the benchmarks need, all of them at a time. What this does not reach they do themselves."""
     quick = [] if options.full else ["--quick"]
-    commands = {f"warm-up {room}": module(f"benchmarks.bench_{room}", "--warm", *quick) for room in rooms()}
-    commands["warm-up peers"] = module("benchmarks.gpu_peers", "--warm", *quick)
+    files = {room: f"bench_{room}" for room in rooms()} | MODELS
     begin = time.perf_counter()
-    with ThreadPoolExecutor(len(commands)) as pool:
-        found = list(
-            pool.map(lambda name: run(name, commands[name], limit, {} if "peers" in name else COMPILER), commands)
-        )
+
+    def warm(name: str) -> Outcome:
+        command = module(f"benchmarks.{files[name]}", "--warm", *quick)
+        return run(f"warm-up {name}", command, limit, {} if name in MODELS else COMPILER)
+
+    with ThreadPoolExecutor(len(files)) as pool:
+        found = list(pool.map(warm, files))
     bad = [
         f"{outcome.name.removeprefix('warm-up ')} {outcome.result}" for outcome in found if outcome.result != "passed"
     ]
@@ -222,8 +225,16 @@ def benchmarks(options: Options, limit: float) -> list[Outcome]:
     return found
 
 
+def pretraining(options: Options, limit: float) -> list[Outcome]:
+    return whole_model("pretraining", options, limit)
+
+
 def peers(options: Options, limit: float) -> list[Outcome]:
-    return [run("peers", module("benchmarks.gpu_peers", *recorded(options, limit - MARGIN)), limit)]
+    return whole_model("peers", options, limit)
+
+
+def whole_model(name: str, options: Options, limit: float) -> list[Outcome]:
+    return [run(name, module(f"benchmarks.{MODELS[name]}", *recorded(options, limit - MARGIN)), limit)]
 
 
 def of_gpus(options: Options) -> list[str]:
@@ -256,7 +267,8 @@ STEPS = (
     Step("sanitizer", 55, True, sanitizer),
     Step("warm-up", 50, True, warm_up),
     Step("benchmarks", 125, True, benchmarks),
-    Step("peers", 60, True, peers),
+    Step("pretraining", 45, True, pretraining),
+    Step("peers", 15, True, peers),
     Step("targets", 5, False, targets),
     Step("plots", 10, False, plots),
 )

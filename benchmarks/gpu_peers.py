@@ -1,13 +1,11 @@
-"""A whole BERT beside transformers' own: a training step, and inference, on the same weights and batches.
+"""A whole BERT's inference beside transformers' own, on the same weights and batches; `pretraining.py` has the step.
 
     python -m benchmarks.gpu_peers [--device cpu|cuda] [--size base|large|tiny ...] [--quick] [--record] [--budget S]
 
-Training is masked-language-model training: forward, backward and AdamW (fused on CUDA), dropout 0.1, bfloat16 autocast,
-15 % of the tokens masked. Inference is the encoder's last hidden state. transformers gets padded batches with a mask
-and its `sdpa` attention, with and without torch.compile; ours gets the same sequences packed, and
-the fused transformers model the padded ones. All are timed as they are called, by the host's clock with the device
-awaited after each step, the variants in turns, medians. Tokens per second count real tokens. Peak memory is what a
-step adds to the weights and the optimizer's state.
+Inference is the encoder's last hidden state, in bfloat16 autocast. transformers gets padded batches with a mask and its
+`sdpa` attention, with and without torch.compile; ours gets the same sequences packed, and the fused transformers model
+the padded ones. All are timed as they are called, by the host's clock with the device awaited after each call, the
+variants in turns, medians. Tokens per second count real tokens. Peak memory is what a call adds to what was there.
 
 Before a case is timed the losses and hidden states without dropout are compared: ours may be three times as far from
 transformers in float32 as transformers under bfloat16 is, plus a floor; if it is not, nothing is reported.
@@ -19,6 +17,7 @@ import gc
 import json
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -36,13 +35,14 @@ from benchmarks.runner import arguments, prepare_compiler, write
 from bert_fast import fuse
 from bert_fast.data import PackedBatch
 from bert_fast.kernels import available_impls, use_impl
-from bert_fast.models import BertConfig, BertForMaskedLM
+from bert_fast.models import BertConfig, BertForPreTraining
 from bert_fast.models.checkpoint import load
+from bert_fast.training.graph import ROOMS_OF_A_STEP
+from bert_fast.training.passes import forward
 
 MASKED = 0.15
 PADDED_TOKENS = {"tiny": 256, "base": 16384, "large": 8192}  # of a batch
 VOCABULARY = {"tiny": 500, "base": 30522, "large": 30522}
-TRAINED = ("attention", "bias_gelu", "add_layer_norm", "embedding_layer_norm", "masked_lm_loss")  # rooms of a step
 FACTOR, FLOOR = 3.0, 2e-3  # of the model-level bound; the floor is relative: a quarter of bfloat16's step
 WARMUPS = 3
 
@@ -58,15 +58,15 @@ class Row:
     fill: float | None = None
     peak_mbytes: float | None = None
     ratio_to_best_peer: float | None = None
+    mfu: float | None = None
     refused: str = ""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is run: a training step ("train") or the encoder ("infer") on sequences of these lengths."""
+    """A batch of sequences of these lengths."""
 
     name: str
-    kind: str
     lengths: list[int]
     seqlen: int
 
@@ -81,6 +81,7 @@ def batches(scenario: Scenario, vocabulary: int, device: torch.device) -> tuple[
     lengths, total = torch.tensor(scenario.lengths), sum(scenario.lengths)
     ids = torch.randint(5, vocabulary, (total,))
     labels = torch.randint(5, vocabulary, (total,)).where(torch.rand(total) < MASKED, torch.tensor(-100))
+    pairs = torch.randint(0, 2, lengths.shape)
     keep = torch.arange(scenario.seqlen) < lengths[:, None]
     packed = PackedBatch(
         input_ids=ids,
@@ -89,16 +90,16 @@ def batches(scenario: Scenario, vocabulary: int, device: torch.device) -> tuple[
         cu_seqlens=torch.tensor([0, *accumulate(scenario.lengths)], dtype=torch.int32),
         max_seqlen=max(scenario.lengths),
         labels=labels,
-        next_sentence_label=torch.full((len(scenario.lengths),), -100),
-    )
+        next_sentence_label=pairs,
+    ).with_label_rows()
     padded = {"input_ids": torch.zeros(keep.shape, dtype=torch.int64), "labels": torch.full(keep.shape, -100)}
     padded["input_ids"][keep], padded["labels"][keep] = ids, labels
-    padded["attention_mask"] = keep.long()
+    padded |= {"attention_mask": keep.long(), "next_sentence_label": pairs}
     return packed.to(device), {name: x.to(device) for name, x in padded.items()}
 
 
 class Theirs:
-    """transformers' BertForMaskedLM, compiled or not."""
+    """transformers' BertForPreTraining, compiled or not."""
 
     def __init__(self, model: Any, compiled: bool = False, seqlens: tuple[int, ...] = ()) -> None:
         self.model, self.seqlens = model, seqlens
@@ -111,7 +112,7 @@ class Theirs:
 
     def hidden(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
         """(B, S, E)."""
-        inputs = {name: x for name, x in padded.items() if name != "labels"}
+        inputs = {name: x for name, x in padded.items() if "label" not in name}
         out: Tensor = self.encoder(**inputs).last_hidden_state
         return out
 
@@ -122,29 +123,26 @@ def runs_here(variant: Theirs | Mine, scenario: Scenario) -> bool:
 
 
 class Mine:
-    """bert_fast's BertForMaskedLM on packed batches, with one choice of implementation."""
+    """bert_fast's BertForPreTraining on packed batches, with one choice of implementation."""
 
     def __init__(self, model: Any, impl: str) -> None:
         self.model, self.impl = model, impl
 
-    def _inputs(self, packed: PackedBatch) -> dict[str, Any]:
-        names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "max_seqlen")
-        return {name: getattr(packed, name) for name in names}
-
     def loss(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
         with use_impl(self.impl):
-            out: Tensor = self.model(labels=packed.labels, **self._inputs(packed)).loss
+            out: Tensor = forward(self.model, packed).loss
         return out
 
     def hidden(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
         """(T, E)."""
+        names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "max_seqlen")
         with use_impl(self.impl):
-            out: Tensor = self.model.bert(**self._inputs(packed)).last_hidden_state
+            out: Tensor = self.model.bert(**{name: getattr(packed, name) for name in names}).last_hidden_state
         return out
 
 
 class Fused(Mine):
-    """transformers' BertForMaskedLM after bert_fast.fuse, on the padded batches that transformers takes."""
+    """transformers' BertForPreTraining after bert_fast.fuse, on the padded batches that transformers takes."""
 
     def loss(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
         with use_impl(self.impl):
@@ -170,8 +168,8 @@ def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[
     settings._attn_implementation = "sdpa"
     torch.manual_seed(0)
     with device:
-        theirs = transformers.BertForMaskedLM(settings)
-        mine = BertForMaskedLM(config)
+        theirs = transformers.BertForPreTraining(settings)
+        mine = BertForPreTraining(config)
     load(mine, theirs.state_dict())
     theirs, mine = theirs.to(device), mine.to(device)
     found: dict[str, Theirs | Mine] = {"transformers": Theirs(theirs)}
@@ -180,7 +178,7 @@ def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[
     found["bert_fast auto"] = Mine(mine, "auto")
     found["transformers, fused"] = Fused(fuse(deepcopy(theirs)), "auto")
     impls = available_impls()
-    if device.type == "cuda" and all(impls[room]["triton"].ok for room in TRAINED):
+    if device.type == "cuda" and all(impls[room]["triton"].ok for room in ROOMS_OF_A_STEP):
         found["bert_fast triton"] = Mine(mine, "triton")
     return found, config.vocab_size
 
@@ -211,22 +209,6 @@ def check(variants: dict[str, Theirs | Mine], packed: PackedBatch, padded: dict[
                     raise SystemExit(f"{name}, {label}: {what} {error:.2e} from float32, over {bound:.2e}; not timed")
 
 
-def training_step(variant: Theirs | Mine, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
-    """Forward, backward, AdamW. The state of AdamW exists after the first step."""
-    device = packed.input_ids.device
-    optimizer = torch.optim.AdamW(variant.model.parameters(), lr=1e-6, fused=device.type == "cuda")
-
-    def step() -> None:
-        variant.model.train()
-        with precision(device):
-            loss = variant.loss(packed, padded)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
 def inference(variant: Theirs | Mine, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
     device = packed.input_ids.device
 
@@ -248,20 +230,24 @@ def awaited(run: Callable[[], None], device: torch.device) -> float:
 
 
 def measure(
-    scenario: Scenario, variants: dict[str, Theirs | Mine], vocabulary: int, machine: Machine, seconds: float
+    scenario: Scenario,
+    variants: dict[str, Theirs | Mine],
+    batch: tuple[PackedBatch, dict[str, Tensor]],
+    machine: Machine,
+    seconds: float,
+    make: Callable[[Theirs | Mine, PackedBatch, dict[str, Tensor]], Callable[[], None]] = inference,
 ) -> list[Row]:
-    """Compare, warm up, time in turns."""
+    """Compare, warm up, time in turns what `make` makes of each variant."""
     variants = {name: variant for name, variant in variants.items() if runs_here(variant, scenario)}
     device = machine.device
-    packed, padded = batches(scenario, vocabulary, device)
+    packed, padded = batch
     check(variants, packed, padded, scenario.name)
-    make = training_step if scenario.kind == "train" else inference
     runs: dict[str, Callable[[], None]] = {}
     peaks: dict[str, float | None] = {}
     refused: dict[str, str] = {}
     for name, variant in variants.items():
-        run = make(variant, packed, padded)
         try:
+            run = make(variant, packed, padded)
             for _ in range(WARMUPS):  # compiles, and makes the optimizer's state
                 run()
             peaks[name] = machine.with_peak(run)[1]
@@ -298,59 +284,73 @@ def measure(
     return rows
 
 
-def scenarios(size: str, quick: bool) -> list[Scenario]:
+def scenarios(size: str, lengths: tuple[int, ...], kind: str) -> list[Scenario]:
     """What matters most first: a short budget leaves the rest out."""
     found = []
-    for kind in ("train", "infer"):
-        for seqlen in (32,) if size == "tiny" else (512, 128):
-            count = PADDED_TOKENS[size] // seqlen
-            full = Scenario(f"{size} S {seqlen} {kind}", kind, [seqlen] * count, seqlen)
-            half = Scenario(f"{size} S {seqlen} half filled {kind}", kind, half_filled(count, seqlen), seqlen)
-            found += [half, full]
-    return [scenario for scenario in found if scenario.kind == "train" or not quick]
+    for seqlen in (32,) if size == "tiny" else lengths:
+        count = PADDED_TOKENS[size] // seqlen
+        found.append(Scenario(f"{size} S {seqlen} half filled {kind}", half_filled(count, seqlen), seqlen))
+        found.append(Scenario(f"{size} S {seqlen} {kind}", [seqlen] * count, seqlen))
+    return found
 
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| case | variant | ms | real tokens/s | fill | peak MB | x best peer |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| case | variant | ms | real tokens/s | fill | peak MB | MFU | x best peer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         if r.ms is None or r.fill is None:
-            lines.append(f"| {r.case} | {r.variant} | refused: {r.refused} | | | | |")
+            lines.append(f"| {r.case} | {r.variant} | refused: {r.refused} | | | | | |")
             continue
         peak = "" if r.peak_mbytes is None else f"{r.peak_mbytes:,.0f}"
         ratio = "" if r.ratio_to_best_peer is None else f"{r.ratio_to_best_peer:.2f}"
+        mfu = "" if r.mfu is None else f"{r.mfu:.1%}"
         lines.append(
-            f"| {r.case} | {r.variant} | {r.ms:.2f} | {r.tokens_per_s:,.0f} | {r.fill:.0%} | {peak} | {ratio} |"
+            f"| {r.case} | {r.variant} | {r.ms:.2f} | {r.tokens_per_s:,.0f} | {r.fill:.0%} | {peak} | {mfu} | {ratio} |"
         )
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = arguments("a whole BERT beside transformers' own")
-    parser.add_argument("--size", nargs="+", choices=tuple(PADDED_TOKENS), default=None)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    options = parser.parse_args()
-    prepare_compiler()
-    try:
-        machine = machine_of(options.device)
-    except ValueError as error:
-        parser.error(str(error))
-    sizes = options.size or (["base"] if options.quick else ["base", "large"])
+def compiles_at(size: str, options: Namespace) -> tuple[int, ...]:
+    """The lengths at which torch.compile takes part: 24 layers take it minutes."""
+    if options.no_compile or size == "tiny" or (size == "large" and options.quick):
+        return ()
+    return (512,) if options.quick else (128, 512)
+
+
+def run(
+    name: str,
+    options: Namespace,
+    machine: Machine,
+    sizes: list[str],
+    scenarios_of: Callable[[str], list[Scenario]],
+    measured: Callable[[Scenario, dict[str, Theirs | Mine], int], list[Row]],
+) -> dict[str, Any] | None:
+    """Measure every scenario of every size while there is time, and print the table.
+
+    Args:
+        name: of the benchmark.
+        options: of the command line.
+        sizes: where it names none.
+        scenarios_of: a size's.
+        measured: takes a scenario, the variants and the vocabulary's size.
+
+    Returns:
+        The report, or None where nothing was to be timed.
+    """
     begin = time.perf_counter()
-    seconds = 0.0 if options.warm else 0.5 if options.quick else 1.5
     rows: list[Row] = []
     left_out: list[str] = []
-    for size in sizes:
-        # Compiling the 24 layers of large takes longer than everything else here together.
-        takes_part = size == "base" and not options.no_compile
-        compiled = ((512,) if options.quick else (128, 512)) if takes_part else ()
-        variants, vocabulary = models(size, machine.device, compiled)
-        for scenario in scenarios(size, options.quick)[: 1 if options.warm else None]:
+    for size in options.size or sizes:
+        variants, vocabulary = models(size, machine.device, compiles_at(size, options))
+        for scenario in scenarios_of(size)[: 1 if options.warm else None]:
             if time.perf_counter() - begin > options.budget:
                 left_out.append(scenario.name)
                 continue
             try:
-                rows += measure(scenario, variants, vocabulary, machine, seconds)
+                rows += measured(scenario, variants, vocabulary)
             except KeyboardInterrupt:  # what was measured so far is worth its report
                 left_out.append(scenario.name)
                 options.budget = 0.0
@@ -360,16 +360,45 @@ def main() -> int:
         gc.collect()
         machine.release()
     if options.warm:
-        return 0
+        return None
     import transformers
 
     about = {**environment(machine), "transformers": transformers.__version__}
-    print(f"models: {json.dumps(about)}\n{table(rows)}")
-    report: dict[str, Any] = {"environment": about, "rows": [asdict(row) for row in rows]}
+    print(f"{name}: {json.dumps(about)}\n{table(rows)}")
     if left_out:
-        report["left_out"] = left_out
         print(f"not measured, the time was over: {'; '.join(left_out)}")
-    if options.record:
+    report = {"environment": about, "rows": [asdict(row) for row in rows]}
+    return {**report, "left_out": left_out} if left_out else report
+
+
+def command_line(what: str) -> tuple[Namespace, Machine]:
+    """The options of both benchmarks, and the machine."""
+    parser = arguments(what)
+    parser.add_argument("--size", nargs="+", choices=tuple(PADDED_TOKENS), help="tiny shows that it runs")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options = parser.parse_args()
+    prepare_compiler()
+    try:
+        return options, machine_of(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def seconds_of(options: Namespace) -> float:
+    """How long a scenario is timed."""
+    return 0.0 if options.warm else 0.5 if options.quick else 1.5
+
+
+def main() -> int:
+    options, machine = command_line("a whole BERT's inference beside transformers' own")
+
+    def measured(scenario: Scenario, variants: dict[str, Theirs | Mine], vocabulary: int) -> list[Row]:
+        batch = batches(scenario, vocabulary, machine.device)
+        return measure(scenario, variants, batch, machine, seconds_of(options))
+
+    lengths, sizes = ((512,), ["base"]) if options.quick else ((512, 128), ["base", "large"])
+    report = run("models", options, machine, sizes, lambda size: scenarios(size, lengths, "infer"), measured)
+    if report is not None and options.record:
         print(f"written: {write(report, 'models', options.results)}")
     return 0
 

@@ -42,6 +42,11 @@ def faster_than(peers: str) -> Callable[[Row, list[Row]], tuple[float, str] | No
     return ratio
 
 
+def of_rate(tokens_per_s: float) -> Callable[[Row, list[Row]], tuple[float, str] | None]:
+    """The share of so many real tokens a second."""
+    return lambda ours, rows: (ours["tokens_per_s"] / tokens_per_s, f"{tokens_per_s:,.0f} real tokens/s")
+
+
 def as_precise(ours: Row, rows: list[Row]) -> tuple[float, str] | None:
     """How many times faster than the fastest peer of the same or a higher precision."""
     beside = [row for row in rows if at_least(row["precision"], ours["precision"])]
@@ -60,13 +65,17 @@ def nearer_than(peer: str) -> Callable[[Row, list[Row]], tuple[float, str] | Non
 
 @dataclass(frozen=True)
 class Target:
-    """`ratio` is to be at least `goal` in every case of `room` whose name matches, for ours whose name does."""
+    """`ratio` is to be at least `goal` in every case of `room` whose name matches, for ours whose name does.
+
+    Where it is one device's target, `device` is in the name of its folder.
+    """
 
     room: str
     cases: str
     goal: float
     ratio: Callable[[Row, list[Row]], tuple[float, str] | None]
     ours: re.Pattern[str] = OURS
+    device: str = ""
 
 
 TARGETS = (
@@ -79,6 +88,9 @@ TARGETS = (
     # A backend without dropout refuses the case, so that those which were timed have it.
     Target("attention", r"S 512 bfloat16 forward \+ backward, dropout", 1.5, faster_than("(?!bert_fast|copy of)")),
     Target("attention", r"S 512 half filled bfloat16 .*", 1.8, faster_than("SDPA |torch.compile")),
+    Target("pretraining", r"(base|large) S \d+ train", 2.0, faster_than("transformers, torch.compile")),
+    Target("pretraining", r"(base|large) S 512 half filled train", 3.5, faster_than("transformers, torch.compile")),
+    Target("pretraining", r"large S .* train", 1.0, of_rate(200_000), device="h200"),
 )
 BASE = {  # case of BERT-base -> goals in fp32, bf16 and int8
     r"\(8, 128\) infer BERT-base": (1.1, 1.05, 1.4),
@@ -98,7 +110,7 @@ CPU_TARGETS = (
 
 def targets_of(device: str) -> tuple[Target, ...]:
     """The targets of a device, by the name of its folder."""
-    return CPU_TARGETS if device.startswith("cpu-") else TARGETS
+    return CPU_TARGETS if device.startswith("cpu-") else tuple(t for t in TARGETS if t.device in device)
 
 
 def judge(target: Target, report: dict[str, Any] | None) -> list[dict[str, Any]]:
