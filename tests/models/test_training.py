@@ -44,6 +44,25 @@ def test_one_seed_gives_one_dropout_and_another_another() -> None:
     assert not torch.equal(loss, other)
 
 
+def test_states_of_the_dropout_can_be_given() -> None:
+    from bert_fast.models.encoder import draw_rng_states
+
+    model = BertForPreTraining(CONFIG).train()
+    torch.manual_seed(7)
+    states = draw_rng_states(CONFIG, torch.device("cpu"))
+    assert states is not None
+    drawn, gradients = step(model, seed=7)
+    given, same = step(model, seed=8, rng_states=states)
+    assert torch.equal(given, drawn)
+    assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+    other, _ = step(model, seed=7, rng_states=states + 1)
+    assert not torch.equal(other, drawn)
+    with pytest.raises(ValueError, match="rng_states"):
+        step(model, rng_states=states[:-1])
+    model.eval()
+    assert torch.equal(step(model, rng_states=states)[0], step(model)[0])
+
+
 def test_every_place_of_dropout_drops_something_else() -> None:
     """With one sample of the generator for all places, a place would repeat another's mask."""
     model = BertModel(CONFIG.replace(hidden_dropout_prob=0.5)).train()
