@@ -17,16 +17,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bert_fast.data import PackedBatch
 from bert_fast.kernels import available_impls, use_impl
 from bert_fast.kernels._common import checks
+from bert_fast.models import BertConfig, BertForPreTraining
+from bert_fast.models.encoder import draw_rng_states
 from bert_fast.training import graph
 from bert_fast.training.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
 from bert_fast.training.graph import WARM_UPS, Capture, CudaCapture
+from bert_fast.training.guard import Guard
 from bert_fast.training.loop import Trainer, pretrain
+from bert_fast.training.metrics import Totals
+from bert_fast.training.params import make_optimizer
 from bert_fast.training.ranks import Ranks
+from bert_fast.training.step import Inputs, StepWork
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]
 ROOMS = graph.ROOMS_OF_A_STEP
@@ -297,6 +305,28 @@ def test_several_ranks_and_rooms_without_kernels_are_refused(monkeypatch: pytest
         graph.capture_on(ranks, "bf16")
     with use_impl("reference"):
         assert graph.waiting_rooms(torch.device("cpu"), "bf16") == list(ROOMS)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_over_triton_kernels_depends_on_no_value(precision: str, tiny_config: Path) -> None:
+    """Fake tensors have shapes and no values: to read one, or to make a shape of one, raises."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = BertConfig.from_pretrained(tiny_config.parent, vocab_size=120)
+    with FakeTensorMode(), use_impl("triton"), device:
+        model = BertForPreTraining(settings).train()
+        optimizer = make_optimizer(model, OptimizerOptions())
+        for group in optimizer.param_groups:
+            group |= {"capturable": True, "lr": torch.zeros(())}
+        guard, totals = Guard("skip", 3.0, device), Totals(device)
+        work = StepWork(model, optimizer, guard, totals, precision=precision, max_grad_norm=1.0)
+        tokens = [torch.zeros(64, dtype=torch.int64) for _ in range(4)]
+        ends, pairs = torch.zeros(5, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+        batch = PackedBatch(*tokens[:3], ends, 32, tokens[3], pairs, torch.zeros(12, dtype=torch.int64))
+        work.accumulate(Inputs(batch, torch.ones(2), draw_rng_states(settings, device)))
+        assert all(p.grad is not None for p in model.parameters())
+        work.update()
+        with pytest.raises(DataDependentOutputException):
+            float(work.judged[1])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and Triton")
