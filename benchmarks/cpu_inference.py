@@ -42,7 +42,7 @@ from benchmarks.lengths import evenly_spaced
 from benchmarks.runner import PRECISIONS, Case, Plan, Variant, arguments, prepare_compiler, run, warm, write
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.models.checkpoint import load
-from bert_fast.tasks.embedding import packed
+from bert_fast.models.embedding import packed
 
 MODELS = {"base": Size("BERT-base", 12, 768, 3072), "minilm": Size("MiniLM", 6, 384, 1536)}
 CASES = {"1x32": (1, 32), "8x128": (8, 128), "2x512": (2, 512), "8x512-half": (8, 512)}
@@ -95,9 +95,14 @@ class Bench:
         tokens = batch.ids.numel()
         if peer in self.rates and tokens > PATIENCE * self.rates[peer]:
             raise AbsentError(f"too slow: {tokens / self.rates[peer]:.0f} s a call at the speed of the cases before")
+        begin = time.perf_counter()
         if peer not in self.made:
             self.made[peer] = peer.make(self.shop)
-        begin = time.perf_counter()
+            seconds = time.perf_counter() - begin
+            print(
+                f"{self.size.name}: {peer.name}, {peer.precision}: made in {seconds:.0f} s", file=sys.stderr, flush=True
+            )
+            begin = time.perf_counter()
         found = self.made[peer](batch.ids, batch.mask)
         self.rates[peer] = max(self.rates.get(peer, 0.0), tokens / (time.perf_counter() - begin))
         return found
@@ -167,10 +172,15 @@ def weights_of(name: str, size: Size) -> Any:
     return transformers.BertModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
+def settings_of(model: Any) -> BertConfig:
+    """The configuration of a transformers model as ours."""
+    settings = {key: value for key, value in model.config.to_dict().items() if key in BertConfig.__dataclass_fields__}
+    return BertConfig.from_dict({**settings, "model_type": "bert"})
+
+
 def ours_of(model: Any, precisions: tuple[str, ...]) -> dict[str, nn.Module]:
     """bert_fast's BertModel with the same weights, by precision."""
-    settings = {key: value for key, value in model.config.to_dict().items() if key in BertConfig.__dataclass_fields__}
-    fp32 = BertModel(BertConfig.from_dict({**settings, "model_type": "bert"})).eval()
+    fp32 = BertModel(settings_of(model)).eval()
     load(fp32, model.state_dict())
     makers: dict[str, Callable[[], nn.Module]] = {
         "fp32": lambda: fp32,
@@ -225,9 +235,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that every peer runs, no figures")
     options = parser.parse_args()
     if options.device == "cuda":
-        parser.error(
-            "--device is cuda; this is the benchmark of processors (python -m benchmarks.gpu_peers is a GPU's)"
-        )
+        parser.error("--device is cuda; this is the benchmark of processors, benchmarks.gpu_peers a GPU's")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     prepare_compiler()
@@ -242,7 +250,7 @@ def main() -> int:
     report = run("cpu_inference", chosen, Cpu(), seconds, options.budget)
     report["environment"] |= dict(versions())
     entries = [entry for target in targets.CPU_TARGETS for entry in targets.judge(target, report)]
-    print(targets.table(entries))
+    print(targets.table([entry for entry in entries if entry["room"] == "cpu_inference"]))
     if options.record:
         print(f"written: {write(report, 'cpu_inference', options.results)}")
     return 0

@@ -105,6 +105,15 @@ CPU_TARGETS = (
         for precision, goal in zip(("fp32", "bf16", "int8"), goals, strict=True)
     ),
     Target("cpu_inference", r".* infer .*", 1.0, nearer_than("ONNX Runtime, dynamic"), re.compile("bert_fast, int8")),
+    *(
+        Target(
+            "cpu_training",
+            rf"\(8, 128\) train BERT-base {precision}",
+            goal,
+            faster_than(rf"transformers, {precision}"),
+        )
+        for precision, goal in (("fp32", 3.0), ("bf16", 1.8))
+    ),
 )
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cpu_inference, cpu_peers, devices, plots, runner, targets
+from benchmarks import cpu_inference, cpu_peers, cpu_training, devices, plots, runner, targets
 from benchmarks.cpu_inference import SMOKE, Batch, Bench
 from benchmarks.cpu_peers import PEERS, AbsentError, Peer
 from benchmarks.devices import Cpu
 from benchmarks.lengths import evenly_spaced
 
 LIMITS = {"copy_gbytes_per_s": 10.0, "fp32_gemm_gflops": 100.0, "bf16_gemm_gflops": 400.0, "int8_gemm_gflops": 800.0}
+THEM_AND_US = ("transformers", "bert_fast")
 
 
 @pytest.fixture
@@ -47,6 +48,31 @@ def test_a_smoke_run_compares_every_precision_and_is_drawn_and_judged(
     assert {"load_average_at_start", "cores_busy_with_others", "busy", "openvino"} <= report["environment"].keys()
     (drawn,) = plots.draw_folder(file.parent)
     assert "bert_fast, bf16" in drawn.read_text()
+
+
+def test_a_smoke_run_of_training_compares_the_step_in_both_precisions(
+    machine: Cpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cpu_training", "--smoke", "--record", "--results", str(tmp_path)])
+    assert cpu_training.main() == 0
+    (file,) = tmp_path.glob("*/cpu_training.json")
+    rows = json.loads(file.read_text())["rows"]
+    names = [f"{who}, {precision}" for precision in ("fp32", "bf16") for _ in range(2) for who in THEM_AND_US]
+    assert [row["variant"] for row in rows] == names
+    assert all(row["ms"] and row["tokens_per_s"] and row["error"] is not None for row in rows)
+    assert max(row["error"] for row in rows if row["precision"] == "fp32") < 1e-5
+    assert "train BERT-base" in capsys.readouterr().out
+
+
+def test_a_training_step_with_another_gradient_ends_the_run(machine: Cpu) -> None:
+    cpu_training.variants_of.cache_clear()
+    case = cpu_training.case(cpu_training.SMOKE, [9, 4, 2], "fp32", False)
+    ours = cpu_training.variants_of(cpu_training.SMOKE, False)["bert_fast"].model
+    with torch.no_grad():
+        ours.bert.encoder.layer[0].output.dense.weight.mul_(1.001)
+    with pytest.raises(SystemExit, match=r"bert_fast, fp32: error .* nothing was reported"):
+        runner.measure("tiny", case, machine, LIMITS, 0.01)
+    cpu_training.variants_of.cache_clear()
 
 
 def test_a_peer_of_a_lower_precision_does_not_stand_beside_ours(machine: Cpu) -> None:

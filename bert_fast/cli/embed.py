@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bert_fast.cli.models import load, read_texts
+from bert_fast.cli.models import load, read_texts, shows_progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--max_seqlen", type=int | None, default=None, help="cut longer texts; the model's maximum if none"
     )
-    parser.add_argument("--tokens_per_batch", type=int, default=8192, help="texts of like length are packed up to this")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="texts of like length are packed up to this")
     parser.add_argument("--device", type=str, default="auto", help="auto takes CUDA where there is one")
 
 
@@ -41,42 +41,18 @@ def run(args: Any) -> int:
         raise ValueError(f"--output is {args.output!r}; expected a name ending in {', '.join(FORMATS)}")
     texts = read_texts(args.texts, args.file)
 
-    from bert_fast.tasks.embedding import embed
-
     model, tokenizer = load("BertModel", args.model, args.device, add_pooling_layer=args.pooling == "pooler")
-    with _Progress(len(texts)) as advance:
-        vectors = embed(
-            model,
-            tokenizer,
-            texts,
-            pooling=args.pooling,
-            normalize=args.normalize,
-            max_seqlen=args.max_seqlen,
-            tokens_per_batch=args.tokens_per_batch,
-            progress=advance,
-        )
+    vectors = model.encode(
+        texts,
+        tokenizer=tokenizer,
+        pooling=args.pooling,
+        normalize=args.normalize,
+        max_seqlen=args.max_seqlen,
+        batch_tokens=args.batch_tokens,
+        show_progress_bar=shows_progress(),
+    )
     _write(texts, vectors, args.output)
     return 0
-
-
-class _Progress:
-    """A bar on stderr where that is a terminal and tqdm is installed."""
-
-    def __init__(self, total: int) -> None:
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm(total=total, unit="text", dynamic_ncols=True)
-
-    def __enter__(self) -> Any:
-        return self._bar.update if self._bar is not None else None
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _write(texts: list[str], vectors: Tensor, output: str | None) -> None:

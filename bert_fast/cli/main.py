@@ -77,8 +77,29 @@ def _run(command: str, arguments: list[str]) -> int:
     module.add_arguments(parser)
     if hasattr(module, "positional"):
         arguments = module.positional(arguments)
-    result: int = module.run(parser.parse_args(_with_recipe(arguments)))
+    arguments, threads = _without_threads(arguments)
+    parsed = parser.parse_args(_with_recipe(arguments))
+
+    from bert_fast.threads import use_threads
+
+    with use_threads(threads):
+        result: int = module.run(parsed)
     return result
+
+
+def _without_threads(arguments: list[str]) -> tuple[list[str], int | None]:
+    """The arguments without `--threads N`, which every command has, and N."""
+    rest, threads = [], None
+    after = iter(arguments)
+    for argument in after:
+        if argument == "--threads" or argument.startswith("--threads="):
+            value = argument.partition("=")[2] or next(after, "")
+            if not value.isdigit():
+                raise ValueError(f"--threads is {value!r}; expected the number of threads, 1 or more")
+            threads = int(value)
+        else:
+            rest.append(argument)
+    return rest, threads
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:
@@ -114,6 +135,7 @@ def _overview(command: str) -> int:
     for name, text in COMMANDS.items():
         print(f"  {name:<10} {text}")
     print("\n  --version  the version of bert_fast\n  --debug    with any command: the whole traceback of an error")
+    print("  --threads  with any command: how many the processor computes with; no more than the quota if not given")
     return 0 if command else 2
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,8 @@ def read_texts(texts: list[str], file: str | None) -> list[str]:
     if not lines:
         raise ValueError("no text given; give texts as arguments, --file FILE, or lines on stdin")
     return lines
+
+
+def shows_progress() -> bool:
+    """Whether stderr is a terminal, and tqdm is installed."""
+    return sys.stderr.isatty() and find_spec("tqdm") is not None

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bert_fast.cli.embed import _Progress as Progress
-from bert_fast.cli.models import load
+from bert_fast.cli.models import load, shows_progress
 
 if TYPE_CHECKING:
     from bert_fast.tasks.table import Table
@@ -39,7 +38,7 @@ def add_row_arguments(parser: Any) -> None:
         help="settings of the task in place of those of the training, as null_threshold, threshold, n_best",
     )
     parser.add_argument("--fill", type=str, default="[UNK]", help="the text that is put in with --empty fill")
-    parser.add_argument("--tokens_per_batch", type=int, default=8192, help="texts of like length are packed up to this")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="texts of like length are packed up to this")
     parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="bf16 is autocast")
     parser.add_argument("--device", type=str, default="auto", help="auto takes CUDA where there is one")
 
@@ -64,17 +63,18 @@ def load_task(folder: str, device: str, options: Mapping[str, Any] | None = None
 
 def predictions_of(args: Any, loaded: tuple[Any, Any, Task], table: Table, columns: Mapping[str, str]) -> list[Any]:
     """The predictions for `table`, with a progress bar on a terminal."""
+    from bert_fast.models.embedding import progress_bar
     from bert_fast.tasks.prediction import predict
 
     model, tokenizer, task = loaded
-    with Progress(len(table)) as advance:
+    with progress_bar(len(table), shows_progress()) as advance:
         return predict(
             model,
             task,
             tokenizer,
             table,
             columns,
-            tokens_per_batch=args.tokens_per_batch,
+            batch_tokens=args.batch_tokens,
             precision=args.precision,
             progress=advance,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, TypeVar
 
@@ -14,10 +14,12 @@ from bert_fast.models import checkpoint
 from bert_fast.models.config import BertConfig
 from bert_fast.models.encoder import SITES_PER_LAYER, BertEmbeddings, BertEncoder, BertPooler, draw_rng_states
 from bert_fast.models.family import ARCHITECTURES, FOR_ALL, Names
+from bert_fast.models.files import find_file
 from bert_fast.models.inputs import Tokens
 from bert_fast.models.outputs import BaseModelOutputWithPooling, ModelOutput
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from typing_extensions import Self, Unpack
 
 Output = TypeVar("Output", bound=ModelOutput)
@@ -184,6 +186,7 @@ class BertPreTrainedModel(nn.Module):
         checkpoint.load(
             model, stored, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes, new_head=new_head
         )
+        model.base_model.source = name_or_path, revision
         return model.eval()
 
     model_arguments: ClassVar[tuple[str, ...]] = ()
@@ -211,6 +214,8 @@ class BertModel(BertPreTrainedModel):
         self.embeddings_project = nn.Linear(config.input_size, config.hidden_size) if projected else None
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer and config.architecture.pooler else None
+        self.source: tuple[str | Path, str | None] | None = None  # name or path, and revision
+        self._tokenizer: Tokenizer | None = None
         self.finish()
 
     def forward(
@@ -293,6 +298,55 @@ class BertModel(BertPreTrainedModel):
         check_shape("rng_states", given, (1 + SITES_PER_LAYER * self.config.num_hidden_layers, 2))
         return given
 
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        pooling: str = "mean",
+        normalize: bool = False,
+        max_seqlen: int | None = None,
+        batch_tokens: int = 8192,
+        show_progress_bar: bool = False,
+    ) -> Tensor:
+        """The vector of each text: sorted by length, packed up to `batch_tokens` tokens, never padded.
+
+        Args:
+            tokenizer: that of the folder, or of the repository, which the model was loaded from if None.
+            others: see `bert_fast.models.embedding.encode`, which this is.
+
+        Returns:
+            (len(texts), E) float32 on the CPU, in the order of `texts`.
+
+        Raises:
+            ValueError, TypeError, ImportError: as `bert_fast.models.embedding.encode`; or there is no tokenizer.
+        """
+        from bert_fast.models.embedding import encode
+
+        return encode(
+            self,
+            self._own_tokenizer() if tokenizer is None else tokenizer,
+            texts,
+            pooling=pooling,
+            normalize=normalize,
+            max_seqlen=max_seqlen,
+            batch_tokens=batch_tokens,
+            show_progress_bar=show_progress_bar,
+        )
+
+    def _own_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            if self.source is None:
+                raise ValueError("the model was not loaded by from_pretrained; give encode a tokenizer")
+            from bert_fast.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+
+            name, revision = self.source
+            found = [path for file in TOKENIZER_FILES if (path := find_file(name, file, revision=revision))]
+            if not found:
+                raise ValueError(f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES)}); give encode one")
+            self._tokenizer = load_tokenizer(found[0].parent)
+        return self._tokenizer
+
     def _flag(self, name: str, **flags: Unpack[Flags]) -> bool:
         unknown = flags.keys() - Flags.__annotations__.keys()
         if unknown:
@@ -325,7 +379,7 @@ class BertHeadModel(BertPreTrainedModel):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=add_pooling_layer)
 
-    def encode(
+    def run_encoder(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,

@@ -109,7 +109,7 @@ class BertForSequenceClassification(_SequenceModel):
         Without a problem_type it follows from the labels: regression for one class, one class for integer labels (B,),
         several classes for floating-point labels (B, num_labels).
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
+        encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         logits = self.classify(encoded)
         loss = None if labels is None else self._loss(logits, labels)
         return self.finished(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.states), return_dict)
@@ -156,7 +156,7 @@ class BertForTokenClassification(BertHeadModel):
 
         labels: int64, shape of input_ids; -100 for tokens that take no part. Labels at padding are left out.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
+        encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         logits = self.classifier(self.dropout(encoded.hidden))
         loss = None
         if labels is not None:
@@ -201,7 +201,7 @@ class BertForQuestionAnswering(BertHeadModel):
         Args:
             start_positions, end_positions: int64 (B,), columns of input_ids; in packed input from the sequence's start.
         """
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
+        encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         tokens = encoded.tokens
         scores = self.qa_outputs(self.dropout(encoded.hidden))  # (T, 2)
         places = tokens.places()
@@ -267,7 +267,7 @@ class BertForMultipleChoice(_SequenceModel):
             num_choices, inputs = _flatten_choices(*inputs)
         elif num_choices is None:
             raise ValueError("cu_seqlens came without num_choices; expected the number of choices of each example")
-        encoded = self.encode(*inputs, **options)
+        encoded = self.run_encoder(*inputs, **options)
         if num_choices < 1 or encoded.tokens.batch % num_choices:
             raise ValueError(
                 f"there are {encoded.tokens.batch} sequences and {num_choices} choices; expected a multiple of these"

@@ -18,6 +18,7 @@ from bert_fast.kernels._common.checks import (
     check_shape,
     values_are_checked,
 )
+from bert_fast.threads import settle_after_fork
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -99,7 +100,12 @@ class Tokens:
 
     @classmethod
     def of(cls, sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
-        """Check `inputs` and take their real tokens. Raises ValueError or TypeError as the checks name."""
+        """Check `inputs` and take their real tokens. Raises ValueError or TypeError as the checks name.
+
+        Every forward begins here, ours and those that `fuse` gives.
+        """
+        if not torch.compiler.is_compiling():
+            settle_after_fork()
         if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         packed = inputs.get("cu_seqlens") is not None

@@ -178,7 +178,7 @@ class BertForPreTraining(BertHeadModel):
             output_logits: in training with labels, where only the loss is computed, return prediction_logits too.
         """
         tensors = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(*tensors, label_rows=label_rows, **options)
+        encoded = self.run_encoder(*tensors, label_rows=label_rows, **options)
         with_logits = output_logits or labels is None or not self.training
         head, tokens = self.cls.predictions, encoded.tokens
         found, logits = _masked_lm(head, tokens, encoded.hidden, labels, with_logits, label_rows)
@@ -228,7 +228,7 @@ class BertForMaskedLM(BertHeadModel):
         **options: Unpack[Options],
     ) -> MaskedLMOutput | tuple[Any, ...]:
         """Scores of every word for every token, and the loss where labels are given, as `BertForPreTraining`."""
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
+        encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         with_logits = output_logits or labels is None or not self.training
         found, logits = _masked_lm(self.cls.predictions, encoded.tokens, encoded.hidden, labels, with_logits)
         output = MaskedLMOutput(
@@ -265,7 +265,7 @@ class BertForNextSentencePrediction(BertHeadModel):
         **options: Unpack[Options],
     ) -> NextSentencePredictorOutput | tuple[Any, ...]:
         """logits (B, 2); labels int64 (B,), 0 where the second sentence follows the first, 1 where it does not."""
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
+        encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         logits = self.cls.seq_relationship(encoded.pooled)
         loss = None if labels is None else mean_cross_entropy(logits, class_labels("labels", labels, logits))
         return self.finished(NextSentencePredictorOutput(loss=loss, logits=logits, **encoded.states), return_dict)
@@ -311,7 +311,7 @@ class ElectraForPreTraining(BertHeadModel):
         **options: Unpack[Options],
     ) -> ElectraForPreTrainingOutput | tuple[Any, ...]:
         """logits (B, S), zeros at padding; labels int64 (B, S), 1 for a replaced token, 0 for others, -100 for none."""
-        encoded = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
+        encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         scores = self.discriminator_predictions(encoded.hidden)
         loss = None
         if labels is not None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from bert_fast.data.tokenizer import mask_token
 from bert_fast.models.config import longest_input
-from bert_fast.tasks.embedding import packed
+from bert_fast.models.embedding import packed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bert_fast.models.config import longest_input
-from bert_fast.tasks.embedding import batches_by_length
+from bert_fast.models.embedding import batches_by_length
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, Task
@@ -60,14 +60,14 @@ def run_examples(
     task: Task,
     examples: Sequence[Example],
     *,
-    tokens_per_batch: int = 8192,
+    batch_tokens: int = 8192,
     precision: str = "fp32",
     progress: Callable[[int], None] | None = None,
 ) -> Outputs:
     """The outputs of `model`, put in eval mode for it, and the mean loss where there are targets.
 
     Args:
-        tokens_per_batch: examples of like length are packed up to this.
+        batch_tokens: examples of like length are packed up to this.
         precision: fp32, or bf16 for autocast.
         progress: called with the number of examples after each batch.
     """
@@ -79,7 +79,7 @@ def run_examples(
     arrays: list[Any] = [None] * len(examples)
     total, weight, options = 0.0, 0.0, LossOptions()
     judged = bool(examples) and all(example.target is not None for example in examples)
-    for numbers in batches_by_length(lengths, tokens_per_batch):
+    for numbers in batches_by_length(lengths, batch_tokens):
         indices = [index for number in numbers for index in groups[number]]
         batch = Batch.of([examples[index] for index in indices], device)
         context = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
@@ -104,7 +104,7 @@ def predict(
     columns: Mapping[str, str],
     *,
     text: TextSettings | None = None,
-    tokens_per_batch: int = 8192,
+    batch_tokens: int = 8192,
     precision: str = "fp32",
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -119,7 +119,5 @@ def predict(
     inputs = {name: column for name, column in columns.items() if not roles[name].target}
     text = text or text_settings(model)
     examples = task.encode(table, inputs, tokenizer, text, training=False)
-    outputs = run_examples(
-        model, task, examples, tokens_per_batch=tokens_per_batch, precision=precision, progress=progress
-    )
+    outputs = run_examples(model, task, examples, batch_tokens=batch_tokens, precision=precision, progress=progress)
     return task.decode(outputs.arrays, examples, table, inputs)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_fast.models.embedding import pool
 from bert_fast.tasks.columns import Role, setting_of, texts
-from bert_fast.tasks.embedding import pool
 from bert_fast.tasks.encoding import encode_texts
 from bert_fast.tasks.metrics import regression_metrics
 from bert_fast.tasks.settings import TextSettings

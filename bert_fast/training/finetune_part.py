@@ -144,7 +144,7 @@ class Part:
             self.model,
             self.task,
             examples,
-            tokens_per_batch=self.config.batch.eval_tokens,
+            batch_tokens=self.config.batch.eval_tokens,
             precision=self.config.precision,
         )
         while True:

@@ -87,7 +87,7 @@ def test_embed_equals_one_text_at_a_time_with_transformers(trained: Path, poolin
     file.write_text("\n".join(texts[1:]) + "\n")
     output = tmp_path / "vectors.npy"
     arguments = ["embed", str(trained), texts[0], "--file", str(file), "--pooling", pooling, "--output", str(output)]
-    assert main([*arguments, "--tokens_per_batch", "20"]) == 0
+    assert main([*arguments, "--batch_tokens", "20"]) == 0
     vectors = torch.from_numpy(np.load(output))
     tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
     model = transformers.BertModel.from_pretrained(trained).eval()

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from bert_fast.models.embedding import encode
 from bert_fast.tasks.columns import choose_columns
-from bert_fast.tasks.embedding import embed
 from bert_fast.tasks.sentence_embedding import SentenceEmbedding
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.table import Table
@@ -157,14 +157,14 @@ def test_scores_become_cosines_from_0_to_1(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
-def test_texts_alone_get_the_vectors_of_embed(
+def test_texts_alone_get_the_vectors_of_encode(
     pooling: str, tokenizer: Tokenizer, models_for: Callable[..., Any], predict: Callable[..., Any]
 ) -> None:
     task, _ = fitted(rows(12, 0, "contrastive"), pooling=pooling)
     ours, theirs = models_for(task, tokenizer)
     texts = ["the cat", "my old dog the sea", "tea"]
     table, columns = Table({"text": texts}), {"text": "text"}
-    expected = embed(ours, tokenizer, texts, pooling=pooling)
+    expected = encode(ours, tokenizer, texts, pooling=pooling)
     for model in (ours, theirs):
         found = predict(task, model, tokenizer, table, columns, TEXT)
         torch.testing.assert_close(torch.tensor([item["vector"] for item in found]), expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,146 @@
+"""`encode`: texts to vectors, in the order of the texts whatever the windows and batches, from any model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import bert_fast
+from bert_fast.data import load_tokenizer
+from bert_fast.models import BertConfig, BertForSequenceClassification, BertModel, embedding
+from bert_fast.models.embedding import encode
+
+WORDS = [f"w{number}" for number in range(40)]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with its tokenizer, as transformers saves them."""
+    path = tmp_path_factory.mktemp("model")
+    (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=45, max_position_embeddings=32, **SIZES)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> BertModel:
+    return BertModel.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+def texts_of(count: int) -> list[str]:
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 40, (count,), generator=draw).tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(40, (n,), generator=draw).tolist()) for n in lengths]
+
+
+def one_by_one(folder: Path, texts: list[str]) -> Tensor:
+    """The mean of transformers' last hidden states, each text alone."""
+    theirs = transformers.BertModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        inputs = [tokenizer(text, return_tensors="pt", truncation=True, max_length=32) for text in texts]
+        return torch.stack([theirs(**one).last_hidden_state[0].mean(0) for one in inputs])
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 50, 8192])
+def test_vectors_are_those_of_each_text_alone_in_the_order_of_the_texts(
+    folder: Path, model: BertModel, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "WINDOW", 7)
+    texts = texts_of(30)
+    found = model.encode(texts, batch_tokens=batch_tokens)
+    assert (found.dtype, found.device.type) == (torch.float32, "cpu")
+    torch.testing.assert_close(found, one_by_one(folder, texts), rtol=0.0, atol=1e-5)
+    unit = model.encode(texts, normalize=True).numpy()
+    assert ((unit**2).sum(1)).tolist() == pytest.approx([1.0] * 30, rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["transformers", "fused"])
+def test_a_transformers_model_gives_the_same_vectors(
+    folder: Path, model: BertModel, tokenizer: Tokenizer, fused: bool
+) -> None:
+    theirs: Any = transformers.BertModel.from_pretrained(folder).eval()
+    if fused:
+        bert_fast.fuse(theirs)
+    for pooling in ("mean", "cls", "max", "pooler"):
+        found = encode(theirs, tokenizer, texts_of(12), pooling=pooling, batch_tokens=60)
+        expected = model.encode(texts_of(12), pooling=pooling)
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5, msg=pooling)
+
+
+def test_only_a_window_of_texts_is_tokenised_at_once(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "WINDOW", 10)
+
+    class Counted(list[str]):
+        most = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Counted.most = max(Counted.most, index.stop - index.start)
+            return super().__getitem__(index)
+
+        def __iter__(self) -> Any:
+            raise AssertionError("all texts at once")
+
+    assert model.encode(Counted(texts_of(35))).shape == (35, 32)
+    assert Counted.most == 10
+    assert model.encode([]).shape == (0, 32)
+
+
+def test_the_head_of_a_model_encodes_by_its_encoder(folder: Path, model: BertModel) -> None:
+    whole = BertForSequenceClassification.from_pretrained(folder)
+    torch.testing.assert_close(whole.base_model.encode(["w1 w2"]), model.encode(["w1 w2"]), rtol=0.0, atol=0.0)
+
+
+def test_a_progress_bar_counts_the_texts(
+    model: BertModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.encode(texts_of(5))
+    assert capsys.readouterr().err == ""
+    model.encode(texts_of(5), show_progress_bar=True)
+    assert "5/5" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match="pip install tqdm"):
+        model.encode(["w1"], show_progress_bar=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"texts": "w1"}, TypeError, r"texts is one str \('w1'\); expected a sequence"),
+        ({"pooling": "sum"}, ValueError, "pooling is 'sum'; expected one of cls, mean"),
+        ({"batch_tokens": 0}, ValueError, "batch_tokens is 0; expected 1 or more"),
+        ({"max_seqlen": 33}, ValueError, "max_seqlen is 33; expected 2 to 32"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_wrong_arguments_are_named(
+    model: BertModel, arguments: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        model.encode(**{"texts": ["w1"], **arguments})
+
+
+def test_a_tokenizer_that_is_not_there_or_pads_is_an_error(folder: Path, model: BertModel, tmp_path: Path) -> None:
+    padding = load_tokenizer(folder)
+    padding.enable_padding()
+    with pytest.raises(ValueError, match="the tokenizer pads or cuts"):
+        model.encode(["w1"], tokenizer=padding)
+    with pytest.raises(ValueError, match="not loaded by from_pretrained; give encode a tokenizer"):
+        BertModel(model.config).encode(["w1"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no tokenizer \(tokenizer.json"):
+        BertModel.from_pretrained(tmp_path).encode(["w1"])
