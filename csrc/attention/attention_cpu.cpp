@@ -8,6 +8,7 @@
 #include "common/reduce.h"
 
 #define BF_KERNELS "attention/attention_cpu_kernels.h"
+#define BF_KERNELS_IN_PAIRS
 #include "common/foreach_isa.h"
 
 namespace bert_fast {
@@ -82,9 +83,8 @@ Batch::Batch(const Tensor& qkv_in, const std::optional<Tensor>& bias_in, const T
 // Run body(sequence, head, scratch) once for each. The threads draw from one queue, the longest sequences first, so
 // that none waits for another for longer than an item takes; which thread computes an item doesn't change its result.
 template <class Body>
-void for_each_head(const Batch& batch, bool backward, const Body& body) {
+void for_each_head(const Batch& batch, int64_t floats, const Body& body) {
   if (batch.items() == 0) return;
-  const int64_t floats = BF_DISPATCH(attention_scratch_floats(batch.longest, batch.dim, backward));
   std::atomic<int64_t> next{0};
   parallel_for(0, batch.items(), 1, [&](int64_t, int64_t) {
     constexpr uintptr_t kLine = 64;
@@ -99,8 +99,9 @@ void for_each_head(const Batch& batch, bool backward, const Body& body) {
 
 template <class T>
 void forward(const Batch& batch, const Tensor& out, const Tensor& lse) {
-  const auto kernel = BF_DISPATCH(attention_forward<T>);
-  for_each_head(batch, false, [&](int64_t sequence, int64_t index, float* scratch) {
+  const auto kernel = BF_DISPATCH_PAIRS(attention_forward<T>);
+  const int64_t floats = BF_DISPATCH_PAIRS(attention_scratch_floats<T>(batch.longest, batch.dim, false));
+  for_each_head(batch, floats, [&](int64_t sequence, int64_t index, float* scratch) {
     const int64_t first = batch.starts[sequence];
     kernel(batch.head<T>(sequence, index), mutable_data<T>(out) + (first * batch.heads + index) * batch.dim,
            batch.heads * batch.dim, mutable_data<float>(lse) + index * batch.total + first, scratch);
@@ -109,9 +110,10 @@ void forward(const Batch& batch, const Tensor& out, const Tensor& lse) {
 
 template <class T>
 void backward(const Batch& batch, const Tensor& dout, const Tensor& lse, const Tensor& dqkv, const Tensor& partial) {
-  const auto kernel = BF_DISPATCH(attention_backward<T>);
+  const auto kernel = BF_DISPATCH_PAIRS(attention_backward<T>);
+  const int64_t floats = BF_DISPATCH_PAIRS(attention_scratch_floats<T>(batch.longest, batch.dim, true));
   const int64_t width = batch.heads * batch.dim;
-  for_each_head(batch, true, [&](int64_t sequence, int64_t index, float* scratch) {
+  for_each_head(batch, floats, [&](int64_t sequence, int64_t index, float* scratch) {
     const int64_t first = batch.starts[sequence], row = first * width + index * batch.dim;
     kernel(batch.head<T>(sequence, index),
            {data<T>(dout) + row, data<float>(lse) + index * batch.total + first,

@@ -1,109 +1,191 @@
-// The parts of which both passes are made: packing to float, and the register-tiled product. Included by
+// The parts of which both passes are made: packing, and the register-tiled product. Included by
 // attention_cpu_kernels.h, once for each instruction set; no include guard on purpose.
 
 namespace bert_fast {
 namespace BF_ISA {
 
-constexpr int kRows = 6;            // 6 x 2 accumulators, 2 vectors of b and a broadcast: 15 of AVX2's 16 registers
+// A tile takes kRows x 2 accumulators, 2 vectors of b and a broadcast: 15 of 16 registers, 27 of 32. The last rows of a
+// product take a tile of kStep rows where they fit.
+constexpr int kRows = BF_REGISTERS >= 32 ? 12 : 6;
+constexpr int kStep = kRows / 2;
 constexpr int kPanel = 2 * kWidth;  // columns of a tile
-// Depth of a product over keys: 6 rows and a panel stay in the L1 cache, and a long sum is one of short sums, which
-// keeps more of its digits.
+// Depth of a product over keys: a tile's rows and a panel stay in the L1 cache, and a long sum is one of short sums,
+// which keeps more of its digits.
 constexpr int64_t kDepth = 128;
+constexpr int64_t kAhead = 6;  // rows of a head that are asked for ahead of their use: too far apart to be foreseen
+
+// What the products multiply, in 32 bits: a float; or, with instructions for that, two numbers in bfloat16, neighbours
+// in the dimension that is summed over, the first in the low half.
+#if BF_PAIRS
+template <class T>
+using Factor = std::conditional_t<std::is_same_v<T, bfloat16>, uint32_t, float>;
+#else
+template <class T>
+using Factor = float;
+#endif
+
+template <class F>
+constexpr int kPerFactor = std::is_same_v<F, float> ? 1 : 2;
 
 BF_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// c (kRows, kPanel) = a b, or += a b: a (kRows, depth), stored (depth, kRows) if TRANSPOSED; b (depth, kPanel).
-template <bool TRANSPOSED, bool ACCUMULATE>
-inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
-  vfloat sum[kRows][2] = {};
+// Factors that hold n numbers.
+template <class F>
+BF_INLINE int64_t depth_of(int64_t n) {
+  return (n + kPerFactor<F> - 1) / kPerFactor<F>;
+}
+
+BF_INLINE vfloat multiply_add(vfloat sum, float a, vfloat b) {
+  return sum + b * a;
+}
+
+BF_INLINE vfloat multiply_add(vfloat sum, uint32_t a, vuint b) {
+  return add_dot_of_pairs(sum, vuint{} + a, b);
+}
+
+// Vectors of factors out of rows that are neighbours in the dimension that is summed over.
+BF_INLINE vfloat join(const vfloat (&rows)[1]) {
+  return rows[0];
+}
+
+BF_INLINE vuint join(const vfloat (&rows)[2]) {
+  return bfloat16_bits(rows[0]) | bfloat16_bits(rows[1]) << 16;
+}
+
+// c (ROWS, kPanel) = a b, or += a b: a (ROWS, depth), stored (depth, ROWS) if TRANSPOSED; b (depth, kPanel).
+template <int ROWS, bool TRANSPOSED, bool ACCUMULATE, class F>
+inline void tile(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
+  vfloat sum[ROWS][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    const vfloat b0 = load(b + k * ldb), b1 = load(b + k * ldb + kWidth);
-    for (int row = 0; row < kRows; ++row) {
-      const float x = TRANSPOSED ? a[k * lda + row] : a[row * lda + k];
-      sum[row][0] += b0 * x;
-      sum[row][1] += b1 * x;
+    const auto b0 = load(b + k * ldb), b1 = load(b + k * ldb + kWidth);
+#pragma GCC unroll 12
+    for (int row = 0; row < ROWS; ++row) {
+      F x;
+      std::memcpy(&x, a + (TRANSPOSED ? k * lda + row : row * lda + k), sizeof(x));
+      sum[row][0] = multiply_add(sum[row][0], x, b0);
+      sum[row][1] = multiply_add(sum[row][1], x, b1);
     }
   }
-  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 12
+  for (int row = 0; row < ROWS; ++row) {
     float* to = c + row * ldc;
     store(to, ACCUMULATE ? load(to) + sum[row][0] : sum[row][0]);
     store(to + kWidth, ACCUMULATE ? load(to + kWidth) + sum[row][1] : sum[row][1]);
   }
 }
 
-// c (rows, panels x kPanel) = a b with b in panels, each (depth, kPanel) in one piece. `rows` counts whole tiles.
-inline void product(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows, int64_t panels,
+// All rows of a panel of c; `rows` is a multiple of kStep.
+template <bool TRANSPOSED, bool ACCUMULATE, class F>
+BF_INLINE void tiles(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+                     int64_t depth) {
+  const int64_t next = TRANSPOSED ? 1 : lda;
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    tile<kRows, TRANSPOSED, ACCUMULATE>(a + row * next, lda, b, ldb, c + row * ldc, ldc, depth);
+  }
+  if (row < rows) tile<kStep, TRANSPOSED, ACCUMULATE>(a + row * next, lda, b, ldb, c + row * ldc, ldc, depth);
+}
+
+// c (rows, panels x kPanel) = a b with b in panels, each (depth, kPanel) in one piece. `rows` is a multiple of kStep.
+template <class F>
+inline void product(const F* a, int64_t lda, const F* b, float* c, int64_t ldc, int64_t rows, int64_t panels,
                     int64_t depth) {
   for (int64_t start = 0; start < depth; start += kDepth) {
     const int64_t part = std::min(kDepth, depth - start);
     for (int64_t panel = 0; panel < panels; ++panel) {
-      const float* from = b + (panel * depth + start) * kPanel;
-      for (int64_t row = 0; row < rows; row += kRows) {
-        float* to = c + row * ldc + panel * kPanel;
-        if (start == 0) {
-          tile<false, false>(a + row * lda, lda, from, kPanel, to, ldc, part);
-        } else {
-          tile<false, true>(a + row * lda + start, lda, from, kPanel, to, ldc, part);
-        }
+      const F* from = b + (panel * depth + start) * kPanel;
+      float* to = c + panel * kPanel;
+      if (start == 0) {
+        tiles<false, false>(a, lda, from, kPanel, to, ldc, rows, part);
+      } else {
+        tiles<false, true>(a + start, lda, from, kPanel, to, ldc, rows, part);
       }
     }
   }
 }
 
-// c (rows, cols) += a^T b: a (depth, rows), b (depth, cols), all row-major. `rows` counts whole tiles, `cols` whole
-// panels.
-inline void add_transposed_product(const float* a, int64_t lda, const float* b, float* c, int64_t cols, int64_t rows,
+// c (rows, cols) += a^T b: a (depth, rows), b (depth, cols), all row-major. `rows` is a multiple of kStep, `cols` of
+// kPanel.
+template <class F>
+inline void add_transposed_product(const F* a, int64_t lda, const F* b, float* c, int64_t cols, int64_t rows,
                                    int64_t depth) {
-  for (int64_t row = 0; row < rows; row += kRows) {
-    for (int64_t col = 0; col < cols; col += kPanel) {
-      tile<true, true>(a + row, lda, b + col, cols, c + row * cols + col, cols, depth);
-    }
+  for (int64_t col = 0; col < cols; col += kPanel) {
+    tiles<true, true>(a, lda, b + col, cols, c + col, cols, rows, depth);
   }
 }
 
-// to (rows, cols) = (from + bias) * scale, with zeros from `dim` to `cols` and in rows up to the next whole tile.
+// Rows of a head: where they lie, what is added to each of them, and how many follow after the last.
 template <class T>
-inline void pack_rows(const T* from, int64_t stride, const float* bias, float scale, int64_t rows, int64_t dim,
-                      float* to, int64_t cols) {
-  std::memset(to + rows * cols, 0, (round_up(rows, kRows) - rows) * cols * sizeof(float));
-  if (cols != dim) std::memset(to, 0, rows * cols * sizeof(float));
-  for (int64_t row = 0; row < rows; ++row) {
-    for_columns(dim, [&](int64_t col, int n) {
-      const vfloat x = load_n(from + row * stride + col, n);
-      store(to + row * cols + col, (bias ? x + load_n(bias + col, n) : x) * scale);
+struct HeadRows {
+  const T* first;
+  int64_t stride;
+  const float* bias;
+  int64_t count, dim, more;
+
+  BF_INLINE vfloat read(int64_t row, int64_t col, int n) const {
+    const vfloat x = load_n(first + row * stride + col, n);
+    return bias ? x + load_n(bias + col, n) : x;
+  }
+
+  BF_INLINE void ask_for(int64_t row) const {
+    if (row < count + more) prefetch(first + row * stride, dim * sizeof(T));
+  }
+
+  HeadRows part(int64_t row, int64_t rows) const {
+    return {first + row * stride, stride, bias, rows, dim, count - row - rows + more};
+  }
+};
+
+// to (count, cols) = the rows times `scale`, which is 1, -1 or 0: factors along the row, with zeros behind `dim` and in
+// rows up to the next multiple of kStep.
+template <class F, class T>
+inline void pack_rows(const HeadRows<T>& rows, float scale, F* to, int64_t cols) {
+  std::memset(to + rows.count * cols, 0, (round_up(rows.count, kStep) - rows.count) * cols * sizeof(F));
+  if (cols * kPerFactor<F> != rows.dim) std::memset(to, 0, rows.count * cols * sizeof(F));
+  for (int64_t row = 0; row < rows.count; ++row) {
+    rows.ask_for(row + kAhead);
+    auto* numbers = reinterpret_cast<std::conditional_t<kPerFactor<F> == 1, float, bfloat16>*>(to + row * cols);
+    for_columns(rows.dim, [&](int64_t col, int n) { store(numbers + col, rows.read(row, col, n) * scale); });
+  }
+}
+
+// to: panels of (depth_of(count), kPanel), the columns of the rows, with zeros behind the last: factors along the
+// columns.
+template <class F, class T>
+inline void pack_panels(const HeadRows<T>& rows, F* to) {
+  constexpr int kTogether = kPerFactor<F>;
+  const int64_t cols = round_up(rows.dim, kPanel), depth = depth_of<F>(rows.count);
+  if (cols != rows.dim) std::memset(to, 0, depth * cols * sizeof(F));
+  for (int64_t index = 0; index < depth; ++index) {
+    for (int i = 0; i < kTogether; ++i) rows.ask_for((index + kAhead) * kTogether + i);
+    for_columns(rows.dim, [&](int64_t col, int n) {
+      vfloat x[kTogether] = {};
+      for (int i = 0; i < kTogether; ++i) {
+        const int64_t row = index * kTogether + i;
+        if (row < rows.count) x[i] = rows.read(row, col, n);
+      }
+      store(to + (col / kPanel * depth + index) * kPanel + col % kPanel, join(x));
     });
   }
 }
 
-// to: panels of (rows, kPanel), the columns of from + bias, with zeros behind the last.
-template <class T>
-inline void pack_panels(const T* from, int64_t stride, const float* bias, int64_t rows, int64_t dim, float* to) {
-  const int64_t cols = round_up(dim, kPanel);
-  if (cols != dim) std::memset(to, 0, rows * cols * sizeof(float));
-  for (int64_t row = 0; row < rows; ++row) {
-    for_columns(dim, [&](int64_t col, int n) {
-      const vfloat x = load_n(from + row * stride + col, n);
-      store(to + (col / kPanel * rows + row) * kPanel + col % kPanel, bias ? x + load_n(bias + col, n) : x);
-    });
-  }
-}
-
-// to: panels of (dim, kPanel), the columns of (from + bias)^T, that is rows of `from`, with zeros behind the last.
-// `rows_of_panel` has room for kPanel rows of `dim` rounded up to whole panels.
-template <class T>
-inline void pack_transposed(const T* from, int64_t stride, const float* bias, int64_t rows, int64_t dim, float* to,
-                            float* rows_of_panel) {
-  const int64_t cols = round_up(dim, kPanel);
-  for (int64_t start = 0; start < rows; start += kPanel) {
-    const int64_t count = std::min<int64_t>(kPanel, rows - start);
-    if (count < kPanel) std::memset(rows_of_panel, 0, kPanel * cols * sizeof(float));
-    pack_rows(from + start * stride, stride, bias, 1.0f, count, dim, rows_of_panel, cols);
-    for (int64_t col = 0; col < dim; ++col) {
-      for (int row = 0; row < kPanel; ++row) to[col * kPanel + row] = rows_of_panel[row * cols + col];
+// to: panels of (depth_of(dim), kPanel), the columns of the transposed rows, with zeros behind the last: factors along
+// the rows. `rows_of_panel` has room for kPanel rows of `dim` rounded up to whole panels.
+template <class F, class T>
+inline void pack_transposed(const HeadRows<T>& rows, F* to, F* rows_of_panel) {
+  const int64_t cols = round_up(rows.dim, kPanel), depth = depth_of<F>(rows.dim);
+  for (int64_t start = 0; start < rows.count; start += kPanel) {
+    const int64_t count = std::min<int64_t>(kPanel, rows.count - start);
+    if (count < kPanel) std::memset(rows_of_panel, 0, kPanel * cols * sizeof(F));
+    pack_rows(rows.part(start, count), 1.0f, rows_of_panel, cols);
+    for (int64_t col = 0; col < round_up(depth, kWidth); col += kWidth) {
+      for (int64_t row = 0; row < kPanel; row += kWidth) {
+        transpose(rows_of_panel + row * cols + col, cols, to + col * kPanel + row, kPanel, depth - col);
+      }
     }
-    to += dim * kPanel;
+    to += depth * kPanel;
   }
 }
 

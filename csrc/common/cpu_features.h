@@ -1,4 +1,5 @@
-// Which of the compiled instruction sets this CPU runs. BERT_FAST_CPU_ISA=generic|avx2|avx512 lowers the choice.
+// Which of the compiled instruction sets this CPU runs. BERT_FAST_CPU_ISA=generic|avx2|avx512|avx512bf16 lowers the
+// choice.
 #pragma once
 
 #include <cstdlib>
@@ -6,26 +7,34 @@
 
 namespace bert_fast {
 
-enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-inline Isa detect_isa() {
-#if defined(__x86_64__)
-  Isa best = Isa::kGeneric;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    best = Isa::kAvx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      best = Isa::kAvx512;
-    }
+constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
+
+// What CPU and operating system have: the compiler's runtime asks both.
+inline Isa best_isa() {
+#if defined(BERT_FAST_EMULATED_AVX512)
+  return Isa::kAvx512Bf16;
+#elif defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::kGeneric;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx2;
   }
-  if (const char* wanted = std::getenv("BERT_FAST_CPU_ISA")) {
-    if (std::strcmp(wanted, "generic") == 0) return Isa::kGeneric;
-    if (std::strcmp(wanted, "avx2") == 0 && best >= Isa::kAvx2) return Isa::kAvx2;
-  }
-  return best;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
 #else
   return Isa::kGeneric;
 #endif
+}
+
+inline Isa detect_isa() {
+  const Isa best = best_isa();
+  if (const char* wanted = std::getenv("BERT_FAST_CPU_ISA")) {
+    for (int isa = 0; isa <= static_cast<int>(best); ++isa) {
+      if (std::strcmp(wanted, kIsaNames[isa]) == 0) return static_cast<Isa>(isa);
+    }
+  }
+  return best;
 }
 
 inline Isa cpu_isa() {
@@ -34,14 +43,7 @@ inline Isa cpu_isa() {
 }
 
 inline const char* isa_name() {
-  switch (cpu_isa()) {
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAvx2:
-      return "avx2";
-    default:
-      return "generic";
-  }
+  return kIsaNames[static_cast<int>(cpu_isa())];
 }
 
 }  // namespace bert_fast

@@ -9,11 +9,11 @@ typedef uint8_t vbyte __attribute__((vector_size(BF_VECTOR_BYTES / 4)));
 
 // 64-bit products of the low halves of the 64-bit lanes. One instruction on x86, which GCC doesn't find by itself.
 BF_INLINE vlong multiply_low_halves(vlong a, vlong b) {
-#if defined(__x86_64__) && BF_VECTOR_BYTES == 64
+#if BF_INTRINSICS && BF_VECTOR_BYTES == 64
   return (vlong)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // unmasked, GCC 12 warns of its own header
-#elif defined(__x86_64__) && BF_VECTOR_BYTES == 32
+#elif BF_INTRINSICS && BF_VECTOR_BYTES == 32
   return (vlong)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__x86_64__)
+#elif BF_INTRINSICS
   return (vlong)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);

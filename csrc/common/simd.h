@@ -1,5 +1,6 @@
 // Vectors of float for one instruction set: BF_VECTOR_BYTES wide, in namespace bert_fast::BF_ISA (see foreach_isa.h).
-// Compiler vector extensions, so that the same kernels serve SSE2, AVX2, AVX-512 and NEON; no include guard on purpose.
+// Compiler vector extensions, so that the same kernels serve SSE2, AVX2, AVX-512 and NEON; intrinsics, where the
+// compiler doesn't find the instruction by itself, only under BF_INTRINSICS. No include guard on purpose.
 
 namespace bert_fast {
 namespace BF_ISA {
@@ -35,16 +36,30 @@ BF_INLINE vfloat load(const bfloat16* p) {
   return bit_cast<vfloat>(__builtin_convertvector(half, vuint) << 16);
 }
 
+BF_INLINE vuint load(const uint32_t* p) {
+  vuint v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
 BF_INLINE void store(float* p, vfloat v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// Rounds to nearest even; a NaN stays a NaN.
-BF_INLINE void store(bfloat16* p, vfloat v) {
+BF_INLINE void store(uint32_t* p, vuint v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// The bits of v as bfloat16, in the low halves: rounded to nearest even; a NaN stays a NaN.
+BF_INLINE vuint bfloat16_bits(vfloat v) {
   const vuint bits = bit_cast<vuint>(v);
   const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vuint quiet = (bits >> 16) | 0x40u;
-  const vhalf half = __builtin_convertvector(v == v ? rounded : quiet, vhalf);
+  return v == v ? rounded : quiet;
+}
+
+BF_INLINE void store(bfloat16* p, vfloat v) {
+  const vhalf half = __builtin_convertvector(bfloat16_bits(v), vhalf);
   std::memcpy(p, &half, sizeof(half));
 }
 
@@ -85,38 +100,50 @@ BF_INLINE void for_columns(int64_t cols, const Body& body) {
   if (col < cols) body(col, static_cast<int>(cols - col));
 }
 
-// A NaN in `a` is lost, one in `b` is kept.
+// A NaN in `a` is lost, one in `b` is kept: what x86's instructions do.
 BF_INLINE vfloat vmax(vfloat a, vfloat b) {
   return a > b ? a : b;
 }
-BF_INLINE vfloat vmin(vfloat a, vfloat b) {
+BF_INLINE vfloat vmin(vfloat a, vfloat b) {  // GCC finds the instruction for the maximum alone
+#if BF_INTRINSICS && BF_VECTOR_BYTES == 64
+  return (vfloat)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif BF_INTRINSICS && BF_VECTOR_BYTES == 32
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#elif BF_INTRINSICS
+  return (vfloat)_mm_min_ps((__m128)a, (__m128)b);
+#else
   return a < b ? a : b;
+#endif
 }
 
-// Pairwise, so that the order of additions is fixed by the width alone.
-BF_INLINE float reduce_add(vfloat v) {
-  float x[kWidth];
-  store(x, v);
-  for (int half = kWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+// v reduced to one number by op(low half, high half), until two are left: the order is fixed by the width alone.
+template <class V, class Op>
+BF_INLINE float reduce_halves(V v, const Op& op) {
+  if constexpr (sizeof(V) > 16) {
+    typedef float Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return reduce_halves(op(halves[0], halves[1]), op);
+  } else {
+    return op(op(v[0], v[2]), op(v[1], v[3]));
   }
-  return x[0];
+}
+
+BF_INLINE float reduce_add(vfloat v) {
+  return reduce_halves(v, [](auto a, auto b) { return a + b; });
 }
 
 BF_INLINE float reduce_max(vfloat v) {
-  float x[kWidth];
-  store(x, v);
-  for (int half = kWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
-  }
-  return x[0];
+  return reduce_halves(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// e^x to about 1 ulp on [-87.3, 88.3]; 0 below, e^88.3 above; a NaN stays. Range reduction to [-ln2/2, ln2/2] with ln 2
-// in two parts, then the degree-6 polynomial of Cephes' expf.
+// e^x to about 1 ulp on [-87.3, 88.3]; 0 below -87.7, e^88.3 above; a NaN stays. Range reduction to [-ln2/2, ln2/2]
+// with ln 2 in two parts, then the degree-6 polynomial of Cephes' expf.
 BF_INLINE vfloat vexp(vfloat x) {
-  const vfloat clamped = vmin(vmax(x, set1(-87.3f)), set1(88.3f));
-  const vfloat shifter = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const vfloat clamped = vmin(set1(88.3f), vmax(set1(-88.02f), x));
+  // 1.5 * 2^23: adding it rounds to the nearest integer n, which the sum then has in its low bits; and 127 more, so
+  // that those are the bits of 2^n, which for the lowest n are the bits of 0.
+  const vfloat shifter = set1(12582912.0f + 127.0f);
   const vfloat shifted = clamped * 1.44269504088896341f + shifter;
   const vfloat n = shifted - shifter;
   const vfloat r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
@@ -127,9 +154,7 @@ BF_INLINE vfloat vexp(vfloat x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const vint exponent = (__builtin_convertvector(n, vint) + 127) << 23;
-  const vfloat result = p * bit_cast<vfloat>(exponent);
-  return x != x ? x : (x < set1(-87.3f) ? set1(0.0f) : result);
+  return p * bit_cast<vfloat>(bit_cast<vuint>(shifted) << 23);
 }
 
 // erf(x) to a few ulp; a NaN stays: the rational minimax approximation on [-4, 4] that Eigen and XLA use (degree 13
@@ -151,6 +176,75 @@ BF_INLINE vfloat verf(vfloat x) {
   q = q * s + -1.42647390514189e-02f;
   return x != x ? x : c * p / q;
 }
+
+// Numbers below the smallest normal one become zero.
+BF_INLINE vfloat flush_subnormal(vfloat v) {
+  const vuint bits = bit_cast<vuint>(v);
+  return bit_cast<vfloat>((bits & 0x7f800000u) != 0 ? bits : bits & 0x80000000u);
+}
+
+// sum + a.high b.high + a.low b.low in each lane, of pairs of bfloat16. Without the instruction, what it computes: two
+// fused multiply-adds one after the other (a product of two bfloat16 is a float, so a rounding of its own changes
+// nothing), with no subnormal numbers in and out.
+BF_INLINE vfloat add_dot_of_pairs(vfloat sum, vuint a, vuint b) {
+#if BF_PAIRS && BF_INTRINSICS
+  return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  const vfloat a_high = flush_subnormal(bit_cast<vfloat>(a & 0xffff0000u));
+  const vfloat b_high = flush_subnormal(bit_cast<vfloat>(b & 0xffff0000u));
+  const vfloat a_low = flush_subnormal(bit_cast<vfloat>(a << 16)), b_low = flush_subnormal(bit_cast<vfloat>(b << 16));
+  return flush_subnormal(flush_subnormal(flush_subnormal(sum) + a_high * b_high) + a_low * b_low);
+#endif
+}
+
+// Asks for `bytes` from p on to come into the cache.
+BF_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
+}
+
+#if BF_VECTOR_BYTES == 64
+#define BF_LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define BF_HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif BF_VECTOR_BYTES == 32
+#define BF_LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define BF_HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define BF_LOW_HALVES 0, 4, 1, 5
+#define BF_HIGH_HALVES 2, 6, 3, 7
+#endif
+#if defined(__clang__)
+#define BF_INTERLEAVE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define BF_INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, vuint{__VA_ARGS__})
+#endif
+
+// Rows [0, count) of the transposed block of kWidth x kWidth numbers of 32 bits, count > 0.
+template <class T>
+BF_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count) {
+  static_assert(sizeof(T) == 4, "32 bits");
+  vuint rows[kWidth];
+#pragma GCC unroll 16
+  for (int row = 0; row < kWidth; ++row) std::memcpy(&rows[row], from + row * from_stride, sizeof(vuint));
+#pragma GCC unroll 4
+  for (int width = 1; width < kWidth; width *= 2) {
+    vuint next[kWidth];
+#pragma GCC unroll 8
+    for (int row = 0; row < kWidth / 2; ++row) {
+      next[2 * row] = BF_INTERLEAVE(rows[row], rows[row + kWidth / 2], BF_LOW_HALVES);
+      next[2 * row + 1] = BF_INTERLEAVE(rows[row], rows[row + kWidth / 2], BF_HIGH_HALVES);
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kWidth; ++row) rows[row] = next[row];
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kWidth; ++row) {
+    if (row < count) std::memcpy(to + row * to_stride, &rows[row], sizeof(vuint));
+  }
+}
+
+#undef BF_INTERLEAVE
+#undef BF_LOW_HALVES
+#undef BF_HIGH_HALVES
 
 }  // namespace BF_ISA
 }  // namespace bert_fast

@@ -6,12 +6,15 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_EMULATOR = "BERT_FAST_CUDA_EMULATOR"
+# Files that csrc/emulator/build.py made, for tests: the CUDA kernels, on machines without a GPU; the AVX-512 kernels.
+_CUDA_EMULATOR = "BERT_FAST_CUDA_EMULATOR"
+_AVX512_EMULATOR = "BERT_FAST_AVX512_EMULATOR"
 
 
 def build_report(module: str) -> dict[str, Any]:
@@ -26,6 +29,9 @@ def build_report(module: str) -> dict[str, Any]:
 
 def _load() -> str:
     """Import the extension, which registers its operators. Returns "" or the reason why there are none."""
+    if emulator := os.environ.get(_AVX512_EMULATOR):
+        _load_emulator("bert_fast._C", emulator)
+        return ""
     try:
         importlib.import_module("bert_fast._C")
     except ImportError as error:
@@ -36,18 +42,19 @@ def _load() -> str:
     return ""
 
 
-def _load_emulator(file: str) -> None:
-    """Import the CUDA kernels that csrc/emulator/build.py compiled for the CPU."""
-    spec = importlib.util.spec_from_file_location("bert_fast._CUDA", file)
+def _load_emulator(module: str, file: str) -> None:
+    """Import kernels that csrc/emulator/build.py compiled in the place of `module`."""
+    spec = importlib.util.spec_from_file_location(module, file)
     assert spec is not None
     assert spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    sys.modules[module] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[module])
 
 
 def _load_cuda() -> str:
     """Import the CUDA kernels. Returns "" or the reason why there are none."""
     if CUDA_EMULATED:
-        _load_emulator(os.environ[_EMULATOR])
+        _load_emulator("bert_fast._CUDA", os.environ[_CUDA_EMULATOR])
         return ""
     report = build_report("_CUDA")
     if not report.get("built"):
@@ -69,6 +76,5 @@ def registered(operator: str, dispatch_key: str) -> bool:
 
 
 MISSING = _load()
-# A file that csrc/emulator/build.py made: tests on machines without a GPU run the CUDA kernels in it.
-CUDA_EMULATED = _EMULATOR in os.environ
+CUDA_EMULATED = bool(os.environ.get(_CUDA_EMULATOR))
 CUDA_MISSING = _load_cuda()

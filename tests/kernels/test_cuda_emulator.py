@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCH_TARGET_VERSION = runpy.run_path(str(ROOT / "csrc" / "flags.py"))["TORCH_TARGET_VERSION"]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [ROOT / "tests" / "kernels" / "cuda_emulator_cases.cpp", ROOT / "csrc" / "emulator" / "emulator.cpp"]
     includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
     flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-DBERT_FAST_EMULATOR", *includes]
-    flags.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
+    flags.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
     subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], check=True)
     return program
 

@@ -1,0 +1,99 @@
+"""The CPU kernels of instruction sets that this CPU lacks or wouldn't choose: the rooms' own tests, a process for each.
+
+AVX-512 is emulated (csrc/emulator/build.py): vectors and tiles as large, the dot product of pairs of bfloat16 in the
+arithmetic of its instruction. What that can't show is the compiler's code for AVX-512 itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("add_layer_norm", "attention", "bias_gelu", "embedding_layer_norm", "masked_lm_loss")
+# What says nothing about an instruction set: operators' schemas, tracing, memory, the slowest comparisons.
+LEFT_OUT = ("compile", "opcheck", "memory", "transformers", "30522", "autocast", "at_512 and bfloat16")
+
+
+BUILD = runpy.run_path(str(ROOT / "csrc" / "emulator" / "build.py"))
+SMALLEST = Fraction(1, 2**126)  # normal float32
+
+
+@pytest.fixture(scope="module")
+def emulator() -> str:
+    return str(BUILD["build"]("_C"))
+
+
+def run(isa: str, rooms: tuple[str, ...], only: str, **environment: str) -> None:
+    """The tests of `rooms` that `only` selects, with the kernels of `isa`."""
+    selected = " and ".join(["cpu-cpu", *([only] if only else []), *(f"not ({what})" for what in LEFT_OUT)])
+    files = [str(ROOT / "tests" / "kernels" / f"test_{room}.py") for room in rooms]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env.update(environment, BERT_FAST_CPU_ISA=isa, BERT_FAST_CUDA_EMULATOR="")  # empty: none
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed.group(1)) > 20 * len(rooms), done.stdout[-1000:]
+    assert "skipped" not in done.stdout
+
+
+def test_baseline() -> None:
+    run("generic", ("attention",), "")
+
+
+def test_avx512(emulator: str) -> None:
+    run("avx512", ROOMS, "", BERT_FAST_AVX512_EMULATOR=emulator)
+
+
+def test_avx512_with_pairs_of_bfloat16(emulator: str) -> None:
+    run("avx512bf16", ("attention",), "not float32", BERT_FAST_AVX512_EMULATOR=emulator)
+
+
+def flushed(x: Fraction) -> Fraction:
+    return x if abs(x) >= SMALLEST else Fraction(0)
+
+
+def nearest(x: Fraction) -> Fraction:
+    """To float32, to nearest even, and to zero below the smallest normal number."""
+    if not x:
+        return x
+    exponent = abs(x).numerator.bit_length() - abs(x).denominator.bit_length()
+    exponent -= abs(x) < Fraction(2) ** exponent
+    unit = Fraction(2) ** (max(exponent, -126) - 23)
+    return flushed(round(x / unit) * unit)  # `round` of a Fraction is to even
+
+
+def value(bits: int) -> Fraction:
+    return flushed(Fraction(float(np.array(bits, np.uint32).view(np.float32))))
+
+
+def test_dot_of_pairs_is_two_fused_multiply_adds_the_high_halves_first(tmp_path: Path) -> None:
+    """Intel's Software Developer's Manual, VDPBF16PS: no subnormal numbers in and out."""
+    program = tmp_path / "cases"
+    include = f"-I{ROOT / 'csrc'}"
+    flags = [flag for flag in (*BUILD["FLAGS"], *BUILD["MODULES"]["_C"][1]) if flag != "-Werror"]
+    source = str(ROOT / "tests" / "kernels" / "pairs_cases.cpp")
+    subprocess.run([BUILD["compiler"](), *flags, include, source, "-o", str(program)], check=True)
+    rng = np.random.default_rng(0)
+    signs = rng.integers(0, 2, (3, 2, 600)) << 15
+    exponents = np.concatenate([rng.integers(117, 138, (3, 2, 400)), rng.integers(0, 90, (3, 2, 200))], axis=2)
+    halves = signs | exponents << 7 | rng.integers(0, 128, (3, 2, 600))  # sum, a, b as two bfloat16 each
+    halves[0, 1] = rng.integers(0, 2**16, 600)  # the low half of a float32 may be anything
+    words = (halves[:, 0] << 16 | halves[:, 1]).astype(np.uint32).T
+    lines = "\n".join(" ".join(f"{word:x}" for word in row) for row in words)
+    found = subprocess.run([str(program)], input=lines, capture_output=True, text=True, check=True).stdout.split()
+    assert len(found) == len(words)
+    for (total, a, b), bits in zip(words.tolist(), found, strict=True):
+        high = nearest(value(total) + value(a & 0xFFFF0000) * value(b & 0xFFFF0000))
+        expected = nearest(high + value(a << 16 & 0xFFFF0000) * value(b << 16 & 0xFFFF0000))
+        assert Fraction(float(np.array(int(bits, 16), np.uint32).view(np.float32))) == expected
