@@ -33,7 +33,7 @@ PyObject* cpu_isa(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set that the CPU kernels use here: generic, avx2, avx512 or avx512bf16."},
+    {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set of the CPU kernels: generic, avx2, avx512 or avx512bf16."},
     {nullptr, nullptr, 0, nullptr},
 };
 
