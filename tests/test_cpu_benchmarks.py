@@ -151,6 +151,19 @@ def test_targets_of_a_processor_compare_with_the_same_or_a_higher_precision(tmp_
     ]
 
 
+def test_slow_calls_are_timed_in_fewer_rounds() -> None:
+    counts = {"quick": 0, "slow": 0, "slower": 0}
+    seconds = {"quick": 0.0, "slow": 0.03, "slower": 0.08}
+
+    def call(name: str) -> None:
+        counts[name] += 1
+        devices.time.sleep(seconds[name])
+
+    found = Cpu().interleaved({name: partial(call, name) for name in counts}, 0.06)
+    assert counts == {"quick": 6, "slow": 4, "slower": 2}, "the first of each is not timed"
+    assert all(found.seconds[name] >= seconds[name] for name in counts)
+
+
 def test_a_busy_machine_is_said_to_be_busy() -> None:
     load = devices.Load()
     load.at_start = 100.0 * (devices.os.cpu_count() or 1)
