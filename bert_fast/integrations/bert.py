@@ -42,6 +42,7 @@ from bert_fast.kernels._common.philox import new_rng_state
 from bert_fast.models.config import GELU_ACTIVATIONS
 from bert_fast.models.encoder import SITES_PER_LAYER, embed, project_add_norm
 from bert_fast.models.inputs import Tokens
+from bert_fast.threads import settle_after_fork
 
 # The class of the activation -> the `approximate` argument of bias_gelu.
 _GELUS = {type(ACT2FN[name]): approximate for name, approximate in GELU_ACTIVATIONS.items() if name in ACT2FN}
@@ -111,6 +112,8 @@ def _make_class(own: type[nn.Module]) -> type[nn.Module]:
         if len(args) > len(named) or any(name in kwargs for name in named[: len(args)]):
             return original(self, *args, **kwargs)  # which says what is wrong
         given = {**dict(zip(named, args, strict=False)), **kwargs}
+        if not torch.compiler.is_compiling():
+            settle_after_fork()
         return ours(self, original, given, tuple_keeps_none=tuple_keeps_none)
 
     body = {"forward": forward, "own": own, "layout": layout, "__doc__": own.__doc__}

@@ -102,7 +102,7 @@ class Tokens:
     def of(cls, sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
         """Check `inputs` and take their real tokens. Raises ValueError or TypeError as the checks name.
 
-        Every forward begins here, ours and those that `fuse` gives.
+        Every forward of ours begins here.
         """
         if not torch.compiler.is_compiling():
             settle_after_fork()
