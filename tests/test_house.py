@@ -12,7 +12,16 @@ from bert_fast.kernels import available_impls
 from bert_fast.kernels._common import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ["add_layer_norm", "attention", "bias_gelu", "embedding_layer_norm", "lamb", "masked_lm_loss", "padding"]
+ROOMS = [
+    "add_layer_norm",
+    "attention",
+    "bias_gelu",
+    "embedding_layer_norm",
+    "lamb",
+    "linear",
+    "masked_lm_loss",
+    "padding",
+]
 WITHOUT_CPU_KERNELS = {"lamb"}  # an optimizer step is bound by memory that torch._foreach_* already streams
 
 

@@ -36,7 +36,7 @@ from bert_fast.integrations.reasons import (
     wants_input_gradient,
     why_not_taken,
 )
-from bert_fast.kernels import add_layer_norm, attention, bias_gelu
+from bert_fast.kernels import add_layer_norm, attention, linear
 from bert_fast.kernels._common.checks import autocast_dtype
 from bert_fast.kernels._common.philox import new_rng_state
 from bert_fast.models.config import GELU_ACTIVATIONS
@@ -44,8 +44,8 @@ from bert_fast.models.encoder import SITES_PER_LAYER, embed, project_add_norm
 from bert_fast.models.inputs import Tokens
 from bert_fast.threads import settle_after_fork
 
-# The class of the activation -> the `approximate` argument of bias_gelu.
-_GELUS = {type(ACT2FN[name]): approximate for name, approximate in GELU_ACTIVATIONS.items() if name in ACT2FN}
+# The class of the activation -> the `activation` argument of linear.
+_GELUS = {type(ACT2FN[name]): gelu for name, gelu in GELU_ACTIVATIONS.items() if name in ACT2FN}
 _OF_THE_ANSWER = ("start_positions", "end_positions", "return_dict")
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 _said: set[str] = set()
@@ -332,31 +332,20 @@ def _layer(parts: Parts, cu_seqlens: Tensor, max_seqlen: int, rng_states: Tensor
 
 def _qkv(parts: Parts, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """Queries, keys and values (T, 3, N, D), and their bias (3, N, D) where it is still to be added."""
-    linears, heads = parts.qkv, parts.heads
-    if not all(plain_linear(linear) for linear in linears):
-        return torch.stack([linear(hidden) for linear in linears], dim=1).unflatten(2, heads), None
-    weights = [linear.weight for linear in linears]
-    bias = torch.cat([linear.bias for linear in linears]).view(3, *heads)
-    in_slices = hidden.device.type == "cpu" and not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast_dtype(hidden)
-    )
-    if in_slices:
-        # Three products into one tensor: no copy of the weights, which at few tokens costs as much as the products.
-        packed = hidden.new_empty(hidden.shape[0], 3, weights[0].shape[0])
-        for part, weight in enumerate(weights):
-            torch.mm(hidden, weight.t(), out=packed[:, part])
-    else:
-        packed = F.linear(hidden, torch.cat(weights)).unflatten(1, (3, -1))
-    return packed.unflatten(2, heads), bias
+    denses, heads = parts.qkv, parts.heads
+    if not all(plain_linear(dense) for dense in denses):
+        return torch.stack([dense(hidden) for dense in denses], dim=1).unflatten(2, heads), None
+    bias = torch.cat([dense.bias for dense in denses]).view(3, *heads)
+    return linear(hidden, [dense.weight for dense in denses]).unflatten(1, (3, *heads)), bias
 
 
 def _intermediate(parts: Parts, hidden: Tensor) -> Tensor:
     """(T, E) -> (T, F)."""
-    approximate = _GELUS.get(type(parts.activation))
-    if approximate is None or not plain_linear(parts.up):
+    gelu = _GELUS.get(type(parts.activation))
+    if gelu is None or not plain_linear(parts.up):
         out: Tensor = parts.activation(parts.up(hidden))
         return out
-    return bias_gelu(F.linear(hidden, parts.up.weight), parts.up.bias, approximate=approximate)
+    return linear(hidden, parts.up.weight, parts.up.bias, activation=gelu)
 
 
 def _end(end: End, x: Tensor, residual: Tensor, rng_state: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from bert_fast.kernels.attention import attention
 from bert_fast.kernels.bias_gelu import bias_gelu
 from bert_fast.kernels.embedding_layer_norm import embedding_layer_norm
 from bert_fast.kernels.lamb import ClipScale, clip_scale, lamb_step
+from bert_fast.kernels.linear import linear
 from bert_fast.kernels.masked_lm_loss import MaskedLMLoss, masked_lm_loss
 from bert_fast.kernels.padding import Unpadded, pad, unpad
 
@@ -22,6 +23,7 @@ __all__ = [
     "clip_scale",
     "embedding_layer_norm",
     "lamb_step",
+    "linear",
     "masked_lm_loss",
     "pad",
     "unpad",

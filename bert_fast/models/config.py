@@ -11,13 +11,13 @@ from typing import Any
 from bert_fast.models.family import ARCHITECTURES, Architecture, rename
 from bert_fast.models.files import CONFIG_NAME, find_file, write_text
 
-# hidden_act -> the `approximate` argument of bias_gelu; the others are computed by PyTorch.
+# hidden_act -> the `activation` argument of linear; the others are computed by PyTorch.
 GELU_ACTIVATIONS = {
-    "gelu": "none",
-    "gelu_python": "none",
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_pytorch_tanh": "tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
 EAGER_ACTIVATIONS = ("relu", "silu", "swish", "tanh")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bert_fast.kernels import add_layer_norm, attention, bias_gelu, embedding_layer_norm
+from bert_fast.kernels import add_layer_norm, attention, embedding_layer_norm, linear
 from bert_fast.kernels._common.philox import new_rng_state
 from bert_fast.models.config import GELU_ACTIVATIONS, BertConfig
 from bert_fast.models.inputs import Tokens
@@ -34,11 +34,11 @@ class EncoderOutput(NamedTuple):
     attentions: tuple[Tensor, ...]
 
 
-def biased_activation(x: Tensor, bias: Tensor, name: str) -> Tensor:
-    """The activation called `name` in a configuration, of x + bias; (T, F)."""
+def activated(x: Tensor, dense: nn.Linear, name: str) -> Tensor:
+    """The activation called `name` in a configuration, of a linear layer: x (T, K) -> (T, N)."""
     if name in GELU_ACTIVATIONS:
-        return bias_gelu(x, bias, approximate=GELU_ACTIVATIONS[name])
-    return _EAGER[name](x + bias.to(x.dtype))
+        return linear(x, dense.weight, dense.bias, activation=GELU_ACTIVATIONS[name])
+    return _EAGER[name](linear(x, dense.weight, dense.bias))
 
 
 def embed(
@@ -93,7 +93,7 @@ def project_add_norm(
 ) -> Tensor:
     """The end of a sublayer: x (T, E) or (T, F) projected, dropped out, added to residual (T, E) and normalised."""
     return add_layer_norm(
-        F.linear(x, dense.weight),
+        linear(x, dense.weight),
         residual,
         norm.weight,
         norm.bias,
@@ -142,7 +142,7 @@ class BertSelfAttention(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """(T, E) -> (T, 3, N, D), without the bias."""
-        return F.linear(hidden, self.qkv.weight).view(-1, 3, self.heads, self.head_size)
+        return linear(hidden, self.qkv.weight).view(-1, 3, self.heads, self.head_size)
 
     def forward(self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int, rng_state: Tensor | None) -> Tensor:
         """(T, E) -> (T, E)."""
@@ -218,7 +218,7 @@ class BertIntermediate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, E) -> (T, F)."""
-        return biased_activation(F.linear(hidden, self.dense.weight), self.dense.bias, self.hidden_act)
+        return activated(hidden, self.dense, self.hidden_act)
 
 
 class BertLayer(nn.Module):

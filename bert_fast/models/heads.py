@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast.kernels._common.checks import check_integer, check_same_device, check_shape
 from bert_fast.models.bert import BertHeadModel, Encoded, Options
 from bert_fast.models.config import BertConfig
-from bert_fast.models.encoder import biased_activation
+from bert_fast.models.encoder import activated
 from bert_fast.models.losses import class_labels, mean_binary_cross_entropy, mean_cross_entropy, mean_squared_error
 from bert_fast.models.outputs import (
     MultipleChoiceModelOutput,
@@ -72,8 +71,8 @@ class _SequenceModel(BertHeadModel):
             found = [torch.segment_reduce(hidden.float(), name, lengths=lengths) for name in self.reductions]
             pooled = torch.cat(found, 1).masked_fill((lengths == 0).unsqueeze(1), 0.0).to(hidden.dtype)
         if self.pooling is not None:
-            dense, first = self.pre_classifier, self.pre_dropout(encoded.tokens.first(encoded.hidden))
-            pooled = biased_activation(F.linear(first, dense.weight), dense.bias, self.pooling.activation)
+            first = self.pre_dropout(encoded.tokens.first(encoded.hidden))
+            pooled = activated(first, self.pre_classifier, self.pooling.activation)
         logits: Tensor = self.classifier(self.dropout(pooled))
         return logits
 

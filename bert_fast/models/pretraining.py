@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast.kernels import masked_lm_loss
 from bert_fast.kernels.masked_lm_loss import MaskedLMLoss
 from bert_fast.models.bert import BertHeadModel, Options
 from bert_fast.models.config import GELU_ACTIVATIONS, BertConfig
-from bert_fast.models.encoder import biased_activation
+from bert_fast.models.encoder import activated
 from bert_fast.models.inputs import IGNORE_INDEX, Tokens
 from bert_fast.models.losses import class_labels, mean_binary_cross_entropy, mean_cross_entropy
 from bert_fast.models.outputs import (
@@ -37,7 +36,7 @@ class BertPredictionHeadTransform(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(M, E) -> (M, config.input_size), the width of the word embedding."""
-        x = biased_activation(F.linear(hidden, self.dense.weight), self.dense.bias, self.hidden_act)
+        x = activated(hidden, self.dense, self.hidden_act)
         out: Tensor = self.LayerNorm(x)
         return out
 
@@ -60,7 +59,7 @@ class BertLMPredictionHead(nn.Module):
     def loss(self, hidden: Tensor, labels: Tensor) -> MaskedLMLoss:
         """Mean loss over the rows of hidden (T, E) whose label is not -100; labels int64 (T,)."""
         dense, norm = self.transform.dense, self.transform.LayerNorm
-        if GELU_ACTIVATIONS.get(self.transform.hidden_act) != "none" or dense.in_features != dense.out_features:
+        if GELU_ACTIVATIONS.get(self.transform.hidden_act) != "gelu" or dense.in_features != dense.out_features:
             return self._eager_loss(hidden, labels)
         return masked_lm_loss(
             hidden,
@@ -282,7 +281,7 @@ class ElectraDiscriminatorPredictions(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, E) -> (T, 1)."""
-        x = biased_activation(F.linear(hidden, self.dense.weight), self.dense.bias, self.hidden_act)
+        x = activated(hidden, self.dense, self.hidden_act)
         scores: Tensor = self.dense_prediction(x)
         return scores
 

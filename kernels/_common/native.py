@@ -75,6 +75,25 @@ def registered(operator: str, dispatch_key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key))
 
 
+def cpu_isa() -> str:
+    """The instruction set that the compiled CPU kernels use: generic, avx2, avx512 or avx512bf16.
+
+    BERT_FAST_CPU_ISA lowers it. "generic" where there are no compiled kernels.
+    """
+    return "generic" if MISSING else str(_extension.cpu_isa())
+
+
+def bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 in units of its own: elsewhere torch's products take ten times float32's."""
+    return cpu_isa() == "avx512bf16" and torch.cpu._is_avx512_bf16_supported()
+
+
+def fingerprint(address: int, size: int) -> int:
+    """A hash of 64 words spread over `size` bytes at `address`, which have to be there."""
+    return int(_extension.fingerprint(address, size))
+
+
 MISSING = _load()
+_extension: Any = sys.modules.get("bert_fast._C")
 CUDA_EMULATED = bool(os.environ.get(_CUDA_EMULATOR))
 CUDA_MISSING = _load_cuda()

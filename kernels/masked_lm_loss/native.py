@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bert_fast.kernels._common import native
 from bert_fast.kernels._common.library import implement
 
 CHUNK_BYTES = 32 << 20  # logits that are there at once; README.md has the measurement
@@ -12,9 +13,7 @@ CHUNK_BYTES = 32 << 20  # logits that are there at once; README.md has the measu
 # bfloat16 products where the CPU has units for them; elsewhere they run at a tenth of float32's rate (README.md).
 GEMM_DTYPE = {
     torch.float32: torch.float32,
-    torch.bfloat16: torch.bfloat16
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else torch.float32,
+    torch.bfloat16: torch.bfloat16 if native.bf16_units() else torch.float32,
 }
 
 

@@ -1,0 +1,45 @@
+// GeLU and its derivative on vectors, exact (erf) or by the tanh approximation. Compiled once for each instruction set
+// by foreach_isa.h; a kernel file includes it.
+
+namespace bert_fast {
+namespace BF_ISA {
+
+constexpr float kSqrtHalf = 0.70710678118654752f;
+constexpr float kInvSqrt2Pi = 0.39894228040143268f;
+constexpr float kSqrt2OverPi = 0.79788456080286536f;
+constexpr float kCubic = 0.044715f;
+
+// The tanh approximation as u s with s = (1 + tanh w) / 2 = 1 / (1 + e^-2w), whose tails don't cancel.
+struct TanhGate {
+  vfloat s, rest;  // rest = 1 - s
+};
+
+BF_INLINE TanhGate tanh_gate(vfloat u) {
+  const vfloat e = vexp((-2.0f * kSqrt2OverPi) * (u + kCubic * u * u * u));
+  const vfloat s = 1.0f / (1.0f + e);
+  return {s, e * s};
+}
+
+template <bool TANH>
+BF_INLINE vfloat gelu(vfloat u) {
+  if (TANH) return u * tanh_gate(u).s;
+  return 0.5f * u * (1.0f + verf(u * kSqrtHalf));
+}
+
+template <bool TANH>
+BF_INLINE vfloat gelu_grad(vfloat u) {
+  if (TANH) {
+    const TanhGate gate = tanh_gate(u);
+    return gate.s + u * gate.s * gate.rest * ((2.0f * kSqrt2OverPi) * (1.0f + 3.0f * kCubic * u * u));
+  }
+  return 0.5f * (1.0f + verf(u * kSqrtHalf)) + u * (kInvSqrt2Pi * vexp(-0.5f * u * u));
+}
+
+// What a linear layer's activation is called: 0 for none, 1 for GeLU with erf, 2 with tanh.
+template <int ACTIVATION>
+BF_INLINE vfloat activate(vfloat u) {
+  return ACTIVATION == 0 ? u : gelu<ACTIVATION == 2>(u);
+}
+
+}  // namespace BF_ISA
+}  // namespace bert_fast
