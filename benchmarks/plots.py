@@ -165,7 +165,7 @@ def draw(room: str, report: dict[str, Any], file: Path) -> None:
     )
     figure.legend(
         handles=[Patch(color=shade, label=name) for name, shade in colour.items()],
-        loc="outside lower left", ncols=4, fontsize=7, frameon=False,
+        loc="outside lower left", ncols=2 * columns, fontsize=7, frameon=False,
     )  # fmt: skip
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None, dpi=110)
     plt.close(figure)
