@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bert_fast.integrations import fuse, unfuse
+    from bert_fast.integrations import fuse, quantize, unfuse
     from bert_fast.models import (
         BertConfig,
         BertForMaskedLM,
@@ -32,9 +32,10 @@ __all__ = [
     "BertModel",
     "ElectraForPreTraining",
     "fuse",
+    "quantize",
     "unfuse",
 ]
-_INTEGRATIONS = ("fuse", "unfuse")
+_INTEGRATIONS = ("fuse", "quantize", "unfuse")
 
 
 def __getattr__(name: str) -> Any:

@@ -155,6 +155,27 @@ def _linear() -> list[Case]:
     ]
 
 
+def _linear_int8() -> list[Case]:
+    # Every row has 0 and 255 sixteenths, so that rounding to 8 bits rounds nothing, in no dtype.
+    x = torch.randint(0, 256, (sum(LENGTHS), E)).double() / 16
+    x[:, 0], x[:, 1] = 0.0, 255 / 16
+    inputs = {
+        "x": x,
+        "values": torch.randint(-64, 65, (F, E), dtype=torch.int8),
+        "scale": _random(F).abs() / 1000,
+        "bias": _random(F),
+    }
+
+    def call(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor, **options: Any) -> tuple[Tensor]:
+        weight = kernels.Int8Weight(values, scale, values.sum(1).to(scale.dtype))
+        return (kernels.linear_int8(x, weight, bias, **options),)
+
+    def gelu(**arguments: Any) -> tuple[Tensor]:
+        return call(activation="gelu", **arguments)
+
+    return [Case(name, case, inputs, ("scale", "bias"), False) for name, case in (("bias", call), ("GeLU", gelu))]
+
+
 def _masked_lm_loss() -> list[Case]:
     T = sum(LENGTHS)
     inputs = {
@@ -213,6 +234,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "embedding_layer_norm": _embedding_layer_norm,
     "lamb": _lamb,
     "linear": _linear,
+    "linear_int8": _linear_int8,
     "masked_lm_loss": _masked_lm_loss,
     "padding": _padding,
 }

@@ -9,6 +9,7 @@
 #include "common/cpu_features.h"
 #include "embedding_layer_norm/embedding_layer_norm.h"
 #include "linear/linear.h"
+#include "linear_int8/linear_int8.h"
 #include "masked_lm_loss/masked_lm_loss.h"
 #include "padding/padding.h"
 
@@ -22,6 +23,9 @@ STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
   m.impl("embedding_layer_norm_fwd", TORCH_BOX(&bert_fast::embedding_layer_norm_fwd_cpu));
   m.impl("embedding_layer_norm_bwd", TORCH_BOX(&bert_fast::embedding_layer_norm_bwd_cpu));
   m.impl("linear_finish", TORCH_BOX(&bert_fast::linear_finish_cpu));
+  m.impl("linear_int8_quantize", TORCH_BOX(&bert_fast::linear_int8_quantize_cpu));
+  m.impl("linear_int8_finish", TORCH_BOX(&bert_fast::linear_int8_finish_cpu));
+  m.impl("linear_int8_finish_quantize", TORCH_BOX(&bert_fast::linear_int8_finish_quantize_cpu));
   m.impl("masked_lm_loss_rows", TORCH_BOX(&bert_fast::masked_lm_loss_rows_cpu));
   m.impl("gather_rows", TORCH_BOX(&bert_fast::gather_rows_cpu));
   m.impl("scatter_rows", TORCH_BOX(&bert_fast::scatter_rows_cpu));

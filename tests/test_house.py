@@ -19,6 +19,7 @@ ROOMS = [
     "embedding_layer_norm",
     "lamb",
     "linear",
+    "linear_int8",
     "masked_lm_loss",
     "padding",
 ]

@@ -40,8 +40,9 @@ from bert_fast.kernels import add_layer_norm, attention, linear
 from bert_fast.kernels._common.checks import autocast_dtype
 from bert_fast.kernels._common.philox import new_rng_state
 from bert_fast.models.config import GELU_ACTIVATIONS
-from bert_fast.models.encoder import SITES_PER_LAYER, embed, project_add_norm
+from bert_fast.models.encoder import SITES_PER_LAYER, add_norm, embed, project
 from bert_fast.models.inputs import Tokens
+from bert_fast.models.int8 import Int8Linear
 from bert_fast.threads import settle_after_fork
 
 # The class of the activation -> the `activation` argument of linear.
@@ -327,12 +328,19 @@ def _layer(parts: Parts, cu_seqlens: Tensor, max_seqlen: int, rng_states: Tensor
         rng_state=rows[0] if p else None,
     )
     attended = _end(parts.attended, out.flatten(1), hidden, rows[1])
+    gelu = _GELUS.get(type(parts.activation))
+    if gelu is not None and plain(parts.up, Int8Linear) and plain(parts.down.dense, Int8Linear):
+        x = parts.up.feed_forward(attended, parts.down.dense, gelu)
+        return _end(parts.down, x, attended, rows[2], projected=True)
     return _end(parts.down, _intermediate(parts, attended), attended, rows[2])
 
 
 def _qkv(parts: Parts, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """Queries, keys and values (T, 3, N, D), and their bias (3, N, D) where it is still to be added."""
     denses, heads = parts.qkv, parts.heads
+    whole = getattr(denses[0], "whole", None)
+    if whole is not None and all(plain(dense, Int8Linear) for dense in denses):
+        return project(hidden, whole).unflatten(1, (3, *heads)), whole.bias.view(3, *heads)
     if not all(plain_linear(dense) for dense in denses):
         return torch.stack([dense(hidden) for dense in denses], dim=1).unflatten(2, heads), None
     bias = torch.cat([dense.bias for dense in denses]).view(3, *heads)
@@ -348,15 +356,16 @@ def _intermediate(parts: Parts, hidden: Tensor) -> Tensor:
     return linear(hidden, parts.up.weight, parts.up.bias, activation=gelu)
 
 
-def _end(end: End, x: Tensor, residual: Tensor, rng_state: Tensor | None) -> Tensor:
-    """x (T, E) or (T, F), residual (T, E) -> (T, E)."""
+def _end(end: End, x: Tensor, residual: Tensor, rng_state: Tensor | None, *, projected: bool = False) -> Tensor:
+    """x (T, E) or (T, F), or (T, E) where it is `projected` but for the bias, residual (T, E) -> (T, E)."""
     dense, norm, dropout = end
     if not (plain_norm(norm) and droppable(dropout)):
-        out: Tensor = norm(dropout(dense(x)) + residual)
+        out: Tensor = norm(dropout(x + dense.bias if projected else dense(x)) + residual)
         return out
     p = _p(dropout)
     rng_state = rng_state if p else None
-    if plain_linear(dense):
-        return project_add_norm(x, residual, dense, norm, dropout_p=p, rng_state=rng_state)
+    if plain_linear(dense) or plain(dense, Int8Linear):
+        x = x if projected else project(x, dense)
+        return add_norm(x, residual, dense, norm, dropout_p=p, rng_state=rng_state)
     x = dense(x).to(residual.dtype)
     return add_layer_norm(x, residual, norm.weight, norm.bias, dropout_p=p, eps=norm.eps, rng_state=rng_state)

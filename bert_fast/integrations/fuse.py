@@ -48,7 +48,7 @@ def fuse(model: M) -> M:
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     if not found:
         names = ", ".join(f"{architecture.prefix}Model" for architecture in ARCHITECTURES.values())
-        raise ValueError(f"{_described(model)}; expected a module with one of transformers' {names} inside")
+        raise ValueError(f"{described(model)}; expected a module with one of transformers' {names} inside")
 
     from bert_fast.integrations.bert import fused_class, is_fused, reads_padding
     from bert_fast.integrations.reasons import why_not_fused
@@ -82,7 +82,8 @@ def unfuse(model: M) -> M:
     return model
 
 
-def _described(model: nn.Module) -> str:
+def described(model: nn.Module) -> str:
+    """What kind of a model `model` is, in an error's words."""
     if type(model).__module__.startswith("bert_fast."):
         return f"{type(model).__name__} is bert_fast's own model and runs on its kernels already"
     configs: list[tuple[nn.Module, Any]] = [(m, getattr(m, "config", None)) for m in model.modules()]

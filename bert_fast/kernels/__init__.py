@@ -7,6 +7,7 @@ from bert_fast.kernels.bias_gelu import bias_gelu
 from bert_fast.kernels.embedding_layer_norm import embedding_layer_norm
 from bert_fast.kernels.lamb import ClipScale, clip_scale, lamb_step
 from bert_fast.kernels.linear import linear
+from bert_fast.kernels.linear_int8 import Int8Weight, feed_forward_int8, linear_int8, quantize_weight
 from bert_fast.kernels.masked_lm_loss import MaskedLMLoss, masked_lm_loss
 from bert_fast.kernels.padding import Unpadded, pad, unpad
 
@@ -14,6 +15,7 @@ __all__ = [
     "Availability",
     "ClipScale",
     "ImplUnavailableError",
+    "Int8Weight",
     "MaskedLMLoss",
     "Unpadded",
     "add_layer_norm",
@@ -22,10 +24,13 @@ __all__ = [
     "bias_gelu",
     "clip_scale",
     "embedding_layer_norm",
+    "feed_forward_int8",
     "lamb_step",
     "linear",
+    "linear_int8",
     "masked_lm_loss",
     "pad",
+    "quantize_weight",
     "unpad",
     "use_impl",
 ]

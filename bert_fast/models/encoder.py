@@ -20,6 +20,7 @@ from bert_fast.kernels import add_layer_norm, attention, embedding_layer_norm, l
 from bert_fast.kernels._common.philox import new_rng_state
 from bert_fast.models.config import GELU_ACTIVATIONS, BertConfig
 from bert_fast.models.inputs import Tokens
+from bert_fast.models.int8 import Int8Linear
 
 _logger = logging.getLogger("bert_fast")
 _EAGER: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}
@@ -34,11 +35,19 @@ class EncoderOutput(NamedTuple):
     attentions: tuple[Tensor, ...]
 
 
-def activated(x: Tensor, dense: nn.Linear, name: str) -> Tensor:
+def project(x: Tensor, dense: nn.Linear | Int8Linear) -> Tensor:
+    """A linear layer without its bias, which a kernel behind it adds: x (T, K) -> (T, N)."""
+    return dense.run(x, None) if isinstance(dense, Int8Linear) else linear(x, dense.weight)
+
+
+def activated(x: Tensor, dense: nn.Linear | Int8Linear, name: str) -> Tensor:
     """The activation called `name` in a configuration, of a linear layer: x (T, K) -> (T, N)."""
-    if name in GELU_ACTIVATIONS:
-        return linear(x, dense.weight, dense.bias, activation=GELU_ACTIVATIONS[name])
-    return _EAGER[name](linear(x, dense.weight, dense.bias))
+    gelu = GELU_ACTIVATIONS.get(name)
+    if isinstance(dense, Int8Linear):
+        out = dense.run(x, dense.bias, gelu)
+    else:
+        out = linear(x, dense.weight, dense.bias, activation=gelu)
+    return _EAGER[name](out) if gelu is None else out
 
 
 def embed(
@@ -88,12 +97,19 @@ def _without_gradient_at_padding(table: nn.Embedding) -> Tensor:
     return torch.where(rows == table.padding_idx, weight.detach(), weight)
 
 
-def project_add_norm(
-    x: Tensor, residual: Tensor, dense: nn.Linear, norm: nn.LayerNorm, *, dropout_p: float, rng_state: Tensor | None
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    dense: nn.Linear | Int8Linear,
+    norm: nn.LayerNorm,
+    *,
+    dropout_p: float,
+    rng_state: Tensor | None,
 ) -> Tensor:
-    """The end of a sublayer: x (T, E) or (T, F) projected, dropped out, added to residual (T, E) and normalised."""
+    """The end of a sublayer: x (T, E), projected by `dense` without its bias, which is added here; dropped out, added
+    to residual (T, E) and normalised."""
     return add_layer_norm(
-        linear(x, dense.weight),
+        x,
         residual,
         norm.weight,
         norm.bias,
@@ -142,7 +158,7 @@ class BertSelfAttention(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """(T, E) -> (T, 3, N, D), without the bias."""
-        return linear(hidden, self.qkv.weight).view(-1, 3, self.heads, self.head_size)
+        return project(hidden, self.qkv).view(-1, 3, self.heads, self.head_size)
 
     def forward(self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int, rng_state: Tensor | None) -> Tensor:
         """(T, E) -> (T, E)."""
@@ -189,7 +205,11 @@ class BertSelfOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, rng_state: Tensor | None) -> Tensor:
         """x (T, E) or (T, F), residual (T, E) -> (T, E)."""
-        return project_add_norm(x, residual, self.dense, self.LayerNorm, dropout_p=self.dropout_p, rng_state=rng_state)
+        return self.finish(project(x, self.dense), residual, rng_state)
+
+    def finish(self, x: Tensor, residual: Tensor, rng_state: Tensor | None) -> Tensor:
+        """What stands behind the projection: x (T, E), residual (T, E) -> (T, E)."""
+        return add_norm(x, residual, self.dense, self.LayerNorm, dropout_p=self.dropout_p, rng_state=rng_state)
 
 
 class BertOutput(BertSelfOutput):
@@ -247,6 +267,9 @@ class BertLayer(nn.Module):
         if wanted is not None:
             attended, hidden = attended.index_select(0, wanted), hidden.index_select(0, wanted)
         attended = self.attention.output(attended, hidden, states[1])
+        up, down, gelu = self.intermediate.dense, self.output.dense, GELU_ACTIVATIONS.get(self.intermediate.hidden_act)
+        if isinstance(up, Int8Linear) and isinstance(down, Int8Linear) and gelu is not None:
+            return self.output.finish(up.feed_forward(attended, down, gelu), attended, states[2])
         out: Tensor = self.output(self.intermediate(attended), attended, states[2])
         return out
 

@@ -1,0 +1,31 @@
+// What stands before and behind an integer product: rows to 8 bits, and the product's rows back.
+//
+// A row x is scale u + low, u from 0 to 255. So x w^T = wscale (scale (u . w) + low sum(w)), of which (u . w) is the
+// integer product that comes as float32.
+#pragma once
+
+#include <optional>
+
+#include "common/tensor.h"
+
+namespace bert_fast {
+
+// x (T, K) float32 or bfloat16 -> u (T, K) uint8, scale (T,), low (T,). `range` (2,) float32: the lowest and the
+// highest value that all rows share; absent: each row's own.
+std::tuple<Tensor, Tensor, Tensor> linear_int8_quantize_cpu(const Tensor& x, const std::optional<Tensor>& range);
+
+// product (T, N), scale and low (T,) -> act(...) (T, N), bfloat16 or float32. activation: 0 for none, 1 for GeLU with
+// erf, 2 with tanh.
+Tensor linear_int8_finish_cpu(const Tensor& product, const Tensor& scale, const Tensor& low, const Tensor& weight_scale,
+                              const Tensor& weight_sums, const std::optional<Tensor>& bias, int64_t activation,
+                              bool bf16);
+
+// The same, quantized at once for the next product: a row of act(...) is never in memory.
+std::tuple<Tensor, Tensor, Tensor> linear_int8_finish_quantize_cpu(const Tensor& product, const Tensor& scale,
+                                                                   const Tensor& low, const Tensor& weight_scale,
+                                                                   const Tensor& weight_sums,
+                                                                   const std::optional<Tensor>& bias,
+                                                                   int64_t activation,
+                                                                   const std::optional<Tensor>& range);
+
+}  // namespace bert_fast

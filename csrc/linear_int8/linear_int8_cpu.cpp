@@ -1,0 +1,149 @@
+#include <type_traits>
+#include <vector>
+
+#include "linear_int8/linear_int8.h"
+
+namespace bert_fast {
+
+// The numbers that a row of a product is multiplied by; `bias` may be null.
+struct Int8Columns {
+  const float* scale;
+  const float* sums;
+  const float* bias;
+};
+
+}  // namespace bert_fast
+
+#define BF_KERNELS "linear_int8/linear_int8_cpu_kernels.h"
+#include "common/foreach_isa.h"
+
+namespace bert_fast {
+namespace {
+
+constexpr int64_t kGrain = 8192;  // elements a thread should have at least
+
+int64_t grain(int64_t cols) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols));
+}
+
+// A (2,) float32 tensor's values, or null.
+struct Range {
+  explicit Range(const std::optional<Tensor>& range)
+      : values(range ? as_float(*range) : empty({0}, ScalarType::Float)) {
+    if (range) {
+      check_size(values, "range", 0, 2);
+      data = bert_fast::data<float>(values);
+    }
+  }
+  Tensor values;
+  const float* data = nullptr;
+};
+
+// The checked and contiguous operands of a product's rows.
+struct Product {
+  Product(const Tensor& product, const Tensor& scale, const Tensor& low, const Tensor& weight_scale,
+          const Tensor& weight_sums, const std::optional<Tensor>& bias)
+      : product(as_contiguous(product)),
+        scale(as_float(scale)),
+        low(as_float(low)),
+        weight_scale(as_float(weight_scale)),
+        weight_sums(as_float(weight_sums)),
+        bias(bias ? as_float(*bias) : empty({0}, ScalarType::Float)),
+        with_bias(bias.has_value()) {
+    STD_TORCH_CHECK(product.dim() == 2, "linear_int8: expected product (T, N)");
+    check_dtype(product, "product", ScalarType::Float);
+    rows = product.size(0);
+    cols = product.size(1);
+    check_size(scale, "scale", 0, rows);
+    check_size(low, "low", 0, rows);
+    check_size(weight_scale, "weight_scale", 0, cols);
+    check_size(weight_sums, "weight_sums", 0, cols);
+    if (bias) check_size(*bias, "bias", 0, cols);
+  }
+  Int8Columns columns() const {
+    return {data<float>(weight_scale), data<float>(weight_sums), with_bias ? data<float>(bias) : nullptr};
+  }
+  Tensor product, scale, low, weight_scale, weight_sums, bias;
+  bool with_bias;
+  int64_t rows, cols;
+};
+
+template <class T, int ACTIVATION>
+void finish(const Product& p, const Tensor& out) {
+  parallel_for(0, p.rows, grain(p.cols), [&](int64_t begin, int64_t end) {
+    const auto rows_of = BF_DISPATCH(finish_rows<T, ACTIVATION>);
+    rows_of(data<float>(p.product) + begin * p.cols, data<float>(p.scale) + begin, data<float>(p.low) + begin,
+            p.columns(), mutable_data<T>(out) + begin * p.cols, end - begin, p.cols);
+  });
+}
+
+template <int ACTIVATION>
+void finish_quantize(const Product& p, const float* range, const Tensor& u, const Tensor& scale, const Tensor& low) {
+  parallel_for(0, p.rows, grain(p.cols), [&](int64_t begin, int64_t end) {
+    const auto rows_of = BF_DISPATCH(finish_quantize_rows<ACTIVATION>);
+    std::vector<float> buffer(p.cols);
+    rows_of(data<float>(p.product) + begin * p.cols, data<float>(p.scale) + begin, data<float>(p.low) + begin,
+            p.columns(), range, buffer.data(), mutable_data<uint8_t>(u) + begin * p.cols,
+            mutable_data<float>(scale) + begin, mutable_data<float>(low) + begin, end - begin, p.cols);
+  });
+}
+
+// Call body with the activation as a constant.
+template <class Body>
+void dispatch_activation(int64_t activation, const Body& body) {
+  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "linear_int8: unknown activation ", activation);
+  if (activation == 0) body(std::integral_constant<int, 0>{});
+  if (activation == 1) body(std::integral_constant<int, 1>{});
+  if (activation == 2) body(std::integral_constant<int, 2>{});
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> linear_int8_quantize_cpu(const Tensor& x, const std::optional<Tensor>& range) {
+  STD_TORCH_CHECK(x.dim() == 2, "linear_int8: expected x (T, K)");
+  const Tensor in = as_contiguous(x);
+  const Range bounds(range);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  const Tensor u = empty({rows, cols}, ScalarType::Byte);
+  const Tensor scale = empty({rows}, ScalarType::Float), low = empty({rows}, ScalarType::Float);
+  dispatch_float(x.scalar_type(), "linear_int8", [&](auto element) {
+    using T = decltype(element);
+    const auto rows_of = BF_DISPATCH(quantize_rows<T>);
+    parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
+      rows_of(data<T>(in) + begin * cols, bounds.data, mutable_data<uint8_t>(u) + begin * cols,
+              mutable_data<float>(scale) + begin, mutable_data<float>(low) + begin, end - begin, cols);
+    });
+  });
+  return {u, scale, low};
+}
+
+Tensor linear_int8_finish_cpu(const Tensor& product, const Tensor& scale, const Tensor& low, const Tensor& weight_scale,
+                              const Tensor& weight_sums, const std::optional<Tensor>& bias, int64_t activation,
+                              bool bf16) {
+  const Product p(product, scale, low, weight_scale, weight_sums, bias);
+  const ScalarType dtype = bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+  const Tensor out = empty({p.rows, p.cols}, dtype);
+  dispatch_float(dtype, "linear_int8", [&](auto element) {
+    using T = decltype(element);
+    dispatch_activation(activation, [&](auto constant) { finish<T, decltype(constant)::value>(p, out); });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_int8_finish_quantize_cpu(const Tensor& product, const Tensor& scale,
+                                                                   const Tensor& low, const Tensor& weight_scale,
+                                                                   const Tensor& weight_sums,
+                                                                   const std::optional<Tensor>& bias,
+                                                                   int64_t activation,
+                                                                   const std::optional<Tensor>& range) {
+  const Product p(product, scale, low, weight_scale, weight_sums, bias);
+  const Range bounds(range);
+  const Tensor u = empty({p.rows, p.cols}, ScalarType::Byte);
+  const Tensor next_scale = empty({p.rows}, ScalarType::Float), next_low = empty({p.rows}, ScalarType::Float);
+  dispatch_activation(activation, [&](auto constant) {
+    finish_quantize<decltype(constant)::value>(p, bounds.data, u, next_scale, next_low);
+  });
+  return {u, next_scale, next_low};
+}
+
+}  // namespace bert_fast

@@ -1,0 +1,170 @@
+"""linear_int8: the CPU's products against exact integers, its quantization against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bert_fast.kernels import ImplUnavailableError, Int8Weight, feed_forward_int8, linear_int8, quantize_weight
+from bert_fast.kernels.linear_int8 import native
+from bert_fast.kernels.linear_int8.reference import quantize_rows_reference
+from bert_fast.testing import targets
+
+# Rows: none, one, not a multiple of anything. K and N below, between and above what vectors and oneDNN's blocks hold.
+SHAPES = [(0, 8, 8), (1, 1, 1), (5, 7, 9), (3, 16, 33), (33, 768, 50), (65, 200, 384)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def on_the_grid(rows: int, width: int) -> Tensor:
+    """Rows that 8 bits hold exactly: sixteenths from 0 to 255, both of them in each row of two values or more."""
+    x = torch.randint(0, 256, (rows, width)) / 16
+    if width > 1:
+        x[:, 0], x[:, 1] = 0.0, 255 / 16
+    return x
+
+
+def random_weight(columns: int, width: int) -> Int8Weight:
+    limit = native.weight_limit()
+    values = torch.randint(-limit, limit + 1, (columns, width), dtype=torch.int8)
+    return Int8Weight(values, torch.rand(columns) / 100, values.sum(1).float())
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(
+    ("impl", "device", "dtype", "rows", "width", "columns"), targets("linear_int8", SHAPES, dtypes=DTYPES), ids=str
+)
+def test_matches_reference(
+    impl: str,
+    device: str,
+    dtype: torch.dtype,
+    rows: int,
+    width: int,
+    columns: int,
+    activation: str | None,
+    poisoned_empty: None,
+) -> None:
+    """Inputs that 8 bits hold exactly: what is left are the roundings of the float32 arithmetic behind the product."""
+    x, weight, bias = on_the_grid(rows, width).to(dtype), random_weight(columns, width), torch.randn(columns)
+    found = linear_int8(x, weight, bias, activation=activation, impl=impl)
+    exact = linear_int8(x.double(), weight, bias.double(), activation=activation, impl="reference")
+    assert found.dtype == dtype
+    scale = float(exact.abs().max()) if rows else 0.0
+    tolerance = (2 if dtype == torch.bfloat16 else 8) * torch.finfo(dtype).eps * scale
+    assert torch.allclose(found.double(), exact, rtol=0.0, atol=tolerance)
+
+
+@pytest.mark.parametrize("corner", ["all largest", "all lowest", "alternating"])
+def test_extreme_values_are_exact(corner: str) -> None:
+    """The largest sums that there are, in every pair of neighbours: where 16 bits would saturate without VNNI."""
+    width, columns, limit = 3072, 64, native.weight_limit()
+    u = torch.full((17, width), 255, dtype=torch.uint8)
+    values = torch.full((columns, width), -limit if corner == "all lowest" else limit, dtype=torch.int8)
+    if corner == "alternating":
+        u[:, ::4] = 0
+        values[:, 1::2] = -limit
+    found = torch.ops.bert_fast.linear_int8_product(u, values)
+    exact = u.double() @ values.double().T
+    assert torch.equal(found.double(), exact.float().double())
+
+
+@pytest.mark.parametrize("with_range", [False, True], ids=["by token", "calibrated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("width", [1, 3, 8, 17, 65, 768])
+def test_quantization_is_the_definition(width: int, dtype: torch.dtype, with_range: bool) -> None:
+    x = (3 * torch.randn(23, width) + torch.randn(23, 1)).to(dtype)
+    bounds = torch.tensor([-2.0, 3.0]) if with_range else None
+    u, scale, low = torch.ops.bert_fast.linear_int8_quantize(x, bounds)
+    expected, expected_scale, expected_low = quantize_rows_reference(x, bounds)
+    assert torch.allclose(scale, expected_scale[:, 0], rtol=1e-6)
+    assert torch.equal(low, expected_low[:, 0])
+    off = (u.int() - expected.int()).abs()
+    assert int(off.max()) <= 1  # a tie that falls on the other side
+    assert float(off.float().mean()) < 0.01
+    if not with_range:
+        error = (scale[:, None] * u + low[:, None] - x.float()).abs()
+        assert (error <= 0.501 * scale[:, None] + 1e-6).all()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_feed_forward_is_two_layers(dtype: torch.dtype, activation: str) -> None:
+    x, bias = torch.randn(37, 64).to(dtype), torch.randn(200)
+    up, down = quantize_weight(torch.randn(200, 64) / 8), quantize_weight(torch.randn(64, 200) / 14)
+    ranges = {"up_range": torch.tensor([-3.0, 3.0]), "down_range": torch.tensor([-0.2, 5.0])}
+    for bounds in ({}, ranges):
+        found = feed_forward_int8(x, up, bias, down, activation=activation, impl="cpu", **bounds)
+        exact = feed_forward_int8(x.float(), up, bias, down, activation=activation, impl="reference", **bounds)
+        # A rounding to 8 bits that falls on the other side moves an output by a 255th of a term of its sum.
+        assert torch.allclose(found.float(), exact, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+def test_error_is_that_of_eight_bits() -> None:
+    x, weight = torch.randn(64, 768), torch.randn(512, 768) / 28
+    exact = x.double() @ weight.double().T
+    error = {limit: linear_int8(x, quantize_weight(weight, limit=limit)) - exact for limit in (64, 127)}
+    relative = {limit: float(e.norm() / exact.norm()) for limit, e in error.items()}
+    if native.weight_limit() == 127:
+        assert relative[127] < 0.012
+    assert relative[64] < 0.018
+
+
+def test_rows_that_are_not_finite_are_nan_and_no_others() -> None:
+    x, weight = torch.randn(6, 40), random_weight(24, 40)
+    x[1, 5], x[2, 39], x[3, 0] = float("nan"), float("inf"), -float("inf")
+    for bounds in (None, torch.tensor([-3.0, 3.0])):
+        for impl in ("cpu", "reference"):
+            found = linear_int8(x, weight, input_range=bounds, impl=impl)
+            assert found[1:4].isnan().all()
+            assert found[[0, 4, 5]].isfinite().all()
+
+
+def test_constant_rows_are_exact() -> None:
+    x, weight = torch.tensor([0.0, 2.5, -1.0]).repeat(10, 1).T.contiguous(), random_weight(24, 10)
+    exact = x.double() @ (weight.values.double() * weight.scale.double()[:, None]).T
+    assert torch.allclose(linear_int8(x, weight, impl="cpu").double(), exact, atol=1e-5)
+
+
+def test_same_bits_with_other_thread_counts() -> None:
+    x, weight, threads = torch.randn(301, 96), random_weight(77, 96), torch.get_num_threads()
+    found = linear_int8(x, weight, activation="gelu", impl="cpu")
+    torch.set_num_threads(1)
+    alone = linear_int8(x, weight, activation="gelu", impl="cpu")
+    torch.set_num_threads(threads)
+    assert torch.equal(found, alone)
+
+
+def test_opcheck() -> None:
+    ops, x, (values, scale, sums) = torch.ops.bert_fast, torch.randn(5, 24), random_weight(16, 24)
+    bounds = torch.tensor([-1.0, 1.0])
+    torch.library.opcheck(ops.linear_int8_quantize.default, (x, None))
+    torch.library.opcheck(ops.linear_int8_quantize.default, (x.bfloat16(), bounds))
+    u, row_scale, low = ops.linear_int8_quantize(x, None)
+    torch.library.opcheck(ops.linear_int8_product.default, (u, values))
+    rows = (ops.linear_int8_product(u, values), row_scale, low, scale, sums, torch.randn(16))
+    torch.library.opcheck(ops.linear_int8_finish.default, (*rows, 1, True))
+    torch.library.opcheck(ops.linear_int8_finish_quantize.default, (*rows, 2, bounds))
+
+
+def test_compiles_whole(compile_backend: str) -> None:
+    x, weight = torch.randn(5, 24), random_weight(16, 24)
+    compiled = torch.compile(linear_int8, fullgraph=True, backend=compile_backend)
+    assert torch.equal(compiled(x, weight, activation="gelu"), linear_int8(x, weight, activation="gelu"))
+
+
+def test_bad_input_is_named() -> None:
+    x, weight = torch.randn(5, 24), random_weight(16, 24)
+    with pytest.raises(ValueError, match=r"weight.values has shape \(16, 24\); expected \(N, 23\)"):
+        linear_int8(x[:, 1:], weight)
+    with pytest.raises(ValueError, match=r"bias has shape \(15,\); expected \(16,\)"):
+        linear_int8(x, weight, torch.randn(15))
+    with pytest.raises(ValueError, match=r"input_range has shape \(3,\); expected \(2,\)"):
+        linear_int8(x, weight, input_range=torch.randn(3))
+    with pytest.raises(ValueError, match="x asks for a gradient"):
+        linear_int8(x.requires_grad_(), weight)
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        quantize_weight(torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(ValueError, match="limit is 128"):
+        quantize_weight(torch.randn(2, 2), limit=128)
+    with pytest.raises(ImplUnavailableError, match="linear_int8: impl='cuda'"):
+        linear_int8(x.detach(), weight, impl="cuda")
