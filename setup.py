@@ -113,12 +113,15 @@ def cuda_extension() -> Extension:
         raise FileNotFoundError("no nvcc was found (tried $CUDA_HOME and $PATH)")
     if torch.version.cuda is None:
         raise FileNotFoundError(f"torch {torch.__version__}, which it is built against, has no CUDA")
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_architectures(nvcc)]
+    architectures = cuda_architectures(nvcc)
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    # The instructions of Hopper alone are in code for sm_90a: in any other the kernels that use them are empty.
+    hopper = [("BERT_FAST_HOPPER", None)] if "90a" in architectures and "90" not in architectures else []
     return CUDAExtension(
         "bert_fast._CUDA",
         ["csrc/registration_cuda.cpp", *sources("csrc/*/*_cuda*.cu")],
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None)],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None), *hopper],
         extra_compile_args={
             "cxx": [*OPTIMISE, "-fvisibility=hidden"],
             "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", *gencode],

@@ -4,8 +4,10 @@
     python -m benchmarks.cuda_report --write     compile what is out of date and write the table
 
 A row of `results/cuda_compile.json` is one instantiation of a kernel on one architecture, as `ptxas -v` reports it:
-registers a thread, bytes that it spills, bytes of stack and of static shared memory. `sources` is the hash of the file
-and of every header of the project that it includes: files whose hash is still right are not compiled again.
+registers a thread, bytes that it spills, bytes of stack and of static shared memory. `matrix`, in rows of sources for
+Hopper, has the matrix and copy instructions of the machine code, and how many (cuobjdump, which comes with Triton).
+`sources` is the hash of the file and of every header of the project that it includes: files whose hash is still right
+are not compiled again.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,18 +30,29 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "cuda_compile.json"
 ARCHITECTURES = ("80", "90a", "100")
+HOPPER = "_cuda_hopper"  # in the names of sources whose kernels have a body on sm_90a alone
 TORCH_TARGET_VERSION = runpy.run_path(str(ROOT / "csrc" / "flags.py"))["TORCH_TARGET_VERSION"]
 FLAGS = (
     "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-    "-Xptxas=-v",
+    "-DBERT_FAST_HOPPER", "-Xptxas=-v",
 )  # fmt: skip
 # The most bytes a kernel may spill, by the beginning and the end of its name; any other spills none. A row of more than
 # 4096 columns takes 1024 threads, each of which can have 64 registers; backward wants about 100. No BERT is so wide.
-KNOWN_SPILLS = {("add_layer_norm_backward<", ", 1024>"): 664}
+# dk and dv of 64 keys with D of 128 take 128 registers, P and dP 64: with the mask of dropout that is more than 232.
+# attention's other kernels spill where ptxas gives them fewer registers than there are, nearly all on sm_100.
+KNOWN_SPILLS = {
+    ("add_layer_norm_backward<", ", 1024>"): 664,
+    ("hopper_dkv<", ", 128, true>"): 100,
+    ("attention_dkv<", ", 32, false>"): 68,
+    ("attention_dkv<", ", 64, true>"): 16,
+    ("attention_forward<", ", 32, false>"): 8,
+    ("attention_forward<", ", true>"): 16,
+}
 COMPILING = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+MATRIX = re.compile(r"\b(HGMMA|HMMA|UTMALDG|UBLKCP)\b")
 
 
 def cuda_sources() -> list[Path]:
@@ -64,18 +78,49 @@ def compile_source(source: Path) -> list[dict[str, Any]]:
     """Rows of one source, for every architecture.
 
     Raises:
-        RuntimeError: nvcc failed; the message is its own.
+        RuntimeError: nvcc failed, or found products of a warpgroup that can't overlap; the message is its own.
     """
     from torch.utils.cpp_extension import include_paths
 
     includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures(source)]
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *FLAGS, *includes, *gencode, "-c", str(source), "-o", f"{folder}/out.o"]
+        target = Path(folder) / "out.o"
+        command = ["nvcc", *FLAGS, *includes, *gencode, "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nvcc failed on {source.relative_to(ROOT)}:\n{done.stderr}")
+        if "instructions are serialized" in done.stderr:
+            raise RuntimeError(f"ptxas takes the products of {source.name} one after the other:\n{done.stderr}")
+        rows = parse(done.stderr)
+        if HOPPER in source.name:
+            found = matrix_instructions(target)
+            rows = [{**row, "matrix": found[row["kernel"]]} for row in rows]
+    return rows
+
+
+def architectures(source: Path) -> tuple[str, ...]:
+    """What a source is compiled for."""
+    return ("90a",) if HOPPER in source.name else ARCHITECTURES
+
+
+def matrix_instructions(target: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel in an object file: how many instructions of MATRIX its machine code has.
+
+    Raises:
+        RuntimeError: cuobjdump is missing or failed.
+    """
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "--dump-sass", target], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"nvcc failed on {source.relative_to(ROOT)}:\n{done.stderr}")
-    return list(parse(done.stderr))
+        raise RuntimeError(f"cuobjdump failed on {target.name}: {done.stderr}")
+    parts = re.split(r"^\s*Function : (\w+)$", done.stdout, flags=re.MULTILINE)
+    names = demangled(parts[1::2])
+    return {
+        name: dict(sorted(Counter(MATRIX.findall(code)).items())) for name, code in zip(names, parts[2::2], strict=True)
+    }
 
 
 def parse(report: str) -> list[dict[str, Any]]:
@@ -178,7 +223,7 @@ def main() -> int:
         compiled = list(pool.map(compile_source, outdated))
     for path, rows in zip(outdated, compiled, strict=True):
         files[str(path.relative_to(ROOT))] = {"sources": sources_hash(path), "rows": rows}
-        print(f"{path.relative_to(ROOT)}: {len(rows)} kernels for {', '.join(ARCHITECTURES)}")
+        print(f"{path.relative_to(ROOT)}: {len(rows)} rows for {', '.join(architectures(path))}")
     table = {"nvcc": nvcc if outdated else before["nvcc"], "files": dict(sorted(files.items()))}
     wrong = problems(table)
     if options.write:

@@ -94,7 +94,10 @@ def wrong_ids(good: int) -> Tensor:
 
 def malformed_attention(impl: str, device: str) -> list[Callable[[], Any]]:
     ops = operators(impl)
-    qkv, dout = torch.randn(T, 3, 2, 32, device=device), torch.randn(T, 2, 32, device=device)
+    packs = [  # of D 64 in 16 bits Hopper has kernels of its own
+        (torch.randn(T, 3, 2, dim, device=device, dtype=dtype), torch.randn(T, 2, dim, device=device, dtype=dtype))
+        for dim, dtype in ((32, torch.float32), (64, torch.bfloat16))
+    ]
     state, lse = torch.tensor(STATE, device=device), torch.randn(2, T, device=device)
     wrong = (
         [0, 40, 20, T],  # falls
@@ -106,8 +109,9 @@ def malformed_attention(impl: str, device: str) -> list[Callable[[], Any]]:
 
     def both(ends: Tensor, longest: int) -> None:
         rest = (ends, longest, 0.2, 0.1, state)
-        ops.attention_fwd(qkv, None, *rest)
-        ops.attention_bwd(dout, qkv, None, dout, lse, *rest)
+        for qkv, dout in packs:
+            ops.attention_fwd(qkv, None, *rest)
+            ops.attention_bwd(dout, qkv, None, dout, lse, *rest)
 
     tensors = [torch.tensor(ends, dtype=torch.int32, device=device) for ends in wrong]
     good = torch.tensor([0, 50, T], dtype=torch.int32, device=device)
@@ -162,7 +166,7 @@ MALFORMED: dict[str, Callable[[str, str], list[Callable[[], Any]]]] = {
 def long_attention(impl: str, device: str) -> None:
     """Sequences that take several blocks of keys, in bfloat16, where `bert-fast verify` has short ones alone."""
     ends = torch.tensor([0, 150, 150, 193, 202], dtype=torch.int32, device=device)
-    for D in (32, 64):
+    for D in (32, 64, 128):
         qkv = torch.randn(202, 3, 1, D, device=device, dtype=torch.bfloat16, requires_grad=True)
         bias = torch.randn(3, 1, D, device=device, requires_grad=True)
         state = torch.tensor(STATE, device=device)

@@ -7,7 +7,7 @@ tests try many more shapes; these are the few that a user can run in seconds whe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +90,19 @@ def _with_dropout(call: Callable[..., Any], inputs: dict[str, Tensor], parameter
 
 
 def _attention() -> list[Case]:
-    cu_seqlens = _cu_seqlens()
-    T = int(cu_seqlens[-1])
+    # D decides which kernels run: on a Hopper those of 64 and 128 are others.
+    short, long = _cu_seqlens(), torch.tensor([0, 150, 153], dtype=torch.int32)
+    cases = []
+    for heads, dim, cu_seqlens in ((N, D, short), (1, 64, long), (1, 128, long)):
+        longest, T = int(cu_seqlens.diff().max()), int(cu_seqlens[-1])
 
-    def call(qkv: Tensor, bias: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
-        return kernels.attention(qkv, cu_seqlens, max(LENGTHS), bias=bias, **options)
+        def call(qkv: Tensor, bias: Tensor, cu_seqlens: Tensor, longest: int = longest, **options: Any) -> Tensor:
+            return kernels.attention(qkv, cu_seqlens, longest, bias=bias, **options)
 
-    inputs = {"qkv": _random(T, 3, N, D), "bias": _random(3, N, D, scale=0.1), "cu_seqlens": cu_seqlens}
-    return _with_dropout(call, inputs, ("bias",))
+        inputs = {"qkv": _random(T, 3, heads, dim), "bias": _random(3, heads, dim, scale=0.1), "cu_seqlens": cu_seqlens}
+        found = _with_dropout(call, inputs, ("bias",))
+        cases += found if dim == D else [replace(case, name=f"{case.name}, D {dim}") for case in found]
+    return cases
 
 
 def _bias_gelu() -> list[Case]:

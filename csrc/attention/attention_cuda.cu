@@ -1,7 +1,5 @@
 // The host's side of attention on a GPU: checks, memory, and the order of the kernels. Nothing here waits for the
 // device or reads cu_seqlens: the grid is for sequences of max_seqlen, and blocks without rows end at once.
-#include <limits>
-
 #include "attention/attention_cuda.h"
 #include "common/cuda_reduce.h"
 
@@ -81,6 +79,11 @@ std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& qkv, const std::opti
   dispatch_cuda(qkv.scalar_type(), "attention", [&](auto element) {
     using T = decltype(element);
     const AttentionForward<T> tensors = {data<T>(arguments.qkv), mutable_data<T>(out), mutable_data<float>(lse)};
+    if constexpr (!std::is_same<T, float>::value) {
+      if (takes_hopper_path(arguments.batch, qkv.scalar_type(), qkv)) {
+        return attention_forward_hopper<T>(arguments.batch, tensors, qkv);
+      }
+    }
     attention_forward_cuda<T>(arguments.batch, tensors, qkv);
   });
   return {out, lse};
@@ -107,7 +110,6 @@ std::tuple<Tensor, Tensor> attention_bwd_cuda(const Tensor& dout, const Tensor& 
   if (arguments.empty()) return {torch::stable::zero_(dqkv), torch::stable::zero_(dbias)};
   const Tensor grad = as_contiguous(dout), result = as_contiguous(out), sums = as_contiguous(lse);
   const bool biased = bias.has_value();
-  const Tensor statistics = empty_like_rows(qkv, {heads, 3, total}, ScalarType::Float);
   const bool rounded = qkv.scalar_type() != ScalarType::Float;
   const Tensor biased_q = empty_like_rows(qkv, {biased && rounded ? total : 0, heads, dim}, qkv.scalar_type());
   const Tensor partial =
@@ -116,6 +118,10 @@ std::tuple<Tensor, Tensor> attention_bwd_cuda(const Tensor& dout, const Tensor& 
   arguments.align_to(result);
   arguments.align_to(dqkv);
   if (biased && rounded) arguments.align_to(biased_q);
+  const bool hopper = takes_hopper_path(batch, qkv.scalar_type(), qkv);
+  // Hopper's kernels keep what they know of queries in whole blocks.
+  const int64_t known = hopper ? batch.sequences * batch.blocks * attention_block_rows(qkv.scalar_type(), dim) : total;
+  const Tensor statistics = empty_like_rows(qkv, {heads, 3, known}, ScalarType::Float);
   dispatch_cuda(qkv.scalar_type(), "attention", [&](auto element) {
     using T = decltype(element);
     const AttentionBackward<T> tensors = {data<T>(grad),
@@ -126,6 +132,12 @@ std::tuple<Tensor, Tensor> attention_bwd_cuda(const Tensor& dout, const Tensor& 
                                           biased && rounded ? mutable_data<T>(biased_q) : nullptr,
                                           mutable_data<float>(statistics),
                                           biased ? mutable_data<float>(partial) : nullptr};
+    if constexpr (!std::is_same<T, float>::value) {
+      if (hopper) {
+        attention_dq_hopper<T>(batch, tensors, qkv);
+        return attention_dkv_hopper<T>(batch, tensors, qkv);
+      }
+    }
     attention_dq_cuda<T>(batch, tensors, qkv);
     attention_dkv_cuda<T>(batch, tensors, qkv);
   });

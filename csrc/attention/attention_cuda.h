@@ -1,6 +1,8 @@
 // What the CUDA kernels of attention share, whatever the dtype: their arguments, and which rows a block owns.
 #pragma once
 
+#include <limits>
+
 #include "attention/attention.h"
 #include "common/cuda.h"
 #include "common/cuda_philox.h"
@@ -38,18 +40,21 @@ struct AttentionBackward {
   const float* lse;
   T* dqkv;            // (T, 3, N, D)
   T* biased_q;        // null without a bias
-  float* statistics;  // (N, 3, T)
+  float* statistics;  // (N, 3, T); on Hopper (B, N, blocks, 3, 64)
   float* partial;     // (B blocks, 3, N, D): sums of dqkv over the rows of a block; null without a bias
 };
 
 // The block's rows: [row, row + rows of a block) of one sequence and head. Whatever cu_seqlens holds, tokens first to
 // first + length - 1 are within the pack.
 struct OwnedRows {
-  __device__ __forceinline__ OwnedRows(const AttentionBatch& batch, int rows) {
-    const int64_t index = blockIdx.x;
-    block = static_cast<int>(index % batch.blocks);
-    head = static_cast<int>(index / batch.blocks % batch.heads);
-    sequence = index / batch.blocks / batch.heads;
+  __device__ __forceinline__ OwnedRows(const AttentionBatch& batch, int rows)
+      : OwnedRows(batch, rows, static_cast<int>(blockIdx.x), batch.blocks) {}
+
+  // Piece `index` of the batch, where `blocks` pieces are those of a head of a sequence.
+  __device__ __forceinline__ OwnedRows(const AttentionBatch& batch, int rows, int index, int blocks) {
+    block = index % blocks;
+    head = index / blocks % batch.heads;
+    sequence = index / blocks / batch.heads;
     const int64_t start = batch.cu_seqlens[sequence], end = batch.cu_seqlens[sequence + 1];
     first = start < 0 ? 0 : start > batch.total ? batch.total : start;
     int64_t tokens = (end < batch.total ? end : batch.total) - first;
@@ -98,9 +103,9 @@ __device__ __forceinline__ void store_some(T* to, int valid, bool aligned, const
 
 // 16 decisions of dropout as bits of one number: that of column c is bit kept_place(c); bits 8 to 15 and 24 to 31 are
 // 0.
-__device__ __forceinline__ uint32_t kept_bits(const DropoutState& drop, int head, int64_t query, int group) {
+__device__ __forceinline__ uint32_t kept_bits(const DropoutState& drop, int head, uint32_t query, int group) {
   uint32_t words[4], bits = 0;
-  dropout_words(drop, static_cast<uint32_t>(head), static_cast<uint32_t>(query), static_cast<uint32_t>(group), words);
+  dropout_words(drop, static_cast<uint32_t>(head), query, static_cast<uint32_t>(group), words);
   const uint32_t addend = (256 - drop.threshold) * 0x00010001u;  // carries out of a byte that is large enough
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -134,6 +139,30 @@ template <class T>
 void attention_dq_cuda(const AttentionBatch& batch, const AttentionBackward<T>& tensors, const Tensor& on);
 template <class T>
 void attention_dkv_cuda(const AttentionBatch& batch, const AttentionBackward<T>& tensors, const Tensor& on);
+
+// The same on Hopper (csrc/attention/attention_cuda_hopper.h), of T = BFloat16 and Half, for what
+// `takes_hopper_path` takes.
+template <class T>
+void attention_forward_hopper(const AttentionBatch& batch, const AttentionForward<T>& tensors, const Tensor& on);
+template <class T>
+void attention_dq_hopper(const AttentionBatch& batch, const AttentionBackward<T>& tensors, const Tensor& on);
+template <class T>
+void attention_dkv_hopper(const AttentionBatch& batch, const AttentionBackward<T>& tensors, const Tensor& on);
+
+// Whether wgmma and the copy engine compute this: on a device of capability 9.0 and in a build for sm_90a, 16 bits, D
+// of 64 or 128, addresses and strides as the copy engine wants them.
+inline bool takes_hopper_path(const AttentionBatch& batch, ScalarType dtype, const Tensor& on) {
+#if defined(BERT_FAST_HOPPER) || defined(BERT_FAST_EMULATOR)
+  bool fits = dtype != ScalarType::Float && (batch.dim == 64 || batch.dim == 128) && batch.aligned &&
+              batch.total <= std::numeric_limits<int>::max();
+  for (const int64_t stride : {batch.stride_t, batch.stride_part, batch.stride_n}) {
+    fits = fits && stride > 0 && stride < int64_t{1} << 39;
+  }
+  return fits && capability_of(on) == 90;
+#else
+  return false;
+#endif
+}
 
 // Rows that a block owns: of 64, fewer where float32 needs the room.
 constexpr int attention_block_rows(ScalarType dtype, int64_t dim) {

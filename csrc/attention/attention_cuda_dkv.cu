@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(KeyPlan<D>::kThreads)
   T* v = k + kRows * D;
   T* stages = v + kRows * D;
   float* vectors = reinterpret_cast<float*>(stages + 2 * Plan::kStages * kStep * D);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
   const int warp_row = warp % kBlockWarps, first_chunk = warp / kBlockWarps * (kColumns / 8);
   const bool biased = batch.bias != nullptr;
   const T* base = tensors.qkv + own.first * batch.stride_t + own.head * batch.stride_n;
@@ -76,68 +76,36 @@ __global__ void __launch_bounds__(KeyPlan<D>::kThreads)
     if (Plan::kStages == 2 && step + 1 < steps) load_step(step + 1);
     const T* q = stages + step % Plan::kStages * 2 * kStep * D;
     const T* dout = q + kStep * D;
-    const float* lse2 = vectors + step % Plan::kStages * 3 * kStep + 2 * t;
+    const QueryColumns<kStep> queries(vectors + step % Plan::kStages * 3 * kStep);
     // Queries behind the end are zeros, like all that is known of them: their P is 1, and is multiplied by zeros.
     float p[kStep / 8][4], dp[kStep / 8][4];
     multiply_transposed<T, D, kStep>(keys, q, p);
-#pragma unroll
-    for (int j = 0; j < kStep / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) p[j][i] = exp2_fast(p[j][i] * scale2 - lse2[8 * j + i % 2]);
-    }
-    const float *shift = lse2 + kStep, *dropped = shift + kStep;
-    if constexpr (DROPOUT) {
-      const int64_t first_query = own.first + step * kStep;
-      const KeptQueries<kStep> mask(drop, own.head, first_query, own.row + warp_row * kWarpRows);
-#pragma unroll
-      for (int j = 0; j < kStep / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dp[j][i] = mask.keeps(j, i) ? p[j][i] : 0.0f;
-      }
-      accumulate<T, D, kStep, kColumns>(dp, dout, first_chunk, dv);
-      multiply_transposed<T, D, kStep>(values, dout, dp);
-#pragma unroll
-      for (int j = 0; j < kStep / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          p[j][i] *= mask.keeps(j, i) ? dp[j][i] + shift[8 * j + i % 2] : dropped[8 * j + i % 2];
-        }
-      }
-    } else {
-      accumulate<T, D, kStep, kColumns>(p, dout, first_chunk, dv);
-      multiply_transposed<T, D, kStep>(values, dout, dp);
-#pragma unroll
-      for (int j = 0; j < kStep / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p[j][i] *= dp[j][i] + shift[8 * j + i % 2];
-      }
-    }
-    accumulate<T, D, kStep, kColumns>(p, q, first_chunk, dk);
+    queries.exponentials(p, scale2);
+    const std::conditional_t<DROPOUT, KeptQueries<kStep>, KeepsAll> mask(
+        drop, own.head, static_cast<uint32_t>(own.first) + step * kStep, own.row + warp_row * kWarpRows);
+    accumulate<T, D, kStep, kColumns>(p, mask, dout, first_chunk, dv);
+    multiply_transposed<T, D, kStep>(values, dout, dp);
+    queries.differentiate(p, dp, mask);
+    accumulate<T, D, kStep, kColumns>(p, KeepsAll(), q, first_chunk, dk);
     if (Plan::kStages == 1 && step + 1 < steps) {
       __syncthreads();
       load_step(step + 1);
     }
   }
 
-#pragma unroll
-  for (int j = 0; j < kColumns / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool inside = own.row + warp_row * kWarpRows + g + i / 2 * 8 < own.length;
-      dk[j][i] = inside ? dk[j][i] * (batch.scale * batch.dropout.scale) : 0.0f;
-      dv[j][i] = inside ? dv[j][i] * batch.dropout.scale : 0.0f;
-    }
-  }
+  const int row = warp_row * kWarpRows + g, valid = own.length - own.row;
+  multiply_valid_rows<kColumns>(dk, batch.scale * batch.dropout.scale, row, valid);
+  multiply_valid_rows<kColumns>(dv, batch.dropout.scale, row, valid);
   __syncthreads();
   T* to = tensors.dqkv + ((own.first + own.row) * 3 * batch.heads + own.head) * batch.dim + width;
   const int64_t stride = int64_t{3} * width;
-  const int valid = own.length - own.row;
-  store_rows<T, D, kColumns>(k, warp_row * kWarpRows, first_chunk, dk, to, stride, valid, batch);
-  store_rows<T, D, kColumns>(v, warp_row * kWarpRows, first_chunk, dv, to + width, stride, valid, batch);
+  store_rows<T, kColumns, SwizzledRows<D>>(k, warp_row * kWarpRows, first_chunk, dk, to, stride, valid, batch);
+  store_rows<T, kColumns, SwizzledRows<D>>(v, warp_row * kWarpRows, first_chunk, dv, to + width, stride, valid, batch);
   if (partial != nullptr) {
+    const Team team = {static_cast<int>(threadIdx.x), Plan::kThreads, 0};
     float* sums = reinterpret_cast<float*>(stages);
-    store_column_sums<D, kColumns>(sums, warp_row, 8 * first_chunk, dk, partial, batch.dim);
-    store_column_sums<D, kColumns>(sums, warp_row, 8 * first_chunk, dv, partial + width, batch.dim);
+    store_column_sums<D, kColumns>(sums, warp_row, 8 * first_chunk, dk, partial, batch.dim, team);
+    store_column_sums<D, kColumns>(sums, warp_row, 8 * first_chunk, dv, partial + width, batch.dim, team);
   }
 }
 

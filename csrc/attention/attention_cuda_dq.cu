@@ -16,61 +16,6 @@ constexpr int dq_bytes() {
   return (2 * kRows + 2 * TilePlan<D>::kStages * TilePlan<D>::kStep) * D * 2 + 3 * kRows * 4;
 }
 
-// Of each owned query, to `vectors` (3, 64) and to `statistics`: lse2, the logarithm to base 2 of the sum of exp(Z)
-// without the bias of the keys; what is added to a dP of the keys and values as they lie in memory to make
-// (dP - delta) / multiplier; and that for a dropped dP, -delta / multiplier. Queries get their bias.
-template <class T, int D>
-__device__ __forceinline__ void prepare_rows(T* q, const T* dout, float* vectors, const OwnedRows& own,
-                                             const AttentionBatch& batch, const AttentionBackward<T>& tensors) {
-  constexpr int kChunks = D / 8;
-  const int chunk = threadIdx.x % kChunks, columns = batch.dim - 8 * chunk, part = batch.heads * batch.dim;
-  const bool biased = batch.bias != nullptr;
-  float bias_q[8] = {}, bias_k[8] = {}, bias_v[8] = {};
-  if (biased) {
-    const float* bias = batch.bias + own.head * batch.dim + 8 * chunk;
-    load_pack<8, false>(bias, columns, bias_q);
-    load_pack<8, false>(bias + part, columns, bias_k);
-    load_pack<8, false>(bias + 2 * part, columns, bias_v);
-  }
-  for (int row = threadIdx.x / kChunks; row < kRows; row += blockDim.x / kChunks) {
-    const bool inside = own.row + row < own.length;
-    const int64_t token = own.first + own.row + row, at = (token * batch.heads + own.head) * batch.dim + 8 * chunk;
-    float numbers[8], grad[8], result[8], delta = 0.0f, of_k = 0.0f, of_v = 0.0f;
-    load_pack<8, true>(dout + place<D>(row, chunk), 8, grad);
-    load_some<8>(tensors.out + (inside ? at : 0), inside ? columns : 0, batch.aligned, result);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) delta += grad[i] * result[i];
-    if (biased) {
-      load_pack<8, true>(q + place<D>(row, chunk), 8, numbers);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        numbers[i] = static_cast<float>(static_cast<T>(numbers[i] + bias_q[i]));
-        of_k += numbers[i] * bias_k[i];
-        of_v += grad[i] * bias_v[i];
-      }
-      store_pack<8, true>(q + place<D>(row, chunk), 8, numbers);
-      if (inside && columns > 0) store_some<8>(tensors.biased_q + at, columns, batch.aligned, numbers);
-    }
-#pragma unroll
-    for (int mask = kChunks / 2; mask > 0; mask /= 2) {
-      delta += __shfl_xor_sync(kAllLanes, delta, mask);
-      of_k += __shfl_xor_sync(kAllLanes, of_k, mask);
-      of_v += __shfl_xor_sync(kAllLanes, of_v, mask);
-    }
-    if (chunk == 0) {
-      float* own_vectors = tensors.statistics + own.head * 3 * batch.total + token;
-      const float lse = inside ? tensors.lse[own.head * batch.total + token] : INFINITY;  // outside: P = 0
-      const float dropped = -delta / batch.dropout.scale;
-      const float found[3] = {(lse - of_k * batch.scale) * kLog2E, of_v + dropped, dropped};
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        vectors[i * kRows + row] = found[i];
-        if (inside) own_vectors[i * batch.total] = found[i];
-      }
-    }
-  }
-}
-
 template <class T, int D, bool DROPOUT>
 __global__ void __launch_bounds__(kBlockWarps* kWarp, kDqBlocks<D>)
     attention_dq(AttentionBatch batch, AttentionBackward<T> tensors) {
@@ -87,11 +32,12 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, kDqBlocks<D>)
     }
     return;
   }
+  const Team team = {static_cast<int>(threadIdx.x), kBlockWarps * kWarp, 0};
   T* q = dynamic_shared<T>();
   T* dout = q + kRows * D;
   T* stages = dout + kRows * D;
   float* vectors = reinterpret_cast<float*>(stages + 2 * Plan::kStages * kStep * D);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
   const T* base = tensors.qkv + own.first * batch.stride_t + own.head * batch.stride_n;
   const auto load_step = [&](int step) {
     T* k = stages + step % Plan::kStages * 2 * kStep * D;
@@ -107,18 +53,13 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, kDqBlocks<D>)
   load_step(0);
   wait_for_copies<0>();
   __syncthreads();
-  prepare_rows<T, D>(q, dout, vectors, own, batch, tensors);
+  prepare_rows<T, D, SwizzledRows<D>, false>(q, dout, vectors, tensors.statistics + own.head * 3 * batch.total + token,
+                                             batch.total, own, batch, tensors, team);
   __syncthreads();
 
   const LeftRows<T, D, Plan::kKeep> queries(q, warp * kWarpRows), grads(dout, warp * kWarpRows);
-  float lse2[2], shift[2], dropped[2], acc[D / 8][4] = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float* own_vectors = vectors + warp * kWarpRows + g + 8 * half;
-    lse2[half] = own_vectors[0];
-    shift[half] = own_vectors[kRows];
-    dropped[half] = own_vectors[2 * kRows];
-  }
+  const QueryRows rows(vectors, warp * kWarpRows + g, kRows);
+  float acc[D / 8][4] = {};
   const DropoutState drop = load_dropout(batch.dropout);
   const float scale2 = batch.scale * kLog2E;
   const int steps = (own.length + kStep - 1) / kStep;
@@ -132,30 +73,9 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, kDqBlocks<D>)
     float s[kStep / 8][4], dp[kStep / 8][4];
     multiply_transposed<T, D, kStep>(queries, k, s);
     multiply_transposed<T, D, kStep>(grads, k + kStep * D, dp);
-    const int left = own.length - step * kStep;
-#pragma unroll
-    for (int j = 0; j < kStep / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float p = exp2_fast(s[j][i] * scale2 - lse2[i / 2]);
-        s[j][i] = left >= kStep || 8 * j + 2 * t + i % 2 < left ? p : 0.0f;
-      }
-    }
-    if constexpr (DROPOUT) {
-      const KeptKeys<kStep> mask(drop, own.head, token + warp * kWarpRows, step * kStep);
-#pragma unroll
-      for (int j = 0; j < kStep / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[j][i] *= mask.keeps(j, i) ? dp[j][i] + shift[i / 2] : dropped[i / 2];
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kStep / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[j][i] *= dp[j][i] + shift[i / 2];
-      }
-    }
-    accumulate<T, D, kStep, D>(s, k, 0, acc);
+    differentiate_queries<kStep, DROPOUT>(s, dp, rows, scale2, own.length - step * kStep, drop, own.head,
+                                          token + warp * kWarpRows, step * kStep);
+    accumulate<T, D, kStep, D>(s, KeepsAll(), k, 0, acc);
     if (Plan::kStages == 1 && step + 1 < steps) {
       __syncthreads();
       load_step(step + 1);
@@ -163,16 +83,11 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, kDqBlocks<D>)
   }
 
   const float factor = batch.scale * batch.dropout.scale;
-#pragma unroll
-  for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) acc[j][i] *= factor;
-  }
-  store_rows<T, D, D>(q, warp * kWarpRows, 0, acc, tensors.dqkv + (token * 3 * batch.heads + own.head) * batch.dim,
-                      int64_t{3} * width, own.length - own.row, batch);
-  // Rows behind the end hold zeros.
+  multiply_valid_rows<D>(acc, factor, warp * kWarpRows + g, own.length - own.row);
+  T* to = tensors.dqkv + (token * 3 * batch.heads + own.head) * batch.dim;
+  store_rows<T, D, SwizzledRows<D>>(q, warp * kWarpRows, 0, acc, to, int64_t{3} * width, own.length - own.row, batch);
   if (partial != nullptr) {
-    store_column_sums<D, D>(reinterpret_cast<float*>(stages), warp, 0, acc, partial, batch.dim);
+    store_column_sums<D, D>(reinterpret_cast<float*>(stages), warp, 0, acc, partial, batch.dim, team);
   }
 }
 

@@ -58,6 +58,31 @@ inline void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t sha
 #endif
 }
 
+// Compute capability of the device of `x` times ten, e.g. 90, and how many multiprocessors it has.
+inline int capability_of(const Tensor& x) {
+#ifdef BERT_FAST_EMULATOR
+  return emulator::capability();
+#else
+  int major = 0, minor = 0;
+  const int device = x.get_device_index();
+  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  const cudaError_t other = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  STD_TORCH_CHECK(error == cudaSuccess && other == cudaSuccess, "the device's capability: ", cudaGetErrorString(error));
+  return 10 * major + minor;
+#endif
+}
+
+inline int multiprocessors_of(const Tensor& x) {
+#ifdef BERT_FAST_EMULATOR
+  return emulator::kMultiprocessors;
+#else
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, x.get_device_index());
+  STD_TORCH_CHECK(error == cudaSuccess, "the device's multiprocessors: ", cudaGetErrorString(error));
+  return count;
+#endif
+}
+
 inline Tensor empty_like_rows(const Tensor& x, std::vector<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(x, shape, dtype);
 }

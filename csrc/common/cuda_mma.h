@@ -35,6 +35,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 #endif
 
+// As __syncthreads, of `threads` threads of the block; `id` is 0 to 15, of which __syncthreads itself takes 0.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+#ifdef BERT_FAST_EMULATOR
+  emulator::barrier(id, threads);
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
 // Two numbers rounded to T in one register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {

@@ -37,7 +37,7 @@ def sources(pattern: str) -> list[str]:
 # they do on their own CPU; the compiler splits their vectors in two.
 MODULES = {
     "_CUDA": (
-        ("csrc/registration_cuda.cpp", "csrc/emulator/emulator.cpp", *sources("csrc/*/*_cuda*.cu")),
+        ("csrc/registration_cuda.cpp", *sources("csrc/emulator/*.cpp"), *sources("csrc/*/*_cuda*.cu")),
         ("-DBERT_FAST_EMULATOR",),
     ),
     "_C": (

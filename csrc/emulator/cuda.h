@@ -17,6 +17,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -31,6 +32,11 @@ constexpr int kPayload = 64;  // bytes that a lane may hand over in one collecti
 struct Index {
   dim3 thread, block, block_size, grid;
 };
+
+// Compute capability of the emulated device, BERT_FAST_EMULATED_CAPABILITY (80 where it isn't set), and its
+// multiprocessors: few, so that kernels that loop over work do.
+int capability();
+constexpr int kMultiprocessors = 3;
 
 // Of the thread that runs.
 const Index& index();

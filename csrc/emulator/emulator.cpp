@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -11,13 +12,12 @@
 #include <string>
 #include <vector>
 
-#include "emulator/cuda.h"
+#include "emulator/scheduler.h"
 
 namespace emulator {
 namespace {
 
 constexpr size_t kStack = 256 << 10;
-constexpr size_t kShared = 227 << 10;  // what a block may have on a Hopper
 constexpr int kBarriers = 16;
 
 struct Copy {
@@ -110,11 +110,6 @@ void switch_to(Fiber& fiber) {
   }
 }
 
-uint32_t next_random() {
-  shuffle_state = shuffle_state * 1664525u + 1013904223u;
-  return shuffle_state >> 8;
-}
-
 std::string stuck() {
   std::string message = "emulated kernel: no thread of the block can go on; waiting:";
   int named = 0;
@@ -129,7 +124,7 @@ void run_block(unsigned threads) {
   for (unsigned i = 0; i < threads; ++i) order[i] = i;
   while (block.running) {
     for (unsigned i = threads - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
-    bool moved = false;
+    bool moved = land_copies(false);
     for (unsigned i : order) {
       Fiber& fiber = *block.fibers[i];
       if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
@@ -138,9 +133,12 @@ void run_block(unsigned threads) {
       switch_to(fiber);
       if (failure) std::rethrow_exception(failure);
     }
-    if (!moved) throw std::runtime_error(stuck());
+    if (!moved && !land_copies(true)) throw std::runtime_error(stuck());
   }
+  end_block();
 }
+
+}  // namespace
 
 void wait_on(const unsigned* generation, unsigned seen) {
   current->waits_for = generation;
@@ -148,7 +146,15 @@ void wait_on(const unsigned* generation, unsigned seen) {
   yield();
 }
 
-}  // namespace
+uint32_t next_random() {
+  shuffle_state = shuffle_state * 1664525u + 1013904223u;
+  return shuffle_state >> 8;
+}
+
+int capability() {
+  const char* given = std::getenv("BERT_FAST_EMULATED_CAPABILITY");
+  return given == nullptr ? 80 : std::atoi(given);
+}
 
 const Index& index() {
   return current->index;
@@ -174,6 +180,7 @@ void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<v
         block.barriers.fill(Barrier());
         block.running = threads;
         std::memset(shared, 0xff, shared_bytes);
+        begin_block(threads, shared_bytes);
         for (unsigned i = 0; i < threads; ++i) {
           Fiber& fiber = *block.fibers[i];
           fiber.index = {dim3(i), dim3(x, y, z), dim3(threads), grid};

@@ -112,7 +112,7 @@ ROOM = Room(
             "cuda",
             CUDA_DTYPES,
             measured="no GPU figure yet (benchmarks/results/PENDING.md); as many bytes as triton forward, and "
-            "mma.sync where Triton takes Hopper's faster wgmma: so triton comes first",
+            "Hopper's wgmma for D 64 and 128 alone: so triton comes first",
         ),
     ),
 )

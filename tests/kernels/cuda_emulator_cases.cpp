@@ -104,6 +104,8 @@ void second_register(float* out) {
 
 }  // namespace
 
+void hopper_case(const std::string& name, float* out);
+
 int main(int, char** arguments) {
   const std::string name = arguments[1];
   float out[64] = {}, in[65];
@@ -119,6 +121,7 @@ int main(int, char** arguments) {
     if (name == "disagree") run([&] { lanes_disagree(out); });
     if (name == "multiply") out[0] = multiplies<false>(), out[1] = multiplies<true>();
     if (name == "second_register") run([&] { second_register(out); });
+    hopper_case(name, out);
     if (name == "half_leave") run([&] { half_of_them_leave(out); });
   } catch (const std::runtime_error& error) {
     std::printf("%s\n", error.what());

@@ -38,11 +38,35 @@ def test_known_spills_are_bounded() -> None:
 def test_table_has_every_source_on_every_architecture_and_no_other_spills() -> None:
     table = cuda_report.read()
     assert sorted(table["files"]) == [str(path.relative_to(cuda_report.ROOT)) for path in cuda_report.cuda_sources()]
-    for entry in table["files"].values():
+    for name, entry in table["files"].items():
         kernels = {row["kernel"] for row in entry["rows"]}
         found = {(row["kernel"], row["arch"]) for row in entry["rows"]}
-        assert found == {(kernel, f"sm_{arch}") for kernel in kernels for arch in cuda_report.ARCHITECTURES}
+        expected = cuda_report.architectures(cuda_report.ROOT / name)
+        assert found == {(kernel, f"sm_{arch}") for kernel in kernels for arch in expected}
     assert not cuda_report.problems(table)
+
+
+def test_kernels_for_hopper_take_its_instructions() -> None:
+    """wgmma shows as HGMMA in the machine code, tensors' bulk copies as UTMALDG; nothing is left to HMMA."""
+    rows = [
+        row
+        for name, entry in cuda_report.read()["files"].items()
+        if cuda_report.HOPPER in name
+        for row in entry["rows"]
+    ]
+    kernels = {
+        f"{name}<{dtype}, {dim}, {dropout}>"
+        for name in ("hopper_forward", "hopper_dq", "hopper_dkv")
+        for dtype in ("BFloat16", "Half")
+        for dim in (64, 128)
+        for dropout in ("false", "true")
+    }
+    assert {row["kernel"] for row in rows} == kernels
+    for row in rows:
+        # Both products of the scores or all of D 64 a step, in groups of 16 of what is summed over.
+        assert row["matrix"]["HGMMA"] >= 8, row
+        assert row["matrix"]["UTMALDG"] >= 3, row
+        assert "HMMA" not in row["matrix"], row
 
 
 def test_report_of_ptxas_is_read() -> None:

@@ -20,7 +20,10 @@ TORCH_TARGET_VERSION = runpy.run_path(str(ROOT / "csrc" / "flags.py"))["TORCH_TA
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("emulator") / "cases"
     compiler = next(name for name in (os.environ.get("CXX"), "c++", "g++") if name and shutil.which(name))
-    sources = [ROOT / "tests" / "kernels" / "cuda_emulator_cases.cpp", ROOT / "csrc" / "emulator" / "emulator.cpp"]
+    sources = [
+        *(ROOT / "tests" / "kernels" / name for name in ("cuda_emulator_cases.cpp", "cuda_emulator_hopper_cases.cpp")),
+        *(ROOT / "csrc" / "emulator" / name for name in ("emulator.cpp", "hopper.cpp")),
+    ]
     includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
     flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-DBERT_FAST_EMULATOR", *includes]
     flags.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
@@ -82,3 +85,38 @@ def test_fragments_multiply_as_matrices_do(cases: Path) -> None:
 
 def test_registers_of_a_fragment_are_the_rows_that_the_instruction_takes(cases: Path) -> None:
     assert numbers(cases, "second_register") == [(lane // 4 * 4 if lane % 4 == 0 else 0) for lane in range(32)] * 2
+
+
+@pytest.mark.parametrize("name", ["hopper", "hopper_registers"])
+def test_a_warpgroup_multiplies_swizzled_tiles_as_matrices(cases: Path, name: str) -> None:
+    """Of bulk copies, with rows of either operand along what is summed over or across, against three loops."""
+    assert numbers(cases, name)[0] == 64 * 64
+
+
+def test_a_bulk_copy_leaves_zeros_outside_of_the_tensor(cases: Path) -> None:
+    assert numbers(cases, "hopper_outside") == [(64 * (8 + i) + 8) * 7 % 23 - 11 if i < 8 else 0 for i in range(64)]
+
+
+@pytest.mark.parametrize("mistake", ["no_product_wait", "no_copy_wait"])
+def test_products_and_copies_not_waited_for_are_not_there(cases: Path, mistake: str) -> None:
+    code, printed = run(cases, f"hopper_{mistake}")
+    assert code == 1 or float(printed.split()[0]) < 64 * 64, printed
+
+
+def test_what_a_thread_wrote_without_a_proxy_fence_is_not_multiplied(cases: Path) -> None:
+    assert numbers(cases, "hopper_no_proxy_fence")[0] == 63 * 64  # all rows but the one that was written
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_product_fence", "a product began without wgmma.fence"),
+        ("early_write", "an operand of a product changed before the product was waited for"),
+        ("not_initialised", "a barrier in shared memory was not initialised"),
+        ("fewer_bytes", "a bulk copy brought bytes that its barrier does not expect"),
+    ],
+)
+def test_mistakes_with_products_and_barriers_are_errors(cases: Path, name: str, message: str) -> None:
+    code, printed = run(cases, f"hopper_{name}")
+    assert code == 1
+    assert message in printed

@@ -1,0 +1,265 @@
+"""attention's CUDA kernels for Hopper, against the reference: on a Hopper, or in the emulator, which says it is one.
+
+On other GPUs the same cases run on the kernels for sm_80 and later.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from bert_fast.kernels import attention
+from bert_fast.kernels._common.philox import dropout_multiplier
+from bert_fast.kernels.attention.reference import attention_reference
+from bert_fast.testing import assert_three_way, operators, outputs_and_gradients, targets, three_way
+
+# One step of keys; several and an idle team; two passes of the teams over one fill of the rings; sequences that don't
+# fit the rings (3 x 128 keys forward and 4 x 64 backward at D 128, 5 x 128 and 9 x 64 at D 64). Whole tiles and tails.
+LENGTHS = {
+    "one": [1, 64, 63],
+    "several": [130, 0, 64, 1],
+    "two passes": [300, 5, 256],
+    "rings": [520],
+    "longer rings": [700],
+}
+CASES = [(name, 2 if name == "several" else 1, dim) for name in LENGTHS for dim in (64, 128)]
+CASES.remove(("longer rings", 1, 128))
+FEWER = [("one", 1, 64), ("several", 2, 64), ("several", 2, 128)]
+DTYPES = [torch.bfloat16, torch.float16]
+OURS = [target for target in targets("attention") if target[0] == "cuda"]
+STATE = (0x123456789ABCDEF, 0x7654321FEDCBA98)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BERT_FAST_EMULATED_CAPABILITY", "90")
+
+
+def cumulative(lengths: list[int], device: str) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def compare(
+    impl: str,
+    device: str,
+    lengths: list[int],
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    dropout_p: float,
+    *,
+    biased: bool = True,
+    scale: float = 0.125,
+) -> None:
+    cu_seqlens, total, state = cumulative(lengths, device), sum(lengths), torch.tensor(STATE, device=device)
+    inputs = {"qkv": torch.randn(total, 3, heads, dim, device=device)}
+    if biased:
+        inputs["bias"] = torch.randn(3, heads, dim, device=device)
+
+    def ours(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        rng_state = state if dropout_p else None
+        return attention(
+            qkv,
+            cu_seqlens,
+            max(lengths),
+            bias=bias,
+            softmax_scale=scale,
+            dropout_p=dropout_p,
+            rng_state=rng_state,
+            impl=impl,
+        )
+
+    def reference(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        return attention_reference(qkv, bias, cu_seqlens, max(lengths), scale, dropout_p, state)
+
+    assert_three_way(three_way(ours, reference, inputs, dtype, (torch.randn(total, heads, dim, device=device),)))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize(
+    ("impl", "device", "dtype", "lengths", "heads", "dim"),
+    [
+        target
+        for cases, dtype in ((CASES, torch.bfloat16), (FEWER, torch.float16))
+        for target in targets("attention", cases, dtypes=[dtype])
+        if target[0] == "cuda"
+    ],
+    ids=str,
+)
+def test_matches_reference(
+    impl: str,
+    device: str,
+    dtype: torch.dtype,
+    lengths: str,
+    heads: int,
+    dim: int,
+    dropout_p: float,
+    poisoned_empty: None,
+) -> None:
+    compare(impl, device, LENGTHS[lengths], heads, dim, dtype, dropout_p)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_without_a_bias(impl: str, device: str, dim: int, poisoned_empty: None) -> None:
+    compare(impl, device, [70, 3, 129], 2, dim, torch.bfloat16, 0.1, biased=False)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_any_scale(impl: str, device: str, scale: float) -> None:
+    compare(impl, device, [9, 66], 1, 64, torch.bfloat16, 0.0, scale=scale, biased=False)
+
+
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_path_is_chosen_by_the_device(impl: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 128 keys add up in another order than steps of 64: the last bits differ, and nothing else does."""
+    if device == "cuda":
+        pytest.skip("the device is what it is")
+    qkv, cu_seqlens = torch.randn(300, 3, 1, 64).bfloat16(), cumulative([300], device)
+    found = {}
+    for capability in ("80", "90", "100"):
+        monkeypatch.setenv("BERT_FAST_EMULATED_CAPABILITY", capability)
+        found[capability] = operators(impl).attention_fwd(qkv, None, cu_seqlens, 300, 0.3, 0.0, None)[1]
+    assert torch.equal(found["80"], found["100"])
+    assert not torch.equal(found["80"], found["90"])
+    assert torch.allclose(found["80"], found["90"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_dropout_is_the_defined_mask_to_the_bit(impl: str, device: str, dtype: torch.dtype) -> None:
+    """Equal scores and unit values lay the dropped probabilities open; 150 keys are two steps."""
+    lengths, heads, dim, total = [20, 150], 2, 64, 170
+    state, cu_seqlens = torch.tensor(STATE, device=device), cumulative(lengths, device)
+    multiplier = dropout_multiplier(state, 0.25, heads, total, 150).transpose(0, 1)
+    for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
+        for first in range(0, length, dim):
+            columns = min(dim, length - first)
+            qkv = torch.zeros(total, 3, heads, dim, dtype=dtype, device=device)
+            qkv[start + first : start + first + columns, 2] = torch.eye(columns, dim, device=device).unsqueeze(1)
+            out = attention(qkv, cu_seqlens, 150, dropout_p=0.25, rng_state=state, impl=impl)
+            found = out[start : start + length, :, :columns]
+            expected = multiplier[start : start + length, :, first : first + columns]
+            assert torch.equal(found != 0, expected != 0)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_neighbours_change_nothing(impl: str, device: str, dim: int) -> None:
+    """A sequence between others and elsewhere in the pack, and run again: the same bits, forward and backward."""
+    lengths = [5, 137, 70, 1]
+    qkv = torch.randn(213, 3, 1, dim, device=device).bfloat16()
+    dout = torch.randn(213, 1, dim, device=device).bfloat16()
+
+    def run(lengths: list[int], qkv: Tensor, dout: Tensor) -> dict[str, Tensor]:
+        cu_seqlens = cumulative(lengths, device)
+        dtypes = {"qkv": torch.bfloat16}
+        return outputs_and_gradients(
+            lambda qkv: attention(qkv, cu_seqlens, 137, impl=impl), {"qkv": qkv}, dtypes, (dout,)
+        )
+
+    def reverse(x: Tensor) -> Tensor:
+        return torch.cat(x.split(lengths)[::-1])
+
+    expected, again = run(lengths, qkv, dout), run(lengths, qkv, dout)
+    found = run(lengths[::-1], reverse(qkv), reverse(dout))
+    for name in expected:
+        assert torch.equal(again[name], expected[name]), name
+        assert torch.equal(found[name], reverse(expected[name])), name
+
+
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_nothing_leaks_between_sequences(impl: str, device: str) -> None:
+    """Boxes of 64 rows reach into the next sequence: NaN and infinity there leave this one and its bias finite."""
+    qkv = torch.randn(30, 3, 2, 64, device=device).bfloat16()
+    qkv[10:20] = float("nan")
+    qkv[12] = float("inf")
+    qkv.requires_grad_()
+    bias = torch.zeros(3, 2, 64, device=device, requires_grad=True)
+    out = attention(qkv, cumulative([10, 10, 10], device), 10, bias=bias, impl=impl)
+    (dqkv,) = torch.autograd.grad(out[:10].sum() + out[20:].sum(), qkv)
+    for x in (out, dqkv):
+        assert x[:10].isfinite().all()
+        assert x[20:].isfinite().all()
+    # The same pack with the broken rows behind the end of every sequence: dbias is that of sequences without them.
+    whole = qkv.detach()[:20]
+    ends = torch.tensor([0, 10], dtype=torch.int32, device=device)
+    rest = (ends, 10, 0.3, 0.0, None)
+    out, lse = operators(impl).attention_fwd(whole, bias, *rest)
+    _, dbias = operators(impl).attention_bwd(torch.ones_like(out), whole, bias, out, lse, *rest)
+    assert dbias.isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_lse_is_the_logarithm_of_the_sum(impl: str, device: str, dim: int) -> None:
+    """With the bias of the keys, which the scores in the kernel don't have."""
+    qkv, bias = torch.randn(170, 3, 2, dim, device=device).bfloat16(), torch.randn(3, 2, dim, device=device)
+    _, lse = operators(impl).attention_fwd(qkv, bias, cumulative([20, 150], device), 150, 0.1, 0.0, None)
+    query = (qkv[:, 0].float() + bias[0]).bfloat16().double()
+    key = qkv[:, 1].double() + bias[1].double()
+    for rows in (slice(0, 20), slice(20, 170)):
+        scores = torch.einsum("ind,jnd->nij", query[rows], key[rows]) * 0.1
+        assert torch.allclose(lse[:, rows].double(), scores.logsumexp(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("impl", "device"), OURS)
+@pytest.mark.parametrize(
+    "ends", [[1, 12], [0, 13], [0, 15, 12], [0, 3, 1, 12], [-5, 2**31 - 1], [-(2**31), 5, 2**31 - 1]], ids=str
+)
+def test_no_lengths_read_out_of_bounds(impl: str, device: str, ends: list[int]) -> None:
+    """Where values aren't checked: the kernels stay within the pack, around which everything is NaN."""
+    around = torch.full((36, 3, 2, 64), float("nan"), dtype=torch.bfloat16, device=device)
+    qkv = around[12:24].normal_()
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+    out, lse = operators(impl).attention_fwd(qkv, None, cu_seqlens, 12, 0.3, 0.0, None)
+    dout = torch.randn(12, 2, 64, dtype=torch.bfloat16, device=device)
+    dqkv, _ = operators(impl).attention_bwd(dout, qkv, None, out, lse, cu_seqlens, 12, 0.3, 0.0, None)
+    rows = {t for start, end in pairwise(ends) for t in range(max(start, 0), min(end, start + 12, 12))}
+    covered = sorted(rows)
+    assert out[covered].isfinite().all()
+    assert lse[:, covered].isfinite().all()
+    assert dqkv[covered].isfinite().all()
+
+
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_rows_behind_the_last_sequence_are_zero(impl: str, device: str, poisoned_empty: None) -> None:
+    qkv = torch.randn(40, 3, 2, 64, dtype=torch.bfloat16, device=device)
+    bias = torch.randn(3, 2, 64, device=device)
+    dout = torch.randn(40, 2, 64, dtype=torch.bfloat16, device=device)
+
+    def run(rows: int, lengths: list[int]) -> list[Tensor]:
+        rest = (cumulative(lengths, device), 7, 0.3, 0.0, None)
+        out, lse = operators(impl).attention_fwd(qkv[:rows], bias, *rest)
+        return [out, lse.T, *operators(impl).attention_bwd(dout[:rows], qkv[:rows], bias, out, lse, *rest)]
+
+    *padded, dbias = run(40, [5, 7, 0, 0])
+    *dense, expected_dbias = run(12, [5, 7])
+    for found, expected in zip(padded, dense, strict=True):
+        assert torch.equal(found[:12], expected)
+        assert torch.equal(found[12:], torch.zeros_like(found[12:]))
+    assert torch.allclose(dbias, expected_dbias, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_any_strides(impl: str, device: str) -> None:
+    """What the copy engine reads in place, and what it can't: that takes the other path."""
+    cu_seqlens = cumulative([9, 4], device)
+    views = {
+        "heads before parts": torch.randn(13, 2, 3, 64, device=device).bfloat16().transpose(1, 2),
+        "wider rows": torch.randn(13, 3, 2, 80, device=device).bfloat16()[..., 8:72],
+        "not aligned": torch.randn(13, 3, 2, 80, device=device).bfloat16()[..., 1:65],
+        "one token for all": torch.randn(1, 3, 2, 64, device=device).bfloat16().expand(13, 3, 2, 64),
+    }
+    for name, qkv in views.items():
+        results = []
+        for x in (qkv.detach(), qkv.detach().clone(memory_format=torch.contiguous_format)):
+            leaf = x.requires_grad_()
+            out = attention(leaf, cu_seqlens, 9, impl=impl)
+            results.append((out, torch.autograd.grad(out.float().square().sum(), leaf)[0]))
+        for found, expected in zip(*results, strict=True):
+            assert torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.02), name
