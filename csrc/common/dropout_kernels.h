@@ -47,22 +47,30 @@ BF_INLINE void dropout_bytes(const Dropout& drop, uint32_t plane, uint32_t row, 
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    uint32_t words[kWidth][4];
-    for (int i = 0; i < kWidth; ++i) {
-      words[i][0] = c0[i];
-      words[i][1] = c1[i];
-      words[i][2] = c2[i];
-      words[i][3] = c3[i];
-    }
+    const vuint even[2] = {interleave_low(c0, c2), interleave_high(c0, c2)};
+    const vuint odd[2] = {interleave_low(c1, c3), interleave_high(c1, c3)};
+    const vuint words[4] = {interleave_low(even[0], odd[0]), interleave_high(even[0], odd[0]),
+                            interleave_low(even[1], odd[1]), interleave_high(even[1], odd[1])};
     std::memcpy(bytes + col, words, sizeof(words));
   }
 }
 
+// kWidth bytes as integers; GCC converts them one at a time.
+BF_INLINE vint widen(const uint8_t* bytes) {
+#if BF_INTRINSICS && BF_VECTOR_BYTES == 64
+  return (vint)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+#elif BF_INTRINSICS && BF_VECTOR_BYTES == 32
+  return (vint)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+#else
+  vbyte narrow;
+  std::memcpy(&narrow, bytes, sizeof(narrow));
+  return __builtin_convertvector(narrow, vint);
+#endif
+}
+
 // The multipliers of kWidth columns from their random bytes: 0 or drop.scale.
 BF_INLINE vfloat dropout_multiplier(const Dropout& drop, const uint8_t* bytes) {
-  vbyte drawn;
-  std::memcpy(&drawn, bytes, sizeof(drawn));
-  return __builtin_convertvector(drawn, vint) >= drop.threshold ? set1(drop.scale) : set1(0.0f);
+  return widen(bytes) >= drop.threshold ? set1(drop.scale) : set1(0.0f);
 }
 
 }  // namespace BF_ISA

@@ -202,6 +202,7 @@ BF_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
 }
 
+// The low halves of a and b, or the high ones, one number of a and one of b in turn.
 #if BF_VECTOR_BYTES == 64
 #define BF_LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define BF_HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
@@ -213,10 +214,19 @@ BF_INLINE void prefetch(const void* p, int64_t bytes) {
 #define BF_HIGH_HALVES 2, 6, 3, 7
 #endif
 #if defined(__clang__)
-#define BF_INTERLEAVE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define BF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define BF_INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, vuint{__VA_ARGS__})
+#define BF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vuint{__VA_ARGS__})
 #endif
+BF_INLINE vuint interleave_low(vuint a, vuint b) {
+  return BF_SHUFFLE(a, b, BF_LOW_HALVES);
+}
+BF_INLINE vuint interleave_high(vuint a, vuint b) {
+  return BF_SHUFFLE(a, b, BF_HIGH_HALVES);
+}
+#undef BF_SHUFFLE
+#undef BF_LOW_HALVES
+#undef BF_HIGH_HALVES
 
 // Rows [0, count) of the transposed block of kWidth x kWidth numbers of 32 bits, count > 0.
 template <class T>
@@ -230,8 +240,8 @@ BF_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_s
     vuint next[kWidth];
 #pragma GCC unroll 8
     for (int row = 0; row < kWidth / 2; ++row) {
-      next[2 * row] = BF_INTERLEAVE(rows[row], rows[row + kWidth / 2], BF_LOW_HALVES);
-      next[2 * row + 1] = BF_INTERLEAVE(rows[row], rows[row + kWidth / 2], BF_HIGH_HALVES);
+      next[2 * row] = interleave_low(rows[row], rows[row + kWidth / 2]);
+      next[2 * row + 1] = interleave_high(rows[row], rows[row + kWidth / 2]);
     }
 #pragma GCC unroll 16
     for (int row = 0; row < kWidth; ++row) rows[row] = next[row];
@@ -241,10 +251,6 @@ BF_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_s
     if (row < count) std::memcpy(to + row * to_stride, &rows[row], sizeof(vuint));
   }
 }
-
-#undef BF_INTERLEAVE
-#undef BF_LOW_HALVES
-#undef BF_HIGH_HALVES
 
 }  // namespace BF_ISA
 }  // namespace bert_fast
