@@ -179,10 +179,13 @@ def sanitizer(options: Options, limit: float) -> list[Outcome]:
     return [run("sanitizer", module("benchmarks.gpu_sanitize", *flags), limit)]
 
 
+CPU_ROOMS = {"linear_int8"}  # without kernels for a GPU
+
+
 def rooms() -> list[str]:
-    """The rooms that have a benchmark, the one with the most cases first."""
-    found = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
-    return sorted(found, key=lambda room: room != "attention")
+    """The rooms that have a benchmark on a GPU, the one with the most cases first."""
+    found = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - CPU_ROOMS
+    return sorted(sorted(found), key=lambda room: room != "attention")
 
 
 def warm_up(options: Options, limit: float) -> list[Outcome]:
