@@ -39,7 +39,7 @@ FLAGS = (
 # The most bytes a kernel may spill, by the beginning and the end of its name; any other spills none. A row of more than
 # 4096 columns takes 1024 threads, each of which can have 64 registers; backward wants about 100. No BERT is so wide.
 # dk and dv of 64 keys with D of 128 take 128 registers, P and dP 64: with the mask of dropout that is more than 232.
-# attention's other kernels spill where ptxas gives them fewer registers than there are, nearly all on sm_100.
+# attention's other kernels spill where ptxas saves registers for the sake of one more block, nearly all on sm_100.
 KNOWN_SPILLS = {
     ("add_layer_norm_backward<", ", 1024>"): 664,
     ("hopper_dkv<", ", 128, true>"): 100,

@@ -92,7 +92,7 @@ def _with_dropout(call: Callable[..., Any], inputs: dict[str, Tensor], parameter
 def _attention() -> list[Case]:
     # D decides which kernels run: on a Hopper those of 64 and 128 are others.
     short, long = _cu_seqlens(), torch.tensor([0, 150, 153], dtype=torch.int32)
-    cases = []
+    cases: list[Case] = []
     for heads, dim, cu_seqlens in ((N, D, short), (1, 64, long), (1, 128, long)):
         longest, T = int(cu_seqlens.diff().max()), int(cu_seqlens[-1])
 
