@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bert_fast
 from benchmarks import targets
 from benchmarks.cpu_peers import PEERS, AbsentError, Encode, Peer, Workshop, versions
 from benchmarks.devices import Cpu
@@ -185,8 +186,9 @@ def ours_of(model: Any, precisions: tuple[str, ...]) -> dict[str, nn.Module]:
     makers: dict[str, Callable[[], nn.Module]] = {
         "fp32": lambda: fp32,
         "bf16": lambda: copy.deepcopy(fp32).to(torch.bfloat16),
+        "int8": lambda: bert_fast.quantize(copy.deepcopy(fp32), "int8"),
     }
-    return {precision: makers[precision]() for precision in precisions if precision in makers}
+    return {precision: makers[precision]() for precision in precisions}
 
 
 bench = lru_cache(maxsize=1)(Bench)  # cases come model by model, and one model's peers fill gigabytes
