@@ -72,10 +72,8 @@ def _quotas() -> list[int]:
             continue
         root = _CGROUPS / "cpu" if controllers else _CGROUPS
         group = root / path.lstrip("/")
-        for folder in (
-            group,
-            *group.parents,
-        ):  # inside a container the path may be the host's, and only the root is there
+        # Inside a container the path may be the host's, and only the root is there.
+        for folder in (group, *group.parents):
             if folder != root and root not in folder.parents:
                 break
             if controllers:

@@ -33,7 +33,11 @@ def missing() -> str:
 
 
 def _product(u: Tensor, values: Tensor) -> Tensor:
-    """The operator linear_int8_product: u (T, K) uint8 times values (N, K) int8, the integers as float32 (T, N)."""
+    """The operator linear_int8_product: u (T, K) uint8 times values (N, K) int8, the integers as float32 (T, N).
+
+    Raises:
+        ValueError: `values` are larger than this CPU multiplies without saturation.
+    """
     if not u.shape[0]:
         return u.new_empty(0, values.shape[0], dtype=torch.float32)
     packed, one, zero = kept("int8", (values,), _pack)
@@ -44,6 +48,12 @@ def _product(u: Tensor, values: Tensor) -> Tensor:
 
 
 def _pack(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    largest, limit = int(values.to(torch.int16).abs().max()), weight_limit()
+    if largest > limit:
+        raise ValueError(
+            f"linear_int8: the weight has values up to {largest} in magnitude, made for a CPU with VNNI; this one "
+            f"multiplies up to {limit} exactly. Quantize the model on this machine, or with limit={limit}"
+        )
     packed = torch.ops.onednn.qlinear_prepack(values.contiguous(), [_PACKED_ROWS, values.shape[1]])
     return packed, torch.ones(1), torch.zeros(1, dtype=torch.int64)
 
