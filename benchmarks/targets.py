@@ -111,6 +111,7 @@ CPU_TARGETS = (
             rf"\(8, 128\) train BERT-base {precision}",
             goal,
             faster_than(rf"transformers, {precision}"),
+            re.compile("bert_fast"),
         )
         for precision, goal in (("fp32", 3.0), ("bf16", 1.8))
     ),

@@ -1,6 +1,6 @@
 """linear on the CPU: which library computes the products of a dtype on an instruction set, and how.
 
-"blas"    torch's own product (MKL on x86-64), then our bias_gelu.
+"blas"    torch's own product (MKL on x86-64), then our bias_gelu. In inference of few rows oneDNN's, of packed weights.
 "onednn"  oneDNN's product of packed weights, with bias and GeLU inside; in training, of weights as they are.
 "float32" for bfloat16 where the CPU has no units for it: the BLAS's float32 product of weights kept in float32.
 
@@ -22,6 +22,9 @@ from bert_fast.kernels._common.library import implement
 
 # oneDNN chooses a packed layout for a number of rows; one number, so that bits don't depend on who called first.
 _PACKED_ROWS = 256
+# Of few rows MKL makes too little use of a second thread: at 32 rows, with BERT-base's weights, 53 GFLOP/s where oneDNN
+# has 96, at 64 77 and 108, at 128 106 and 114 (AVX2 EPYC, 2026-11-22); on one thread or with more rows they are equal.
+_FEW_ROWS = 64
 _ATTRIBUTES = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 _CODES = {None: 0, "gelu": 1, "gelu_tanh": 2}
 _PACKED = {torch.float32: "onednn float32", torch.bfloat16: "onednn bfloat16"}
@@ -47,16 +50,18 @@ TABLE = (
 )
 
 
+_ONEDNN = torch.backends.mkldnn.is_available() and native.registered("mkldnn::_linear_pointwise", "CPU")
+
+
 def _choose(dtype: torch.dtype) -> str:
     isa, units = native.cpu_isa(), native.bf16_units()
-    onednn = torch.backends.mkldnn.is_available() and native.registered("mkldnn::_linear_pointwise", "CPU")
     return next(
         row.backend
         for row in TABLE
         if row.dtype == dtype
         and isa.startswith(row.isa)
         and (units or not row.units)
-        and (onednn or row.backend != "onednn")
+        and (_ONEDNN or row.backend != "onednn")
     )
 
 
@@ -66,7 +71,7 @@ BACKENDS = {dtype: _choose(dtype) for dtype in (torch.float32, torch.bfloat16)}
 def run(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activation: str | None) -> Tensor:
     """act(x [weights]^T + bias), x (T, K) of a dtype in BACKENDS."""
     backend = BACKENDS[x.dtype]
-    if backend == "blas" and len(weights) == 1:
+    if backend == "blas" and len(weights) == 1 and (torch.compiler.is_compiling() or not _few(x)):
         return by_blas(torch.ops.bert_fast, x, weights, bias, activation)
     training = torch.is_grad_enabled() and (
         x.requires_grad or any(w.requires_grad for w in weights) or (bias is not None and bias.requires_grad)
@@ -112,8 +117,14 @@ def _with_bias(ops: Any, product: Tensor, bias: Tensor | None, activation: str |
     return out
 
 
+def _few(x: Tensor) -> bool:
+    return _ONEDNN and 0 < x.shape[0] <= _FEW_ROWS
+
+
 def _blas(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-    """x [weights]^T in float32, of weights in any dtype."""
+    """x [weights]^T in float32, of weights in any dtype; of few rows by oneDNN, from packed weights."""
+    if _few(x):
+        return _packed(x, weights, None, None)
     weights = tuple(_float(weight) for weight in weights)
     if len(weights) == 1:
         return F.linear(x, weights[0])
