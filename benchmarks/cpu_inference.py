@@ -20,6 +20,7 @@ minute for a call, by its speed in the cases before, is listed so too: bfloat16 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib.util
 import sys
@@ -226,21 +227,41 @@ def plans(
     return found
 
 
-def main() -> int:
-    parser = arguments("the encoder on a CPU beside its peers")
+def processor_parser(what: str, seconds: float) -> argparse.ArgumentParser:
+    """The options that the benchmarks of whole models on a processor have."""
+    parser = arguments(what)
     parser.add_argument("--threads", type=int, default=None, help="of every runtime; torch's own number if not given")
-    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS[::-1])
-    parser.add_argument("--seconds", type=float, default=10.0, help="for the rounds of a case; three at the least")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that every peer runs, no figures")
+    parser.add_argument("--seconds", type=float, default=seconds, help="for the rounds of a case; three at the least")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that it runs, no figures")
+    return parser
+
+
+def processor_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was asked for, with torch set to it."""
     options = parser.parse_args()
     if options.device == "cuda":
         parser.error("--device is cuda; this is the benchmark of processors, benchmarks.gpu_peers a GPU's")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     prepare_compiler()
+    return options
+
+
+def conclude(room: str, report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print how the room's targets are met, and write the report where that is asked for."""
+    entries = [entry for target in targets.CPU_TARGETS for entry in targets.judge(target, report)]
+    print(targets.table([entry for entry in entries if entry["room"] == room]))
+    if options.record:
+        print(f"written: {write(report, room, options.results)}")
+
+
+def main() -> int:
+    parser = processor_parser("the encoder on a CPU beside its peers", seconds=10.0)
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS[::-1])
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    options = processor_options(parser)
     models = {"base": SMOKE} if options.smoke else {name: MODELS[name] for name in options.models}
     cases = {"2x9": (2, 9), "3x12-half": (3, 12)} if options.smoke else {name: CASES[name] for name in options.cases}
     seconds = 0.01 if options.smoke else 2.0 if options.quick else options.seconds
@@ -251,10 +272,7 @@ def main() -> int:
         return 0
     report = run("cpu_inference", chosen, Cpu(), seconds, options.budget)
     report["environment"] |= dict(versions())
-    entries = [entry for target in targets.CPU_TARGETS for entry in targets.judge(target, report)]
-    print(targets.table([entry for entry in entries if entry["room"] == "cpu_inference"]))
-    if options.record:
-        print(f"written: {write(report, 'cpu_inference', options.results)}")
+    conclude("cpu_inference", report, options)
     return 0
 
 

@@ -29,13 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import targets
-from benchmarks.cpu_inference import settings_of
+from benchmarks.cpu_inference import conclude, processor_options, processor_parser, settings_of
 from benchmarks.devices import Cpu
 from benchmarks.fuse_speed import FACTOR, FLOOR_ULPS, Size, model_of
 from benchmarks.gpu_peers import Scenario, batches
 from benchmarks.lengths import evenly_spaced
-from benchmarks.runner import Case, Plan, Variant, arguments, prepare_compiler, run, warm, write
+from benchmarks.runner import Case, Plan, Variant, run, warm
 from bert_fast.data import PackedBatch
 from bert_fast.models import BertForMaskedLM
 from bert_fast.models.checkpoint import load
@@ -155,18 +154,10 @@ def plans(size: Size, precisions: list[str], compiled: bool) -> list[Plan]:
 
 
 def main() -> int:
-    parser = arguments("a training step on a CPU beside transformers")
-    parser.add_argument("--threads", type=int, default=None, help="torch's own number if not given")
+    parser = processor_parser("a training step on a CPU beside transformers", seconds=30.0)
     parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=None, help="bf16 needs AVX-512")
     parser.add_argument("--compile", action="store_true", help="torch.compile as a peer too, which takes minutes")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for the rounds of a case; three at the least")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that it runs, no figures")
-    options = parser.parse_args()
-    if options.device == "cuda":
-        parser.error("--device is cuda; this is the benchmark of processors, benchmarks.gpu_peers a GPU's")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    prepare_compiler()
+    options = processor_options(parser)
     wide = "AVX512" in torch.backends.cpu.get_cpu_capability() or options.smoke
     precisions = options.precisions or [name for name in DTYPES if name == "fp32" or wide]
     chosen = plans(SMOKE if options.smoke else BASE, precisions, options.compile)
@@ -177,10 +168,7 @@ def main() -> int:
     report = run("cpu_training", chosen, Cpu(), seconds, options.budget)
     if "bf16" not in precisions:
         print("bf16: not measured: no AVX-512 here, and a step takes minutes without (--precisions bf16 takes them)")
-    entries = [entry for target in targets.CPU_TARGETS for entry in targets.judge(target, report)]
-    print(targets.table([entry for entry in entries if entry["room"] == "cpu_training"]))
-    if options.record:
-        print(f"written: {write(report, 'cpu_training', options.results)}")
+    conclude("cpu_training", report, options)
     return 0
 
 
