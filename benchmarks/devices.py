@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ import bert_fast
 
 Call = Callable[[], Any]
 MEGABYTE = 1 << 20
+SHORT = 0.2  # seconds
 FLUSH = 256 * MEGABYTE  # at the least: 60 us and more of writing, in which the host queues what is timed
 
 
@@ -58,26 +60,40 @@ def slug(text: str) -> str:
 
 
 class Cpu:
-    """The processor, with the threads that torch uses."""
+    """The processor, with the threads that torch uses.
 
-    def __init__(self) -> None:
+    Args:
+        pause: seconds to wait before a timed call, for runs with other runtimes: their threads spin for a while after a
+            call, and a call of the next that starts meanwhile has to share the cores with them (ONNX Runtime's for some
+            20 ms, in which MKL was measured at half its speed).
+    """
+
+    def __init__(self, pause: float = 0.0) -> None:
         self.device = torch.device("cpu")
+        self.pause = pause
 
     def active(self) -> AbstractContextManager[Any]:
         """What has to surround the whole run."""
         return nullcontext()
 
     def interleaved(self, runs: Mapping[str, Call], seconds: float, graph: bool = True) -> Timing:
-        """Median seconds of each call, the calls in turns for about `seconds`.
+        """Median seconds of each call, the calls in turns for about `seconds`, in another order each round.
 
-        A call that takes the whole time for itself is left out of the later rounds, after three; one that does so at
+        A call of less than `SHORT` follows an untimed one, so that what ran before has left no trace in its caches. A
+        call that takes the whole time for itself is left out of the later rounds, after three; one that does so at
         once, after the first.
         """
         times = {name: [timed(run)] for name, run in runs.items()}
-        for done in range(rounds_in(seconds, sum(found[0] for found in times.values()))):
-            for name, run in runs.items():
+        one = sum(self.pause + found[0] * (2 if found[0] < SHORT else 1) for found in times.values())
+        order, shuffle = list(runs), random.Random(0).shuffle
+        for done in range(rounds_in(seconds, one)):
+            shuffle(order)
+            for name in order:
                 if done < (3 if times[name][0] <= seconds else 1) or sum(times[name]) <= seconds:
-                    times[name].append(timed(run))
+                    time.sleep(self.pause)
+                    if times[name][0] < SHORT:
+                        runs[name]()
+                    times[name].append(timed(runs[name]))
         return Timing({name: statistics.median(found[1:]) for name, found in times.items()}, "calls")
 
     def with_peak(self, run: Call) -> tuple[Any, float | None]:

@@ -107,6 +107,17 @@ CPU_TARGETS = (
     Target("cpu_inference", r".* infer .*", 1.0, nearer_than("ONNX Runtime, dynamic"), re.compile("bert_fast, int8")),
     *(
         Target(
+            "cpu_inference",
+            r".* infer .*",
+            1.0,
+            faster_than(rf"transformers, {precision}"),
+            re.compile(f"bert_fast, {precision}"),
+            device="avx2",
+        )
+        for precision in ("fp32", "bf16")
+    ),
+    *(
+        Target(
             "cpu_training",
             rf"\(8, 128\) train BERT-base {precision}",
             goal,
@@ -120,7 +131,7 @@ CPU_TARGETS = (
 
 def targets_of(device: str) -> tuple[Target, ...]:
     """The targets of a device, by the name of its folder."""
-    return CPU_TARGETS if device.startswith("cpu-") else tuple(t for t in TARGETS if t.device in device)
+    return tuple(t for t in (CPU_TARGETS if device.startswith("cpu-") else TARGETS) if t.device in device)
 
 
 def judge(target: Target, report: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
   m.impl("bias_gelu_bwd", TORCH_BOX(&bert_fast::bias_gelu_bwd_cpu));
   m.impl("embedding_layer_norm_fwd", TORCH_BOX(&bert_fast::embedding_layer_norm_fwd_cpu));
   m.impl("embedding_layer_norm_bwd", TORCH_BOX(&bert_fast::embedding_layer_norm_bwd_cpu));
-  m.impl("linear_finish", TORCH_BOX(&bert_fast::linear_finish_cpu));
+  m.impl("linear_pack", TORCH_BOX(&bert_fast::linear_pack_cpu));
+  m.impl("linear_tiles", TORCH_BOX(&bert_fast::linear_tiles_cpu));
   m.impl("linear_int8_quantize", TORCH_BOX(&bert_fast::linear_int8_quantize_cpu));
   m.impl("linear_int8_finish", TORCH_BOX(&bert_fast::linear_int8_finish_cpu));
   m.impl("linear_int8_finish_quantize", TORCH_BOX(&bert_fast::linear_int8_finish_quantize_cpu));

@@ -151,7 +151,23 @@ def test_targets_of_a_processor_compare_with_the_same_or_a_higher_precision(tmp_
     ]
 
 
-def test_slow_calls_are_timed_in_fewer_rounds() -> None:
+def test_short_calls_follow_an_untimed_one_in_another_order_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(devices.time, "sleep", pauses.append)
+    called: list[str] = []
+    Cpu(0.5).interleaved({name: partial(called.append, name) for name in "abcd"}, 5.0)
+    first, rest = called[:4], called[4:]
+    assert first == list("abcd")
+    assert rest[::2] == rest[1::2]
+    rounds = [rest[start : start + 8 : 2] for start in range(0, len(rest), 8)]
+    assert all(sorted(order) == first for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
+    assert len(rounds) == 5
+    assert pauses == [0.5] * 4 * len(rounds)
+
+
+def test_slow_calls_are_timed_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "SHORT", 0.0)
     counts = {"quick": 0, "slow": 0, "slower": 0}
     seconds = {"quick": 0.0, "slow": 0.03, "slower": 0.08}
 

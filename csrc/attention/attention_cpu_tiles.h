@@ -1,14 +1,11 @@
-// The parts of which both passes are made: packing, and the register-tiled product. Included by
+// The parts of which both passes are made: packing, and products of what is packed. Included by
 // attention_cpu_kernels.h, once for each instruction set; no include guard on purpose.
+
+#include "common/tile_kernels.h"
 
 namespace bert_fast {
 namespace BF_ISA {
 
-// A tile takes kRows x 2 accumulators, 2 vectors of b and a broadcast: 15 of 16 registers, 27 of 32. The last rows of a
-// product take a tile of kStep rows where they fit.
-constexpr int kRows = BF_REGISTERS >= 32 ? 12 : 6;
-constexpr int kStep = kRows / 2;
-constexpr int kPanel = 2 * kWidth;  // columns of a tile
 // Depth of a product over keys: a tile's rows and a panel stay in the L1 cache, and a long sum is one of short sums,
 // which keeps more of its digits.
 constexpr int64_t kDepth = 128;
@@ -27,22 +24,10 @@ using Factor = float;
 template <class F>
 constexpr int kPerFactor = std::is_same_v<F, float> ? 1 : 2;
 
-BF_INLINE int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
 // Factors that hold n numbers.
 template <class F>
 BF_INLINE int64_t depth_of(int64_t n) {
   return (n + kPerFactor<F> - 1) / kPerFactor<F>;
-}
-
-BF_INLINE vfloat multiply_add(vfloat sum, float a, vfloat b) {
-  return sum + b * a;
-}
-
-BF_INLINE vfloat multiply_add(vfloat sum, uint32_t a, vuint b) {
-  return add_dot_of_pairs(sum, vuint{} + a, b);
 }
 
 // Vectors of factors out of rows that are neighbours in the dimension that is summed over.
@@ -52,40 +37,6 @@ BF_INLINE vfloat join(const vfloat (&rows)[1]) {
 
 BF_INLINE vuint join(const vfloat (&rows)[2]) {
   return bfloat16_bits(rows[0]) | bfloat16_bits(rows[1]) << 16;
-}
-
-// c (ROWS, kPanel) = a b, or += a b: a (ROWS, depth), stored (depth, ROWS) if TRANSPOSED; b (depth, kPanel).
-template <int ROWS, bool TRANSPOSED, bool ACCUMULATE, class F>
-inline void tile(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
-  vfloat sum[ROWS][2] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const auto b0 = load(b + k * ldb), b1 = load(b + k * ldb + kWidth);
-#pragma GCC unroll 12
-    for (int row = 0; row < ROWS; ++row) {
-      F x;
-      std::memcpy(&x, a + (TRANSPOSED ? k * lda + row : row * lda + k), sizeof(x));
-      sum[row][0] = multiply_add(sum[row][0], x, b0);
-      sum[row][1] = multiply_add(sum[row][1], x, b1);
-    }
-  }
-#pragma GCC unroll 12
-  for (int row = 0; row < ROWS; ++row) {
-    float* to = c + row * ldc;
-    store(to, ACCUMULATE ? load(to) + sum[row][0] : sum[row][0]);
-    store(to + kWidth, ACCUMULATE ? load(to + kWidth) + sum[row][1] : sum[row][1]);
-  }
-}
-
-// All rows of a panel of c; `rows` is a multiple of kStep.
-template <bool TRANSPOSED, bool ACCUMULATE, class F>
-BF_INLINE void tiles(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-                     int64_t depth) {
-  const int64_t next = TRANSPOSED ? 1 : lda;
-  int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) {
-    tile<kRows, TRANSPOSED, ACCUMULATE>(a + row * next, lda, b, ldb, c + row * ldc, ldc, depth);
-  }
-  if (row < rows) tile<kStep, TRANSPOSED, ACCUMULATE>(a + row * next, lda, b, ldb, c + row * ldc, ldc, depth);
 }
 
 // c (rows, panels x kPanel) = a b with b in panels, each (depth, kPanel) in one piece. `rows` is a multiple of kStep.

@@ -1,4 +1,16 @@
+#include <atomic>
+#include <memory>
+
 #include "linear/linear.h"
+
+namespace bert_fast {
+
+// What an instruction set asks for: columns of a panel, rows of a tile, columns of a block.
+struct LinearLayout {
+  int64_t panel, tile_rows, block_columns;
+};
+
+}  // namespace bert_fast
 
 #define BF_KERNELS "linear/linear_cpu_kernels.h"
 #include "common/foreach_isa.h"
@@ -6,33 +18,81 @@
 namespace bert_fast {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // elements a thread should have at least
+constexpr int64_t kBlockRows = 252;     // the sums of a block, with the panels that they need, fit the L2 cache
+constexpr int64_t kBlocksOfThread = 4;  // at least, so that no thread waits long for another
+constexpr int64_t kFewestRows = 48;     // a block's, beneath which it reads its panels for too little
 
-template <int ACTIVATION>
-void finish(const Tensor& product, const float* bias, const Tensor& out) {
-  const int64_t cols = product.size(1);
-  const auto rows_of = BF_DISPATCH(linear_finish_rows<ACTIVATION>);
-  parallel_for(0, product.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols)),
-               [&](int64_t begin, int64_t end) {
-                 const int64_t start = begin * cols;
-                 rows_of(data<float>(product) + start, bias, mutable_data<bfloat16>(out) + start, end - begin, cols);
-               });
+int64_t parts(int64_t size, int64_t part) {
+  return (size + part - 1) / part;
+}
+
+// The blocks of an output. Neither their size nor which thread computes one changes its result.
+struct Blocks {
+  Blocks(int64_t out_rows, int64_t out_cols, const LinearLayout& layout)
+      : columns(layout.block_columns), across(parts(out_cols, columns)) {
+    const int64_t wanted = kBlocksOfThread * torch::stable::get_num_threads();
+    const int64_t for_threads = std::min(parts(wanted, std::max<int64_t>(1, across)), out_rows / kFewestRows);
+    const int64_t about = std::max<int64_t>({1, parts(out_rows, kBlockRows), for_threads});
+    rows = std::max<int64_t>(1, parts(parts(out_rows, about), layout.tile_rows)) * layout.tile_rows;
+    down = parts(out_rows, rows);
+  }
+  int64_t columns, across, rows, down;
+};
+
+template <class T, int ACTIVATION>
+void multiply(const Tensor& x, const Tensor& packed, const float* bias, const Tensor& out) {
+  const int64_t rows = out.size(0), cols = out.size(1), depth = x.size(1), x_stride = x.stride(0);
+  const auto block = BF_DISPATCH(linear_block<T, ACTIVATION>);
+  const Blocks blocks(rows, cols, BF_DISPATCH(linear_layout)());
+  const int64_t floats = BF_DISPATCH(linear_scratch_floats)(blocks.rows);
+  std::atomic<int64_t> next{0};
+  parallel_for(0, blocks.down * blocks.across, 1, [&](int64_t, int64_t) {
+    const std::unique_ptr<float[]> scratch(new float[floats]);
+    for (int64_t i = next++; i < blocks.down * blocks.across; i = next++) {
+      const int64_t row = i / blocks.across * blocks.rows, col = i % blocks.across * blocks.columns;
+      block(data<T>(x) + row * x_stride, x_stride, data<float>(packed) + col * depth, bias ? bias + col : nullptr,
+            mutable_data<T>(out) + row * cols + col, cols, std::min(blocks.rows, rows - row), depth,
+            std::min(blocks.columns, cols - col), scratch.get(), scratch.get() + blocks.rows * blocks.columns);
+    }
+  });
 }
 
 }  // namespace
 
-Tensor linear_finish_cpu(const Tensor& product, const std::optional<Tensor>& bias, int64_t activation) {
-  STD_TORCH_CHECK(product.dim() == 2, "linear_finish: expected product (T, N)");
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "linear_finish: unknown activation ", activation);
-  check_dtype(product, "product", ScalarType::Float);
-  if (bias) check_size(*bias, "bias", 0, product.size(1));
-  const Tensor in = as_contiguous(product);
+Tensor linear_pack_cpu(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 2, "linear_pack: expected weight (N, K)");
+  const Tensor wide = as_float(weight);
+  const int64_t rows = weight.size(0), cols = weight.size(1), panel = BF_DISPATCH(linear_layout)().panel;
+  const Tensor packed = empty({parts(rows, panel), cols, panel}, ScalarType::Float);
+  const auto pack = BF_DISPATCH(linear_pack_panel);
+  parallel_for(0, packed.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pack(data<float>(wide) + i * panel * cols, std::min(panel, rows - i * panel), cols,
+           mutable_data<float>(packed) + i * panel * cols);
+    }
+  });
+  return packed;
+}
+
+Tensor linear_tiles_cpu(const Tensor& x, const Tensor& packed, int64_t columns, const std::optional<Tensor>& bias,
+                        int64_t activation) {
+  STD_TORCH_CHECK(x.dim() == 2, "linear_tiles: expected x (T, K)");
+  STD_TORCH_CHECK(packed.dim() == 3, "linear_tiles: expected packed of linear_pack");
+  const int64_t panel = BF_DISPATCH(linear_layout)().panel;
+  check_dtype(packed, "packed", ScalarType::Float);
+  check_size(packed, "packed", 0, parts(columns, panel));
+  check_size(packed, "packed", 1, x.size(1));
+  check_size(packed, "packed", 2, panel);
+  if (bias) check_size(*bias, "bias", 0, columns);
+  const Tensor in = x.stride(1) == 1 ? x : torch::stable::contiguous(x), panels = as_contiguous(packed);
   const Tensor shift = bias ? as_float(*bias) : empty({0}, ScalarType::Float);
   const float* shift_data = bias ? data<float>(shift) : nullptr;
-  const Tensor out = empty({product.size(0), product.size(1)}, ScalarType::BFloat16);
-  if (activation == 0) finish<0>(in, shift_data, out);
-  if (activation == 1) finish<1>(in, shift_data, out);
-  if (activation == 2) finish<2>(in, shift_data, out);
+  const Tensor out = empty({x.size(0), columns}, x.scalar_type());
+  dispatch_float(x.scalar_type(), "linear", [&](auto element) {
+    dispatch_activation(activation, "linear", [&](auto constant) {
+      multiply<decltype(element), decltype(constant)::value>(in, panels, shift_data, out);
+    });
+  });
   return out;
 }
 

@@ -1,22 +1,89 @@
-// One pass over the rows of a product: reads float32, writes bfloat16. Compiled once for each instruction set by
+// A block of an output: some rows of x by some panels of a packed weight. Compiled once for each instruction set by
 // foreach_isa.h.
 
 #include "common/gelu_kernels.h"
+#include "common/tile_kernels.h"
 
 namespace bert_fast {
 namespace BF_ISA {
 
-template <int ACTIVATION>
-inline void linear_finish_rows(const float* product, const float* bias, bfloat16* out, int64_t rows, int64_t cols) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* in = product + row * cols;
-    bfloat16* to = out + row * cols;
-    for_columns(cols, [&](int64_t col, int n) {
-      vfloat u = load_n(in + col, n);
-      if (bias != nullptr) u += load_n(bias + col, n);
-      store_n(to + col, activate<ACTIVATION>(u), n);
-    });
+// Depth of a pass over a block: a tile's rows of x stay in the L1 cache, a block's panels in the L2 cache.
+constexpr int64_t kPassDepth = 768;
+constexpr int64_t kSumDepth = 384;  // a long sum is one of short sums, which keeps more of its digits
+constexpr int64_t kBlockColumns = 64;
+static_assert(kBlockColumns % kPanel == 0, "whole panels");
+
+inline LinearLayout linear_layout() {
+  return {kPanel, kRows, kBlockColumns};
+}
+
+// to (cols, kPanel): the transpose of weight (rows, cols), rows at most kPanel, with zeros behind the last.
+inline void linear_pack_panel(const float* weight, int64_t rows, int64_t cols, float* to) {
+  for (int64_t col = 0; col < cols; ++col) {
+    for (int64_t row = 0; row < kPanel; ++row) to[col * kPanel + row] = row < rows ? weight[row * cols + col] : 0.0f;
   }
+}
+
+// Up to kRows rows of x as tiles read them: in place, or, where they are bfloat16 or too few for a tile, as a copy with
+// zeros behind the last.
+template <class T>
+struct TileRows {
+  TileRows(const T* x, int64_t x_stride, int64_t rows, int64_t depth, float* copy) : first(copy), stride(kPassDepth) {
+    const int64_t whole = rows > kStep ? kRows : kStep;
+    if constexpr (std::is_same_v<T, float>) {
+      if (rows == whole) {
+        first = x;
+        stride = x_stride;
+        return;
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      for_columns(depth, [&](int64_t col, int n) {
+        store_n(copy + row * stride + col, load_n(x + row * x_stride + col, n), n);
+      });
+    }
+    for (int64_t row = rows; row < whole; ++row) std::memset(copy + row * stride, 0, depth * sizeof(float));
+  }
+  const float* first;
+  int64_t stride;
+};
+
+// out (rows, cols) = act(x (rows, depth) times the panels + bias). sums: round_up(rows, kRows) x kBlockColumns floats;
+// copy: kRows x kPassDepth.
+template <class T, int ACTIVATION>
+inline void linear_block(const T* x, int64_t x_stride, const float* panels, const float* bias, T* out,
+                         int64_t out_stride, int64_t rows, int64_t depth, int64_t cols, float* sums, float* copy) {
+  for (int64_t start = 0; start == 0 || start < depth; start += kPassDepth) {
+    const int64_t part = std::min(kPassDepth, depth - start);
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t count = std::min<int64_t>(kRows, rows - row), whole = round_up(count, kStep);
+      const TileRows<T> a(x + row * x_stride + start, x_stride, count, part, copy);
+      float* c = sums + row * kBlockColumns;
+      for (int64_t col = 0; col < cols; col += kPanel) {
+        const float* b = panels + col * depth + start * kPanel;
+        for (int64_t k = 0; k == 0 || k < part; k += kSumDepth) {
+          const int64_t terms = std::min(kSumDepth, part - k);
+          if (start + k == 0) {
+            tiles<false, false>(a.first, a.stride, b, kPanel, c + col, kBlockColumns, whole, terms);
+          } else {
+            tiles<false, true>(a.first + k, a.stride, b + k * kPanel, kPanel, c + col, kBlockColumns, whole, terms);
+          }
+        }
+      }
+      if (start + part < depth) continue;
+      for (int64_t i = 0; i < count; ++i) {
+        for_columns(cols, [&](int64_t col, int n) {
+          vfloat u = load(c + i * kBlockColumns + col);
+          if (bias != nullptr) u += load_n(bias + col, n);
+          store_n(out + (row + i) * out_stride + col, activate<ACTIVATION>(u), n);
+        });
+      }
+    }
+  }
+}
+
+inline int64_t linear_scratch_floats(int64_t rows) {
+  return round_up(rows, kRows) * kBlockColumns + kRows * kPassDepth;
 }
 
 }  // namespace BF_ISA

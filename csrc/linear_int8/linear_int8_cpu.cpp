@@ -1,4 +1,3 @@
-#include <type_traits>
 #include <vector>
 
 #include "linear_int8/linear_int8.h"
@@ -88,15 +87,6 @@ void finish_quantize(const Product& p, const float* range, const Tensor& u, cons
   });
 }
 
-// Call body with the activation as a constant.
-template <class Body>
-void dispatch_activation(int64_t activation, const Body& body) {
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "linear_int8: unknown activation ", activation);
-  if (activation == 0) body(std::integral_constant<int, 0>{});
-  if (activation == 1) body(std::integral_constant<int, 1>{});
-  if (activation == 2) body(std::integral_constant<int, 2>{});
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> linear_int8_quantize_cpu(const Tensor& x, const std::optional<Tensor>& range) {
@@ -125,7 +115,8 @@ Tensor linear_int8_finish_cpu(const Tensor& product, const Tensor& scale, const 
   const Tensor out = empty({p.rows, p.cols}, dtype);
   dispatch_float(dtype, "linear_int8", [&](auto element) {
     using T = decltype(element);
-    dispatch_activation(activation, [&](auto constant) { finish<T, decltype(constant)::value>(p, out); });
+    dispatch_activation(activation, "linear_int8",
+                        [&](auto constant) { finish<T, decltype(constant)::value>(p, out); });
   });
   return out;
 }
@@ -140,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_int8_finish_quantize_cpu(const Tensor&
   const Range bounds(range);
   const Tensor u = empty({p.rows, p.cols}, ScalarType::Byte);
   const Tensor next_scale = empty({p.rows}, ScalarType::Float), next_low = empty({p.rows}, ScalarType::Float);
-  dispatch_activation(activation, [&](auto constant) {
+  dispatch_activation(activation, "linear_int8", [&](auto constant) {
     finish_quantize<decltype(constant)::value>(p, bounds.data, u, next_scale, next_low);
   });
   return {u, next_scale, next_low};

@@ -1,8 +1,9 @@
-"""linear on the CPU: which library computes the products of a dtype on an instruction set, and how.
+"""linear on the CPU: what computes the products of a dtype on an instruction set, and how.
 
-"blas"    torch's own product (MKL on x86-64), then our bias_gelu. In inference of few rows oneDNN's, of packed weights.
+"tiles"   in inference: our own float32 products of packed weights, with bias and GeLU inside (csrc/linear).
+"blas"    torch's own product (MKL on x86-64), then our bias_gelu.
 "onednn"  oneDNN's product of packed weights, with bias and GeLU inside; in training, of weights as they are.
-"float32" for bfloat16 where the CPU has no units for it: the BLAS's float32 product of weights kept in float32.
+"float32" in training: for bfloat16 where the CPU has no units for it, the BLAS's float32 product.
 
 The choice is by instruction set and dtype alone, never by a timing, so that a process computes what the one before did.
 """
@@ -10,7 +11,7 @@ The choice is by instruction set and dtype alone, never by a timing, so that a p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +23,16 @@ from bert_fast.kernels._common.library import implement
 
 # oneDNN chooses a packed layout for a number of rows; one number, so that bits don't depend on who called first.
 _PACKED_ROWS = 256
-# Of few rows MKL makes too little use of a second thread: at 32 rows, with BERT-base's weights, 53 GFLOP/s where oneDNN
-# has 96, at 64 77 and 108, at 128 106 and 114 (AVX2 EPYC, 2026-11-22); on one thread or with more rows they are equal.
-_FEW_ROWS = 64
 _ATTRIBUTES = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 _CODES = {None: 0, "gelu": 1, "gelu_tanh": 2}
 _PACKED = {torch.float32: "onednn float32", torch.bfloat16: "onednn bfloat16"}
+
+
+class Backends(NamedTuple):
+    """What computes the products of inference, and those of training."""
+
+    inference: str
+    training: str
 
 
 @dataclass(frozen=True)
@@ -37,31 +42,33 @@ class Row:
     isa: str  # what the name of the instruction set begins with
     dtype: torch.dtype
     units: bool
-    backend: str
+    backends: Backends
     measured: str
 
 
-# AVX-512's figures (2 cores) are those that the targets were set by; AVX2's: a thread of an AMD EPYC, 2026-11-21.
+# GFLOP/s. AVX-512's (2 cores) are those that the targets were set by; AVX2's are of two threads of an AMD EPYC, whose
+# fused multiply-adds alone reach 192, at 1,024 rows, 2026-11-22.
 TABLE = (
-    Row("avx512", torch.float32, False, "onednn", "460 to 490 GFLOP/s packed, GeLU included; MKL 210"),
-    Row("avx512", torch.bfloat16, True, "onednn", "800 to 970 GFLOP/s packed, GeLU included"),
-    Row("", torch.float32, False, "blas", "70 to 79 GFLOP/s, packed oneDNN as much, with its GeLU 52 -> 72 ms"),
-    Row("", torch.bfloat16, False, "float32", "70 GFLOP/s; torch's own bfloat16 product 7"),
+    Row("avx512", torch.float32, False, Backends("onednn", "onednn"), "460 to 490 packed, GeLU included; MKL 210"),
+    Row("avx512", torch.bfloat16, True, Backends("onednn", "onednn"), "800 to 970 packed, GeLU included"),
+    Row("avx2", torch.float32, False, Backends("tiles", "blas"), "140 to 159, MKL 124 to 140; at 32 rows see README.md"),
+    Row("", torch.float32, False, Backends("blas", "blas"), "70 to 79 a thread, by MKL on AVX2"),
+    Row("", torch.bfloat16, False, Backends("tiles", "float32"), "134 to 143; torch's own bfloat16 product 14"),
 )
 
 
 _ONEDNN = torch.backends.mkldnn.is_available() and native.registered("mkldnn::_linear_pointwise", "CPU")
 
 
-def _choose(dtype: torch.dtype) -> str:
+def _choose(dtype: torch.dtype) -> Backends:
     isa, units = native.cpu_isa(), native.bf16_units()
     return next(
-        row.backend
+        row.backends
         for row in TABLE
         if row.dtype == dtype
         and isa.startswith(row.isa)
         and (units or not row.units)
-        and (_ONEDNN or row.backend != "onednn")
+        and (_ONEDNN or "onednn" not in row.backends)
     )
 
 
@@ -70,19 +77,19 @@ BACKENDS = {dtype: _choose(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 def run(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activation: str | None) -> Tensor:
     """act(x [weights]^T + bias), x (T, K) of a dtype in BACKENDS."""
-    backend = BACKENDS[x.dtype]
-    if backend == "blas" and len(weights) == 1 and (torch.compiler.is_compiling() or not _few(x)):
-        return by_blas(torch.ops.bert_fast, x, weights, bias, activation)
     training = torch.is_grad_enabled() and (
         x.requires_grad or any(w.requires_grad for w in weights) or (bias is not None and bias.requires_grad)
     )
+    backend = BACKENDS[x.dtype].training if training else BACKENDS[x.dtype].inference
+    if backend == "blas":
+        if len(weights) > 1 and not training and keepable(weights) and not torch.compiler.is_compiling():
+            weights = (kept("joined", weights, Tensor.clone),)
+        return by_blas(torch.ops.bert_fast, x, weights, bias, activation)
     if training or torch.compiler.is_compiling() or not keepable(weights):
-        return _differentiable(backend, x, weights, bias, activation)
+        return _differentiable(x, weights, bias, activation)
     if backend == "onednn":
         return _packed(x, weights, bias, activation)
-    if backend == "float32":
-        return _by_float32(x, weights, bias, activation)
-    return _with_bias(torch.ops.bert_fast, _blas(x, weights), bias, activation)
+    return _tiles(x, weights, bias, activation)
 
 
 def by_blas(ops: Any, x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activation: str | None) -> Tensor:
@@ -97,11 +104,7 @@ def by_blas(ops: Any, x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | Non
     return F.linear(x, weight, bias)
 
 
-def _differentiable(
-    backend: str, x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activation: str | None
-) -> Tensor:
-    if backend == "blas":
-        return by_blas(torch.ops.bert_fast, x, weights, bias, activation)
+def _differentiable(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activation: str | None) -> Tensor:
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     keep = not (torch.is_grad_enabled() and weight.requires_grad) and len(weights) == 1
     product: Tensor = torch.ops.bert_fast.linear_fwd(x, weight, keep)
@@ -117,34 +120,10 @@ def _with_bias(ops: Any, product: Tensor, bias: Tensor | None, activation: str |
     return out
 
 
-def _few(x: Tensor) -> bool:
-    return _ONEDNN and 0 < x.shape[0] <= _FEW_ROWS
-
-
-def _blas(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-    """x [weights]^T in float32, of weights in any dtype; of few rows by oneDNN, from packed weights."""
-    if _few(x):
-        return _packed(x, weights, None, None)
-    weights = tuple(_float(weight) for weight in weights)
-    if len(weights) == 1:
-        return F.linear(x, weights[0])
-    # Each product into its columns: no copy of the weights, which at few tokens costs as much as the products.
-    out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
-    first = 0
-    for weight in weights:
-        torch.mm(x, weight.t(), out=out[:, first : first + weight.shape[0]])
-        first += weight.shape[0]
-    return out
-
-
-def _float(weight: Tensor) -> Tensor:
-    return weight if weight.dtype == torch.float32 else kept("float32", (weight,), Tensor.float)
-
-
-def _by_float32(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activation: str | None) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        product = _blas(x.float(), weights)
-    out: Tensor = torch.ops.bert_fast.linear_finish(product, bias, _CODES[activation])
+def _tiles(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activation: str | None) -> Tensor:
+    packed = kept("tiles", weights, torch.ops.bert_fast.linear_pack)
+    columns = sum(weight.shape[0] for weight in weights)
+    out: Tensor = torch.ops.bert_fast.linear_tiles(x, packed, columns, bias, _CODES[activation])
     return out
 
 
@@ -169,15 +148,16 @@ def _packed(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activat
 
 
 def _product(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
-    """The operator linear_fwd: x weight^T in the dtype of x."""
+    """The operator linear_fwd: x weight^T in the dtype of x; of a weight to `keep` as in inference."""
     with torch.autocast("cpu", enabled=False):
-        backend = BACKENDS[x.dtype]
+        keep = keep and keepable((weight,))
+        backend = BACKENDS[x.dtype].inference if keep else BACKENDS[x.dtype].training
+        if backend == "tiles":
+            return _tiles(x, (weight,), None, None)
         if backend == "onednn" and x.shape[0]:
-            if keep and keepable((weight,)):
+            if keep:
                 return _packed(x, (weight,), None, None)
             return _pointwise(x.contiguous(), weight.to(x.dtype).contiguous())
-        if keep and keepable((weight,)):
-            weight = _float(weight)
         return F.linear(x.float(), weight.float()).to(x.dtype)
 
 
@@ -185,7 +165,7 @@ def _gradients(dout: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tu
     """The operator linear_bwd: dx in the dtype of x and dweight in that of weight; empty where not needed."""
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     with torch.autocast("cpu", enabled=False):
-        if BACKENDS[x.dtype] == "onednn" and x.shape[0]:
+        if BACKENDS[x.dtype].training == "onednn" and x.shape[0]:
             if needs[0]:
                 dx = _pointwise(dout.contiguous(), pack(weight.to(x.dtype).t()))
             if needs[1]:

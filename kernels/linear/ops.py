@@ -1,8 +1,8 @@
 """Operators of linear: schema, fake, gradient.
 
 `linear_fwd` and `linear_bwd` are the products alone, of those backends (native.py) that are not torch's own;
-`linear_finish` is what stands behind a float32 product whose result is bfloat16. Bias and GeLU that need a gradient
-are bias_gelu's operator.
+`linear_pack` and `linear_tiles` are the compiled ones, for inference. Bias and GeLU that need a gradient are
+bias_gelu's operator.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ def _bwd_fake(dout: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tup
     return x.new_empty(x.shape if needs[0] else 0), weight.new_empty(weight.shape if needs[1] else 0)
 
 
+def _pack_fake(weight: Tensor) -> Tensor:
+    panels, panel = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))  # the instruction set's
+    return weight.new_empty(panels, weight.shape[1], panel, dtype=torch.float32)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
 
@@ -61,9 +66,15 @@ define(
     triton=False,
 )
 define(
-    "linear_finish",
-    "(Tensor product, Tensor? bias, int activation) -> Tensor",
-    fake=lambda product, bias, activation: product.new_empty(product.shape, dtype=torch.bfloat16),
+    "linear_pack",
+    "(Tensor weight) -> Tensor",
+    fake=_pack_fake,
+    triton=False,
+)
+define(
+    "linear_tiles",
+    "(Tensor x, Tensor packed, int columns, Tensor? bias, int activation) -> Tensor",
+    fake=lambda x, packed, columns, bias, activation: x.new_empty(x.shape[0], columns),
     triton=False,
 )
 native.register()
@@ -80,7 +91,7 @@ ROOM = Room(
         # A GPU's product is cuBLAS's; what is Triton's or ours behind it is bias_gelu.
         "triton": triton_slot(functools.partial(native.by_blas, torch.ops.bert_fast_triton), "bias_gelu"),
         "cuda": cuda_kernels(native.by_blas, "bias_gelu", "bias_gelu_fwd", "bias_gelu_bwd"),
-        "cpu": native_cpu(_run, "linear_finish", "bias_gelu_fwd"),
+        "cpu": native_cpu(_run, "linear_tiles", "bias_gelu_fwd"),
     },
     choices=(
         Choice(

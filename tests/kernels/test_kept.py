@@ -21,7 +21,7 @@ from bert_fast.kernels.linear import native
 @pytest.fixture(autouse=True)
 def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """float32 runs on packed weights, as on AVX-512, and nothing is kept from before."""
-    monkeypatch.setitem(native.BACKENDS, torch.float32, "onednn")
+    monkeypatch.setitem(native.BACKENDS, torch.float32, native.Backends("onednn", "onednn"))
     kept.forget()
     yield
     kept.forget()

@@ -8,24 +8,31 @@ from torch import Tensor
 
 from bert_fast.kernels import ImplUnavailableError, linear
 from bert_fast.kernels.linear import native
+from bert_fast.kernels.linear.native import Backends
 from bert_fast.kernels.linear.reference import linear_reference
 from bert_fast.testing import assert_three_way, targets, three_way
 
-# Rows: none, one, fewer and more than a vector, not a multiple of one. K and N odd, below and above oneDNN's blocks.
-SHAPES = [(0, 8, 16), (1, 1, 40), (3, 7, 33), (65, 96, 50), (130, 128, 512)]
+# Rows: none, one, fewer and more than a vector, not a multiple of one, of tiles. K and N odd, below and above oneDNN's
+# blocks and our own.
+SHAPES = [(0, 8, 16), (1, 1, 40), (3, 7, 33), (65, 96, 50), (130, 128, 512), (13, 1601, 131)]
 INTERPRETED_SHAPES = [(0, 8, 16), (3, 7, 33)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # What can compute here whatever the table chooses: oneDNN has packed bfloat16 only where the CPU has units for it.
-BACKENDS = [(torch.float32, "blas"), (torch.float32, "onednn"), (torch.bfloat16, "float32")]
-if native.BACKENDS[torch.bfloat16] == "onednn":
-    BACKENDS.append((torch.bfloat16, "onednn"))
+BACKENDS = [
+    (torch.float32, Backends("tiles", "blas")),
+    (torch.float32, Backends("blas", "blas")),
+    (torch.float32, Backends("onednn", "onednn")),
+    (torch.bfloat16, Backends("tiles", "float32")),
+]
+if native.BACKENDS[torch.bfloat16].inference == "onednn":
+    BACKENDS.append((torch.bfloat16, Backends("onednn", "onednn")))
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda found: f"{str(found[0]).removeprefix('torch.')}-{found[1]}")
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, str]:
-    """The dtype that runs on the CPU by the backend, which the table need not have chosen here."""
+@pytest.fixture(params=BACKENDS, ids=lambda found: "-".join((str(found[0]).removeprefix("torch."), *found[1])))
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, Backends]:
+    """The dtype that runs on the CPU by these backends, which the table need not have chosen here."""
     monkeypatch.setitem(native.BACKENDS, *request.param)
-    found: tuple[torch.dtype, str] = request.param
+    found: tuple[torch.dtype, Backends] = request.param
     return found
 
 
@@ -87,12 +94,12 @@ def test_matches_reference(
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_backend_matches_reference(
-    backend: tuple[torch.dtype, str], shape: tuple[int, int, int], activation: str | None, poisoned_empty: None
+    backend: tuple[torch.dtype, Backends], shape: tuple[int, int, int], activation: str | None, poisoned_empty: None
 ) -> None:
     hold("cpu", backend[0], given(*shape), activation)
 
 
-def test_several_weights_are_one(backend: tuple[torch.dtype, str]) -> None:
+def test_several_weights_are_one(backend: tuple[torch.dtype, Backends]) -> None:
     inputs = {name: x.to(backend[0]) for name, x in given(37, 24, 30).items()}
     x, weight, bias = inputs.values()
     parts = [weight[:7].clone(), weight[7:10].clone(), weight[10:].clone()]
@@ -104,18 +111,39 @@ def test_several_weights_are_one(backend: tuple[torch.dtype, str]) -> None:
         assert found.requires_grad == training
 
 
-def test_bfloat16_by_float32_rounds_once() -> None:
-    """Where the products are float32's, the result is the exact one, rounded: closer than bfloat16 products come."""
+def test_bfloat16_by_tiles_rounds_once() -> None:
+    """The products are float32's and the result is the exact one, rounded: closer than bfloat16 products come."""
     inputs = {name: x.bfloat16() for name, x in given(33, 700, 40).items()}
     with torch.no_grad():
         for weight in (inputs["weight"], inputs["weight"].float()):
-            out = native._by_float32(inputs["x"], (weight,), inputs["bias"], "gelu")
+            out = native._tiles(inputs["x"], (weight,), inputs["bias"], "gelu")
             exact = linear_reference(*(x.double() for x in (inputs["x"],)), (weight.double(),), inputs["bias"], "gelu")
             unit = 2.0 ** (exact.abs().clamp(min=2**-20).log2().floor() - 7)
             assert ((out.double() - exact).abs() <= 0.5 * unit + 2e-6).all()
 
 
-def test_same_bits_again_and_with_other_thread_counts(backend: tuple[torch.dtype, str]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_tiles_same_bits_whatever_the_other_rows(dtype: torch.dtype) -> None:
+    """A row's result is its own: alone, at the end of a tile, in another block, with other threads."""
+    x, weight, bias = (part.to(dtype) for part in given(700, 801, 70).values())
+    with torch.no_grad():
+        whole = native._tiles(x, (weight,), bias, "gelu")
+        for first, last in ((0, 1), (699, 700), (3, 12), (250, 256), (17, 690)):
+            assert torch.equal(native._tiles(x[first:last], (weight,), bias, "gelu"), whole[first:last])
+
+
+def test_packed_panels_hold_the_weight() -> None:
+    weight = torch.randn(70, 9)
+    packed = torch.ops.bert_fast.linear_pack(weight)
+    panels, width, panel = packed.shape
+    assert (width, panels) == (9, -(-70 // panel))
+    rows = packed.transpose(1, 2).reshape(-1, 9)
+    assert torch.equal(rows[:70], weight)
+    assert not rows[70:].any()
+    assert torch.equal(torch.ops.bert_fast.linear_pack(weight.T.contiguous().T.bfloat16()), packed.bfloat16().float())
+
+
+def test_same_bits_again_and_with_other_thread_counts(backend: tuple[torch.dtype, Backends]) -> None:
     inputs = [x.to(backend[0]) for x in given(301, 96, 77).values()]
     threads = torch.get_num_threads()
 
@@ -134,7 +162,7 @@ def test_same_bits_again_and_with_other_thread_counts(backend: tuple[torch.dtype
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(found, again, alone, strict=True))
 
 
-def test_strided_input(backend: tuple[torch.dtype, str]) -> None:
+def test_strided_input(backend: tuple[torch.dtype, Backends]) -> None:
     wide, bias = torch.randn(40, 40).to(backend[0]), torch.randn(80).to(backend[0])[::2]
     for x, weight in ((wide[:, ::2], wide[:, ::2]), (wide[:9, 3:20], wide[:, 20:37]), (wide.T, wide.T)):
         found = linear(x, weight, bias, activation="gelu", impl="cpu")
@@ -142,7 +170,7 @@ def test_strided_input(backend: tuple[torch.dtype, str]) -> None:
         assert_close(found, expected)
 
 
-def test_autocast(backend: tuple[torch.dtype, str]) -> None:
+def test_autocast(backend: tuple[torch.dtype, Backends]) -> None:
     """Parameters of float32 and activations of autocast's dtype, in inference and in training."""
     x, weight, bias = given(19, 24, 16).values()
     exact = linear_reference(x.double(), (weight.double(),), bias.double(), "gelu")
@@ -158,7 +186,7 @@ def test_autocast(backend: tuple[torch.dtype, str]) -> None:
     assert [leaf.grad is not None and leaf.grad.dtype for leaf in leaves] == [torch.float32] * 2
 
 
-def test_opcheck(backend: tuple[torch.dtype, str]) -> None:
+def test_opcheck(backend: tuple[torch.dtype, Backends]) -> None:
     x, weight, bias = (x.to(backend[0]) for x in given(5, 24, 16).values())
     x, weight = x.requires_grad_(), weight.requires_grad_()
     ops = torch.ops.bert_fast
@@ -167,12 +195,13 @@ def test_opcheck(backend: tuple[torch.dtype, str]) -> None:
     dout = torch.randn(5, 16).to(backend[0])
     for needs in ([True, True], [True, False], [False, True]):
         torch.library.opcheck(ops.linear_bwd.default, (dout, x.detach(), weight.detach(), needs))
-    product = torch.randn(5, 16)
+    torch.library.opcheck(ops.linear_pack.default, (weight.detach(),))
+    packed = ops.linear_pack(weight.detach())
     for activation, shift in ((0, None), (1, bias.detach()), (2, bias.detach().float())):
-        torch.library.opcheck(ops.linear_finish.default, (product, shift, activation))
+        torch.library.opcheck(ops.linear_tiles.default, (x.detach(), packed, 16, shift, activation))
 
 
-def test_compiles_whole(backend: tuple[torch.dtype, str], compile_backend: str) -> None:
+def test_compiles_whole(backend: tuple[torch.dtype, Backends], compile_backend: str) -> None:
     leaves = [x.to(backend[0]).requires_grad_() for x in given(5, 24, 16).values()]
     compiled = torch.compile(linear, fullgraph=True, backend=compile_backend)
     with torch.no_grad():

@@ -1,0 +1,61 @@
+// The register-tiled product that attention and linear are made of. Compiled once for each instruction set by
+// foreach_isa.h; a kernel file includes it.
+
+namespace bert_fast {
+namespace BF_ISA {
+
+// A tile takes kRows x 2 accumulators, 2 vectors of b and a broadcast: 15 of 16 registers, 27 of 32. The last rows of a
+// product take a tile of kStep rows where they fit.
+constexpr int kRows = BF_REGISTERS >= 32 ? 12 : 6;
+constexpr int kStep = kRows / 2;
+constexpr int kPanel = 2 * kWidth;  // columns of a tile
+
+BF_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+BF_INLINE vfloat multiply_add(vfloat sum, float a, vfloat b) {
+  return sum + b * a;
+}
+
+BF_INLINE vfloat multiply_add(vfloat sum, uint32_t a, vuint b) {
+  return add_dot_of_pairs(sum, vuint{} + a, b);
+}
+
+// c (ROWS, kPanel) = a b, or += a b: a (ROWS, depth), stored (depth, ROWS) if TRANSPOSED; b (depth, kPanel).
+template <int ROWS, bool TRANSPOSED, bool ACCUMULATE, class F>
+inline void tile(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
+  vfloat sum[ROWS][2] = {};
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k) {
+    const auto b0 = load(b + k * ldb), b1 = load(b + k * ldb + kWidth);
+#pragma GCC unroll 12
+    for (int row = 0; row < ROWS; ++row) {
+      F x;
+      std::memcpy(&x, a + (TRANSPOSED ? k * lda + row : row * lda + k), sizeof(x));
+      sum[row][0] = multiply_add(sum[row][0], x, b0);
+      sum[row][1] = multiply_add(sum[row][1], x, b1);
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < ROWS; ++row) {
+    float* to = c + row * ldc;
+    store(to, ACCUMULATE ? load(to) + sum[row][0] : sum[row][0]);
+    store(to + kWidth, ACCUMULATE ? load(to + kWidth) + sum[row][1] : sum[row][1]);
+  }
+}
+
+// All rows of a panel of c; `rows` is a multiple of kStep.
+template <bool TRANSPOSED, bool ACCUMULATE, class F>
+BF_INLINE void tiles(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
+                     int64_t depth) {
+  const int64_t next = TRANSPOSED ? 1 : lda;
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    tile<kRows, TRANSPOSED, ACCUMULATE>(a + row * next, lda, b, ldb, c + row * ldc, ldc, depth);
+  }
+  if (row < rows) tile<kStep, TRANSPOSED, ACCUMULATE>(a + row * next, lda, b, ldb, c + row * ldc, ldc, depth);
+}
+
+}  // namespace BF_ISA
+}  // namespace bert_fast
