@@ -51,7 +51,7 @@ class Row:
 TABLE = (
     Row("avx512", torch.float32, False, Backends("onednn", "onednn"), "460 to 490 packed, GeLU included; MKL 210"),
     Row("avx512", torch.bfloat16, True, Backends("onednn", "onednn"), "800 to 970 packed, GeLU included"),
-    Row("avx2", torch.float32, False, Backends("tiles", "blas"), "140 to 159, MKL 124 to 140; at 32 rows see README.md"),
+    Row("avx2", torch.float32, False, Backends("tiles", "blas"), "140 to 159, MKL 124 to 140; few rows: README.md"),
     Row("", torch.float32, False, Backends("blas", "blas"), "70 to 79 a thread, by MKL on AVX2"),
     Row("", torch.bfloat16, False, Backends("tiles", "float32"), "134 to 143; torch's own bfloat16 product 14"),
 )
