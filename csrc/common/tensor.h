@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "common/simd_prelude.h"
@@ -68,15 +67,6 @@ inline void dispatch_float(ScalarType dtype, const char* name, const Body& body)
   } else {
     STD_TORCH_CHECK(false, name, ": the CPU kernels take float32 and bfloat16");
   }
-}
-
-// Run `body` with the activation of a linear layer as a constant: 0 for none, 1 for GeLU with erf, 2 with tanh.
-template <class Body>
-inline void dispatch_activation(int64_t activation, const char* name, const Body& body) {
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, name, ": unknown activation ", activation);
-  if (activation == 0) body(std::integral_constant<int, 0>{});
-  if (activation == 1) body(std::integral_constant<int, 1>{});
-  if (activation == 2) body(std::integral_constant<int, 2>{});
 }
 
 }  // namespace bert_fast

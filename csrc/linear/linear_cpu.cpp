@@ -1,6 +1,7 @@
 #include <atomic>
 #include <memory>
 
+#include "common/activation.h"
 #include "linear/linear.h"
 
 namespace bert_fast {

@@ -1,5 +1,6 @@
 #include <vector>
 
+#include "common/activation.h"
 #include "linear_int8/linear_int8.h"
 
 namespace bert_fast {

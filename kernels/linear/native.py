@@ -83,7 +83,7 @@ def run(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activation:
     backend = BACKENDS[x.dtype].training if training else BACKENDS[x.dtype].inference
     if backend == "blas":
         if len(weights) > 1 and not training and keepable(weights) and not torch.compiler.is_compiling():
-            weights = (kept("joined", weights, Tensor.clone),)
+            weights = (kept("joined", weights, lambda joined: joined),)
         return by_blas(torch.ops.bert_fast, x, weights, bias, activation)
     if training or torch.compiler.is_compiling() or not keepable(weights):
         return _differentiable(x, weights, bias, activation)
