@@ -250,7 +250,11 @@ def processor_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def conclude(room: str, report: dict[str, Any], options: argparse.Namespace) -> None:
     """Print how the room's targets are met, and write the report where that is asked for."""
-    entries = [entry for target in targets.CPU_TARGETS for entry in targets.judge(target, report)]
+    entries = [
+        entry
+        for target in targets.targets_of(report["environment"]["device"])
+        for entry in targets.judge(target, report)
+    ]
     print(targets.table([entry for entry in entries if entry["room"] == room]))
     if options.record:
         print(f"written: {write(report, room, options.results)}")

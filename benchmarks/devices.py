@@ -31,7 +31,7 @@ import bert_fast
 
 Call = Callable[[], Any]
 MEGABYTE = 1 << 20
-SHORT = 0.2  # seconds
+SHORT = 0.2  # seconds of a call on a processor that follows an untimed one
 FLUSH = 256 * MEGABYTE  # at the least: 60 us and more of writing, in which the host queues what is timed
 
 

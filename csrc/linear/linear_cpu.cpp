@@ -53,7 +53,7 @@ void multiply(const Tensor& x, const Tensor& packed, const float* bias, const Te
       const int64_t row = i / blocks.across * blocks.rows, col = i % blocks.across * blocks.columns;
       block(data<T>(x) + row * x_stride, x_stride, data<float>(packed) + col * depth, bias ? bias + col : nullptr,
             mutable_data<T>(out) + row * cols + col, cols, std::min(blocks.rows, rows - row), depth,
-            std::min(blocks.columns, cols - col), scratch.get(), scratch.get() + blocks.rows * blocks.columns);
+            std::min(blocks.columns, cols - col), scratch.get());
     }
   });
 }

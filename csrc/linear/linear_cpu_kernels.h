@@ -48,11 +48,16 @@ struct TileRows {
   int64_t stride;
 };
 
-// out (rows, cols) = act(x (rows, depth) times the panels + bias). sums: round_up(rows, kRows) x kBlockColumns floats;
-// copy: kRows x kPassDepth.
+// What linear_block takes: a tile's copied rows, then the sums of a block.
+inline int64_t linear_scratch_floats(int64_t rows) {
+  return kRows * kPassDepth + round_up(rows, kRows) * kBlockColumns;
+}
+
+// out (rows, cols) = act(x (rows, depth) times the panels + bias).
 template <class T, int ACTIVATION>
 inline void linear_block(const T* x, int64_t x_stride, const float* panels, const float* bias, T* out,
-                         int64_t out_stride, int64_t rows, int64_t depth, int64_t cols, float* sums, float* copy) {
+                         int64_t out_stride, int64_t rows, int64_t depth, int64_t cols, float* scratch) {
+  float *copy = scratch, *sums = scratch + kRows * kPassDepth;
   for (int64_t start = 0; start == 0 || start < depth; start += kPassDepth) {
     const int64_t part = std::min(kPassDepth, depth - start);
     for (int64_t row = 0; row < rows; row += kRows) {
@@ -80,10 +85,6 @@ inline void linear_block(const T* x, int64_t x_stride, const float* panels, cons
       }
     }
   }
-}
-
-inline int64_t linear_scratch_floats(int64_t rows) {
-  return round_up(rows, kRows) * kBlockColumns + kRows * kPassDepth;
 }
 
 }  // namespace BF_ISA

@@ -124,7 +124,7 @@ def test_bfloat16_by_tiles_rounds_once() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_tiles_same_bits_whatever_the_other_rows(dtype: torch.dtype) -> None:
-    """A row's result is its own: alone, at the end of a tile, in another block, with other threads."""
+    """A row's result is its own: alone, at the end of a tile, in another block."""
     x, weight, bias = (part.to(dtype) for part in given(700, 801, 70).values())
     with torch.no_grad():
         whole = native._tiles(x, (weight,), bias, "gelu")
