@@ -236,8 +236,7 @@ def _given(sizes: Sizes, names: tuple[str, ...], **inputs: Unpack[Inputs]) -> tu
         check_shape("input_ids", ids, names)
         return ids, tuple(ids.shape)
     assert embeds is not None
-    check_floating("inputs_embeds", embeds)
-    check_shape("inputs_embeds", embeds, (*names, sizes.input_size))
+    check_floating("inputs_embeds", embeds, (*names, sizes.input_size))
     return embeds, tuple(embeds.shape[:-1])
 
 

@@ -13,18 +13,31 @@ _CHECK_VALUES = os.environ.get("BERT_FAST_CHECK") == "1"
 
 def check_shape(name: str, x: Tensor, expected: tuple[int | str, ...]) -> None:
     """ValueError unless `x` has the shape `expected`, in which a string stands for any size and names it."""
-    shape = tuple(x.shape)
-    if len(shape) != len(expected) or any(isinstance(e, int) and e != s for s, e in zip(shape, expected, strict=True)):
-        wanted = ", ".join(str(part) for part in expected)
-        raise ValueError(f"{name} has shape {shape}; expected ({wanted}{',' if len(expected) == 1 else ''})")
+    shape = x.shape
+    if shape == expected:  # at once, for a layer's shapes are checked seven times a pass
+        return
+    if len(shape) == len(expected):
+        for size, wanted in zip(shape, expected, strict=True):
+            if size != wanted and not isinstance(wanted, str):
+                break
+        else:
+            return
+    listed = ", ".join(str(part) for part in expected)
+    raise ValueError(f"{name} has shape {tuple(shape)}; expected ({listed}{',' if len(expected) == 1 else ''})")
 
 
-def check_floating(name: str, x: Tensor) -> None:
-    """TypeError unless `x` is a floating-point tensor."""
+def check_floating(
+    name: str, x: Tensor, shape: tuple[int | str, ...] | None = None, beside: Tensor | None = None
+) -> None:
+    """TypeError unless `x` is a floating-point tensor; ValueError unless it has `shape` and the device of `beside`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
     if not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}; expected a floating-point tensor")
+    if shape is not None:
+        check_shape(name, x, shape)
+    if beside is not None and x.device != beside.device:
+        check_same_device(beside, **{name: x})
 
 
 def check_integer(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.int64, torch.int32)) -> None:

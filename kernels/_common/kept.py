@@ -24,8 +24,15 @@ from bert_fast.kernels._common import native
 
 class _Entry(NamedTuple):
     owners: tuple[weakref.ref[Tensor], ...]
-    state: tuple[Any, ...]
+    states: tuple[Any, ...]
     made: Any
+
+    def is_of(self, weights: tuple[Tensor, ...]) -> bool:
+        """Whether it was made of these weights as they are now; the objects of their ids may be others by now."""
+        for owner, state, weight in zip(self.owners, self.states, weights, strict=True):
+            if owner() is not weight or _state(weight) != state:
+                return False
+        return True
 
 
 _entries: dict[tuple[Any, ...], _Entry] = {}
@@ -33,7 +40,10 @@ _entries: dict[tuple[Any, ...], _Entry] = {}
 
 def keepable(weights: tuple[Tensor, ...]) -> bool:
     """Whether `kept` takes these weights: tensors in memory of their own kind, not a subclass with other semantics."""
-    return all(type(w) in (Tensor, torch.nn.Parameter) and w.is_contiguous() and w.numel() for w in weights)
+    for weight in weights:
+        if type(weight) not in (Tensor, torch.nn.Parameter) or not weight.is_contiguous() or not weight.numel():
+            return False
+    return True
 
 
 def kept(kind: str, weights: tuple[Tensor, ...], make: Callable[[Tensor], Any]) -> Any:
@@ -42,18 +52,17 @@ def kept(kind: str, weights: tuple[Tensor, ...], make: Callable[[Tensor], Any]) 
     `kind` names what is made; the weights are `keepable`.
     """
     key = (kind, *map(id, weights))
-    state = tuple(map(_state, weights))
     entry = _entries.get(key)
-    # The object of this id may be another one by now.
-    if entry and entry.state == state and all(a() is b for a, b in zip(entry.owners, weights, strict=True)):
+    if entry is not None and entry.is_of(weights):
         return entry.made
+    states = tuple(map(_state, weights))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         made = make(weights[0].detach() if len(weights) == 1 else torch.cat(weights))
 
     def died(_: Any) -> None:
         _entries.pop(key, None)
 
-    _entries[key] = _Entry(tuple(weakref.ref(weight, died) for weight in weights), state, made)
+    _entries[key] = _Entry(tuple(weakref.ref(weight, died) for weight in weights), states, made)
     return made
 
 

@@ -11,7 +11,6 @@ from bert_fast.kernels._common.checks import (
     check_cu_seqlens,
     check_floating,
     check_same_device,
-    check_shape,
 )
 from bert_fast.kernels._common.philox import dropout_state
 from bert_fast.kernels.attention.ops import ROOM
@@ -56,15 +55,13 @@ def attention(
 
     Source: Vaswani et al., "Attention is all you need", 2017, section 3.2; Dao et al., "FlashAttention", 2022.
     """
-    check_floating("qkv", qkv)
-    check_shape("qkv", qkv, ("T", 3, "N", "D"))
+    check_floating("qkv", qkv, ("T", 3, "N", "D"))
     if bias is not None:
-        check_floating("bias", bias)
-        check_shape("bias", bias, (3, qkv.shape[2], qkv.shape[3]))
+        check_floating("bias", bias, qkv.shape[1:], qkv)
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen is {max_seqlen}; expected the length of the longest sequence, at least 0")
     check_cu_seqlens(cu_seqlens, qkv.shape[0], max_seqlen)
-    check_same_device(qkv, cu_seqlens=cu_seqlens, bias=bias)
+    check_same_device(qkv, cu_seqlens=cu_seqlens)
     if qkv.shape[3] < 1:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected a head dimension D of at least 1")
     rng_state = dropout_state(dropout_p, rng_state, qkv)

@@ -66,11 +66,9 @@ def embedding_layer_norm(
     """
     tables = {"word": word, "token_type": token_type, "position": position}
     for name, table in tables.items():
-        check_floating(name, table)
-        check_shape(name, table, ("rows", "E" if name == "word" else word.shape[1]))
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        check_floating(name, parameter)
-        check_shape(name, parameter, (word.shape[1],))
+        check_floating(name, table, ("rows", "E" if name == "word" else word.shape[1]))
+    check_floating("weight", weight, word.shape[1:])
+    check_floating("bias", bias, word.shape[1:])
     ids = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
     for (name, index), (of, table) in zip(ids.items(), tables.items(), strict=True):
         check_integer(name, index)

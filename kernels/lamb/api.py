@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.checks import check_floating, check_same_device, check_shape
+from bert_fast.kernels._common.checks import check_floating, check_same_device
 from bert_fast.kernels._common.library import TRITON_DTYPES
 from bert_fast.kernels.lamb.ops import ROOM
 
@@ -103,12 +103,9 @@ def lamb_step(
             raise ValueError(f"{name} has {len(tensors)} tensors; expected {len(params)}, one a parameter")
     _check_numbers(step, betas, eps, weight_decay)
     for index, param in enumerate(params):
-        check_floating(f"params[{index}]", param)
-        check_same_device(params[0], **{f"params[{index}]": param})
+        check_floating(f"params[{index}]", param, beside=params[0])
         for name, tensors in lists.items():
-            check_floating(f"{name}[{index}]", tensors[index])
-            check_shape(f"{name}[{index}]", tensors[index], tuple(param.shape))
-            check_same_device(param, **{f"{name}[{index}]": tensors[index]})
+            check_floating(f"{name}[{index}]", tensors[index], param.shape, param)
     if params:
         dtype = _rarest_dtype([*params, *grads, *exp_avgs, *exp_avg_sqs])
         ROOM.select(impl, params[0], dtype)().lamb_step(

@@ -122,7 +122,7 @@ def _with_bias(ops: Any, product: Tensor, bias: Tensor | None, activation: str |
 
 def _tiles(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activation: str | None) -> Tensor:
     packed = kept("tiles", weights, torch.ops.bert_fast.linear_pack)
-    columns = sum(weight.shape[0] for weight in weights)
+    columns = sum([weight.shape[0] for weight in weights])
     out: Tensor = torch.ops.bert_fast.linear_tiles(x, packed, columns, bias, _CODES[activation])
     return out
 

@@ -32,8 +32,7 @@ def quantize_weight(weight: Tensor, *, limit: int | None = None) -> Int8Weight:
         TypeError: `weight` is not floating point.
         ValueError: its shape is not (N, K), it is empty, or it has values that are not finite.
     """
-    check_floating("weight", weight)
-    check_shape("weight", weight, ("N", "K"))
+    check_floating("weight", weight, ("N", "K"))
     if not weight.numel() or not bool(weight.isfinite().all()):
         raise ValueError(f"weight (shape {tuple(weight.shape)}) is empty or not finite; expected finite numbers")
     limit = native.weight_limit() if limit is None else limit
@@ -118,13 +117,10 @@ def _checked(
     x: Tensor, weight: Int8Weight, bias: Tensor | None, activation: str | None, input_range: Tensor | None
 ) -> Tensor:
     """`x` in autocast's dtype, once everything fits."""
-    check_floating("x", x)
-    check_shape("x", x, ("T", "K"))
+    check_floating("x", x, ("T", "K"))
     _check_weight(weight, x.shape[1], x)
     if bias is not None:
-        check_floating("bias", bias)
-        check_shape("bias", bias, (weight.values.shape[0],))
-        check_same_device(x, bias=bias)
+        check_floating("bias", bias, weight.values.shape[:1], x)
     _check_range(input_range, x)
     if activation not in (None, "gelu", "gelu_tanh"):
         raise ValueError(f"activation is {activation!r}; expected None, 'gelu' or 'gelu_tanh'")
@@ -141,6 +137,4 @@ def _check_weight(weight: Int8Weight, width: int, x: Tensor) -> None:
 
 def _check_range(input_range: Tensor | None, x: Tensor) -> None:
     if input_range is not None:
-        check_floating("input_range", input_range)
-        check_shape("input_range", input_range, (2,))
-        check_same_device(x, input_range=input_range)
+        check_floating("input_range", input_range, (2,), x)

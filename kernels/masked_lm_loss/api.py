@@ -89,19 +89,16 @@ def masked_lm_loss(
         "decoder_weight": decoder_weight,
         "decoder_bias": decoder_bias,
     }
-    check_floating("hidden", hidden)
+    check_floating("hidden", hidden, ("T", "E"))
     check_integer("labels", labels, (torch.int64,))
-    check_shape("hidden", hidden, ("T", "E"))
     check_shape("labels", labels, (hidden.shape[0],))
-    for name, parameter in parameters.items():
-        check_floating(name, parameter)
+    check_same_device(hidden, labels=labels)
     width = hidden.shape[1]
-    check_shape("dense_weight", dense_weight, (width, width))
-    check_shape("decoder_weight", decoder_weight, ("V", width))
-    check_shape("decoder_bias", decoder_bias, (decoder_weight.shape[0],))
+    check_floating("dense_weight", dense_weight, (width, width), hidden)
     for name in ("dense_bias", "norm_weight", "norm_bias"):
-        check_shape(name, parameters[name], (width,))
-    check_same_device(hidden, labels=labels, **parameters)
+        check_floating(name, parameters[name], (width,), hidden)
+    check_floating("decoder_weight", decoder_weight, ("V", width), hidden)
+    check_floating("decoder_bias", decoder_bias, decoder_weight.shape[:1], hidden)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing is {label_smoothing}; expected a number from 0 to below 1")
     if not 0.0 <= z_loss < float("inf"):
