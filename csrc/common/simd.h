@@ -197,6 +197,20 @@ BF_INLINE vfloat add_dot_of_pairs(vfloat sum, vuint a, vuint b) {
 #endif
 }
 
+// sum + a.0 b.0 + ... + a.3 b.3 in each lane, of four bytes, those of a unsigned and those of b signed. Exact where
+// a.0 b.0 + a.1 b.1 and a.2 b.2 + a.3 b.3 are numbers of 16 bits, as with b from -64 to 64.
+BF_INLINE vint add_dot_of_bytes(vint sum, vuint a, vuint b) {
+#if BF_INTRINSICS && BF_VECTOR_BYTES == 32
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+  return sum + (vint)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  for (int shift = 0; shift < 32; shift += 8) {
+    sum += (vint)(a >> shift & 0xffu) * ((vint)(b << (24 - shift)) >> 24);
+  }
+  return sum;
+#endif
+}
+
 // Asks for `bytes` from p on to come into the cache.
 BF_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);

@@ -1,17 +1,8 @@
-#include <atomic>
 #include <memory>
 
 #include "common/activation.h"
+#include "common/blocks.h"
 #include "linear/linear.h"
-
-namespace bert_fast {
-
-// What an instruction set asks for: columns of a panel, rows of a tile, columns of a block.
-struct LinearLayout {
-  int64_t panel, tile_rows, block_columns;
-};
-
-}  // namespace bert_fast
 
 #define BF_KERNELS "linear/linear_cpu_kernels.h"
 #include "common/foreach_isa.h"
@@ -19,42 +10,18 @@ struct LinearLayout {
 namespace bert_fast {
 namespace {
 
-constexpr int64_t kBlockRows = 252;     // the sums of a block, with the panels that they need, fit the L2 cache
-constexpr int64_t kBlocksOfThread = 4;  // at least, so that no thread waits long for another
-constexpr int64_t kFewestRows = 48;     // a block's, beneath which it reads its panels for too little
-
-int64_t parts(int64_t size, int64_t part) {
-  return (size + part - 1) / part;
-}
-
-// The blocks of an output. Neither their size nor which thread computes one changes its result.
-struct Blocks {
-  Blocks(int64_t out_rows, int64_t out_cols, const LinearLayout& layout)
-      : columns(layout.block_columns), across(parts(out_cols, columns)) {
-    const int64_t wanted = kBlocksOfThread * torch::stable::get_num_threads();
-    const int64_t for_threads = std::min(parts(wanted, std::max<int64_t>(1, across)), out_rows / kFewestRows);
-    const int64_t about = std::max<int64_t>({1, parts(out_rows, kBlockRows), for_threads});
-    rows = std::max<int64_t>(1, parts(parts(out_rows, about), layout.tile_rows)) * layout.tile_rows;
-    down = parts(out_rows, rows);
-  }
-  int64_t columns, across, rows, down;
-};
-
 template <class T, int ACTIVATION>
 void multiply(const Tensor& x, const Tensor& packed, const float* bias, const Tensor& out) {
   const int64_t rows = out.size(0), cols = out.size(1), depth = x.size(1), x_stride = x.stride(0);
   const auto block = BF_DISPATCH(linear_block<T, ACTIVATION>);
   const Blocks blocks(rows, cols, BF_DISPATCH(linear_layout)());
   const int64_t floats = BF_DISPATCH(linear_scratch_floats)(blocks.rows);
-  std::atomic<int64_t> next{0};
-  parallel_for(0, blocks.down * blocks.across, 1, [&](int64_t, int64_t) {
-    const std::unique_ptr<float[]> scratch(new float[floats]);
-    for (int64_t i = next++; i < blocks.down * blocks.across; i = next++) {
-      const int64_t row = i / blocks.across * blocks.rows, col = i % blocks.across * blocks.columns;
+  blocks.run([&] {
+    return [&, scratch = std::unique_ptr<float[]>(new float[floats])](int64_t row, int64_t col, int64_t count,
+                                                                      int64_t width) {
       block(data<T>(x) + row * x_stride, x_stride, data<float>(packed) + col * depth, bias ? bias + col : nullptr,
-            mutable_data<T>(out) + row * cols + col, cols, std::min(blocks.rows, rows - row), depth,
-            std::min(blocks.columns, cols - col), scratch.get());
-    }
+            mutable_data<T>(out) + row * cols + col, cols, count, depth, width, scratch.get());
+    };
   });
 }
 

@@ -13,7 +13,7 @@ constexpr int64_t kSumDepth = 384;  // a long sum is one of short sums, which ke
 constexpr int64_t kBlockColumns = 64;
 static_assert(kBlockColumns % kPanel == 0, "whole panels");
 
-inline LinearLayout linear_layout() {
+inline TileLayout linear_layout() {
   return {kPanel, kRows, kBlockColumns};
 }
 

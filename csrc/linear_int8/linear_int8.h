@@ -28,4 +28,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_int8_finish_quantize_cpu(const Tensor&
                                                                    int64_t activation,
                                                                    const std::optional<Tensor>& range);
 
+// weight (N, K) int8, from -64 to 64, in the panels that linear_int8_tiles takes.
+Tensor linear_int8_pack_cpu(const Tensor& values);
+
+// The integer product of u (T, K) with a packed weight of `columns` rows, and what stands behind it, by our own tiles:
+// act(...) (T, columns).
+Tensor linear_int8_tiles_cpu(const Tensor& u, const Tensor& packed, int64_t columns, const Tensor& scale,
+                             const Tensor& low, const Tensor& weight_scale, const Tensor& weight_sums,
+                             const std::optional<Tensor>& bias, int64_t activation, bool bf16);
+
+// The numbers that a row of a product is multiplied by; `bias` may be null.
+struct Int8Columns {
+  const float* scale;
+  const float* sums;
+  const float* bias;
+};
+
 }  // namespace bert_fast

@@ -3,17 +3,6 @@
 #include "common/activation.h"
 #include "linear_int8/linear_int8.h"
 
-namespace bert_fast {
-
-// The numbers that a row of a product is multiplied by; `bias` may be null.
-struct Int8Columns {
-  const float* scale;
-  const float* sums;
-  const float* bias;
-};
-
-}  // namespace bert_fast
-
 #define BF_KERNELS "linear_int8/linear_int8_cpu_kernels.h"
 #include "common/foreach_isa.h"
 

@@ -26,6 +26,15 @@ def _finish_fake(product: Tensor, *others: Any) -> Tensor:
     return product.new_empty(product.shape, dtype=torch.bfloat16 if others[-1] else torch.float32)
 
 
+def _pack_fake(values: Tensor) -> Tensor:
+    panels, panel = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))  # the instruction set's
+    return values.new_empty(panels, (values.shape[1] + 3) // 4, panel, 4)
+
+
+def _tiles_fake(u: Tensor, packed: Tensor, columns: int, *others: Any) -> Tensor:
+    return u.new_empty((u.shape[0], columns), dtype=torch.bfloat16 if others[-1] else torch.float32)
+
+
 define(
     "linear_int8_quantize",
     "(Tensor x, Tensor? input_range) -> (Tensor, Tensor, Tensor)",
@@ -45,6 +54,19 @@ define(
     fake=lambda product, *others: _quantized(product),
     triton=False,
 )
+define(
+    "linear_int8_pack",
+    "(Tensor values) -> Tensor",
+    fake=_pack_fake,
+    triton=False,
+)
+define(
+    "linear_int8_tiles",
+    "(Tensor u, Tensor packed, int columns, Tensor scale, Tensor low, Tensor weight_scale, Tensor weight_sums, "
+    "Tensor? bias, int activation, bool bf16) -> Tensor",
+    fake=_tiles_fake,
+    triton=False,
+)
 native.register()
 
 
@@ -53,7 +75,7 @@ def _reference(x: Tensor, weight: tuple[Tensor, ...], *others: Any) -> Tensor:
 
 
 def _cpu() -> Implementation:
-    names = ("linear_int8_quantize", "linear_int8_finish", "linear_int8_finish_quantize")
+    names = ("linear_int8_quantize", "linear_int8_finish", "linear_int8_finish_quantize", "linear_int8_tiles")
     slot = native_cpu(native.run, *names)
     if slot.availability.ok and (reason := native.missing()):
         return Implementation(slot.call, "cpu", NATIVE_CPU_DTYPES, Availability(False, False, reason))

@@ -16,6 +16,13 @@ SHAPES = [(0, 8, 8), (1, 1, 1), (5, 7, 9), (3, 16, 33), (33, 768, 50), (65, 200,
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@pytest.fixture(params=["tiles", "onednn"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes the products, whatever is faster on this CPU."""
+    monkeypatch.setattr(native, "BACKEND", request.param)
+    return str(request.param)
+
+
 def on_the_grid(rows: int, width: int) -> Tensor:
     """Rows that 8 bits hold exactly: sixteenths from 0 to 255, both of them in each row of two values or more."""
     x = torch.randint(0, 256, (rows, width)) / 16
@@ -42,6 +49,7 @@ def test_matches_reference(
     width: int,
     columns: int,
     activation: str | None,
+    backend: str,
     poisoned_empty: None,
 ) -> None:
     """Inputs that 8 bits hold exactly: what is left are the roundings of the float32 arithmetic behind the product."""
@@ -54,8 +62,30 @@ def test_matches_reference(
     assert torch.allclose(found.double(), exact, rtol=0.0, atol=tolerance)
 
 
+def product_of(u: Tensor, values: Tensor, backend: str) -> Tensor:
+    """u (T, K) uint8 times values (N, K) int8 as float32 (T, N)."""
+    ops, (rows, columns) = torch.ops.bert_fast, (u.shape[0], values.shape[0])
+    if backend == "onednn":
+        return ops.linear_int8_product(u, values)
+    one, zero = torch.ones(columns), torch.zeros(columns)
+    packed = ops.linear_int8_pack(values)
+    return ops.linear_int8_tiles(u, packed, columns, torch.ones(rows), torch.zeros(rows), one, zero, None, 0, False)
+
+
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 1, 1), (3, 5, 17), (6, 768, 64), (259, 770, 131)])
+def test_tiles_have_the_bits_of_onednn(rows: int, width: int, columns: int) -> None:
+    """Integers have one sum, and the rest is the same arithmetic: a trace and an eager call compute the same."""
+    x, bias, weight = torch.randn(rows, width), torch.randn(columns), random_weight(columns, width)
+    found = []
+    for backend in ("tiles", "onednn"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "BACKEND", backend)
+            found.append([linear_int8(x, weight, bias, activation=name, impl="cpu") for name in (None, "gelu")])
+    assert all(torch.equal(tiles, onednn) for tiles, onednn in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("corner", ["all largest", "all lowest", "alternating"])
-def test_extreme_values_are_exact(corner: str) -> None:
+def test_extreme_values_are_exact(corner: str, backend: str) -> None:
     """The largest sums that there are, in every pair of neighbours: where 16 bits would saturate without VNNI."""
     width, columns, limit = 3072, 64, native.weight_limit()
     u = torch.full((17, width), 255, dtype=torch.uint8)
@@ -63,7 +93,7 @@ def test_extreme_values_are_exact(corner: str) -> None:
     if corner == "alternating":
         u[:, ::4] = 0
         values[:, 1::2] = -limit
-    found = torch.ops.bert_fast.linear_int8_product(u, values)
+    found = product_of(u, values, backend)
     exact = u.double() @ values.double().T
     assert torch.equal(found.double(), exact.float().double())
 
@@ -88,7 +118,7 @@ def test_quantization_is_the_definition(width: int, dtype: torch.dtype, with_ran
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-def test_feed_forward_is_two_layers(dtype: torch.dtype, activation: str) -> None:
+def test_feed_forward_is_two_layers(dtype: torch.dtype, activation: str, backend: str) -> None:
     x, bias = torch.randn(37, 64).to(dtype), torch.randn(200)
     up, down = quantize_weight(torch.randn(200, 64) / 8), quantize_weight(torch.randn(64, 200) / 14)
     ranges = {"up_range": torch.tensor([-3.0, 3.0]), "down_range": torch.tensor([-0.2, 5.0])}
@@ -108,7 +138,7 @@ def test_error_is_that_of_eight_bits(limit: int, bound: float) -> None:
     assert float(error.norm() / exact.norm()) < bound
 
 
-def test_weights_that_would_saturate_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_would_saturate_are_refused(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """As a model has that was quantized on a CPU with VNNI and pickled."""
     x, weight = torch.rand(3, 16), quantize_weight(torch.randn(8, 16), limit=127)
     monkeypatch.setattr(native, "weight_limit", lambda: 64)
@@ -116,7 +146,7 @@ def test_weights_that_would_saturate_are_refused(monkeypatch: pytest.MonkeyPatch
         linear_int8(x, weight, impl="cpu")
 
 
-def test_rows_that_are_not_finite_are_nan_and_no_others() -> None:
+def test_rows_that_are_not_finite_are_nan_and_no_others(backend: str) -> None:
     x, weight = torch.randn(6, 40), random_weight(24, 40)
     x[1, 5], x[2, 39], x[3, 0] = float("nan"), float("inf"), -float("inf")
     for bounds in (None, torch.tensor([-3.0, 3.0])):
@@ -132,7 +162,7 @@ def test_constant_rows_are_exact() -> None:
     assert torch.allclose(linear_int8(x, weight, impl="cpu").double(), exact, atol=1e-5)
 
 
-def test_same_bits_with_other_thread_counts() -> None:
+def test_same_bits_with_other_thread_counts(backend: str) -> None:
     x, weight, threads = torch.randn(301, 96), random_weight(77, 96), torch.get_num_threads()
     found = linear_int8(x, weight, activation="gelu", impl="cpu")
     torch.set_num_threads(1)
@@ -150,10 +180,13 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.linear_int8_product.default, (u, values))
     rows = (ops.linear_int8_product(u, values), row_scale, low, scale, sums, torch.randn(16))
     torch.library.opcheck(ops.linear_int8_finish.default, (*rows, 1, True))
+    torch.library.opcheck(ops.linear_int8_pack.default, (values,))
+    tiled = (u, ops.linear_int8_pack(values), 16, *rows[1:])
+    torch.library.opcheck(ops.linear_int8_tiles.default, (*tiled, 1, True))
     torch.library.opcheck(ops.linear_int8_finish_quantize.default, (*rows, 2, bounds))
 
 
-def test_compiles_whole(compile_backend: str) -> None:
+def test_compiles_whole(compile_backend: str, backend: str) -> None:
     x, weight = torch.randn(5, 24), random_weight(16, 24)
     compiled = torch.compile(linear_int8, fullgraph=True, backend=compile_backend)
     assert torch.equal(compiled(x, weight, activation="gelu"), linear_int8(x, weight, activation="gelu"))
