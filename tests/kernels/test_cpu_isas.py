@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("add_layer_norm", "attention", "bias_gelu", "embedding_layer_norm", "linear", "masked_lm_loss")
+ROOMS = (
+    "add_layer_norm",
+    "attention",
+    "bias_gelu",
+    "embedding_layer_norm",
+    "linear",
+    "linear_int8",
+    "masked_lm_loss",
+)
 # What says nothing about an instruction set: operators' schemas, tracing, memory, the slowest comparisons.
 LEFT_OUT = ("compile", "opcheck", "memory", "transformers", "30522", "autocast", "at_512 and bfloat16")
 
