@@ -22,6 +22,7 @@ from bert_fast.kernels import add_layer_norm, attention, embedding_layer_norm, l
 from bert_fast.kernels._common.checks import autocast_dtype
 from bert_fast.kernels._common.dispatch import ROOMS
 from bert_fast.kernels._common.philox import new_rng_state
+from bert_fast.kernels.linear_int8.ops import FEED_FORWARD
 from bert_fast.models.config import GELU_ACTIVATIONS, BertConfig
 from bert_fast.models.inputs import Tokens
 from bert_fast.models.int8 import Int8Linear
@@ -286,6 +287,7 @@ class Calls(NamedTuple):
     """What computes each operation of a layer in inference."""
 
     linear: Callable[..., Tensor]
+    linear_int8: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     add_layer_norm: Callable[..., Tensor]
 
@@ -303,6 +305,25 @@ class Calls(NamedTuple):
         return cls(*(ROOMS[room].select("auto", hidden) for room in cls._fields))
 
 
+class Projection(NamedTuple):
+    """A linear layer as its implementation takes it."""
+
+    weight: tuple[Tensor, ...]  # of 8 bits: values, scale and sums
+    bias: Tensor
+    rest: tuple[Tensor | None, ...]  # of 8 bits: the range of its input
+
+    @classmethod
+    def of(cls, dense: nn.Linear | Int8Linear) -> Projection:
+        """Raises LookupError where calling the module does something else."""
+        if isinstance(dense, nn.Linear):
+            weight, bias = _tensors(dense._parameters, "weight", "bias")
+            return cls((weight,), bias, ())
+        if dense.training or dense.observed is not None:
+            raise LookupError
+        *weights, bias = _tensors(dense._buffers, "values", "scale", "sums", "bias")
+        return cls(tuple(weights), bias, (dense._buffers["input_range"],))
+
+
 class PlainLayer(NamedTuple):
     """What a BertLayer computes with in inference.
 
@@ -313,20 +334,8 @@ class PlainLayer(NamedTuple):
     heads: int
     head_size: int
     gelu: str
-    attention_eps: float
-    eps: float
-    qkv: Tensor
-    qkv_bias: Tensor
-    dense: Tensor
-    dense_bias: Tensor
-    attention_gain: Tensor
-    attention_shift: Tensor
-    up: Tensor
-    up_bias: Tensor
-    down: Tensor
-    down_bias: Tensor
-    gain: Tensor
-    shift: Tensor
+    projections: list[Projection]  # to queries, keys and values; back from them; to the intermediate size; back from it
+    norms: list[tuple[Tensor, Tensor, float]]  # behind attention and behind the layer: weight, bias, eps
 
     @classmethod
     def of(cls, layer: BertLayer, hidden: Tensor) -> PlainLayer | None:
@@ -338,36 +347,43 @@ class PlainLayer(NamedTuple):
             (qkv,), (up,) = _plain(own, "qkv"), _plain(intermediate, "dense")
             dense, attention_norm = _plain(projection, "dense", "LayerNorm")
             down, norm = _plain(output, "dense", "LayerNorm")
-            modules = qkv, dense, attention_norm, up, down, norm
-            tensors = [module._parameters[name] for module in modules for name in ("weight", "bias")]
+            projections = [Projection.of(module) for module in (qkv, dense, up, down)]
+            norms = [(*_tensors(x._parameters, "weight", "bias"), x.eps) for x in (attention_norm, norm)]
+            gelu = GELU_ACTIVATIONS[intermediate.hidden_act]
         except LookupError:
             return None
-        gelu = GELU_ACTIVATIONS.get(intermediate.hidden_act)
-        if gelu is None or any(x is None or x.device != hidden.device for x in tensors):
-            return None
+        tensors = [x for one in projections for x in (one.weight[0], one.bias)]
+        tensors += [x for gain, shift, _ in norms for x in (gain, shift)]
         E, F = hidden.shape[1], up.out_features
-        shapes = [(3 * E, E), (3 * E,), (E, E), (E,), (E,), (E,), (F, E), (F,), (E, F), (E,), (E,), (E,)]
-        if [x.shape for x in tensors] != shapes:
+        shapes = [(3 * E, E), (3 * E,), (E, E), (E,), (F, E), (F,), (E, F), (E,), (E,), (E,), (E,), (E,)]
+        if [x.shape for x in tensors] != shapes or any(x.device != hidden.device for x in tensors):
             return None
-        return cls(own.heads, own.head_size, gelu, attention_norm.eps, norm.eps, *tensors)
+        if len({len(one.weight) for one in projections}) > 1:
+            return None
+        return cls(own.heads, own.head_size, gelu, projections, norms)
 
     def run(self, calls: Calls, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """(T, E) -> (T, E)."""
-        linear, attention, add_layer_norm = calls
-        heads = (3, self.heads, self.head_size)
-        qkv = linear(hidden, (self.qkv,), None, None).view(-1, *heads)
-        scale = 1.0 / math.sqrt(self.head_size)
-        x = attention(qkv, self.qkv_bias.view(heads), cu_seqlens, max_seqlen, scale, 0.0, None).flatten(1)
-        x = linear(x, (self.dense,), None, None)
-        hidden = add_layer_norm(
-            x, hidden, self.attention_gain, self.attention_shift, self.dense_bias, 0.0, self.attention_eps, None
-        )
-        x = linear(hidden, (self.up,), self.up_bias, self.gelu)
-        x = linear(x, (self.down,), None, None)
-        return add_layer_norm(x, hidden, self.gain, self.shift, self.down_bias, 0.0, self.eps, None)
+        (qkv, dense, up, down), (first, last) = self.projections, self.norms
+        int8 = len(qkv.weight) > 1
+        product = calls.linear_int8 if int8 else calls.linear
+        heads, scale = (3, self.heads, self.head_size), 1.0 / math.sqrt(self.head_size)
+        x = product(hidden, qkv.weight, None, None, *qkv.rest).view(-1, *heads)
+        x = calls.attention(x, qkv.bias.view(heads), cu_seqlens, max_seqlen, scale, 0.0, None).flatten(1)
+        x = product(x, dense.weight, None, None, *dense.rest)
+        gain, shift, eps = first
+        hidden = calls.add_layer_norm(x, hidden, gain, shift, dense.bias, 0.0, eps, None)
+        if int8:
+            feed_forward = FEED_FORWARD[calls.linear_int8]
+            x = feed_forward(hidden, up.weight, up.bias, down.weight, self.gelu, *up.rest, *down.rest)
+        else:
+            x = product(product(hidden, up.weight, up.bias, self.gelu), down.weight, None, None)
+        gain, shift, eps = last
+        return calls.add_layer_norm(x, hidden, gain, shift, down.bias, 0.0, eps, None)
 
 
-_PLAIN = (BertAttention, BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput, nn.Linear, nn.LayerNorm)
+_CONTAINERS = (BertAttention, BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput)
+_PLAIN = (*_CONTAINERS, nn.Linear, Int8Linear, nn.LayerNorm)
 
 
 def _plain(module: nn.Module, *names: str) -> list[Any]:
@@ -376,8 +392,16 @@ def _plain(module: nn.Module, *names: str) -> list[Any]:
     children: list[Any] = [module._modules.get(name) for name in names]
     for child in children:
         if type(child) not in _PLAIN or child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child):
-            raise LookupError(child)
+            raise LookupError
     return children
+
+
+def _tensors(of: dict[str, Any], *names: str) -> list[Tensor]:
+    """The tensors called `names`; LookupError where one is absent."""
+    found = [of[name] for name in names]
+    if any(x is None for x in found):
+        raise LookupError
+    return found
 
 
 class BertEncoder(nn.Module):

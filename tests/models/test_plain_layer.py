@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+import bert_fast
 from bert_fast.kernels import use_impl
 from bert_fast.kernels.linear.reference import linear_reference
 from bert_fast.models import encoder
@@ -24,11 +25,15 @@ def model(pair: Pair) -> Any:
     return pair("BertModel", torch.float32)[0]
 
 
-def encode(model: Any, **flags: Any) -> Any:
-    """The model's output for padded texts, by the seed of nobody."""
+def batch() -> dict[str, Tensor]:
+    """Padded texts of LENGTHS."""
     ids = torch.arange(len(LENGTHS) * max(LENGTHS)).view(len(LENGTHS), -1) % 50 + 5
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)
-    return model(input_ids=ids, attention_mask=mask.long(), **flags)
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def encode(model: Any) -> Any:
+    return model(**batch())
 
 
 @pytest.fixture
@@ -165,4 +170,30 @@ def test_parameters_are_those_of_now(model: Any) -> None:
 def test_parameters_that_do_not_fit_get_the_message_of_the_door(model: Any) -> None:
     model.encoder.layer[1].output.LayerNorm.weight = nn.Parameter(torch.ones(47))
     with pytest.raises(ValueError, match=r"weight has shape \(47,\); expected \(48,\)"):
+        encode(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("calibrated", [False, True], ids=["by token", "calibrated"])
+@torch.no_grad()
+def test_eight_bits(pair: Pair, doors: list[str], dtype: torch.dtype, calibrated: bool) -> None:
+    model, _ = pair("BertModel", dtype)
+    bert_fast.quantize(model, calibration=[batch()] if calibrated else None)
+    doors.clear()
+    plain = encode(model)
+    assert doors == []
+    expected = by_doors(model)
+    assert doors.count("attention") == 2
+    assert torch.equal(plain.last_hidden_state, expected.last_hidden_state)
+
+
+@torch.no_grad()
+def test_layers_of_both_kinds_take_the_doors(model: Any, doors: list[str]) -> None:
+    dense = model.encoder.layer[1].output.dense
+    bert_fast.quantize(model)
+    model.encoder.layer[1].output.dense = dense
+    encode(model)
+    assert doors.count("attention") == 1
+    model.train()
+    with pytest.raises(ValueError, match="can't be trained"):
         encode(model)
