@@ -373,6 +373,7 @@ class PlainLayer(NamedTuple):
         x = product(x, dense.weight, None, None, *dense.rest)
         gain, shift, eps = first
         hidden = calls.add_layer_norm(x, hidden, gain, shift, dense.bias, 0.0, eps, None)
+        del x  # its memory goes into the next products
         if int8:
             feed_forward = FEED_FORWARD[calls.linear_int8]
             x = feed_forward(hidden, up.weight, up.bias, down.weight, self.gelu, *up.rest, *down.rest)
