@@ -287,7 +287,6 @@ class Calls(NamedTuple):
     """What computes each operation of a layer in inference."""
 
     linear: Callable[..., Tensor]
-    linear_int8: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     add_layer_norm: Callable[..., Tensor]
 
@@ -366,7 +365,7 @@ class PlainLayer(NamedTuple):
         """(T, E) -> (T, E)."""
         (qkv, dense, up, down), (first, last) = self.projections, self.norms
         int8 = len(qkv.weight) > 1
-        product = calls.linear_int8 if int8 else calls.linear
+        product = ROOMS["linear_int8"].select("auto", hidden) if int8 else calls.linear
         heads, scale = (3, self.heads, self.head_size), 1.0 / math.sqrt(self.head_size)
         x = product(hidden, qkv.weight, None, None, *qkv.rest).view(-1, *heads)
         x = calls.attention(x, qkv.bias.view(heads), cu_seqlens, max_seqlen, scale, 0.0, None).flatten(1)
@@ -375,7 +374,7 @@ class PlainLayer(NamedTuple):
         hidden = calls.add_layer_norm(x, hidden, gain, shift, dense.bias, 0.0, eps, None)
         del x  # its memory goes into the next products
         if int8:
-            feed_forward = FEED_FORWARD[calls.linear_int8]
+            feed_forward = FEED_FORWARD[product]
             x = feed_forward(hidden, up.weight, up.bias, down.weight, self.gelu, *up.rest, *down.rest)
         else:
             x = product(product(hidden, up.weight, up.bias, self.gelu), down.weight, None, None)

@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import bert_fast
 from bert_fast.kernels import use_impl
+from bert_fast.kernels._common.dispatch import ROOMS
 from bert_fast.kernels.linear.reference import linear_reference
 from bert_fast.models import encoder
 
@@ -185,6 +186,18 @@ def test_eight_bits(pair: Pair, doors: list[str], dtype: torch.dtype, calibrated
     expected = by_doors(model)
     assert doors.count("attention") == 2
     assert torch.equal(plain.last_hidden_state, expected.last_hidden_state)
+
+
+@torch.no_grad()
+def test_an_implementation_that_has_no_eight_bits(model: Any, doors: list[str]) -> None:
+    """What is asked of every room is asked of those alone that a layer needs."""
+    with use_impl("cpu"):
+        available = ROOMS["linear_int8"].impls.pop("cpu")
+        try:
+            encode(model)
+        finally:
+            ROOMS["linear_int8"].impls["cpu"] = available
+    assert doors == []
 
 
 @torch.no_grad()
