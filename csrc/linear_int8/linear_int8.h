@@ -1,7 +1,7 @@
-// What stands before and behind an integer product: rows to 8 bits, and the product's rows back.
+// An integer product, and what stands before and behind it: rows to 8 bits, and the product's rows back.
 //
 // A row x is scale u + low, u from 0 to 255. So x w^T = wscale (scale (u . w) + low sum(w)), of which (u . w) is the
-// integer product that comes as float32.
+// integer product, as float32: of another library, or of linear_int8_tiles.
 #pragma once
 
 #include <optional>
