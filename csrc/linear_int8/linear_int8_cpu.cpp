@@ -28,41 +28,31 @@ struct Range {
   const float* data = nullptr;
 };
 
-// The checked and contiguous operands of a product's rows.
+// A product as it comes from a library.
 struct Product {
   Product(const Tensor& product, const Tensor& scale, const Tensor& low, const Tensor& weight_scale,
           const Tensor& weight_sums, const std::optional<Tensor>& bias)
-      : product(as_contiguous(product)),
-        scale(as_float(scale)),
-        low(as_float(low)),
-        weight_scale(as_float(weight_scale)),
-        weight_sums(as_float(weight_sums)),
-        bias(bias ? as_float(*bias) : empty({0}, ScalarType::Float)),
-        with_bias(bias.has_value()) {
+      : product(checked(product)),
+        rows(product.size(0)),
+        cols(product.size(1)),
+        behind(rows, cols, scale, low, weight_scale, weight_sums, bias) {}
+  static Tensor checked(const Tensor& product) {
     STD_TORCH_CHECK(product.dim() == 2, "linear_int8: expected product (T, N)");
     check_dtype(product, "product", ScalarType::Float);
-    rows = product.size(0);
-    cols = product.size(1);
-    check_size(scale, "scale", 0, rows);
-    check_size(low, "low", 0, rows);
-    check_size(weight_scale, "weight_scale", 0, cols);
-    check_size(weight_sums, "weight_sums", 0, cols);
-    if (bias) check_size(*bias, "bias", 0, cols);
+    return as_contiguous(product);
   }
-  Int8Columns columns() const {
-    return {data<float>(weight_scale), data<float>(weight_sums), with_bias ? data<float>(bias) : nullptr};
-  }
-  Tensor product, scale, low, weight_scale, weight_sums, bias;
-  bool with_bias;
+  Tensor product;
   int64_t rows, cols;
+  Int8Scales behind;
 };
 
 template <class T, int ACTIVATION>
 void finish(const Product& p, const Tensor& out) {
   parallel_for(0, p.rows, grain(p.cols), [&](int64_t begin, int64_t end) {
     const auto rows_of = BF_DISPATCH(finish_rows<T, ACTIVATION>);
-    rows_of(data<float>(p.product) + begin * p.cols, data<float>(p.scale) + begin, data<float>(p.low) + begin,
-            p.columns(), mutable_data<T>(out) + begin * p.cols, end - begin, p.cols);
+    rows_of(data<float>(p.product) + begin * p.cols, data<float>(p.behind.scale) + begin,
+            data<float>(p.behind.low) + begin, p.behind.columns(), mutable_data<T>(out) + begin * p.cols, end - begin,
+            p.cols);
   });
 }
 
@@ -71,9 +61,10 @@ void finish_quantize(const Product& p, const float* range, const Tensor& u, cons
   parallel_for(0, p.rows, grain(p.cols), [&](int64_t begin, int64_t end) {
     const auto rows_of = BF_DISPATCH(finish_quantize_rows<ACTIVATION>);
     std::vector<float> buffer(p.cols);
-    rows_of(data<float>(p.product) + begin * p.cols, data<float>(p.scale) + begin, data<float>(p.low) + begin,
-            p.columns(), range, buffer.data(), mutable_data<uint8_t>(u) + begin * p.cols,
-            mutable_data<float>(scale) + begin, mutable_data<float>(low) + begin, end - begin, p.cols);
+    rows_of(data<float>(p.product) + begin * p.cols, data<float>(p.behind.scale) + begin,
+            data<float>(p.behind.low) + begin, p.behind.columns(), range, buffer.data(),
+            mutable_data<uint8_t>(u) + begin * p.cols, mutable_data<float>(scale) + begin,
+            mutable_data<float>(low) + begin, end - begin, p.cols);
   });
 }
 

@@ -61,22 +61,14 @@ Tensor linear_int8_tiles_cpu(const Tensor& u, const Tensor& packed, int64_t colu
   check_size(packed, "packed", 1, parts(depth, 4));
   check_size(packed, "packed", 2, panel);
   check_size(packed, "packed", 3, 4);
-  check_size(scale, "scale", 0, rows);
-  check_size(low, "low", 0, rows);
-  check_size(weight_scale, "weight_scale", 0, columns);
-  check_size(weight_sums, "weight_sums", 0, columns);
-  if (bias) check_size(*bias, "bias", 0, columns);
+  const Int8Scales behind(rows, columns, scale, low, weight_scale, weight_sums, bias);
   const Tensor in = as_contiguous(u), panels = as_contiguous(packed);
-  const Tensor scales = as_float(scale), lows = as_float(low);
-  const Tensor gain = as_float(weight_scale), sums = as_float(weight_sums);
-  const Tensor shift = bias ? as_float(*bias) : empty({0}, ScalarType::Float);
   const ScalarType dtype = bf16 ? ScalarType::BFloat16 : ScalarType::Float;
   const Tensor out = empty({rows, columns}, dtype);
-  const ByteRows x{data<uint8_t>(in), data<float>(scales), data<float>(lows)};
-  const Int8Columns behind{data<float>(gain), data<float>(sums), bias ? data<float>(shift) : nullptr};
+  const ByteRows x{data<uint8_t>(in), data<float>(behind.scale), data<float>(behind.low)};
   dispatch_float(dtype, "linear_int8", [&](auto element) {
     dispatch_activation(activation, "linear_int8", [&](auto constant) {
-      multiply<decltype(element), decltype(constant)::value>(x, data<int8_t>(panels), behind, out, depth);
+      multiply<decltype(element), decltype(constant)::value>(x, data<int8_t>(panels), behind.columns(), out, depth);
     });
   });
   return out;
