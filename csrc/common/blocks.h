@@ -22,6 +22,11 @@ inline int64_t parts(int64_t size, int64_t part) {
   return (size + part - 1) / part;
 }
 
+struct Block {
+  int64_t row, col, rows, cols;
+  int64_t next_col;  // of the block that this thread takes next where all are as fast, `col` after the last
+};
+
 struct Blocks {
   Blocks(int64_t out_rows, int64_t out_cols, const TileLayout& layout)
       : out_rows(out_rows),
@@ -35,15 +40,17 @@ struct Blocks {
     count = parts(out_rows, rows) * across;
   }
 
-  // Every thread calls `start()`, which gives it what computes a block: f(row, col, rows, cols).
+  // Every thread calls `start()`, which gives it what computes a block: f(block).
   template <class Start>
   void run(const Start& start) const {
+    const int64_t threads = torch::stable::get_num_threads();
     std::atomic<int64_t> next{0};
     parallel_for(0, count, 1, [&](int64_t, int64_t) {
-      auto block = start();
+      auto compute = start();
       for (int64_t i = next++; i < count; i = next++) {
-        const int64_t row = i / across * rows, col = i % across * columns;
-        block(row, col, std::min(rows, out_rows - row), std::min(columns, out_cols - col));
+        const int64_t row = i / across * rows, col = i % across * columns, then = i + threads;
+        const int64_t next_col = then < count ? then % across * columns : col;
+        compute(Block{row, col, std::min(rows, out_rows - row), std::min(columns, out_cols - col), next_col});
       }
     });
   }

@@ -22,13 +22,20 @@ BF_INLINE vfloat multiply_add(vfloat sum, uint32_t a, vuint b) {
   return add_dot_of_pairs(sum, vuint{} + a, b);
 }
 
-// c (ROWS, kPanel) = a b, or += a b: a (ROWS, depth), stored (depth, ROWS) if TRANSPOSED; b (depth, kPanel).
-template <int ROWS, bool TRANSPOSED, bool ACCUMULATE, class F>
-inline void tile(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
+// A tile asks ahead for a line of memory in every so many steps: a core that asks for many at once waits for the first.
+constexpr int kLineSteps = 64 / kPanel;
+constexpr int64_t kLineFloats = 16;
+
+// c (ROWS, kPanel) = a b, or += a b: a (ROWS, depth), stored (depth, ROWS) if TRANSPOSED; b (depth, kPanel). AHEAD:
+// meanwhile depth / kLineSteps lines from `ahead` on come into the L2 cache.
+template <int ROWS, bool TRANSPOSED, bool ACCUMULATE, bool AHEAD = false, class F>
+inline void tile(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
+                 const F* ahead = nullptr) {
   vfloat sum[ROWS][2] = {};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     const auto b0 = load(b + k * ldb), b1 = load(b + k * ldb + kWidth);
+    if (AHEAD && k % kLineSteps == 0) __builtin_prefetch(ahead + k / kLineSteps * kLineFloats, 0, 2);
 #pragma GCC unroll 12
     for (int row = 0; row < ROWS; ++row) {
       F x;
@@ -46,15 +53,17 @@ inline void tile(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int
 }
 
 // All rows of a panel of c; `rows` is a multiple of kStep.
-template <bool TRANSPOSED, bool ACCUMULATE, class F>
+template <bool TRANSPOSED, bool ACCUMULATE, bool AHEAD = false, class F>
 BF_INLINE void tiles(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int64_t ldc, int64_t rows,
-                     int64_t depth) {
+                     int64_t depth, const F* ahead = nullptr) {
   const int64_t next = TRANSPOSED ? 1 : lda;
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) {
-    tile<kRows, TRANSPOSED, ACCUMULATE>(a + row * next, lda, b, ldb, c + row * ldc, ldc, depth);
+    tile<kRows, TRANSPOSED, ACCUMULATE, AHEAD>(a + row * next, lda, b, ldb, c + row * ldc, ldc, depth, ahead);
   }
-  if (row < rows) tile<kStep, TRANSPOSED, ACCUMULATE>(a + row * next, lda, b, ldb, c + row * ldc, ldc, depth);
+  if (row < rows) {
+    tile<kStep, TRANSPOSED, ACCUMULATE, AHEAD>(a + row * next, lda, b, ldb, c + row * ldc, ldc, depth, ahead);
+  }
 }
 
 }  // namespace BF_ISA

@@ -17,10 +17,10 @@ void multiply(const Tensor& x, const Tensor& packed, const float* bias, const Te
   const Blocks blocks(rows, cols, BF_DISPATCH(linear_layout)());
   const int64_t floats = BF_DISPATCH(linear_scratch_floats)(blocks.rows);
   blocks.run([&] {
-    return [&, scratch = std::unique_ptr<float[]>(new float[floats])](int64_t row, int64_t col, int64_t count,
-                                                                      int64_t width) {
-      block(data<T>(x) + row * x_stride, x_stride, data<float>(packed) + col * depth, bias ? bias + col : nullptr,
-            mutable_data<T>(out) + row * cols + col, cols, count, depth, width, scratch.get());
+    return [&, scratch = std::unique_ptr<float[]>(new float[floats])](const Block& b) {
+      const float *panels = data<float>(packed) + b.col * depth, *ahead = data<float>(packed) + b.next_col * depth;
+      block(data<T>(x) + b.row * x_stride, x_stride, panels, ahead, bias ? bias + b.col : nullptr,
+            mutable_data<T>(out) + b.row * cols + b.col, cols, b.rows, depth, b.cols, scratch.get());
     };
   });
 }

@@ -53,13 +53,27 @@ inline int64_t linear_scratch_floats(int64_t rows) {
   return kRows * kPassDepth + round_up(rows, kRows) * kBlockColumns;
 }
 
-// out (rows, cols) = act(x (rows, depth) times the panels + bias).
+// c (rows, kPanel) = a (rows, depth) times a panel, or += if `more`; meanwhile the lines from `ahead` on, unless it is
+// null, are fetched.
+inline void linear_panel(const float* a, int64_t lda, const float* panel, float* c, int64_t rows, int64_t depth,
+                         bool more, const float* ahead) {
+  if (ahead == nullptr) {
+    const auto multiply = more ? tiles<false, true, false, float> : tiles<false, false, false, float>;
+    multiply(a, lda, panel, kPanel, c, kBlockColumns, rows, depth, nullptr);
+  } else {
+    const auto multiply = more ? tiles<false, true, true, float> : tiles<false, false, true, float>;
+    multiply(a, lda, panel, kPanel, c, kBlockColumns, rows, depth, ahead);
+  }
+}
+
+// out (rows, cols) = act(x (rows, depth) times the panels + bias). `ahead`: the panels of the block that comes next.
 template <class T, int ACTIVATION>
-inline void linear_block(const T* x, int64_t x_stride, const float* panels, const float* bias, T* out,
-                         int64_t out_stride, int64_t rows, int64_t depth, int64_t cols, float* scratch) {
+inline void linear_block(const T* x, int64_t x_stride, const float* panels, const float* ahead, const float* bias,
+                         T* out, int64_t out_stride, int64_t rows, int64_t depth, int64_t cols, float* scratch) {
   float *copy = scratch, *sums = scratch + kRows * kPassDepth;
   for (int64_t start = 0; start == 0 || start < depth; start += kPassDepth) {
     const int64_t part = std::min(kPassDepth, depth - start);
+    const float* then = start + part < depth ? panels + (start + part) * kPanel : ahead;
     for (int64_t row = 0; row < rows; row += kRows) {
       const int64_t count = std::min<int64_t>(kRows, rows - row), whole = round_up(count, kStep);
       const TileRows<T> a(x + row * x_stride + start, x_stride, count, part, copy);
@@ -68,11 +82,11 @@ inline void linear_block(const T* x, int64_t x_stride, const float* panels, cons
         const float* b = panels + col * depth + start * kPanel;
         for (int64_t k = 0; k == 0 || k < part; k += kSumDepth) {
           const int64_t terms = std::min(kSumDepth, part - k);
-          if (start + k == 0) {
-            tiles<false, false>(a.first, a.stride, b, kPanel, c + col, kBlockColumns, whole, terms);
-          } else {
-            tiles<false, true>(a.first + k, a.stride, b + k * kPanel, kPanel, c + col, kBlockColumns, whole, terms);
-          }
+          // While a panel is read for one of the first tiles of rows, a quarter of a panel of the next pass is fetched.
+          const int64_t quarter = (row / kRows * cols + col) / kPanel;
+          const float* lines = then + quarter / 4 * kPanel * depth + (quarter % 4 * part + k) * kPanel / 4;
+          linear_panel(a.first + k, a.stride, b + k * kPanel, c + col, whole, terms, start + k > 0,
+                       row < 4 * kRows ? lines : nullptr);
         }
       }
       if (start + part < depth) continue;

@@ -21,12 +21,11 @@ void multiply(const ByteRows& x, const int8_t* packed, const Int8Columns& column
   const auto block = BF_DISPATCH(linear_int8_block<T, ACTIVATION>);
   const int64_t bytes = BF_DISPATCH(byte_scratch_bytes)(depth);
   Blocks(out.size(0), cols, BF_DISPATCH(byte_layout)()).run([&] {
-    return [&, scratch = std::unique_ptr<char[]>(new char[bytes])](int64_t row, int64_t col, int64_t count,
-                                                                   int64_t width) {
-      const float* bias = columns.bias == nullptr ? nullptr : columns.bias + col;
-      block(x.u + row * depth, packed + col * padded, x.scale + row, x.low + row,
-            {columns.scale + col, columns.sums + col, bias}, mutable_data<T>(out) + row * cols + col, cols, count,
-            depth, width, scratch.get());
+    return [&, scratch = std::unique_ptr<char[]>(new char[bytes])](const Block& b) {
+      const float* bias = columns.bias == nullptr ? nullptr : columns.bias + b.col;
+      block(x.u + b.row * depth, packed + b.col * padded, x.scale + b.row, x.low + b.row,
+            {columns.scale + b.col, columns.sums + b.col, bias}, mutable_data<T>(out) + b.row * cols + b.col, cols,
+            b.rows, depth, b.cols, scratch.get());
     };
   });
 }
