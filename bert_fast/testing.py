@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import bert_fast.kernels  # noqa: F401  (fills ROOMS)
-from bert_fast.kernels._common.dispatch import ROOMS
+import bert_fast.kernels  # noqa: F401  (fills OPS)
+from bert_fast.kernels._common.dispatch import OPS
 from bert_fast.kernels._common.library import simulated
 
 FLOOR_ULPS = 1.0  # of the largest magnitude: one rounding of the output, and the order of additions
@@ -37,13 +37,13 @@ class Comparison(NamedTuple):
 
 
 def targets(
-    room: str,
+    op: str,
     cases: Sequence[tuple[Any, ...]] = ((),),
     *,
     interpreted: Sequence[tuple[Any, ...]] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
 ) -> list[tuple[Any, ...]]:
-    """What to parametrise a test over: every implementation of `room` to be tested here, on its device, every case.
+    """What to parametrise a test over: every implementation of `op` to be tested here, on its device, every case.
 
     Returns (impl, device, *case), or (impl, device, dtype, *case) where `dtypes` are given, for those that the
     implementation takes.
@@ -51,14 +51,14 @@ def targets(
     The reference is among them on a GPU only: on the CPU it is what the others are held to.
 
     Args:
-        room: the room's name.
+        op: the op's name.
         cases: tuples to test on; one empty one where there are none.
         interpreted: the cases for Triton's interpreter, which takes a millisecond a program and more, and for the CUDA
             kernels' emulator, which takes about as long for a block; None for `cases`.
         dtypes: to test in.
     """
     found: list[tuple[Any, ...]] = []
-    for impl, slot in ROOMS[room].impls.items():
+    for impl, slot in OPS[op].impls.items():
         device = slot.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not slot.availability.ok or (impl, device) == ("reference", "cpu"):
             continue

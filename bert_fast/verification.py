@@ -1,4 +1,4 @@
-"""Does every implementation compute the right thing on this machine? One entry a room, for `bert-fast verify`.
+"""Does every implementation compute the right thing on this machine? One entry an op, for `bert-fast verify`.
 
 Each case is the three-way test of `bert_fast.testing`: outputs and every gradient against the reference in float64. The
 tests try many more shapes; these are the few that a user can run in seconds wherever the package is installed.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bert_fast import kernels
 from bert_fast.kernels._common import records
-from bert_fast.kernels._common.dispatch import ROOMS
+from bert_fast.kernels._common.dispatch import OPS
 from bert_fast.testing import Comparison, compare, three_way
 
 LENGTHS = (1, 2, 63, 64, 65, 0, 127, 33)  # around the sizes of vectors and tiles, and an empty sequence
@@ -27,7 +27,7 @@ E, F, N, D, V = 128, 512, 2, 32, 1000
 
 @dataclass(frozen=True)
 class Case:
-    """One way to call a room.
+    """One way to call an op.
 
     Args:
         name: what is special about it.
@@ -51,7 +51,7 @@ class Case:
 class Result:
     """The comparisons of one case; `error` instead where it raised."""
 
-    room: str
+    op: str
     impl: str
     device: str
     dtype: str
@@ -230,7 +230,7 @@ def _lamb() -> list[Case]:
     return [Case("one step", call, inputs, ("exp_avg", "exp_avg_sq"), gradients=False)]
 
 
-BORROWED = ("linear",)  # rooms whose GPU kernels are another room's, which is what a record is of
+BORROWED = ("linear",)  # ops whose GPU kernels are another op's, which is what a record is of
 
 CASES: dict[str, Callable[[], list[Case]]] = {
     "add_layer_norm": _add_layer_norm,
@@ -245,31 +245,31 @@ CASES: dict[str, Callable[[], list[Case]]] = {
 }
 
 
-def verify(rooms: list[str] | None = None, impls: list[str] | None = None, seed: int = 0) -> Iterator[Result]:
-    """Run every available implementation of `rooms` (None: all) in every dtype on every device of this machine.
+def verify(ops: list[str] | None = None, impls: list[str] | None = None, seed: int = 0) -> Iterator[Result]:
+    """Run every available implementation of `ops` (None: all) in every dtype on every device of this machine.
 
     Args:
-        rooms: names of rooms.
+        ops: names of ops.
         impls: names of implementations to look at; None for all that are available.
         seed: of the inputs.
 
     Raises:
         ValueError: a name is unknown.
     """
-    for name, given, known in (("rooms", rooms, CASES), ("impls", impls, ("reference", "triton", "cuda", "cpu"))):
+    for name, given, known in (("ops", ops, CASES), ("impls", impls, ("reference", "triton", "cuda", "cpu"))):
         unknown = sorted(set(given or []) - set(known))
         if unknown:
             raise ValueError(f"{name} has {', '.join(unknown)}; expected some of {', '.join(known)}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for room in rooms or CASES:
-        for impl, found in ROOMS[room].impls.items():
+    for op in ops or CASES:
+        for impl, found in OPS[op].impls.items():
             if not found.availability.ok or (impls is not None and impl not in impls):
                 continue
             for device in devices:
                 if found.device in (None, device):
                     for dtype in DTYPES:
                         if found.dtypes is None or dtype in found.dtypes:
-                            yield from _verify(room, impl, device, dtype, seed)
+                            yield from _verify(op, impl, device, dtype, seed)
 
 
 def record(results: list[Result]) -> Path:
@@ -283,8 +283,8 @@ def record(results: list[Result]) -> Path:
     """
     runs: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        if result.device == "cuda" and result.impl in records.RECORDED and result.room not in BORROWED:
-            runs.setdefault((result.room, result.impl), []).append(result)
+        if result.device == "cuda" and result.impl in records.RECORDED and result.op not in BORROWED:
+            runs.setdefault((result.op, result.impl), []).append(result)
     if not runs:
         raise ValueError(
             "nothing to record: records are of Triton and CUDA kernels on a CUDA device, and none of them ran here"
@@ -308,12 +308,12 @@ def _case(result: Result) -> dict[str, Any]:
     }
 
 
-def _verify(room: str, impl: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Result]:
+def _verify(op: str, impl: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Result]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        cases = CASES[room]()
+        cases = CASES[op]()
         for case in cases:
-            described = (room, impl, device, str(dtype).removeprefix("torch."), case.name)
+            described = (op, impl, device, str(dtype).removeprefix("torch."), case.name)
             try:
                 yield Result(*described, tuple(_compare(case, impl, device, dtype)))
             except Exception as error:  # an implementation that raises is a failed row, not the end of the table

@@ -1,5 +1,5 @@
 // The module `bert_fast._C`: importing it registers the kernels for their dispatch keys. The schemas are Python's
-// (kernels/<room>/ops.py).
+// (kernels/<op>/ops.py).
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

@@ -76,9 +76,9 @@ def download(package: str, folder: Path, *, source: bool = False) -> Path:
 
 def ours(experiment: Experiment, folder: Path, seed: int) -> dict[str, float]:
     """bert_fast's loop over its own model."""
+    from bert_fast.finetune.api import finetune
+    from bert_fast.finetune.config import BatchOptions, FinetuneConfig, FinetuneOptimizer, TableOptions
     from bert_fast.tasks.settings import TextSettings
-    from bert_fast.training.finetune import finetune
-    from bert_fast.training.finetune_config import BatchOptions, FinetuneConfig, FinetuneOptimizer, TableOptions
 
     for split, rows in experiment.splits.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -224,7 +224,7 @@ def thinned(splits: dict[str, list[Row]], rows: int) -> dict[str, list[Row]]:
 
 def compared(experiment: Experiment, seeds: int, sides: list[str]) -> list[str]:
     """Lines of a table of both sides, which take turns seed by seed, and the ratio of their times."""
-    for module in ("bert_fast.training.finetune", "transformers.trainer"):
+    for module in ("bert_fast.finetune.api", "transformers.trainer"):
         import_module(module)  # the time that takes is neither side's
     trainings = {"bert_fast": ours, "transformers": theirs}
     runs: dict[str, list[Run]] = {side: [] for side in SIDES if side in sides}

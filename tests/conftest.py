@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # bert_fast reads it when it is imported: the CUDA kernels run on CPU tensors, compiled by the C++ compiler.
     if "BERT_FAST_CUDA_EMULATOR" not in os.environ and any(map(shutil.which, ("c++", "g++"))):
-        build = runpy.run_path(str(ROOT / "csrc" / "emulator" / "build.py"))["build"]
+        build = runpy.run_path(str(ROOT / "tests" / "emulator" / "build.py"))["build"]
         os.environ["BERT_FAST_CUDA_EMULATOR"] = str(build())
 
 WORDS = [

@@ -73,9 +73,9 @@ def test_the_encoder_runs_without(blocked: tuple[str, ...]) -> None:
 def test_without_the_compiled_module_everything_runs_on_the_reference_and_says_so() -> None:
     code = """
 from bert_fast.kernels import available_impls
-for room, impls in available_impls().items():
-    assert impls["reference"].ok, room
-    assert not impls["cpu"].ok and "not built" in impls["cpu"].reason, (room, impls["cpu"])
+for op, impls in available_impls().items():
+    assert impls["reference"].ok, op
+    assert not impls["cpu"].ok and "not built" in impls["cpu"].reason, (op, impls["cpu"])
 """
     run(code, "bert_fast._C")
 
@@ -90,7 +90,7 @@ print([name for name in {OPTIONAL!r} if name in sys.modules and name not in befo
     assert run(code).strip() == "[]"
 
 
-# cli -> tasks, training -> models -> bert_fast.kernels -> room api -> room ops -> {reference, triton_kernels, native}
+# cli -> tasks, training -> models -> bert_fast.kernels -> op api -> op ops -> {reference, triton_kernels, native}
 ABOVE = {
     "training": ["cli"],
     "tasks": ["cli"],

@@ -10,7 +10,7 @@ import torch
 
 from bert_fast import verification
 from bert_fast.kernels._common import records, triton_support
-from bert_fast.kernels._common.dispatch import Availability, Choice, Implementation, Room, not_built
+from bert_fast.kernels._common.dispatch import AutoRule, Availability, Implementation, Op, not_built
 from bert_fast.testing import Comparison
 
 PASSED = Comparison("out", 1e-7, 2e-7, 5e-7)
@@ -28,21 +28,21 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     return package, user / "bert_fast" / "verified"
 
 
-def result(room: str, comparison: Comparison, device: str = "cuda", impl: str = "triton") -> verification.Result:
-    return verification.Result(room, impl, device, "bfloat16", "erf", (comparison,))
+def result(op: str, comparison: Comparison, device: str = "cuda", impl: str = "triton") -> verification.Result:
+    return verification.Result(op, impl, device, "bfloat16", "erf", (comparison,))
 
 
 def test_a_passing_run_is_recorded_and_counts(folders: tuple[Path, Path]) -> None:
-    assert "no passing run on a GPU is recorded" in records.unverified("bias_gelu", "triton")
+    assert "no passing run on a GPU is recorded" in records.why_unverified("bias_gelu", "triton")
     path = verification.record([result("bias_gelu", PASSED), result("padding", PASSED, device="cpu")])
     assert path == folders[1] / "nvidia-h200.json"
-    assert records.unverified("bias_gelu", "triton") == ""
-    assert records.unverified("padding", "triton")
-    assert records.unverified("bias_gelu", "cuda")
+    assert records.why_unverified("bias_gelu", "triton") == ""
+    assert records.why_unverified("padding", "triton")
+    assert records.why_unverified("bias_gelu", "cuda")
 
     record = json.loads(path.read_text())
     assert (record["device"], record["arch"]) == ("NVIDIA H200", "sm_90")
-    entry = record["rooms"]["bias_gelu"]["triton"]
+    entry = record["ops"]["bias_gelu"]["triton"]
     assert entry["cases"] == [{"case": "erf", "dtype": "bfloat16", "worst": "out", "error": 1e-7, "bound": 5e-7}]
     assert {"commit", "date", "bert_fast", "torch", "triton", "sources"} <= set(entry)
 
@@ -50,23 +50,23 @@ def test_a_passing_run_is_recorded_and_counts(folders: tuple[Path, Path]) -> Non
 def test_in_a_checkout_the_record_is_part_of_the_project(folders: tuple[Path, Path]) -> None:
     (folders[0].parents[1] / ".git").mkdir(parents=True)
     assert verification.record([result("bias_gelu", PASSED)]) == folders[0] / "nvidia-h200.json"
-    assert records.unverified("bias_gelu", "triton") == ""
+    assert records.why_unverified("bias_gelu", "triton") == ""
     assert not folders[1].exists()
 
 
 def test_a_failing_run_strikes_out_what_was_recorded(folders: tuple[Path, Path]) -> None:
     verification.record([result("bias_gelu", PASSED), result("padding", PASSED)])
     verification.record([result("bias_gelu", PASSED), result("bias_gelu", FAILED)])
-    assert records.unverified("bias_gelu", "triton")
-    assert records.unverified("padding", "triton") == ""
+    assert records.why_unverified("bias_gelu", "triton")
+    assert records.why_unverified("padding", "triton") == ""
 
 
 def test_a_record_of_other_sources_does_not_count(folders: tuple[Path, Path]) -> None:
     path = verification.record([result("bias_gelu", PASSED)])
     record = json.loads(path.read_text())
-    record["rooms"]["bias_gelu"]["triton"]["sources"] = "0" * 16
+    record["ops"]["bias_gelu"]["triton"]["sources"] = "0" * 16
     path.write_text(json.dumps(record))
-    reason = records.unverified("bias_gelu", "triton")
+    reason = records.why_unverified("bias_gelu", "triton")
     assert "its sources have changed since the last passing run (NVIDIA H200, commit " in reason
 
 
@@ -78,13 +78,13 @@ def test_nothing_to_record_is_an_error(folders: tuple[Path, Path]) -> None:
 def test_comments_do_not_change_the_hash_of_the_sources_but_code_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "room").mkdir()
-    kernel = tmp_path / "room" / "triton_kernels.py"
+    (tmp_path / "op").mkdir()
+    kernel = tmp_path / "op" / "triton_kernels.py"
     monkeypatch.setattr(records, "_KERNELS", tmp_path)
 
     def hashed(text: str) -> str:
         kernel.write_text(text)
-        return records.sources_hash.__wrapped__("room")
+        return records.sources_hash.__wrapped__("op")
 
     before = hashed("def f(x):\n    if x:\n        x = 1\n    return x\n")
     assert hashed("# why\ndef f(x):\n\n    if x:  # or not\n        x = 1\n    return x\n") == before
@@ -93,21 +93,21 @@ def test_comments_do_not_change_the_hash_of_the_sources_but_code_does(
 
 
 def test_auto_takes_no_kernel_without_a_record() -> None:
-    def room(state: Availability) -> str:
+    def op(state: Availability) -> str:
         impls = {name: not_built(name) for name in ("triton", "cuda", "cpu")}
         impls["triton"] = Implementation(lambda: "triton", "cpu", (torch.float32,), state)
         impls["reference"] = Implementation(lambda: "reference", None, None)
-        choice = Choice("triton", "cpu", (torch.float32,), "1.0 times")
-        chosen: str = Room("unlisted", impls, (choice,)).select("auto", torch.zeros(1))()
+        choice = AutoRule("triton", "cpu", (torch.float32,), "1.0 times")
+        chosen: str = Op("unlisted", impls, (choice,)).select("auto", torch.zeros(1))()
         return chosen
 
     from bert_fast.kernels._common import dispatch
 
     try:
-        assert room(Availability(True, False, "no passing run")) == "reference"
-        assert room(Availability(True, True, "")) == "triton"
+        assert op(Availability(True, False, "no passing run")) == "reference"
+        assert op(Availability(True, True, "")) == "triton"
     finally:
-        dispatch.ROOMS.pop("unlisted", None)
+        dispatch.OPS.pop("unlisted", None)
 
 
 def test_the_reasons_that_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def run(args: Any) -> int:
     task = loaded[2]
     table = task.read(args.data, args.names)
 
-    from bert_fast.tasks.columns import choose_columns
+    from bert_fast.tasks.io.columns import choose_columns
 
     columns = choose_columns(table, task.roles, args.columns)
     table = rows.settle(args, task, table, columns)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from bert_fast.training.config import from_mapping
-from bert_fast.training.finetune_config import FinetuneConfig
+from bert_fast.finetune.config import FinetuneConfig
+from bert_fast.pretrain.config import from_mapping
 
 
 def add_arguments(parser: Any) -> None:
@@ -29,7 +29,7 @@ def run(args: Any) -> int:
     config = from_mapping(FinetuneConfig, values)
 
     from bert_fast.cli.rows import print_metrics
-    from bert_fast.training.finetune import finetune
+    from bert_fast.finetune.api import finetune
 
     result = finetune(config, report=lambda text: print(text, file=sys.stderr))
     for split in ("dev", "test"):

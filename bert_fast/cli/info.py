@@ -25,8 +25,8 @@ def run(args: Any) -> int:
         for name, value in found[section].items():
             print(f"  {name:<16} {value}")
     print("operations (what impl='auto' takes for float32 on this device is marked *)")
-    for room, impls in found["operations"].items():
-        print(f"  {room}")
+    for op, impls in found["operations"].items():
+        print(f"  {op}")
         for impl, state in impls.items():
             mark = "*" if state["chosen"] else " "
             runs = "runs" if state["verified"] else f"runs, unverified: {state['reason']}"
@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import bert_fast
-    from bert_fast.kernels._common import dispatch, native
+    from bert_fast.kernels._common import dispatch, extensions
 
     cuda = torch.cuda.is_available()
     versions = {"bert_fast": bert_fast.__version__, "python": platform.python_version()}
@@ -54,17 +54,17 @@ def collect() -> dict[str, Any]:
         machine["CUDA"] = torch.version.cuda
         machine["compute"] = "sm_{}{}".format(*torch.cuda.get_device_capability())
     modules = {
-        "bert_fast._C": native.MISSING or "built",
-        "bert_fast._CUDA": native.CUDA_MISSING or _cuda_build(native.build_report("_CUDA")),
+        "bert_fast._C": extensions.MISSING or "built",
+        "bert_fast._CUDA": extensions.CUDA_MISSING or _cuda_build(extensions.build_report("_CUDA")),
         "bert_fast._host": _host_state(Path(bert_fast.__file__).parent),
     }
     probe = torch.empty(0, device="cuda" if cuda else "cpu")
     operations: dict[str, dict[str, dict[str, Any]]] = {}
     for name, impls in dispatch.available_impls().items():
-        room = dispatch.ROOMS[name]
-        chosen = room.select("auto", probe)
+        op = dispatch.OPS[name]
+        chosen = op.select("auto", probe)
         operations[name] = {
-            impl: {**state._asdict(), "chosen": state.ok and room.impls[impl].call is chosen}
+            impl: {**state._asdict(), "chosen": state.ok and op.impls[impl].call is chosen}
             for impl, state in impls.items()
         }
     return {"versions": versions, "machine": machine, "native modules": modules, "operations": operations}

@@ -20,7 +20,7 @@ def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any
     """
     import bert_fast.models
     from bert_fast.data import load_tokenizer
-    from bert_fast.training.parts import resolve_device
+    from bert_fast.pretrain.setup import resolve_device
 
     if not Path(folder).is_dir():
         expected = "a checkpoint (config.json, model.safetensors, vocab.txt)"

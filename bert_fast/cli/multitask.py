@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from bert_fast.training.config import from_mapping
-from bert_fast.training.multitask_config import MultitaskConfig
+from bert_fast.finetune.multitask_config import MultitaskConfig
+from bert_fast.pretrain.config import from_mapping
 
 
 def add_arguments(parser: Any) -> None:
@@ -26,7 +26,7 @@ def run(args: Any) -> int:
     config = from_mapping(MultitaskConfig, values)
 
     from bert_fast.cli.rows import print_metrics
-    from bert_fast.training.multitask import multitask
+    from bert_fast.finetune.multitask import multitask
 
     result = multitask(config, report=lambda text: print(text, file=sys.stderr))
     for name, own in result.tasks.items():

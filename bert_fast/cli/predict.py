@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bert_fast.cli import rows
 
 if TYPE_CHECKING:
-    from bert_fast.tasks.table import Table
+    from bert_fast.tasks.io.table import Table
     from bert_fast.tasks.task import Task
 
 
@@ -34,7 +34,7 @@ def run(args: Any) -> int:
     task = loaded[2]
     table = _table(args, task)
 
-    from bert_fast.tasks.columns import choose_columns
+    from bert_fast.tasks.io.columns import choose_columns
 
     columns = choose_columns(table, task.roles, args.columns, training=False)
     inputs = {role.name: columns[role.name] for role in task.roles if not role.target and role.name in columns}
@@ -44,7 +44,7 @@ def run(args: Any) -> int:
 
 
 def _table(args: Any, task: Task) -> Table:
-    from bert_fast.tasks.table import Table
+    from bert_fast.tasks.io.table import Table
 
     if args.texts:
         if args.file is not None:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from bert_fast.training.config import PretrainConfig, from_mapping
+from bert_fast.pretrain.config import PretrainConfig, from_mapping
 
 
 def add_arguments(parser: Any) -> None:
@@ -25,7 +25,7 @@ def run(args: Any) -> int:
     config = from_mapping(PretrainConfig, values)
 
     from bert_fast.data import local_folder
-    from bert_fast.training.loop import pretrain
+    from bert_fast.pretrain.trainer import pretrain
 
     # A folder behind a URL is trained on from its checked copy on this machine.
     config = replace(config, data=replace(config.data, folder=str(local_folder(config.data.folder))))

@@ -18,8 +18,8 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
-    from bert_fast.training.finetune_report import write_report
-    from bert_fast.training.pretrain_report import is_pretraining, write_pretrain_report
+    from bert_fast.finetune.report import write_report
+    from bert_fast.pretrain.report import is_pretraining, write_pretrain_report
 
     folders = [Path(folder) for folder in args.folders]
     if len(folders) > 1 or is_pretraining(folders[0]):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bert_fast.cli.models import load, shows_progress
 
 if TYPE_CHECKING:
-    from bert_fast.tasks.table import Table
+    from bert_fast.tasks.io.table import Table
     from bert_fast.tasks.task import Task
 
 FORMATS = (".jsonl", ".csv")
@@ -82,7 +82,7 @@ def predictions_of(args: Any, loaded: tuple[Any, Any, Task], table: Table, colum
 
 def settle(args: Any, task: Task, table: Table, columns: Mapping[str, str]) -> Table:
     """`table` with its empty texts settled as --empty says."""
-    from bert_fast.tasks.columns import describe, settle_empty
+    from bert_fast.tasks.io.columns import describe, settle_empty
 
     print(describe(table, columns), file=sys.stderr)
     texts = [columns[role] for role in task.text_roles if role in columns]

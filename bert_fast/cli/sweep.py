@@ -10,8 +10,8 @@ import sys
 from typing import Any, Literal
 
 from bert_fast.cli.finetune import positional as positional
-from bert_fast.training.config import from_mapping
-from bert_fast.training.finetune_config import FinetuneConfig
+from bert_fast.finetune.config import FinetuneConfig
+from bert_fast.pretrain.config import from_mapping
 
 
 def add_arguments(parser: Any) -> None:
@@ -28,7 +28,7 @@ def run(args: Any) -> int:
     grid, folds, keep = (values.pop(name) for name in ("grid", "folds", "keep"))
     config = from_mapping(FinetuneConfig, values)
 
-    from bert_fast.training.sweep import ranked, said, sweep
+    from bert_fast.finetune.sweep import ranked, said, sweep
 
     result = sweep(config, grid, folds=folds, keep=keep, report=lambda text: print(text, file=sys.stderr))
     print(f"dev {result['metric']}{f', mean and deviation of {folds} folds' if folds else ''}")

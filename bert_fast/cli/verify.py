@@ -7,7 +7,7 @@ from typing import Any
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--rooms", type=list[str] | None, default=None, help="operations to test; all if none")
+    parser.add_argument("--ops", type=list[str] | None, default=None, help="operations to test; all if none")
     parser.add_argument("--impls", type=list[str] | None, default=None, help="implementations to test; all if none")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument(
@@ -15,8 +15,8 @@ def add_arguments(parser: Any) -> None:
     )
 
 
-def _row(room: str, impl: str, device: str, dtype: str, case: str, rest: str) -> str:
-    return f"{room:<21} {impl:<10} {device:<6} {dtype:<9} {case:<12} {rest}"
+def _row(op: str, impl: str, device: str, dtype: str, case: str, rest: str) -> str:
+    return f"{op:<21} {impl:<10} {device:<6} {dtype:<9} {case:<12} {rest}"
 
 
 def run(args: Any) -> int:
@@ -30,12 +30,12 @@ def run(args: Any) -> int:
     print(header)
     print("-" * (len(header) + 8))
     results = []
-    for result in verify(args.rooms, args.impls, args.seed):
+    for result in verify(args.ops, args.impls, args.seed):
         results.append(result)
         worst = result.worst
         numbers = f"{worst.name:<16} {worst.ours:9.2e} {worst.bound:9.2e}" if worst else result.error
         verdict = "ok" if result.ok else "FAILED"
-        row = _row(result.room, result.impl, result.device, result.dtype, result.case, numbers)
+        row = _row(result.op, result.impl, result.device, result.dtype, result.case, numbers)
         print(f"{row}  {verdict}", flush=True)
     if not results:
         raise ValueError("nothing to test: none of the implementations asked for can run here; see bert-fast info")

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from bert_fast.kernels import add_layer_norm, attention, embedding_layer_norm, linear
 from bert_fast.kernels._common.checks import autocast_dtype
-from bert_fast.kernels._common.dispatch import ROOMS
+from bert_fast.kernels._common.dispatch import OPS
 from bert_fast.kernels._common.philox import new_rng_state
-from bert_fast.kernels.linear_int8.ops import FEED_FORWARD
+from bert_fast.kernels.linear_int8.op import FEED_FORWARD
 from bert_fast.models.config import GELU_ACTIVATIONS, BertConfig
 from bert_fast.models.inputs import Tokens
 from bert_fast.models.int8 import Int8Linear
@@ -295,13 +295,13 @@ class Calls(NamedTuple):
         """What impl="auto" takes for `hidden` (T, E).
 
         None with gradients, under autocast, while tracing and with hooks on every module: there layers go through the
-        rooms' doors.
+        ops' doors.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_any_global_hook():
             return None
         if autocast_dtype(hidden) is not None:
             return None
-        return cls(*(ROOMS[room].select("auto", hidden) for room in cls._fields))
+        return cls(*(OPS[op].select("auto", hidden) for op in cls._fields))
 
 
 class Projection(NamedTuple):
@@ -326,7 +326,7 @@ class Projection(NamedTuple):
 class PlainLayer(NamedTuple):
     """What a BertLayer computes with in inference.
 
-    The rooms' doors check what they are given, and modules look for their attributes: in every layer of a short text
+    The ops' doors check what they are given, and modules look for their attributes: in every layer of a short text
     that takes a sixth of MiniLM's time. Here all is looked up and checked at once; the result is the same to the bit.
     """
 
@@ -365,7 +365,7 @@ class PlainLayer(NamedTuple):
         """(T, E) -> (T, E)."""
         (qkv, dense, up, down), (first, last) = self.projections, self.norms
         int8 = len(qkv.weight) > 1
-        product = ROOMS["linear_int8"].select("auto", hidden) if int8 else calls.linear
+        product = OPS["linear_int8"].select("auto", hidden) if int8 else calls.linear
         heads, scale = (3, self.heads, self.head_size), 1.0 / math.sqrt(self.head_size)
         x = product(hidden, qkv.weight, None, None, *qkv.rest).view(-1, *heads)
         x = calls.attention(x, qkv.bias.view(heads), cu_seqlens, max_seqlen, scale, 0.0, None).flatten(1)

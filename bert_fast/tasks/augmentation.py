@@ -14,9 +14,9 @@ import numpy as np
 
 from bert_fast.data.tokenizer import mask_token
 from bert_fast.tasks.alignment import is_cjk
-from bert_fast.tasks.columns import texts
+from bert_fast.tasks.io.columns import texts
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import AugmentSettings, TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import Columns, Example, Task
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_fast.tasks.columns import LABEL, SCORE, TEXT, TEXT_PAIR, Role, setting_of, texts
 from bert_fast.tasks.encoding import encode_parts
+from bert_fast.tasks.io.columns import LABEL, SCORE, TEXT, TEXT_PAIR, Role, setting_of, texts
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import Columns, Example, LossOptions, Task
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from bert_fast.tasks.encoding import encode_parts
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.prediction import predict
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import Example, Task
 
 if TYPE_CHECKING:

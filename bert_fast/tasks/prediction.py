@@ -13,8 +13,8 @@ from torch import nn
 
 from bert_fast.models.config import longest_input
 from bert_fast.models.embedding import batches_by_length
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, Task
 
 if TYPE_CHECKING:

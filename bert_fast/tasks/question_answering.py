@@ -22,10 +22,10 @@ from bert_fast.tasks.alignment import (
     windows,
 )
 from bert_fast.tasks.classification import softmax
-from bert_fast.tasks.columns import Role, texts
+from bert_fast.tasks.io.columns import Role, texts
+from bert_fast.tasks.io.squad import Answer, By, best_scores, best_threshold, place_answer, read_answers
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.squad import Answer, By, best_scores, best_threshold, place_answer, read_answers
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, refuse_options, run_model
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast.models.embedding import pool
-from bert_fast.tasks.columns import Role, setting_of, texts
 from bert_fast.tasks.encoding import encode_texts
+from bert_fast.tasks.io.columns import Role, setting_of, texts
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.metrics import regression_metrics
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, refuse_options, run_model
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bert_fast.tasks.columns import Role
+from bert_fast.tasks.io.columns import Role
+from bert_fast.tasks.io.sources import read_table
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.sources import read_table
-from bert_fast.tasks.table import Table
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bert_fast.tasks import iob
 from bert_fast.tasks.alignment import Span, first_pieces, frame_of, split_words, spread, windows, word_pieces
 from bert_fast.tasks.classification import class_loss, label_name, label_order, softmax, unseen_message
-from bert_fast.tasks.columns import Role
+from bert_fast.tasks.io import tag_schemes
+from bert_fast.tasks.io.columns import Role
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import Columns, Example, LossOptions, Task
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class TokenClassification(Task):
             raise ValueError(f"{table.source}: no row has words with tags; expected some")
         self.scheme = self.options.scheme
         if self.scheme == "auto":
-            self.scheme = iob.guess_scheme(tags) or PLAIN
+            self.scheme = tag_schemes.guess_scheme(tags) or PLAIN
         counts = Counter(tag for row in self._learnt(table, tags) for tag in row)
         if self.scheme == PLAIN:
             self.labels = label_order(list(counts))
@@ -96,12 +96,12 @@ class TokenClassification(Task):
             if len(self.labels) < 2:
                 raise ValueError(f"{table.source}: every word has the tag {self.labels[0]!r}; expected two or more")
         else:
-            kinds = sorted({iob.split_tag(tag)[1] for tag in counts} - {""})
+            kinds = sorted({tag_schemes.split_tag(tag)[1] for tag in counts} - {""})
             if not kinds:
                 raise ValueError(f"{table.source}: every word is tagged O; expected some entities")
             prefixes = "BIES" if self.options.learnt_scheme == "iobes" else "BI"
-            self.labels = [iob.OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in prefixes)]
-            self.fallback = iob.OUTSIDE
+            self.labels = [tag_schemes.OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in prefixes)]
+            self.fallback = tag_schemes.OUTSIDE
         self._choose_metric()
 
     def _choose_metric(self) -> None:
@@ -116,10 +116,10 @@ class TokenClassification(Task):
             raise ValueError(unseen_message(table, found, self.labels))
         if self.scheme == PLAIN:
             return []
-        wrong = [row for row, tags in enumerate(raw) if iob.problems(tags, self.scheme)]
+        wrong = [row for row, tags in enumerate(raw) if tag_schemes.problems(tags, self.scheme)]
         if not wrong:
             return []
-        first = iob.problems(raw[wrong[0]], self.scheme)[0]
+        first = tag_schemes.problems(raw[wrong[0]], self.scheme)[0]
         return [
             f"{table.source}: {len(wrong)} rows have tags that {self.scheme.upper()} forbids, read as conlleval does; "
             f"the first: {table.where(wrong[0])}, word {first.word + 1}: {first.text}"
@@ -170,7 +170,7 @@ class TokenClassification(Task):
                 assert sentence.spans is not None
                 try:
                     entities = [_entity(item) for item in value]
-                    found.append(iob.tags_of_text(entities, sentence.spans, "iob2"))
+                    found.append(tag_schemes.tags_of_text(entities, sentence.spans, "iob2"))
                 except ValueError as error:
                     raise ValueError(f"{table.where(row)}: {error}") from error
                 continue
@@ -187,8 +187,8 @@ class TokenClassification(Task):
         found = []
         for row, tags in enumerate(raw):
             try:
-                wrong = iob.problems(tags, self.scheme) if self.options.invalid == "refuse" else []
-                found.append(iob.convert_tags(tags, self.options.learnt_scheme))
+                wrong = tag_schemes.problems(tags, self.scheme) if self.options.invalid == "refuse" else []
+                found.append(tag_schemes.convert_tags(tags, self.options.learnt_scheme))
             except ValueError as error:
                 raise ValueError(f"{table.where(row)}: {error}; for plain tags set options.scheme: none") from error
             if wrong:
@@ -263,7 +263,7 @@ class TokenClassification(Task):
         if self.scheme == PLAIN:
             return {"tags": tags, "probabilities": sure}
         entities = []
-        for kind, start, end in iob.read_tags(tags):
+        for kind, start, end in tag_schemes.read_tags(tags):
             place: Span = (start, end)
             if sentence.spans is not None:
                 place = (sentence.spans[start][0], sentence.spans[end - 1][1])
@@ -276,7 +276,7 @@ class TokenClassification(Task):
                     "score": min(sure[start:end]),
                 }
             )
-        return {"tags": iob.convert_tags(tags, self.scheme), "probabilities": sure, "entities": entities}
+        return {"tags": tag_schemes.convert_tags(tags, self.scheme), "probabilities": sure, "entities": entities}
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
         """Of entities: precision, recall and f1 over all, macro_f1, per_class, as seqeval defines them, and accuracy of
@@ -285,7 +285,7 @@ class TokenClassification(Task):
         predicted = [list(prediction["tags"]) for prediction in predictions]
         if self.scheme == PLAIN:
             return plain_metrics(raw, predicted)
-        return entity_metrics([iob.convert_tags(tags, self.scheme) for tags in raw], predicted)
+        return entity_metrics([tag_schemes.convert_tags(tags, self.scheme) for tags in raw], predicted)
 
     def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
         """The share of words with another tag."""
@@ -299,12 +299,12 @@ class TokenClassification(Task):
         return [counts[number] for number in range(len(self.labels))]
 
 
-def _entity(item: Mapping[str, Any]) -> iob.Entity:
+def _entity(item: Mapping[str, Any]) -> tag_schemes.Entity:
     """An entity given as an object with start, end and its kind under one of the usual names."""
     kind = next((item[name] for name in ("kind", "label", "type", "tag", "entity") if name in item), None)
     if kind is None or not all(isinstance(item.get(name), int) for name in ("start", "end")):
         raise ValueError(f"the entity {dict(item)} came; expected start, end and label")
-    return iob.Entity(str(kind), item["start"], item["end"])
+    return tag_schemes.Entity(str(kind), item["start"], item["end"])
 
 
 def _joined(sentence: Sentence, start: int, end: int) -> str:
@@ -324,7 +324,7 @@ def entity_metrics(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[s
     gold, found = [list(tags) for tags in true], [list(tags) for tags in predicted]
     if not any(gold):
         raise ValueError("no tagged word came; expected at least one to compute metrics of")
-    listed = {iob.split_tag(tag)[1] for tags in (*gold, *found) for tag in tags} - {""}
+    listed = {tag_schemes.split_tag(tag)[1] for tags in (*gold, *found) for tag in tags} - {""}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kinds that are never predicted, whose precision counts as 0
         report = metrics.classification_report(gold, found, output_dict=True, zero_division=0) if listed else {}

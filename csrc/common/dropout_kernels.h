@@ -28,7 +28,7 @@ BF_INLINE void multiply_high_low(uint32_t constant, vuint x, vuint* high, vuint*
   *low = bit_cast<vuint>((even & 0xffffffffu) | (odd << 32));
 }
 
-// The random bytes of columns [0, cols) of one row, and some more: `bytes` has room for dropout_bytes_size(cols).
+// The random bytes of columns [0, cols) of one row, and some more: `bytes` has op for dropout_bytes_size(cols).
 // A lane makes the 16 bytes of one group of columns.
 BF_INLINE void dropout_bytes(const Dropout& drop, uint32_t plane, uint32_t row, int64_t cols, uint8_t* bytes) {
   vuint group;

@@ -1,6 +1,6 @@
 // Compile one file of kernels once for each instruction set, each time in a namespace of its own.
 //
-// A room's `<op>_cpu.cpp` defines BF_KERNELS as its kernel file and includes this one. The kernels are then there as
+// An op's `<op>_cpu.cpp` defines BF_KERNELS as its kernel file and includes this one. The kernels are then there as
 // bert_fast::generic::f, bert_fast::avx2::f and bert_fast::avx512::f, and BF_DISPATCH(f) is the one that suits this
 // CPU. Where BF_KERNELS_IN_PAIRS is defined too there is also bert_fast::avx512bf16::f, whose products multiply pairs
 // of bfloat16, and BF_DISPATCH_PAIRS(f). The kernel file includes nothing but files of its own kind
@@ -8,7 +8,7 @@
 // function of the standard library is ever compiled for a newer CPU than the one that runs it.
 //
 // BERT_FAST_EMULATED_AVX512 compiles the AVX-512 kernels alone, with vectors as wide and tiles as large, for whatever
-// CPU the compiler is told: so the tests run them where there is no AVX-512 (csrc/emulator/build.py).
+// CPU the compiler is told: so the tests run them where there is no AVX-512 (tests/emulator/build.py).
 //
 // No include guard: a translation unit includes this once.
 

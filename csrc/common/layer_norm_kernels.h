@@ -1,4 +1,4 @@
-// What the rooms with a LayerNorm share: the statistics of a row, its normalised values, and the gradient through them.
+// What the ops with a LayerNorm share: the statistics of a row, its normalised values, and the gradient through them.
 // Included by kernel files (see foreach_isa.h); no include guard on purpose, once a kernel file.
 
 namespace bert_fast {

@@ -107,9 +107,9 @@ class Planner {
     other += other >= document;
     const int64_t last = documents_[other + 1];
     const int64_t unit = documents_[other] + below(random_[5], last - documents_[other]);
-    const int64_t room = max_tokens_ - a_length;
-    const int64_t end = std::min({first_reaching(start(unit) + want) + 1, ended(start(unit) + room), last});
-    const int64_t b_length = end > unit ? start(end) - start(unit) : room;
+    const int64_t op = max_tokens_ - a_length;
+    const int64_t end = std::min({first_reaching(start(unit) + want) + 1, ended(start(unit) + op), last});
+    const int64_t b_length = end > unit ? start(end) - start(unit) : op;
     emit(document, a_start, a_length, other, start(unit), b_length, 1);
   }
 

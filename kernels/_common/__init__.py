@@ -1,1 +1,1 @@
-"""What two rooms use unchanged: the choice of implementation, the dropout mask, the checks at the door."""
+"""What two ops use unchanged: the choice of implementation, the dropout mask, the checks at the door."""

@@ -1,6 +1,6 @@
-"""Which implementation of a room runs: what is available, what was asked for, what `auto` takes.
+"""Which implementation of an op runs: what is available, what was asked for, what `auto` takes.
 
-`auto` walks the room's `choices` (data, each with the measurement that justifies it) and takes the first that fits the
+`auto` walks the op's `auto_rules` (data, each with the measurement that justifies it) and takes the first that fits the
 device and dtype, is available, and is verified; where none fits it takes the reference. An explicit request never falls
 back: it works or raises `ImplUnavailableError`.
 """
@@ -36,7 +36,7 @@ class ImplUnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of a room: what to call, where it works, and whether it can run here."""
+    """One implementation of an op: what to call, where it works, and whether it can run here."""
 
     call: Callable[..., Any]
     device: str | None  # a torch device type; None = any
@@ -45,8 +45,8 @@ class Implementation:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One row of a room's `auto` table."""
+class AutoRule:
+    """One row of an op's `auto` table."""
 
     impl: str
     device: str
@@ -65,28 +65,28 @@ def not_built(impl: str) -> Implementation:
     )
 
 
-class Room:
+class Op:
     """An operation and its implementations."""
 
-    def __init__(self, name: str, impls: Mapping[str, Implementation], choices: tuple[Choice, ...]) -> None:
+    def __init__(self, name: str, impls: Mapping[str, Implementation], auto_rules: tuple[AutoRule, ...]) -> None:
         self.name = name
         self.impls = {impl: impls.get(impl) or not_built(impl) for impl in IMPLS}
-        self.choices = tuple(
+        self.auto_rules = tuple(
             choice
-            for choice in choices
+            for choice in auto_rules
             if self.impls[choice.impl].availability.ok and self.impls[choice.impl].availability.verified
         )
-        ROOMS[name] = self
+        OPS[name] = self
 
     def select(self, impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> Callable[..., Any]:
-        """The callable for `impl` on the device and dtype of `x`; `dtype` where the room computes in another one.
+        """The callable for `impl` on the device and dtype of `x`; `dtype` where the op computes in another one.
 
         Raises ValueError for an unknown name and ImplUnavailableError for an explicit request that can't be met.
         """
         dtype = dtype or x.dtype
         asked = _default[-1] if impl == "auto" else impl
         if asked == "auto":
-            for choice in self.choices:
+            for choice in self.auto_rules:
                 if choice.device == x.device.type and dtype in choice.dtypes:
                     return self.impls[choice.impl].call
             return self.impls["reference"].call
@@ -112,14 +112,12 @@ class Room:
         return f"Available here: {', '.join(names)} (impl='auto' chooses)."
 
 
-ROOMS: dict[str, Room] = {}
+OPS: dict[str, Op] = {}
 
 
 def available_impls() -> dict[str, dict[str, Availability]]:
-    """For every room, which implementation can run here, whether it is verified, and why the others can't."""
-    return {
-        name: {impl: found.availability for impl, found in room.impls.items()} for name, room in sorted(ROOMS.items())
-    }
+    """For every op, which implementation can run here, whether it is verified, and why the others can't."""
+    return {name: {impl: found.availability for impl, found in op.impls.items()} for name, op in sorted(OPS.items())}
 
 
 def _initial_default() -> str:

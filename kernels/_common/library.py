@@ -2,7 +2,7 @@
 
 An operator is defined once for each family of kernels, with one schema, fake and gradient: `bert_fast::name` for the
 compiled CPU kernels, `bert_fast_cuda::name` for the CUDA kernels, `bert_fast_triton::name` for the Triton kernels. So
-all can run in one process on the same device, and which of them runs is decided by the room's door, not by who
+all can run in one process on the same device, and which of them runs is decided by the op's door, not by who
 registered last.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bert_fast.kernels._common import native, records, triton_support
+from bert_fast.kernels._common import extensions, records, triton_support
 from bert_fast.kernels._common.dispatch import AVAILABLE, Availability, Implementation
 
 _NATIVE, _CUDA, _TRITON = "bert_fast", "bert_fast_cuda", "bert_fast_triton"
@@ -52,7 +52,7 @@ def define(
 
 
 def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> None:
-    """Register a Python kernel for `bert_fast::name` under `dispatch_key`, for rooms whose hot path is partly GEMMs."""
+    """Register a Python kernel for `bert_fast::name` under `dispatch_key`, for ops whose hot path is partly GEMMs."""
     _LIBRARIES[_NATIVE].impl(name, function, dispatch_key)
 
 
@@ -61,60 +61,60 @@ def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
 
     `call(ops, ...)` finds the operators in `ops`.
     """
-    missing = [name for name in operators if not native.registered(f"{_NATIVE}::{name}", "CPU")]
+    missing = [name for name in operators if not extensions.registered(f"{_NATIVE}::{name}", "CPU")]
     if not missing:
         availability = AVAILABLE
     else:
-        reason = native.MISSING or f"the compiled module lacks {', '.join(missing)}: build it again"
+        reason = extensions.MISSING or f"the compiled module lacks {', '.join(missing)}: build it again"
         availability = Availability(False, False, reason)
     return Implementation(functools.partial(call, torch.ops.bert_fast), "cpu", NATIVE_CPU_DTYPES, availability)
 
 
-def cuda_kernels(call: Callable[..., Any], room: str, *operators: str) -> Implementation:
+def cuda_kernels(call: Callable[..., Any], op: str, *operators: str) -> Implementation:
     """The slot of the CUDA kernels: available when `bert_fast._CUDA` registered every one of `operators`.
 
     Where tests loaded the emulated kernels (csrc/emulator), they are those, on CPU tensors.
     """
-    device = "cpu" if native.CUDA_EMULATED else "cuda"
-    missing = [name for name in operators if not native.registered(f"{_CUDA}::{name}", device.upper())]
+    device = "cpu" if extensions.CUDA_EMULATED else "cuda"
+    missing = [name for name in operators if not extensions.registered(f"{_CUDA}::{name}", device.upper())]
     if missing:
-        reason = native.CUDA_MISSING or f"the compiled module lacks {', '.join(missing)}: build it again"
+        reason = extensions.CUDA_MISSING or f"the compiled module lacks {', '.join(missing)}: build it again"
         availability = Availability(False, False, reason)
-    elif native.CUDA_EMULATED:
+    elif extensions.CUDA_EMULATED:
         availability = Availability(True, False, "emulated on CPU tensors (BERT_FAST_CUDA_EMULATOR): for tests")
     else:
-        reason = records.unverified(room, "cuda")
+        reason = records.why_unverified(op, "cuda")
         availability = Availability(True, not reason, reason)
     return Implementation(functools.partial(call, torch.ops.bert_fast_cuda), device, CUDA_DTYPES, availability)
 
 
 def simulated(impl: str) -> bool:
     """Whether `impl` runs on CPU tensors in Triton's interpreter or the CUDA kernels' emulator, slowly, for tests."""
-    return (impl == "triton" and triton_support.INTERPRETED) or (impl == "cuda" and native.CUDA_EMULATED)
+    return (impl == "triton" and triton_support.INTERPRETED) or (impl == "cuda" and extensions.CUDA_EMULATED)
 
 
-def triton_function(room: str, name: str) -> Callable[..., Any]:
-    """The function `name` of the room's triton_kernels.py; the module, and triton with it, is imported when it runs."""
+def triton_function(op: str, name: str) -> Callable[..., Any]:
+    """The function `name` of the op's `triton` module; the module, and triton with it, is imported when it runs."""
 
     def function(*arguments: Any) -> Any:
-        module = importlib.import_module(f"bert_fast.kernels.{room}.triton_kernels")
+        module = importlib.import_module(f"bert_fast.kernels.{op}.triton")
         return getattr(module, name)(*arguments)
 
     return function
 
 
-def triton_slot(call: Callable[..., Any], room: str) -> Implementation:
-    """The slot of `call`, which runs the room's Triton kernels."""
+def triton_slot(call: Callable[..., Any], op: str) -> Implementation:
+    """The slot of `call`, which runs the op's Triton kernels."""
     device = "cpu" if triton_support.INTERPRETED else "cuda"
-    return Implementation(call, device, TRITON_DTYPES, triton_support.availability(room))
+    return Implementation(call, device, TRITON_DTYPES, triton_support.availability(op))
 
 
-def triton_kernels(call: Callable[..., Any], room: str, *operators: str) -> Implementation:
-    """The slot of the Triton kernels: each of `operators` is the function of that name in the room's triton_kernels.py.
+def triton_kernels(call: Callable[..., Any], op: str, *operators: str) -> Implementation:
+    """The slot of the Triton kernels: each of `operators` is the function of that name in the op's `triton` module.
 
     `call(ops, ...)` finds the operators in `ops`.
     """
     for name in operators:
         for key in ("CUDA", "CPU") if triton_support.INTERPRETED else ("CUDA",):
-            _LIBRARIES[_TRITON].impl(name, triton_function(room, name), key)
-    return triton_slot(functools.partial(call, torch.ops.bert_fast_triton), room)
+            _LIBRARIES[_TRITON].impl(name, triton_function(op, name), key)
+    return triton_slot(functools.partial(call, torch.ops.bert_fast_triton), op)

@@ -1,7 +1,7 @@
 """Records of passing runs of `bert-fast verify --record`: what `auto` may choose on a GPU.
 
 A record names the device, the versions, the commit and the errors of every case, and the hash of the sources that ran.
-It counts as long as the room's sources are the same: a changed kernel is unverified until it ran again. For Triton a
+It counts as long as the op's sources are the same: a changed kernel is unverified until it ran again. For Triton a
 record of any CUDA device counts. Records are part of the package (`bert_fast/verified/<device>.json`); those that a
 user made are in the user's cache and count on that machine.
 """
@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bert_fast.kernels._common import native
+from bert_fast.kernels._common import extensions
 
 RECORDED = ("triton", "cuda")  # the implementations that need a record; the others are tested wherever they run
 _KERNELS = Path(__file__).resolve().parents[1]
@@ -45,15 +45,17 @@ def user_folder() -> Path:
 
 
 @functools.cache
-def sources_hash(room: str, impl: str = "triton") -> str:
-    """Hash of the sources that the room runs as `impl`, its own and the shared.
+def sources_hash(op: str, impl: str = "triton") -> str:
+    """Hash of the sources that the op runs as `impl`, its own and the shared.
 
     Of Triton's, comments and blank lines don't count; the CUDA kernels' was noted when they were built.
     """
     if impl == "cuda":
-        return str(native.build_report("_CUDA").get("sources", {}).get(room, "not built"))
+        return str(extensions.build_report("_CUDA").get("sources", {}).get(op, "not built"))
     digest = hashlib.sha256()
-    for path in sorted([*_KERNELS.glob(f"{room}/triton_*.py"), *_KERNELS.glob("_common/triton_*.py")]):
+    for path in sorted(
+        [*_KERNELS.glob(f"{op}/triton.py"), *_KERNELS.glob(f"{op}/triton/*.py"), *_KERNELS.glob("_common/triton_*.py")]
+    ):
         with path.open("rb") as file:
             for token in tokenize.tokenize(file.readline):
                 if token.type not in _UNHEARD:
@@ -63,14 +65,14 @@ def sources_hash(room: str, impl: str = "triton") -> str:
     return digest.hexdigest()[:16]
 
 
-def unverified(room: str, impl: str) -> str:
+def why_unverified(op: str, impl: str) -> str:
     """Why no record allows `auto` to choose `impl`, or "" where one does."""
     outdated = []
     for folder in (package_folder(), user_folder()):
         for path in sorted(folder.glob("*.json")):
             record = read(path)
-            entry = record["rooms"].get(room, {}).get(impl)
-            if entry and entry["sources"] == sources_hash(room, impl):
+            entry = record["ops"].get(op, {}).get(impl)
+            if entry and entry["sources"] == sources_hash(op, impl):
                 return ""
             if entry:
                 outdated.append(f"{record['device']}, commit {entry['commit']}")
@@ -87,7 +89,7 @@ def write(
     Args:
         device: the GPU's name.
         capability: its compute capability.
-        passed: for (room, impl) its cases, or None where one failed: then an older entry is struck out.
+        passed: for (op, impl) its cases, or None where one failed: then an older entry is struck out.
     """
     checkout = package_folder().parents[1]
     folder = package_folder() if (checkout / ".git").exists() else user_folder()
@@ -95,11 +97,11 @@ def write(
     record = read(path) | {"device": device, "arch": f"sm_{capability[0]}{capability[1]}"}
     versions = {name: importlib.metadata.version(name) for name in ("bert_fast", "torch", "triton")}
     about = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "commit": _commit(checkout), **versions}
-    for (room, impl), cases in passed.items():
-        impls = record["rooms"].setdefault(room, {})
+    for (op, impl), cases in passed.items():
+        impls = record["ops"].setdefault(op, {})
         impls.pop(impl, None)
         if cases is not None:
-            impls[impl] = {"sources": sources_hash(room, impl), **about, "cases": cases}
+            impls[impl] = {"sources": sources_hash(op, impl), **about, "cases": cases}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
@@ -122,6 +124,6 @@ def _commit(checkout: Path) -> str:
 def read(path: Path) -> dict[str, Any]:
     """A record file, or an empty one where there is none."""
     if not path.exists():
-        return {"device": "", "rooms": {}}
+        return {"device": "", "ops": {}}
     record: dict[str, Any] = json.loads(path.read_text())
     return record

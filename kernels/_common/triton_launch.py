@@ -1,4 +1,4 @@
-"""Launch Triton kernels in one place, so that `benchmarks/compile_report.py` can record what dispatch would launch.
+"""Launch Triton kernels in one place, so that `benchmarks.reports.compile_report` can record what dispatch launches.
 
 While a recording is on, nothing runs: the operators are called with tensors of the meta device, and every launch is
 noted with its arguments. So the report compiles what the launchers choose, and a configuration can't be forgotten.

@@ -1,4 +1,4 @@
-"""What the rooms with a LayerNorm share in Triton: statistics of rows, the gradient through them, sums over parts."""
+"""What the ops with a LayerNorm share in Triton: statistics of rows, the gradient through them, sums over parts."""
 
 from __future__ import annotations
 

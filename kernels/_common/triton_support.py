@@ -40,11 +40,11 @@ def _missing() -> str:
 _MISSING = _missing()
 
 
-def availability(room: str) -> Availability:
-    """The state of the room's Triton kernels in this process."""
+def availability(op: str) -> Availability:
+    """The state of the op's Triton kernels in this process."""
     if _MISSING:
         return Availability(False, False, _MISSING)
     if INTERPRETED:
         return Availability(True, False, "in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1): for tests")
-    reason = records.unverified(room, "triton")
+    reason = records.why_unverified(op, "triton")
     return Availability(True, not reason, reason)

@@ -11,7 +11,7 @@ from bert_fast.kernels._common.checks import (
     check_same_dtype,
 )
 from bert_fast.kernels._common.philox import dropout_state
-from bert_fast.kernels.add_layer_norm.ops import ROOM
+from bert_fast.kernels.add_layer_norm.op import OP
 
 
 def add_layer_norm(
@@ -64,5 +64,5 @@ def add_layer_norm(
     rng_state = dropout_state(dropout_p, rng_state, x)
     x, residual = autocast(x), autocast(residual)
     check_same_dtype(x, residual=residual)
-    out: Tensor = ROOM.select(impl, x)(x, residual, weight, bias, x_bias, dropout_p, eps, rng_state)
+    out: Tensor = OP.select(impl, x)(x, residual, weight, bias, x_bias, dropout_p, eps, rng_state)
     return out

@@ -13,7 +13,7 @@ from bert_fast.kernels._common.checks import (
     check_same_device,
 )
 from bert_fast.kernels._common.philox import dropout_state
-from bert_fast.kernels.attention.ops import ROOM
+from bert_fast.kernels.attention.op import OP
 
 
 def attention(
@@ -68,5 +68,5 @@ def attention(
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(qkv.shape[3])
     qkv = autocast(qkv)
-    out: Tensor = ROOM.select(impl, qkv)(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
+    out: Tensor = OP.select(impl, qkv)(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
     return out

@@ -48,7 +48,7 @@ def attention_reference(
 
 
 def _kept(rng_state: Tensor, threshold: int, token: Tensor, heads: int) -> Tensor:
-    """Which probabilities dropout keeps: bool (B, N, S, S). A head at a time: the generator needs 40 times the room."""
+    """Which probabilities dropout keeps: bool (B, N, S, S). One head at a time: Philox needs 40 times the memory."""
     batch, seqlen = token.shape
     group = torch.arange((seqlen + 15) // 16, device=token.device).view(1, 1, -1)
     planes = []

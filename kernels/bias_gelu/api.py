@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bert_fast.kernels._common.checks import autocast, check_floating
-from bert_fast.kernels.bias_gelu.ops import ROOM
+from bert_fast.kernels.bias_gelu.op import OP
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str = "auto") -> Tensor:
@@ -34,5 +34,5 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str =
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate is {approximate!r}; expected 'none' or 'tanh'")
     x = autocast(x)
-    out: Tensor = ROOM.select(impl, x)(x, bias, approximate == "tanh")
+    out: Tensor = OP.select(impl, x)(x, bias, approximate == "tanh")
     return out

@@ -16,7 +16,7 @@ from bert_fast.kernels._common.checks import (
     check_shape,
 )
 from bert_fast.kernels._common.philox import dropout_state
-from bert_fast.kernels.embedding_layer_norm.ops import ROOM
+from bert_fast.kernels.embedding_layer_norm.op import OP
 
 
 def embedding_layer_norm(
@@ -84,7 +84,7 @@ def embedding_layer_norm(
     # A float32 table is rounded once, on the way out; others keep their dtype in the kernel.
     wanted = (autocast_dtype(word) or word.dtype) if word.dtype != torch.float64 else word.dtype
     out_dtype = wanted if word.dtype == torch.float32 else word.dtype
-    out: Tensor = ROOM.select(impl, word, out_dtype)(
+    out: Tensor = OP.select(impl, word, out_dtype)(
         input_ids,
         token_type_ids,
         position_ids,

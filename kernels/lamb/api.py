@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bert_fast.kernels._common.checks import check_floating, check_same_device
 from bert_fast.kernels._common.library import TRITON_DTYPES
-from bert_fast.kernels.lamb.ops import ROOM
+from bert_fast.kernels.lamb.op import OP
 
 
 class ClipScale(NamedTuple):
@@ -50,7 +50,7 @@ def clip_scale(grads: Sequence[Tensor], max_norm: float, *, impl: str = "auto") 
         impl = "reference"
     for index, grad in enumerate(grads) if impl == "triton" else ():
         check_same_device(grads[0], **{f"grads[{index}]": grad})
-    return ClipScale(*ROOM.select(impl, grads[0], _rarest_dtype(grads))().clip_scale(list(grads), max_norm))
+    return ClipScale(*OP.select(impl, grads[0], _rarest_dtype(grads))().clip_scale(list(grads), max_norm))
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def lamb_step(
             check_floating(f"{name}[{index}]", tensors[index], param.shape, param)
     if params:
         dtype = _rarest_dtype([*params, *grads, *exp_avgs, *exp_avg_sqs])
-        ROOM.select(impl, params[0], dtype)().lamb_step(
+        OP.select(impl, params[0], dtype)().lamb_step(
             list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), step, lr, betas, eps, weight_decay, grad_scale
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from bert_fast.kernels._common.checks import autocast, check_floating
-from bert_fast.kernels.linear.ops import ROOM
+from bert_fast.kernels.linear.op import OP
 
 _ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
@@ -53,5 +53,5 @@ def linear(
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected None, 'gelu' or 'gelu_tanh'")
     x = autocast(x)
-    out: Tensor = ROOM.select(impl, x)(x, weights, bias, activation)
+    out: Tensor = OP.select(impl, x)(x, weights, bias, activation)
     return out

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.checks import autocast, check_floating, check_integer, check_same_device, check_shape
-from bert_fast.kernels.linear_int8 import native
-from bert_fast.kernels.linear_int8.ops import FEED_FORWARD, ROOM
+from bert_fast.kernels.linear_int8 import cpu_backends
+from bert_fast.kernels.linear_int8.op import FEED_FORWARD, OP
 
 
 class Int8Weight(NamedTuple):
@@ -35,7 +35,7 @@ def quantize_weight(weight: Tensor, *, limit: int | None = None) -> Int8Weight:
     check_floating("weight", weight, ("N", "K"))
     if not weight.numel() or not bool(weight.isfinite().all()):
         raise ValueError(f"weight (shape {tuple(weight.shape)}) is empty or not finite; expected finite numbers")
-    limit = native.weight_limit() if limit is None else limit
+    limit = cpu_backends.weight_limit() if limit is None else limit
     if not 1 <= limit <= 127:
         raise ValueError(f"limit is {limit}; expected 1 to 127")
     precise = weight.detach().float()
@@ -76,7 +76,7 @@ def linear_int8(
         ImplUnavailableError: the `impl` asked for can't run here.
     """
     x = _checked(x, weight, bias, activation, input_range)
-    out: Tensor = ROOM.select(impl, x)(x, tuple(weight), bias, activation, input_range)
+    out: Tensor = OP.select(impl, x)(x, tuple(weight), bias, activation, input_range)
     return out
 
 
@@ -108,7 +108,7 @@ def feed_forward_int8(
         raise ValueError("activation is None; expected 'gelu' or 'gelu_tanh'")
     _check_weight(down, up.values.shape[0], x)
     _check_range(down_range, x)
-    call = FEED_FORWARD[ROOM.select(impl, x)]
+    call = FEED_FORWARD[OP.select(impl, x)]
     out: Tensor = call(x, tuple(up), up_bias, tuple(down), activation, up_range, down_range)
     return out
 

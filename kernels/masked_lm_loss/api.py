@@ -15,7 +15,7 @@ from bert_fast.kernels._common.checks import (
     check_shape,
     values_are_checked,
 )
-from bert_fast.kernels.masked_lm_loss.ops import ROOM
+from bert_fast.kernels.masked_lm_loss.op import OP
 
 
 class MaskedLMLoss(NamedTuple):
@@ -106,7 +106,7 @@ def masked_lm_loss(
     _check_labels(labels, decoder_weight.shape[0], ignore_index)
     hidden = autocast(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        call = ROOM.select(impl, hidden)
+        call = OP.select(impl, hidden)
         found = call(hidden, labels, *parameters.values(), eps, ignore_index, label_smoothing, z_loss)
         return MaskedLMLoss(*found)
 

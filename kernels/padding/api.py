@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.checks import check_integer, check_same_device, check_shape, values_are_checked
-from bert_fast.kernels.padding.ops import ROOM
+from bert_fast.kernels.padding.op import OP
 
 
 class Unpadded(NamedTuple):
@@ -51,7 +51,7 @@ def unpad(x: Tensor, attention_mask: Tensor, *, impl: str = "auto") -> Unpadded:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, S, ...)")
     check_shape("attention_mask", attention_mask, tuple(x.shape[:2]))
     check_same_device(x, attention_mask=attention_mask)
-    functions = ROOM.select(impl, x)()
+    functions = OP.select(impl, x)()
     indices, cu_seqlens = functions.unpad_indices(_as_bool(attention_mask))
     packed = functions.gather_rows(x.flatten(0, 1), indices)
     return Unpadded(packed, indices, cu_seqlens, _longest(cu_seqlens, x.shape[1]))
@@ -85,7 +85,7 @@ def pad(x: Tensor, indices: Tensor, batch: int, seqlen: int, *, impl: str = "aut
     if batch < 0 or seqlen < 0:
         raise ValueError(f"batch is {batch} and seqlen {seqlen}; expected the B and S of the padded batch, at least 0")
     _check_indices(indices, batch, seqlen)
-    out: Tensor = ROOM.select(impl, x)().scatter_rows(x, indices, batch * seqlen)
+    out: Tensor = OP.select(impl, x)().scatter_rows(x, indices, batch * seqlen)
     return out.view(batch, seqlen, *x.shape[1:])
 
 

@@ -13,7 +13,7 @@ import torch
 
 from bert_fast import kernels
 from bert_fast.cli.main import main
-from bert_fast.kernels._common.dispatch import ROOMS, Implementation
+from bert_fast.kernels._common.dispatch import OPS, Implementation
 from bert_fast.kernels._common.library import simulated
 from bert_fast.verification import CASES
 
@@ -163,25 +163,25 @@ def test_info_names_every_implementation_and_reason(capsys: pytest.CaptureFixtur
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["machine"]["threads"] == torch.get_num_threads()
-    for room, impls in kernels.available_impls().items():
+    for op, impls in kernels.available_impls().items():
         for impl, state in impls.items():
-            assert found["operations"][room][impl]["reason"] == state.reason
+            assert found["operations"][op][impl]["reason"] == state.reason
             assert state.ok or state.reason in printed
-        assert sum(state["chosen"] for state in found["operations"][room].values()) == 1
+        assert sum(state["chosen"] for state in found["operations"][op].values()) == 1
 
 
-def test_verify_covers_every_room_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sorted(CASES) == sorted(ROOMS)
+def test_verify_covers_every_op_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(CASES) == sorted(OPS)
     # In the interpreter the same cases are kernels/test_triton.py's; in the emulator they would take minutes.
     asked = [impl for impl in ("reference", "triton", "cuda", "cpu") if not simulated(impl)]
     assert main(["verify", "--impls", f"[{','.join(asked)}]"]) == 0
     printed = capsys.readouterr().out
-    for room, impls in kernels.available_impls().items():
+    for op, impls in kernels.available_impls().items():
         for impl, state in impls.items():
-            rows = [line for line in printed.splitlines() if line.startswith(f"{room:<21} {impl:<10}")]
+            rows = [line for line in printed.splitlines() if line.startswith(f"{op:<21} {impl:<10}")]
             assert bool(rows) == (state.ok and impl in asked)
             assert all(line.endswith("  ok") for line in rows)
-            dtypes = ROOMS[room].impls[impl].dtypes or (torch.float32, torch.bfloat16, torch.float16)
+            dtypes = OPS[op].impls[impl].dtypes or (torch.float32, torch.bfloat16, torch.float16)
             tested = {str(dtype).removeprefix("torch.") for dtype in dtypes} - {"float64"}
             assert not rows or {line.split()[3] for line in rows} == tested
 
@@ -189,18 +189,18 @@ def test_verify_covers_every_room_and_passes(capsys: pytest.CaptureFixture[str])
 def test_verify_fails_where_a_kernel_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = ROOMS["bias_gelu"]
-    right = room.impls["reference"].call
+    op = OPS["bias_gelu"]
+    right = op.impls["reference"].call
 
     def raises(*_: object) -> torch.Tensor:
         raise RuntimeError("out of registers")
 
-    monkeypatch.setitem(room.impls, "triton", Implementation(lambda *inputs: right(*inputs) * 1.001, None, None))
-    monkeypatch.setitem(room.impls, "cuda", Implementation(raises, None, None))
-    assert main(["verify", "--rooms", "[bias_gelu]"]) == 1
+    monkeypatch.setitem(op.impls, "triton", Implementation(lambda *inputs: right(*inputs) * 1.001, None, None))
+    monkeypatch.setitem(op.impls, "cuda", Implementation(raises, None, None))
+    assert main(["verify", "--ops", "[bias_gelu]"]) == 1
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    rows = {impl: [line for line in lines if line.split()[:2] == ["bias_gelu", impl]] for impl in room.impls}
+    rows = {impl: [line for line in lines if line.split()[:2] == ["bias_gelu", impl]] for impl in op.impls}
     assert all(line.endswith("  ok") for line in rows["reference"])
     assert all(line.endswith("  FAILED") for line in rows["triton"] if "float32" in line)
     assert all("RuntimeError: out of registers" in line for line in rows["cuda"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import data_speed
+from benchmarks.models import data_speed
 from bert_fast.data import PretrainingData, PretrainingDataConfig
 from bert_fast.data.host_numpy import CONTINUES
 

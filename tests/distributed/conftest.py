@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 # What a rank imports, torch._dynamo (two seconds, by DistributedDataParallel) among it.
-PRELOADED = ["bert_fast.training.loop", "torch.distributed.fsdp", "torch._dynamo", "tokenizers", "pyarrow.compute"]
+PRELOADED = ["bert_fast.pretrain.trainer", "torch.distributed.fsdp", "torch._dynamo", "tokenizers", "pyarrow.compute"]
 WORKER = Path(__file__).with_name("pretrain_worker.py")
 
 

@@ -1,6 +1,6 @@
 """Two ranks of DistributedDataParallel on the CPU: prints "equal" where each gradient is the mean of the ranks' own.
 
-Arguments: the implementation that every room uses, and whose model: "own", or transformers' one, "fused". The gradients
+Arguments: the implementation that every op uses, and whose model: "own", or transformers' one, "fused". The gradients
 that a fused model should have are those of the same model before it was fused.
 """
 

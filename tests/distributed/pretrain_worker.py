@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from bert_fast.training import checkpoint
-from bert_fast.training.config import PretrainConfig, from_mapping
-from bert_fast.training.feed import Prefetch
-from bert_fast.training.loop import Trainer, pretrain
+from bert_fast.pretrain.config import PretrainConfig, from_mapping
+from bert_fast.pretrain.micro_batches import Prefetch
+from bert_fast.pretrain.trainer import Trainer, pretrain
+from bert_fast.runtime import checkpoint
 
 
 def to_a_full_disk(tensors: dict[str, torch.Tensor], path: str) -> None:

@@ -1,4 +1,4 @@
-"""The model under DistributedDataParallel, on every implementation that covers its rooms here."""
+"""The model under DistributedDataParallel, on every implementation that covers its ops here."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import torch
 from bert_fast.kernels import available_impls
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
-MODEL_ROOMS = ("add_layer_norm", "attention", "bias_gelu", "embedding_layer_norm", "masked_lm_loss", "padding")
+MODEL_OPS = ("add_layer_norm", "attention", "bias_gelu", "embedding_layer_norm", "masked_lm_loss", "padding")
 # On a GPU machine the Triton kernels run on CUDA tensors, which two ranks can't share under gloo.
 IMPLS = [
     impl
     for impl in ("reference", "triton", "cpu")
-    if all(available_impls()[room][impl].ok for room in MODEL_ROOMS)
-    and not (impl == "triton" and torch.cuda.is_available())
+    if all(available_impls()[op][impl].ok for op in MODEL_OPS) and not (impl == "triton" and torch.cuda.is_available())
 ]
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bert_fast.training import checkpoint
-from bert_fast.training.replay import replay
+from bert_fast.pretrain.replay import replay
+from bert_fast.runtime import checkpoint
 
 Start = Callable[..., Any]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bert_fast.training.config import DataOptions
-from bert_fast.training.parts import open_data
+from bert_fast.pretrain.config import DataOptions
+from bert_fast.pretrain.setup import open_data
 
 NAMES = ("step", "loss", "mlm_loss", "mlm_accuracy", "nsp_loss", "nsp_accuracy", "grad_norm", "tokens", "epoch", "lr")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -20,7 +20,7 @@ SHAPES = [(9, 128), (17, 256), (33, 384), (65, 512), (37, 768), (5, 1024), (0, 1
 # tile with both tails; an odd E over two parts, the second one not full; one row a program in a tile that is not full.
 INTERPRETED_SHAPES = [(0, 16), (3, 7), (19, 33), (10, 771)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROOM = "add_layer_norm"
+OP = "add_layer_norm"
 
 
 def rng_state(device: str) -> Tensor:
@@ -54,7 +54,7 @@ def functions(impl: str, dropout_p: float, eps: float = 1e-12) -> tuple[Callable
 @pytest.mark.parametrize("x_bias", [True, False], ids=["x_bias", "no x_bias"])
 @pytest.mark.parametrize(
     ("impl", "device", "dtype", "rows", "cols"),
-    targets(ROOM, SHAPES, interpreted=INTERPRETED_SHAPES, dtypes=DTYPES),
+    targets(OP, SHAPES, interpreted=INTERPRETED_SHAPES, dtypes=DTYPES),
     ids=str,
 )
 def test_matches_reference(
@@ -72,7 +72,7 @@ def test_matches_reference(
     assert_three_way(three_way(ours, reference, inputs, dtype, (torch.randn(rows, cols, device=device),)))
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_the_widest_rows(impl: str, device: str, poisoned_empty: None) -> None:
     """8192 columns and just below; in Triton dx_bias has a kernel of its own here, and 9 rows are two parts of sums."""
     ours, reference = functions(impl, 0.1)
@@ -80,7 +80,7 @@ def test_the_widest_rows(impl: str, device: str, poisoned_empty: None) -> None:
     assert_three_way(three_way(ours, reference, inputs, torch.bfloat16, (dout,)))
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_float32_parameters_with_bfloat16_activations(impl: str, device: str) -> None:
     ours, reference = functions(impl, 0.1)
     comparisons = three_way(
@@ -97,7 +97,7 @@ def test_float32_parameters_with_bfloat16_activations(impl: str, device: str) ->
 
 @pytest.mark.parametrize(
     ("impl", "device", "rows", "cols"),
-    [("reference", "cpu", 41, 389), *targets(ROOM, [(41, 389)], interpreted=[(11, 389)])],
+    [("reference", "cpu", 41, 389), *targets(OP, [(41, 389)], interpreted=[(11, 389)])],
 )
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
 def test_drops_exactly_the_elements_of_the_definition(
@@ -118,7 +118,7 @@ def test_drops_exactly_the_elements_of_the_definition(
     assert torch.equal(dropped < 0, multiplier == 0)
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_draws_its_own_rng_state_from_torchs_generator(impl: str, device: str) -> None:
     inputs = random_inputs(8, 64, device)
     torch.manual_seed(1)
@@ -129,7 +129,7 @@ def test_draws_its_own_rng_state_from_torchs_generator(impl: str, device: str) -
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_constant_rows_give_the_bias(impl: str, device: str) -> None:
     """Variance 0: nothing but eps under the root, at values whose square would swamp it."""
     value = torch.tensor([0.0, 1.0, -3.7, 1e4, -123456.789, 1e-30], device=device).unsqueeze(1)
@@ -142,7 +142,7 @@ def test_constant_rows_give_the_bias(impl: str, device: str) -> None:
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 @pytest.mark.parametrize("offset", [1e4, -3e5])
 def test_rows_far_from_zero(impl: str, device: str, offset: float) -> None:
     """E[x^2] - E[x]^2 would lose every digit here. The values are exact, so the input's rounding plays no part."""
@@ -157,7 +157,7 @@ def test_rows_far_from_zero(impl: str, device: str, offset: float) -> None:
     assert (out - truth).abs().max() < 4 * torch.finfo(torch.float32).eps * abs(offset)
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_a_nan_stays_in_its_row(impl: str, device: str) -> None:
     inputs = random_inputs(4, 40, device, x_bias=False)
     inputs["x"][2, 39] = float("nan")
@@ -168,7 +168,7 @@ def test_a_nan_stays_in_its_row(impl: str, device: str) -> None:
 
 @pytest.mark.parametrize(
     ("impl", "device", "dtype", "rows", "cols"),
-    targets(ROOM, [(1301, 259)], interpreted=[(11, 259)], dtypes=DTYPES[:2]),
+    targets(OP, [(1301, 259)], interpreted=[(11, 259)], dtypes=DTYPES[:2]),
     ids=str,
 )
 def test_same_bits_again_and_with_other_thread_counts(
@@ -192,7 +192,7 @@ def test_same_bits_again_and_with_other_thread_counts(
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_strided_inputs_and_gradient(impl: str, device: str) -> None:
     wide, weight, bias = (torch.randn(*shape, device=device) for shape in ((9, 80), (40,), (20,)))
     weight = weight[::2]
@@ -206,7 +206,7 @@ def test_strided_inputs_and_gradient(impl: str, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
 
-@pytest.mark.parametrize(("impl", "device"), [("reference", "cpu"), *targets(ROOM)])
+@pytest.mark.parametrize(("impl", "device"), [("reference", "cpu"), *targets(OP)])
 def test_autocast(impl: str, device: str) -> None:
     inputs = {name: x.requires_grad_() for name, x in random_inputs(5, 24, device).items()}
     with torch.autocast(device, torch.bfloat16):
@@ -217,7 +217,7 @@ def test_autocast(impl: str, device: str) -> None:
     assert all(x.grad is not None for x in inputs.values())
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_opcheck(impl: str, device: str) -> None:
     inputs = {name: x.requires_grad_() for name, x in random_inputs(5, 24, device).items()}
     x, residual, weight, bias, x_bias = inputs.values()
@@ -236,7 +236,7 @@ def test_opcheck(impl: str, device: str) -> None:
         torch.library.opcheck(operators(impl).add_layer_norm_bwd.default, (*detached, mean, rstd, dropout_p, state))
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_compiles_whole(impl: str, device: str, compile_backend: str) -> None:
     inputs = {name: x.requires_grad_() for name, x in random_inputs(5, 24, device).items()}
     compiled = torch.compile(add_layer_norm, fullgraph=True, backend=compile_backend)
@@ -248,7 +248,7 @@ def test_compiles_whole(impl: str, device: str, compile_backend: str) -> None:
     assert all(torch.allclose(a, b) for a, b in zip(grads, wanted, strict=True))
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_compiles_whole_with_a_state_drawn_inside(impl: str, device: str, compile_backend: str) -> None:
     inputs = random_inputs(5, 200, device)
     inputs["residual"].zero_()
@@ -292,7 +292,7 @@ def test_bad_input_is_named() -> None:
         call(dropout_p=0.1, rng_state=torch.zeros(2, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("impl", [impl for impl, _ in targets(ROOM) if impl == "cpu"])
+@pytest.mark.parametrize("impl", [impl for impl, _ in targets(OP) if impl == "cpu"])
 def test_operators_check_for_themselves(impl: str) -> None:
     """What the door would refuse can't make a kernel read out of bounds either."""
     x, residual, weight, bias, x_bias = random_inputs(5, 24).values()
@@ -307,7 +307,7 @@ def test_operators_check_for_themselves(impl: str) -> None:
         fwd(x, residual, weight, bias, x_bias, 0.1, 1e-12, rng_state("cpu").float())
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_explicit_request_never_falls_back(impl: str, device: str) -> None:
     x, residual, weight, bias, _ = (parameter.double() for parameter in random_inputs(5, 24, device).values())
     if impl != "reference":

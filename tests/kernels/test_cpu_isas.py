@@ -1,6 +1,6 @@
-"""The CPU kernels of instruction sets that this CPU lacks or wouldn't choose: the rooms' own tests, a process for each.
+"""The CPU kernels of instruction sets that this CPU lacks or wouldn't choose: the ops' own tests, a process for each.
 
-AVX-512 is emulated (csrc/emulator/build.py): vectors and tiles as large, the dot product of pairs of bfloat16 in the
+AVX-512 is emulated (tests/emulator/build.py): vectors and tiles as large, the dot product of pairs of bfloat16 in the
 arithmetic of its instruction. What that can't show is the compiler's code for AVX-512 itself.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = (
+OPS = (
     "add_layer_norm",
     "attention",
     "bias_gelu",
@@ -31,7 +31,7 @@ ROOMS = (
 LEFT_OUT = ("compile", "opcheck", "memory", "transformers", "30522", "autocast", "at_512 and bfloat16")
 
 
-BUILD = runpy.run_path(str(ROOT / "csrc" / "emulator" / "build.py"))
+BUILD = runpy.run_path(str(ROOT / "tests" / "emulator" / "build.py"))
 SMALLEST = Fraction(1, 2**126)  # normal float32
 
 
@@ -40,10 +40,10 @@ def emulator() -> str:
     return str(BUILD["build"]("_C"))
 
 
-def run(isa: str, rooms: tuple[str, ...], only: str, **environment: str) -> None:
-    """The tests of `rooms` that `only` selects, with the kernels of `isa`."""
+def run(isa: str, ops: tuple[str, ...], only: str, **environment: str) -> None:
+    """The tests of `ops` that `only` selects, with the kernels of `isa`."""
     selected = " and ".join(["cpu-cpu", *([only] if only else []), *(f"not ({what})" for what in LEFT_OUT)])
-    files = [str(ROOT / "tests" / "kernels" / f"test_{room}.py") for room in rooms]
+    files = [str(ROOT / "tests" / "kernels" / f"test_{op}.py") for op in ops]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env.update(environment, BERT_FAST_CPU_ISA=isa, BERT_FAST_CUDA_EMULATOR="")  # empty: none
@@ -51,7 +51,7 @@ def run(isa: str, rooms: tuple[str, ...], only: str, **environment: str) -> None
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed.group(1)) > 20 * len(rooms), done.stdout[-1000:]
+    assert int(passed.group(1)) > 20 * len(ops), done.stdout[-1000:]
     assert "skipped" not in done.stdout
 
 
@@ -60,7 +60,7 @@ def test_baseline() -> None:
 
 
 def test_avx512(emulator: str) -> None:
-    run("avx512", ROOMS, "", BERT_FAST_AVX512_EMULATOR=emulator)
+    run("avx512", OPS, "", BERT_FAST_AVX512_EMULATOR=emulator)
 
 
 def test_avx512_with_pairs_of_bfloat16(emulator: str) -> None:
@@ -90,7 +90,7 @@ def test_dot_of_pairs_is_two_fused_multiply_adds_the_high_halves_first(tmp_path:
     program = tmp_path / "cases"
     include = f"-I{ROOT / 'csrc'}"
     flags = [flag for flag in (*BUILD["FLAGS"], *BUILD["MODULES"]["_C"][1]) if flag != "-Werror"]
-    source = str(ROOT / "tests" / "kernels" / "pairs_cases.cpp")
+    source = str(ROOT / "tests" / "emulator" / "bf16_dot_cases.cpp")
     subprocess.run([BUILD["compiler"](), *flags, include, source, "-o", str(program)], check=True)
     rng = np.random.default_rng(0)
     signs = rng.integers(0, 2, (3, 2, 600)) << 15

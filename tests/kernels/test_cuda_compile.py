@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_report
+from benchmarks.reports import cuda_report
 
 REPORT = """\
 ptxas info    : 28 bytes gmem
@@ -23,7 +23,7 @@ ptxas info    : Used 12 registers, used 0 barriers, 360 bytes cmem[0]
 
 def test_table_is_of_these_sources() -> None:
     stale = [str(path) for path in cuda_report.stale(cuda_report.read())]
-    assert not stale, f"python -m benchmarks.cuda_report --write, for {stale}"
+    assert not stale, f"python -m benchmarks.reports.cuda_report --write, for {stale}"
 
 
 def test_known_spills_are_bounded() -> None:
@@ -89,11 +89,11 @@ def test_report_of_ptxas_is_read() -> None:
 
 def test_hash_follows_the_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_report, "ROOT", tmp_path)
-    folder = tmp_path / "csrc" / "room"
+    folder = tmp_path / "csrc" / "op"
     folder.mkdir(parents=True)
-    source = folder / "room_cuda.cu"
-    source.write_text('#include "room/one.h"\n#include <vector>\n')
-    (folder / "one.h").write_text('#include "room/two.h"\n')
+    source = folder / "op_cuda.cu"
+    source.write_text('#include "op/one.h"\n#include <vector>\n')
+    (folder / "one.h").write_text('#include "op/two.h"\n')
     (folder / "two.h").write_text("int x;\n")
     before = cuda_report.sources_hash(source)
     (folder / "two.h").write_text("int y;\n")

@@ -21,10 +21,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("emulator") / "cases"
     compiler = next(name for name in (os.environ.get("CXX"), "c++", "g++") if name and shutil.which(name))
     sources = [
-        *(ROOT / "tests" / "kernels" / name for name in ("cuda_emulator_cases.cpp", "cuda_emulator_hopper_cases.cpp")),
-        *(ROOT / "csrc" / "emulator" / name for name in ("emulator.cpp", "hopper.cpp")),
+        *(ROOT / "tests" / "emulator" / name for name in ("cases.cpp", "hopper_cases.cpp")),
+        *(ROOT / "tests" / "emulator" / name for name in ("emulator.cpp", "hopper.cpp")),
     ]
-    includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
+    includes = [f"-I{path}" for path in (ROOT / "csrc", ROOT / "tests", *include_paths())]
     flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-DBERT_FAST_EMULATOR", *includes]
     flags.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
     subprocess.run([compiler, *flags, *map(str, sources), "-o", str(program)], check=True)

@@ -1,4 +1,4 @@
-"""Every room captured in a CUDA graph, forward and backward: no host synchronisation, static shapes, dropout replayed.
+"""Every op captured in a CUDA graph, forward and backward: no host synchronisation, static shapes, dropout replayed.
 
 A replay on new values has to give the bits of an ordinary call on them.
 """
@@ -14,19 +14,19 @@ from bert_fast.verification import CASES
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # lamb has no gradient, and a test of its own; unpad returns T to the host.
-ROOMS = [room for room in CASES if room not in ("lamb", "padding")]
-CALLS = [(room, index) for room in ROOMS for index in range(len(CASES[room]()))]
+OPS = [op for op in CASES if op not in ("lamb", "padding")]
+CALLS = [(op, index) for op in OPS for index in range(len(CASES[op]()))]
 
 
-def run(room: str, index: int, impl: str, inputs: dict[str, Tensor], dout: Tensor) -> list[Tensor]:
-    out = CASES[room]()[index].call(impl=impl, **inputs)
+def run(op: str, index: int, impl: str, inputs: dict[str, Tensor], dout: Tensor) -> list[Tensor]:
+    out = CASES[op]()[index].call(impl=impl, **inputs)
     leaves = [x for x in inputs.values() if x.requires_grad]
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
-def fresh(room: str, index: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+def fresh(op: str, index: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    case = CASES[room]()[index]
+    case = CASES[op]()[index]
     return {
         name: x.cuda().to(torch.float32 if name in case.parameters else dtype).requires_grad_()
         if x.is_floating_point()
@@ -37,26 +37,26 @@ def fresh(room: str, index: int, dtype: torch.dtype, seed: int) -> dict[str, Ten
 
 @needs_gpu
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
-@pytest.mark.parametrize(("room", "index"), CALLS)
-def test_a_replayed_graph_equals_an_ordinary_call(room: str, index: int, impl: str) -> None:
-    state = available_impls()[room][impl]
+@pytest.mark.parametrize(("op", "index"), CALLS)
+def test_a_replayed_graph_equals_an_ordinary_call(op: str, index: int, impl: str) -> None:
+    state = available_impls()[op][impl]
     if not state.ok:
         pytest.skip(state.reason)
-    static, new = (fresh(room, index, torch.bfloat16, seed) for seed in (0, 1))
-    dout = torch.randn_like(CASES[room]()[index].call(impl=impl, **static).detach())
+    static, new = (fresh(op, index, torch.bfloat16, seed) for seed in (0, 1))
+    dout = torch.randn_like(CASES[op]()[index].call(impl=impl, **static).detach())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run(room, index, impl, static, dout)
+        run(op, index, impl, static, dout)
     torch.cuda.current_stream().wait_stream(stream)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(room, index, impl, static, dout)
+        captured = run(op, index, impl, static, dout)
     with torch.no_grad():
         for name, x in static.items():
             x.copy_(new[name])
     graph.replay()
-    expected = run(room, index, impl, new, dout)
+    expected = run(op, index, impl, new, dout)
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))

@@ -22,7 +22,7 @@ SHAPES = [(9, 128), (17, 256), (33, 384), (301, 512), (37, 768), (5, 1024), (0, 
 INTERPRETED_SHAPES = [(0, 16), (3, 7), (19, 33), (2, 515)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VOCABULARY, POSITIONS, TYPES = 97, 53, 2
-ROOM = "embedding_layer_norm"
+OP = "embedding_layer_norm"
 TABLES_AND_PARAMETERS = ("word", "token_type", "position", "weight", "bias")
 
 
@@ -85,7 +85,7 @@ def gradients(out: Tensor, inputs: dict[str, Tensor], dout: Tensor) -> dict[str,
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["keep all", "dropout"])
 @pytest.mark.parametrize(
     ("impl", "device", "dtype", "tokens", "cols"),
-    targets(ROOM, SHAPES, interpreted=INTERPRETED_SHAPES, dtypes=DTYPES),
+    targets(OP, SHAPES, interpreted=INTERPRETED_SHAPES, dtypes=DTYPES),
     ids=str,
 )
 def test_matches_reference(
@@ -96,7 +96,7 @@ def test_matches_reference(
     assert_three_way(three_way(ours, reference, inputs, dtype, (dout,)))
 
 
-@pytest.mark.parametrize(("impl", "device", "tokens"), targets(ROOM, [(9,)], interpreted=[(3,)]))
+@pytest.mark.parametrize(("impl", "device", "tokens"), targets(OP, [(9,)], interpreted=[(3,)]))
 def test_the_widest_rows(impl: str, device: str, tokens: int, poisoned_empty: None) -> None:
     """Just below 8192 columns; nine tokens are two parts of the sums over rows. All of them read the same rows."""
     ours, reference = functions(impl, 0.1)
@@ -106,7 +106,7 @@ def test_the_widest_rows(impl: str, device: str, tokens: int, poisoned_empty: No
     assert_three_way(three_way(ours, reference, inputs, torch.bfloat16, (dout,)))
 
 
-@pytest.mark.parametrize(("impl", "device", "tokens"), targets(ROOM, [(2000,)], interpreted=[(90,)]))
+@pytest.mark.parametrize(("impl", "device", "tokens"), targets(OP, [(2000,)], interpreted=[(90,)]))
 def test_table_rows_of_many_tokens(impl: str, device: str, tokens: int, poisoned_empty: None) -> None:
     """In Triton three levels of chunks, and more of them on a GPU: 16 tokens, then 32 sums of those below."""
     ours, reference = functions(impl, padding_idx=1)
@@ -118,7 +118,7 @@ def test_table_rows_of_many_tokens(impl: str, device: str, tokens: int, poisoned
 
 
 @pytest.mark.parametrize("rows", [2**15 - 1, 2**15])
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_the_last_rows_of_large_tables(impl: str, device: str, rows: int, poisoned_empty: None) -> None:
     """Up to 2^15 - 1 rows in all tables together Triton sorts the tokens by a key of 16 bits."""
     inputs, dout = random_inputs(5, 16, device), torch.randn(5, 16, device=device)
@@ -132,7 +132,7 @@ def test_the_last_rows_of_large_tables(impl: str, device: str, rows: int, poison
 
 
 @pytest.mark.parametrize(
-    ("impl", "device", "tokens", "cols"), targets(ROOM, [(35, 200)], interpreted=[(9, 200)]), ids=str
+    ("impl", "device", "tokens", "cols"), targets(OP, [(35, 200)], interpreted=[(9, 200)]), ids=str
 )
 def test_float32_parameters_with_bfloat16_tables(impl: str, device: str, tokens: int, cols: int) -> None:
     ours, reference = functions(impl, 0.1)
@@ -148,7 +148,7 @@ def test_float32_parameters_with_bfloat16_tables(impl: str, device: str, tokens:
     assert_three_way(comparisons)
 
 
-@pytest.mark.parametrize(("impl", "device", "tokens"), targets(ROOM, [(50,)], interpreted=[(20,)]))
+@pytest.mark.parametrize(("impl", "device", "tokens"), targets(OP, [(50,)], interpreted=[(20,)]))
 def test_int32_ids_give_the_same_bits(impl: str, device: str, tokens: int) -> None:
     inputs = random_inputs(tokens, 40, device)
     narrow = {name: x if x.is_floating_point() else x.int() for name, x in inputs.items()}
@@ -161,7 +161,7 @@ def test_int32_ids_give_the_same_bits(impl: str, device: str, tokens: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("impl", "device", "tokens"), [("reference", "cpu", 200), *targets(ROOM, [(200,)], interpreted=[(20,)])]
+    ("impl", "device", "tokens"), [("reference", "cpu", 200), *targets(OP, [(200,)], interpreted=[(20,)])]
 )
 def test_padding_row_gets_no_gradient_and_the_others_keep_theirs(impl: str, device: str, tokens: int) -> None:
     inputs = random_inputs(tokens, 24, device)
@@ -181,7 +181,7 @@ def test_padding_row_gets_no_gradient_and_the_others_keep_theirs(impl: str, devi
             assert torch.equal(plain[name], padded[name])
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_rows_that_no_token_reads_get_zero(impl: str, device: str, poisoned_empty: None) -> None:
     leaves = with_gradients(random_inputs(20, 24, device))
     grads = gradients(functions(impl)[0](**leaves), leaves, torch.randn(20, 24, device=device))
@@ -194,7 +194,7 @@ def test_rows_that_no_token_reads_get_zero(impl: str, device: str, poisoned_empt
 @pytest.mark.parametrize(
     ("impl", "device", "tokens"),
     # 300 are enough for sums in bfloat16 to be wrong by several times the bound.
-    [target for target in targets(ROOM, [(3000,)], interpreted=[(300,)]) if target[0] != "reference"],
+    [target for target in targets(OP, [(3000,)], interpreted=[(300,)]) if target[0] != "reference"],
 )
 def test_sums_of_many_bfloat16_rows_are_made_in_float32(impl: str, device: str, tokens: int) -> None:
     """In bfloat16 a sum of equal terms stops growing after 256 of them. Few rows, so that the sums are long."""
@@ -214,7 +214,7 @@ def test_sums_of_many_bfloat16_rows_are_made_in_float32(impl: str, device: str, 
 
 @pytest.mark.parametrize(
     ("impl", "device", "tokens", "cols"),
-    [("reference", "cpu", 41, 389), *targets(ROOM, [(41, 389)], interpreted=[(11, 389)])],
+    [("reference", "cpu", 41, 389), *targets(OP, [(41, 389)], interpreted=[(11, 389)])],
 )
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
 def test_drops_exactly_the_elements_of_the_definition(
@@ -228,7 +228,7 @@ def test_drops_exactly_the_elements_of_the_definition(
     assert torch.equal(out, functions(impl)[0](**inputs) * multiplier)
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_constant_rows_give_the_bias(impl: str, device: str) -> None:
     inputs = with_gradients(random_inputs(6, 771, device))
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_constant_rows_give_the_bias(impl: str, device: str) -> None:
     assert all(x.isfinite().all() for x in gradients(out, inputs, torch.randn(6, 771, device=device)).values())
 
 
-@pytest.mark.parametrize(("impl", "device", "tokens"), targets(ROOM, [(21,)], interpreted=[(5,)]))
+@pytest.mark.parametrize(("impl", "device", "tokens"), targets(OP, [(21,)], interpreted=[(5,)]))
 def test_rows_far_from_zero(impl: str, device: str, tokens: int) -> None:
     """E[x^2] - E[x]^2 would lose every digit here. The values are exact, so the input's rounding plays no part."""
     inputs = random_inputs(tokens, 768, device)
@@ -254,7 +254,7 @@ def test_rows_far_from_zero(impl: str, device: str, tokens: int) -> None:
     ("impl", "device", "dtype", "tokens", "cols"),
     [
         target
-        for target in targets(ROOM, [(1301, 259)], interpreted=[(11, 40)], dtypes=DTYPES[:2])
+        for target in targets(OP, [(1301, 259)], interpreted=[(11, 40)], dtypes=DTYPES[:2])
         if target[0] != "reference"
     ],
     ids=str,
@@ -280,7 +280,7 @@ def test_same_bits_again_and_with_other_thread_counts(
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_strided_inputs_and_gradient(impl: str, device: str) -> None:
     dense = random_inputs(9, 20, device)
     strided = {name: torch.stack([x, x], dim=-1)[..., 0] for name, x in dense.items()}
@@ -304,7 +304,7 @@ def test_strided_inputs_and_gradient(impl: str, device: str) -> None:
                 assert torch.equal(found[name], grads[name])
 
 
-@pytest.mark.parametrize(("impl", "device"), [("reference", "cpu"), *targets(ROOM)])
+@pytest.mark.parametrize(("impl", "device"), [("reference", "cpu"), *targets(OP)])
 def test_autocast_rounds_once_and_leaves_the_tables_alone(impl: str, device: str) -> None:
     inputs = with_gradients(random_inputs(25, 24, device))
     ours, _ = functions(impl, 0.1)
@@ -326,7 +326,7 @@ def test_autocast_rounds_once_and_leaves_the_tables_alone(impl: str, device: str
 
 def test_autocast_to_a_dtype_that_no_cpu_kernel_takes() -> None:
     inputs = random_inputs(25, 24)
-    native = "cpu" in {impl for impl, _ in targets(ROOM)}
+    native = "cpu" in {impl for impl, _ in targets(OP)}
     for table_dtype in (torch.float32, torch.bfloat16):
         tables = cast(inputs, table_dtype)
         with torch.autocast("cpu", torch.float16):
@@ -338,7 +338,7 @@ def test_autocast_to_a_dtype_that_no_cpu_kernel_takes() -> None:
         assert torch.allclose(out.float(), embedding_layer_norm(**inputs), atol=0.15)
 
 
-@pytest.mark.parametrize(("impl", "device", "tokens"), targets(ROOM, [(5,)], interpreted=[(2,)]))
+@pytest.mark.parametrize(("impl", "device", "tokens"), targets(OP, [(5,)], interpreted=[(2,)]))
 def test_opcheck(impl: str, device: str, tokens: int) -> None:
     inputs = with_gradients(random_inputs(tokens, 24, device))
     for dropout_p, padding_idx, state, out_dtype in (
@@ -358,7 +358,7 @@ def test_opcheck(impl: str, device: str, tokens: int) -> None:
         )
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_compiles_whole(impl: str, device: str, compile_backend: str) -> None:
     inputs = with_gradients(random_inputs(5, 24, device))
     compiled = torch.compile(embedding_layer_norm, fullgraph=True, backend=compile_backend)
@@ -413,7 +413,7 @@ def test_bad_input_is_named() -> None:
         call(impl="cuda")
 
 
-@pytest.mark.parametrize("impl", [impl for impl, _ in targets(ROOM) if impl == "cpu"])
+@pytest.mark.parametrize("impl", [impl for impl, _ in targets(OP) if impl == "cpu"])
 def test_operators_check_for_themselves(impl: str) -> None:
     """What the door would refuse can't make a kernel read out of bounds either."""
     inputs = random_inputs(5, 24)
@@ -434,7 +434,7 @@ def test_operators_check_for_themselves(impl: str) -> None:
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
-@pytest.mark.parametrize(("impl", "device"), [target for target in targets(ROOM) if target[0] == "triton"])
+@pytest.mark.parametrize(("impl", "device"), [target for target in targets(OP) if target[0] == "triton"])
 def test_ids_outside_their_tables_read_the_nearest_row(impl: str, device: str, index_dtype: torch.dtype) -> None:
     """Ids on a GPU are not checked at the door: whatever they are, the kernels stay inside the tables."""
     inputs = random_inputs(6, 24, device)
@@ -453,7 +453,7 @@ def test_ids_outside_their_tables_read_the_nearest_row(impl: str, device: str, i
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(ROOM))
+@pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_explicit_request_never_falls_back(impl: str, device: str) -> None:
     inputs = random_inputs(5, 24, device)
     if impl != "reference":

@@ -286,7 +286,7 @@ def test_nan_stays_in_its_tensor_and_clipping_spreads_it(impl: str, device: str)
 @pytest.mark.parametrize(("impl", "device"), TRITON)
 def test_tables_follow_the_tensors(impl: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are kept for tensors that stay where they are, found again by address, and dropped when there are many."""
-    from bert_fast.kernels.lamb import triton_tables
+    from bert_fast.kernels.lamb.triton import tables as triton_tables
 
     monkeypatch.setattr(triton_tables, "_MOST_TABLES", 3)
     kept = triton_tables._pointers.recent

@@ -59,13 +59,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize(("room", "impl", "device"), [(room, *target) for room in CALLS for target in targets(room)])
+@pytest.mark.parametrize(("op", "impl", "device"), [(op, *target) for op in CALLS for target in targets(op)])
 def test_rows_far_apart_give_what_rows_together_give(
-    room: str, impl: str, device: str, apart: Callable[[Tensor], Tensor]
+    op: str, impl: str, device: str, apart: Callable[[Tensor], Tensor]
 ) -> None:
     x = torch.randn(ROWS, COLS, device=device).to(torch.bfloat16)
     near, far = x.clone().requires_grad_(), apart(x).requires_grad_()
-    outs = [CALLS[room](leaf, impl) for leaf in (near, far)]
+    outs = [CALLS[op](leaf, impl) for leaf in (near, far)]
     dout = torch.randn_like(outs[0])
     assert torch.equal(*outs)
     assert torch.equal(*(torch.autograd.grad(out, leaf, dout)[0] for out, leaf in zip(outs, (near, far), strict=True)))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels import ImplUnavailableError, linear
-from bert_fast.kernels.linear import native
-from bert_fast.kernels.linear.native import Backends
+from bert_fast.kernels.linear import cpu_backends
+from bert_fast.kernels.linear.cpu_backends import Backends
 from bert_fast.kernels.linear.reference import linear_reference
 from bert_fast.testing import assert_three_way, targets, three_way
 
@@ -24,14 +24,14 @@ BACKENDS = [
     (torch.float32, Backends("onednn", "onednn")),
     (torch.bfloat16, Backends("tiles", "float32")),
 ]
-if native.BACKENDS[torch.bfloat16].inference == "onednn":
+if cpu_backends.BACKENDS[torch.bfloat16].inference == "onednn":
     BACKENDS.append((torch.bfloat16, Backends("onednn", "onednn")))
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda found: "-".join((str(found[0]).removeprefix("torch."), *found[1])))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, Backends]:
     """The dtype that runs on the CPU by these backends, which the table need not have chosen here."""
-    monkeypatch.setitem(native.BACKENDS, *request.param)
+    monkeypatch.setitem(cpu_backends.BACKENDS, *request.param)
     found: tuple[torch.dtype, Backends] = request.param
     return found
 
@@ -59,7 +59,7 @@ def hold(impl: str, dtype: torch.dtype, inputs: dict[str, Tensor], activation: s
     def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return linear_reference(x, (weight,), bias, activation)
 
-    # With GeLU there are two rooms behind each other, as in a model, and DESIGN §4's factor for that.
+    # With GeLU there are two ops behind each other, as in a model, and DESIGN §4's factor for that.
     factor = 2.0 if activation is None else 3.0
     for function, rows in ((ours, 4), (in_inference, 1)):
         assert_three_way(three_way(function, reference, inputs, dtype, (dout,), factor=factor)[:rows])
@@ -116,7 +116,7 @@ def test_bfloat16_by_tiles_rounds_once() -> None:
     inputs = {name: x.bfloat16() for name, x in given(33, 700, 40).items()}
     with torch.no_grad():
         for weight in (inputs["weight"], inputs["weight"].float()):
-            out = native._tiles(inputs["x"], (weight,), inputs["bias"], "gelu")
+            out = cpu_backends._tiles(inputs["x"], (weight,), inputs["bias"], "gelu")
             exact = linear_reference(*(x.double() for x in (inputs["x"],)), (weight.double(),), inputs["bias"], "gelu")
             unit = 2.0 ** (exact.abs().clamp(min=2**-20).log2().floor() - 7)
             assert ((out.double() - exact).abs() <= 0.5 * unit + 2e-6).all()
@@ -127,9 +127,9 @@ def test_tiles_same_bits_whatever_the_other_rows(dtype: torch.dtype) -> None:
     """A row's result is its own: alone, at the end of a tile, in another block."""
     x, weight, bias = (part.to(dtype) for part in given(700, 801, 70).values())
     with torch.no_grad():
-        whole = native._tiles(x, (weight,), bias, "gelu")
+        whole = cpu_backends._tiles(x, (weight,), bias, "gelu")
         for first, last in ((0, 1), (699, 700), (3, 12), (250, 256), (17, 690)):
-            assert torch.equal(native._tiles(x[first:last], (weight,), bias, "gelu"), whole[first:last])
+            assert torch.equal(cpu_backends._tiles(x[first:last], (weight,), bias, "gelu"), whole[first:last])
 
 
 def test_packed_panels_hold_the_weight() -> None:
@@ -214,8 +214,8 @@ def test_compiles_whole(backend: tuple[torch.dtype, Backends], compile_backend: 
 
 
 def test_the_table_knows_every_cpu() -> None:
-    assert {row.dtype for row in native.TABLE if not row.isa and not row.units} == {torch.float32, torch.bfloat16}
-    assert all(any(character.isdigit() for character in row.measured) for row in native.TABLE)
+    assert {row.dtype for row in cpu_backends.TABLE if not row.isa and not row.units} == {torch.float32, torch.bfloat16}
+    assert all(any(character.isdigit() for character in row.measured) for row in cpu_backends.TABLE)
 
 
 def test_bad_input_is_named() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels import ImplUnavailableError, Int8Weight, feed_forward_int8, linear_int8, quantize_weight
-from bert_fast.kernels.linear_int8 import native
+from bert_fast.kernels.linear_int8 import cpu_backends
 from bert_fast.kernels.linear_int8.reference import quantize_rows_reference
 from bert_fast.testing import targets
 
@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(params=["tiles", "onednn"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What computes the products, whatever is faster on this CPU."""
-    monkeypatch.setattr(native, "BACKEND", request.param)
+    monkeypatch.setattr(cpu_backends, "BACKEND", request.param)
     return str(request.param)
 
 
@@ -32,7 +32,7 @@ def on_the_grid(rows: int, width: int) -> Tensor:
 
 
 def random_weight(columns: int, width: int) -> Int8Weight:
-    limit = native.weight_limit()
+    limit = cpu_backends.weight_limit()
     values = torch.randint(-limit, limit + 1, (columns, width), dtype=torch.int8)
     return Int8Weight(values, torch.rand(columns) / 100, values.sum(1).float())
 
@@ -79,7 +79,7 @@ def test_tiles_have_the_bits_of_onednn(rows: int, width: int, columns: int) -> N
     found = []
     for backend in ("tiles", "onednn"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "BACKEND", backend)
+            patch.setattr(cpu_backends, "BACKEND", backend)
             found.append([linear_int8(x, weight, bias, activation=name, impl="cpu") for name in (None, "gelu")])
     assert all(torch.equal(tiles, onednn) for tiles, onednn in zip(*found, strict=True))
 
@@ -87,7 +87,7 @@ def test_tiles_have_the_bits_of_onednn(rows: int, width: int, columns: int) -> N
 @pytest.mark.parametrize("corner", ["all largest", "all lowest", "alternating"])
 def test_extreme_values_are_exact(corner: str, backend: str) -> None:
     """The largest sums that there are, in every pair of neighbours: where 16 bits would saturate without VNNI."""
-    width, columns, limit = 3072, 64, native.weight_limit()
+    width, columns, limit = 3072, 64, cpu_backends.weight_limit()
     u = torch.full((17, width), 255, dtype=torch.uint8)
     values = torch.full((columns, width), -limit if corner == "all lowest" else limit, dtype=torch.int8)
     if corner == "alternating":
@@ -133,7 +133,7 @@ def test_feed_forward_is_two_layers(dtype: torch.dtype, activation: str, backend
 def test_error_is_that_of_eight_bits(limit: int, bound: float) -> None:
     x, weight = torch.randn(64, 768), torch.randn(512, 768) / 28
     exact = x.double() @ weight.double().T
-    impl = "cpu" if limit <= native.weight_limit() else "reference"
+    impl = "cpu" if limit <= cpu_backends.weight_limit() else "reference"
     error = linear_int8(x, quantize_weight(weight, limit=limit), impl=impl) - exact
     assert float(error.norm() / exact.norm()) < bound
 
@@ -141,7 +141,7 @@ def test_error_is_that_of_eight_bits(limit: int, bound: float) -> None:
 def test_weights_that_would_saturate_are_refused(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """As a model has that was quantized on a CPU with VNNI and pickled."""
     x, weight = torch.rand(3, 16), quantize_weight(torch.randn(8, 16), limit=127)
-    monkeypatch.setattr(native, "weight_limit", lambda: 64)
+    monkeypatch.setattr(cpu_backends, "weight_limit", lambda: 64)
     with pytest.raises(ValueError, match=r"up to 127 in magnitude.*multiplies up to 64 exactly"):
         linear_int8(x, weight, impl="cpu")
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert_fast.kernels import ImplUnavailableError, available_impls, masked_lm_loss
 from bert_fast.kernels._common.triton_launch import recording
-from bert_fast.kernels.masked_lm_loss import native
+from bert_fast.kernels.masked_lm_loss import cpu_backends
 from bert_fast.kernels.masked_lm_loss.reference import masked_lm_loss_reference
 from bert_fast.testing import assert_three_way, operators, targets, three_way
 
@@ -87,9 +87,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
     """Makes the chunks of an implementation small: (impl, bytes of a row's logits) -> 7 rows, or 8 in Triton."""
 
     def shrink(impl: str, row_bytes: int) -> None:
-        monkeypatch.setattr(native, "CHUNK_BYTES", 7 * row_bytes)
+        monkeypatch.setattr(cpu_backends, "CHUNK_BYTES", 7 * row_bytes)
         if impl == "triton":
-            from bert_fast.kernels.masked_lm_loss import triton_kernels
+            from bert_fast.kernels.masked_lm_loss.triton import operators as triton_kernels
 
             monkeypatch.setattr(triton_kernels, "CHUNK_BYTES", 0)
             monkeypatch.setattr(triton_kernels, "CHUNK_ROWS", 8)
@@ -122,7 +122,7 @@ def test_blocks_of_the_scan_and_of_the_softmax(impl: str, device: str, poisoned_
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 in bands of 2, so that few rows and columns make many of them."""
     if available_impls()["masked_lm_loss"]["triton"].ok:
-        from bert_fast.kernels.masked_lm_loss import triton_gemm
+        from bert_fast.kernels.masked_lm_loss.triton import gemm as triton_gemm
 
         for tile in (triton_gemm.WIDE, triton_gemm.NARROW, triton_gemm.EXACT):
             for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
@@ -204,7 +204,7 @@ def test_many_chunks_and_both_product_dtypes(
     poisoned_empty: None,
 ) -> None:
     small_chunks(impl, 1001 * gemm.itemsize)
-    monkeypatch.setitem(native.GEMM_DTYPE, torch.bfloat16, gemm)
+    monkeypatch.setitem(cpu_backends.GEMM_DTYPE, torch.bfloat16, gemm)
     compare(make_inputs(50, 32, 1001), make_labels(50, 1001, masked=0.9), torch.bfloat16, impl)
 
 
@@ -356,12 +356,12 @@ def test_memory_does_not_grow_with_rows_times_vocabulary(
     The kernel is called as the dispatcher would, so that the mode sees the operators inside it.
     """
     rows, width, vocabulary = 20000, 8, 15001
-    monkeypatch.setattr(native, "CHUNK_BYTES", 4 << 20)
+    monkeypatch.setattr(cpu_backends, "CHUNK_BYTES", 4 << 20)
     inputs = make_inputs(rows, width, vocabulary)
     labels = make_labels(rows, vocabulary, masked=0.1)
     settings = (*(inputs[name] for name in PARAMETERS), 1e-12, IGNORE, 0.0, 0.0, True)
     with LargestTensor() as seen:
-        native._fwd(inputs["hidden"], labels, *settings)
+        cpu_backends._fwd(inputs["hidden"], labels, *settings)
     assert seen.elements <= max((4 << 20) // 4, rows * width, vocabulary * width)
 
 
@@ -370,7 +370,7 @@ def test_device_memory_does_not_grow_with_rows_times_vocabulary() -> None:
     state = available_impls()["masked_lm_loss"]["triton"]
     if not state.ok:
         pytest.skip(f"the Triton kernels can't run here: {state.reason}")
-    from bert_fast.kernels.masked_lm_loss import triton_kernels
+    from bert_fast.kernels.masked_lm_loss.triton import operators as triton_kernels
 
     rows, width, vocabulary, padded = 20000, 8, 15001, 15040
     inputs = {name: x.to("meta") for name, x in make_inputs(rows, width, vocabulary).items()}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from bert_fast.kernels import available_impls
-from bert_fast.kernels._common.dispatch import ROOMS
+from bert_fast.kernels._common.dispatch import OPS
 from bert_fast.verification import verify
 
-AVAILABLE = [room for room in ROOMS if available_impls()[room]["triton"].ok]
+AVAILABLE = [op for op in OPS if available_impls()[op]["triton"].ok]
 
 
-@pytest.mark.parametrize("room", AVAILABLE)
-def test_every_case_of_verify_passes(room: str, poisoned_empty: None) -> None:
-    results = list(verify([room], ["triton"]))
+@pytest.mark.parametrize("op", AVAILABLE)
+def test_every_case_of_verify_passes(op: str, poisoned_empty: None) -> None:
+    results = list(verify([op], ["triton"]))
     assert {result.dtype for result in results} == {"float32", "bfloat16", "float16"}
     assert not [(result.dtype, result.case, result.worst, result.error) for result in results if not result.ok]

@@ -17,7 +17,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRI
 
 
 def report(*arguments: str, script: str = "") -> subprocess.CompletedProcess[str]:
-    what = ["-c", script] if script else ["-m", "benchmarks.compile_report", *arguments]
+    what = ["-c", script] if script else ["-m", "benchmarks.reports.compile_report", *arguments]
     return subprocess.run(
         [sys.executable, *what], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
@@ -30,7 +30,7 @@ def test_the_table_is_current_and_without_new_spills() -> None:
 
 SPOILED = """
 import sys
-from benchmarks import compile_report
+from benchmarks.reports import compile_report
 rows = compile_report.read()
 {change}
 compile_report.read = lambda: rows

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from bert_fast import BertConfig, BertForPreTraining
 from bert_fast.kernels import use_impl
-from bert_fast.kernels._common.dispatch import ROOMS
+from bert_fast.kernels._common.dispatch import OPS
 from bert_fast.testing import compare
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
 LENGTHS = (5, 1, 17)
 
-# Those that have every room of a training step; lamb is the optimizer's.
-ROOMS_OF_A_STEP = {name: room.impls for name, room in ROOMS.items() if name != "lamb"}
+# Those that have every op of a training step; lamb is the optimizer's.
+OPS_OF_A_STEP = {name: op.impls for name, op in OPS.items() if name != "lamb"}
 IMPLS = [
-    (impl, ROOMS_OF_A_STEP["attention"][impl].device)
+    (impl, OPS_OF_A_STEP["attention"][impl].device)
     for impl in ("triton", "cpu")
-    if all(impls[impl].availability.ok for impls in ROOMS_OF_A_STEP.values())
+    if all(impls[impl].availability.ok for impls in OPS_OF_A_STEP.values())
 ]
 
 

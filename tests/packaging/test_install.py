@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = sorted(path.parent.name for path in ROOT.glob("kernels/*/__init__.py"))
+OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/__init__.py"))
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -65,12 +65,12 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_wheel_maps_every_room_and_claims_no_name_of_others(wheel: Path) -> None:
+def test_wheel_maps_every_op_and_claims_no_name_of_others(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"bert_fast"}
-    for room in ROOMS:
-        assert f"bert_fast/kernels/{room}/__init__.py" in names
+    for op in OPS:
+        assert f"bert_fast/kernels/{op}/__init__.py" in names
     assert "bert_fast/py.typed" in names
 
 

@@ -17,8 +17,8 @@ import bert_fast
 from bert_fast.data import load_tokenizer
 from bert_fast.data.vocab import SPECIAL_TOKENS
 from bert_fast.models import from_hf
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task
 
 SMALL = {

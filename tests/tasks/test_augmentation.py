@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from bert_fast.tasks.augmentation import Augmenter, change_words, read_synonyms
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import AugmentSettings, TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import make_task
 
 WORDS = [f"w{number}" for number in range(200)]

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from bert_fast.models import BertConfig, BertForSequenceClassification
 from bert_fast.tasks.encoding import encode_parts, encode_texts
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import make_task
 
 WORDS = "a b c d e f g h i j k l"

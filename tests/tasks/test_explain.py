@@ -24,8 +24,8 @@ from bert_fast.models import (
     BertPreTrainedModel,
 )
 from bert_fast.tasks.explain import Explanation, explain, page, rollout
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import CONFIG_KEY, Task, make_task, task_entry
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

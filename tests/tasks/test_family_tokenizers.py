@@ -18,8 +18,8 @@ from bert_fast.data import load_tokenizer
 from bert_fast.data.tokenizer import mask_token
 from bert_fast.tasks.alignment import frame_of, piece_range, text_pieces, word_pieces
 from bert_fast.tasks.encoding import encode_parts, encode_texts
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import make_task
 
 FAMILY = ["roberta", "xlm-roberta", "camembert", "distilbert", "electra"]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from bert_fast.tasks.columns import choose_columns
+from bert_fast.tasks.io.columns import choose_columns
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.multiple_choice import MultipleChoice
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, make_task, task_entry, task_from_config
 
 TEXT = TextSettings(max_length=16)

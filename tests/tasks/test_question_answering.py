@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer
 
 from bert_fast.tasks.alignment import Window
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.question_answering import Place, QuestionAnswering, QuestionAnsweringOptions, window_answers
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, make_task, task_entry, task_from_config
 
 COLUMNS = {name: name for name in ("question", "context", "answers")}

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from bert_fast.models.embedding import encode
-from bert_fast.tasks.columns import choose_columns
+from bert_fast.tasks.io.columns import choose_columns
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.sentence_embedding import SentenceEmbedding
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import CONFIG_KEY, Example, LossOptions, make_task, task_entry, task_from_config
 
 TEXT = TextSettings(max_length=16)

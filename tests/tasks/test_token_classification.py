@@ -12,10 +12,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from bert_fast.tasks.columns import choose_columns
-from bert_fast.tasks.iob import convert_tags
+from bert_fast.tasks.io.columns import choose_columns
+from bert_fast.tasks.io.table import Table
+from bert_fast.tasks.io.tag_schemes import convert_tags
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.table import Table
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, make_task, task_entry, task_from_config
 from bert_fast.tasks.token_classification import TokenClassification, entity_metrics
 

@@ -1,0 +1,1 @@
+"""Benchmarks of whole models: inference, training steps, data, and the demo."""

@@ -1,0 +1,176 @@
+"""A step of masked-language-model training on a CPU beside transformers: forward, backward and AdamW.
+
+    python -m benchmarks.models.cpu_training [--record] [--threads N] [--precisions fp32 bf16] [--compile] [--seconds S]
+    python -m benchmarks.models.cpu_training --smoke     a tiny model: shows that it runs, no figures
+
+BERT-base, 8 sequences of 128 tokens, full and half filled (lengths evenly spaced from 4 to 128), 15 % of the tokens
+masked, dropout 0.1; float32, and bfloat16 autocast. transformers gets padded batches and `sdpa` attention, ours the
+same sequences packed; both fused AdamW at a rate of zero, which is the same work and leaves the weights where they are.
+FLOPs are those of the matrix products over real and masked tokens, three times the forward's. Attention alone is timed
+by `benchmarks.ops.attention`.
+
+Before a case is timed, the loss and the gradient of the word embeddings, which all of the backward pass leads to, are
+compared without dropout with transformers in float64: ours may be three times as far from it as transformers in the
+same precision is, plus a floor; if one is not, nothing is reported.
+
+A processor without AVX-512 takes minutes for a step in bfloat16, so that it is left out there unless it is named.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.models.cpu_inference import conclude, processor_options, processor_parser, settings_of
+from benchmarks.models.fuse_speed import FACTOR, FLOOR_ULPS, Size, model_of
+from benchmarks.models.gpu_inference import Scenario, batches
+from benchmarks.runner.devices import Cpu
+from benchmarks.runner.lengths import evenly_spaced
+from benchmarks.runner.runner import Case, Plan, Variant, run, warm
+from bert_fast.data import PackedBatch
+from bert_fast.models import BertForMaskedLM
+from bert_fast.models.checkpoint import load
+
+BASE = Size("BERT-base", 12, 768, 3072, batch=8, seqlen=128)
+SMOKE = Size("tiny", 2, 64, 128, heads=2, vocabulary=100, batch=3, seqlen=12)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Batches = tuple[PackedBatch, dict[str, Tensor]]  # the same sequences packed and padded
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model, and its masked-language-model loss of a batch."""
+
+    model: Any
+    loss: Callable[[Batches], Tensor]
+
+
+def theirs_of(model: Any, call: Callable[..., Any] | None = None) -> Side:
+    """transformers' BertForMaskedLM, or `call`, which is it compiled."""
+
+    def loss(batch: Batches) -> Tensor:
+        inputs = {name: batch[1][name] for name in ("input_ids", "attention_mask", "labels")}
+        found: Tensor = (call or model)(**inputs).loss
+        return found
+
+    return Side(model, loss)
+
+
+def ours_of(model: BertForMaskedLM) -> Side:
+    """Ours, packed."""
+
+    def loss(batch: Batches) -> Tensor:
+        names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "max_seqlen", "labels")
+        found: Tensor = model(**{name: getattr(batch[0], name) for name in names}).loss
+        return found
+
+    return Side(model, loss)
+
+
+@cache
+def variants_of(size: Size, compiled: bool) -> dict[str, Side]:
+    """transformers' model, the same compiled where that is asked for, and ours with the same weights."""
+    torch.manual_seed(0)
+    theirs = model_of(size, "BertForMaskedLM")
+    ours = BertForMaskedLM(settings_of(theirs))
+    load(ours, theirs.state_dict())
+    found: dict[str, Side] = {"transformers": theirs_of(theirs)}
+    if compiled:
+        found["transformers, torch.compile"] = theirs_of(theirs, torch.compile(theirs, dynamic=False))
+    return {**found, "bert_fast": ours_of(ours)}
+
+
+def autocast(precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def loss_and_gradient(variant: Side, batch: Batches, precision: str) -> Tensor:
+    """What is compared, without dropout: the loss, and the gradient of the word embeddings over its largest value."""
+    variant.model.eval()
+    with autocast(precision):
+        loss = variant.loss(batch)
+    (gradient,) = torch.autograd.grad(loss, [variant.model.get_input_embeddings().weight])
+    return torch.cat([loss.detach().double().reshape(1), (gradient / gradient.abs().max()).double().flatten()])
+
+
+def step_of(variant: Side, batch: Batches, precision: str) -> Callable[[], None]:
+    """Forward, backward, AdamW."""
+    optimizer = torch.optim.AdamW(variant.model.parameters(), lr=0.0, fused=True)
+
+    def step() -> None:
+        variant.model.train()
+        with autocast(precision):
+            loss = variant.loss(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def case(size: Size, lengths: list[int], precision: str, compiled: bool) -> Case:
+    """One batch in one precision."""
+    variants = variants_of(size, compiled)
+    torch.manual_seed(0)
+    batch = batches(Scenario("", lengths, size.seqlen), size.vocabulary, torch.device("cpu"))
+    theirs = variants["transformers"]
+    truth = loss_and_gradient(theirs_of(copy.deepcopy(theirs.model).double()), batch, "fp64")
+    error = float((loss_and_gradient(theirs, batch, precision) - truth).abs().max() / truth.abs().max())
+    masked = int((batch[0].labels >= 0).sum())
+    head = 2 * masked * (size.hidden**2 + size.hidden * size.vocabulary)
+    return Case(
+        {
+            f"{name}, {precision}": Variant(
+                step_of(variant, batch, precision),
+                lambda _, variant=variant: loss_and_gradient(variant, batch, precision),  # type: ignore[misc]
+                precision=precision,
+            )
+            for name, variant in variants.items()
+        },
+        truth,
+        FACTOR * error + FLOOR_ULPS * torch.finfo(DTYPES[precision]).eps,
+        flops=3 * (size.flops(lengths) + head),
+        graph=False,
+        tokens=sum(lengths),
+    )
+
+
+def plans(size: Size, precisions: list[str], compiled: bool) -> list[Plan]:
+    found = []
+    for precision in precisions:
+        for half in (False, True):
+            lengths = evenly_spaced(size.batch, 4, size.seqlen) if half else [size.seqlen] * size.batch
+            title = f"({size.batch}, {size.seqlen}){' half filled' if half else ''} train {size.name} {precision}"
+            found.append(Plan(title, partial(case, size, lengths, precision, compiled)))
+    return found
+
+
+def main() -> int:
+    parser = processor_parser("a training step on a CPU beside transformers", seconds=30.0)
+    parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=None, help="bf16 needs AVX-512")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as a peer too, which takes minutes")
+    options = processor_options(parser)
+    wide = "AVX512" in torch.backends.cpu.get_cpu_capability() or options.smoke
+    precisions = options.precisions or [name for name in DTYPES if name == "fp32" or wide]
+    chosen = plans(SMOKE if options.smoke else BASE, precisions, options.compile)
+    if options.warm:
+        warm(chosen, Cpu())
+        return 0
+    seconds = 0.01 if options.smoke else 5.0 if options.quick else options.seconds
+    report = run("cpu_training", chosen, Cpu(), seconds, options.budget)
+    if "bf16" not in precisions:
+        print("bf16: not measured: no AVX-512 here, and a step takes minutes without (--precisions bf16 takes them)")
+    conclude("cpu_training", report, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

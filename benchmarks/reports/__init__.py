@@ -1,0 +1,1 @@
+"""Reports that need no GPU: compile tables, recipes, plots of recorded results."""

@@ -1,0 +1,1 @@
+"""How benchmarks measure: devices, timing, cases, peers on a CPU."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: configuration, API, data, loop, task runs, models, report, sweep, multitask."""

@@ -1,0 +1,241 @@
+"""A fine-tuning run as one HTML page that needs no network: its curves, metrics, calibration and worst mistakes.
+
+Everything comes from the files of the result folder, so that a page can be made again for any of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bert_fast.runtime.log import read_log
+from bert_fast.tasks.metrics import calibration
+
+METRICS, PREDICTIONS, SETTINGS, REPORT = "metrics.json", "predictions.dev.jsonl", "finetune.json", "report.html"
+MISTAKES = 25  # listed
+_MOST_LABELS = 30  # of which a picture has names and numbers
+_MOST_CHARACTERS = 400  # of a cell
+BLUE, ORANGE = "#1b6ca8", "#d9822b"
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62em; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
+td, th { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
+td.n { text-align: right } td.hit { background: #e3eef6 } svg { max-width: 100%; height: auto }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
+"""
+
+
+def missing_package() -> str:
+    """The name of the package that the pictures need and that is not there; "" if it is."""
+    return "" if importlib.util.find_spec("matplotlib") else "matplotlib"
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder`/report.html from metrics.json, log.jsonl, finetune.json and predictions.dev.jsonl there.
+
+    Raises:
+        FileNotFoundError: one of these is missing.
+    """
+    for name in (METRICS, SETTINGS, PREDICTIONS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is not there; expected a folder that bert-fast finetune wrote")
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
+    text = page(metrics, settings, read_log(folder / "log.jsonl"), lines)
+    path = folder / REPORT
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def page(
+    metrics: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Mapping[str, Any]],
+) -> str:
+    """The page: arguments are the content of the four files."""
+    run = metrics["run"]
+    splits = [name for name in ("dev", "test") if name in metrics]
+    title = f"{run['task']}: {Path(settings['output_dir']).name}"
+    summary = {"model": settings["model"], "training rows": settings["data"]["train"]}
+    summary |= {name: run[name] for name in ("steps", "epochs", "best_step", "stopped_early", "tokens_per_second")}
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        table([["", *splits], *([name, *row] for name, row in _numbers(metrics, splits).items())]),
+        "<h2>Training</h2>",
+        table([[name, value] for name, value in summary.items()], header=False),
+        curves(log, run["main_metric"], run["best_step"]),
+    ]
+    for split in splits:
+        parts += _classes(metrics[split], split)
+    parts += _calibration(predictions) + _mistakes(predictions)
+    shown = escape(json.dumps(settings, indent=1, ensure_ascii=False))
+    parts.append(f"<h2>Settings</h2><details><summary>{SETTINGS}</summary><pre>{shown}</pre></details>")
+    return html_page(title, parts)
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """A whole page, in the style of the reports, of pieces of HTML."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _numbers(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, list[Any]]:
+    """Each metric that is a number (or not defined) in every split."""
+    first = metrics[splits[0]]
+    names = [name for name, value in first.items() if value is None or isinstance(value, (int, float))]
+    return {name: [metrics[split].get(name) for split in splits] for name in names}
+
+
+def table(rows: Sequence[Sequence[Any]], *, header: bool = True, diagonal: bool = False) -> str:
+    """An HTML table, the first row its header; numbers are at the right; `diagonal` cells stand out."""
+    lines = []
+    for number, row in enumerate(rows):
+        cells = []
+        for column, value in enumerate(row):
+            tag = "th" if header and number == 0 else "td"
+            kinds = "n" if isinstance(value, (int, float)) or value is None else ""
+            kinds += " hit" if diagonal and number and number == column else ""
+            opening = f'{tag} class="{kinds}"' if kinds else tag
+            cells.append(f"<{opening}>{_cell(value)}</{tag}>")
+        lines.append(f"<tr>{''.join(cells)}</tr>\n")
+    return f'<div class="wide"><table>\n{"".join(lines)}</table></div>'
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not defined"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return escape(text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " …")
+
+
+def svg(figure: Any) -> str:
+    """A figure as an inline SVG, the same for the same figure."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bert_fast"}), warnings.catch_warnings():
+        # Its font lacks most scripts; the browser, which draws the text, has others.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def panels_of(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure that belongs to no window, and its panels side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes)
+
+
+def curves(log: Sequence[Mapping[str, Any]], metric: str, best: int) -> str:
+    """The loss of training and dev, the metric on dev, and the learning rate, by step."""
+    train = [line for line in log if line["kind"] == "train"]
+    dev = [line for line in log if line["kind"] == "eval"]
+    figure, (losses, scores, rates) = panels_of(11, 3, 3)
+    losses.plot([line["step"] for line in train], [line["loss"] for line in train], color=BLUE, lw=1, label="train")
+    judged = [line for line in dev if line.get("loss") is not None]
+    losses.plot([x["step"] for x in judged], [x["loss"] for x in judged], "o-", color=ORANGE, ms=3, label="dev")
+    losses.set(title="loss", xlabel="step")
+    losses.legend(frameon=False)
+    defined = [line for line in dev if line.get(metric) is not None]
+    scores.plot([line["step"] for line in defined], [line[metric] for line in defined], "o-", color=ORANGE, ms=3)
+    scores.axvline(best, color="#999", lw=1, ls=":")
+    scores.set(title=f"{metric} on dev; dotted: the step kept", xlabel="step")
+    rates.plot([line["step"] for line in train], [line["lr"] for line in train], color=BLUE, lw=1)
+    rates.set(title="learning rate", xlabel="step")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    return svg(figure)
+
+
+def _classes(metrics: Mapping[str, Any], split: str) -> list[str]:
+    parts = []
+    if metrics.get("per_class"):
+        names = ("precision", "recall", "f1", "support")
+        rows = [[label, *(row[name] for name in names)] for label, row in metrics["per_class"].items()]
+        parts += [f"<h2>Classes on {split}</h2>", table([["class", *names], *rows])]
+    if metrics.get("confusion_matrix"):
+        labels, matrix = metrics["labels"], metrics["confusion_matrix"]
+        rows = [["true \\ predicted", *labels], *([label, *row] for label, row in zip(labels, matrix, strict=True))]
+        parts += [f"<h2>Confusion matrix on {split}</h2>", table(rows, diagonal=True), confusion(matrix, labels)]
+    return parts
+
+
+def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
+    """A confusion matrix as a picture: the colour is the share of the true class, the number the rows."""
+    counts = np.array(matrix)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = min(2.2 + 0.45 * len(labels), 10.0)
+    figure, (axes,) = panels_of(size + 1, size)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(labels) <= _MOST_LABELS:
+        short = [label if len(label) <= 20 else label[:19] + "…" for label in labels]
+        axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(len(labels)), short, parse_math=False)
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if shares[row, column] > 0.6 else "#222"
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
+    return svg(figure)
+
+
+def _calibration(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The reliability diagram of dev, where predictions have one probability and are right or wrong."""
+    sure = [line["prediction"].get("probability") for line in predictions]
+    if not sure or any(not isinstance(p, float) for p in sure) or predictions[0].get("error") is None:
+        return []
+    bins = calibration(np.array(sure), np.array([line["error"] == 0 for line in predictions]), 10)
+    figure, (axes,) = panels_of(4.5, 3.6)
+    axes.plot([0, 1], [0, 1], color="#999", lw=1, ls=":")
+    confidence, accuracy = ([part[name] for part in bins] for name in ("confidence", "accuracy"))
+    sizes = [20 + 200 * part["rows"] / len(predictions) for part in bins]
+    axes.scatter(confidence, accuracy, s=sizes, color=BLUE, alpha=0.8, clip_on=False)
+    axes.set(xlabel="probability of what is predicted", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    rows = [[part["confidence"], part["accuracy"], part["rows"]] for part in bins]
+    said = "<p>On the dotted line probabilities are what they say; a larger dot stands for more rows.</p>"
+    return ["<h2>Calibration on dev</h2>", said, svg(figure), table([["probability", "right", "rows"], *rows])]
+
+
+def _mistakes(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The predictions with the largest errors, the worst first."""
+    wrong = [line for line in predictions if line.get("error")]
+    if not predictions or predictions[0].get("error") is None:
+        return []
+    title = f"<h2>Worst mistakes on dev</h2><p>{len(wrong):,} of {len(predictions):,} predictions are not right.</p>"
+    worst = sorted(wrong, key=lambda line: -line["error"])[:MISTAKES]
+    if not worst:
+        return [title]
+    inputs = list(worst[0]["input"])
+    said = [name for name, value in worst[0]["prediction"].items() if _is_short(value)]
+    rows = [
+        [line["row"], line["error"], *(line["prediction"].get(name) for name in said), *map(line["input"].get, inputs)]
+        for line in worst
+    ]
+    header = ["row", "error", *(f"predicted {name}" for name in said), *inputs]
+    return [title, table([header, *rows])]
+
+
+def _is_short(value: Any) -> bool:
+    """Whether a part of a prediction is shown: a text, a number, or a list of texts; not scores and candidates."""
+    if isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, (str, float)) and not isinstance(value, bool)

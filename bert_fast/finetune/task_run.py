@@ -1,0 +1,203 @@
+"""One task of a fine-tuning run: its rows, its examples, its model, its metrics, its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bert_fast.data import load_tokenizer
+from bert_fast.data.tokenizer import TOKENIZER_FILES
+from bert_fast.finetune.config import FinetuneConfig
+from bert_fast.finetune.data import Batcher, FinetuneData, Split, open_data
+from bert_fast.finetune.files import write_json
+from bert_fast.finetune.models import adopt_model, build_model, describe_task
+from bert_fast.finetune.report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
+from bert_fast.models.config import longest_input
+from bert_fast.pretrain.passes import autocast
+from bert_fast.pretrain.setup import resolve_device
+from bert_fast.tasks.augmentation import Augmenter
+from bert_fast.tasks.metrics import LOWER_IS_BETTER
+from bert_fast.tasks.prediction import run_examples
+from bert_fast.tasks.task import Batch, Example, LossOptions, Task, make_task
+
+
+def score(task: Task, wanted: str | None, metrics: Mapping[str, Any]) -> tuple[str, float | None, float]:
+    """The metric that counts, `wanted` or the task's own: its name, its value, and a number that is higher the better.
+
+    Raises:
+        ValueError: there is no such metric; the message lists those that there are.
+    """
+    name = wanted or task.main_metric
+    value = metrics.get(name)
+    if name not in metrics or not isinstance(value, (int, float, type(None))):
+        numbers = ", ".join(key for key, found in metrics.items() if isinstance(found, (int, float)))
+        raise ValueError(f"metric is {name!r}; the metrics of {task.name} are {numbers}")
+    lower = name in LOWER_IS_BETTER or (name == task.main_metric and not task.higher_is_better)
+    if value is None or math.isnan(value):
+        return name, None, -math.inf
+    return name, value, -value if lower else value
+
+
+class Part:
+    """A task of a run, with everything that is its own.
+
+    Args:
+        config: of the task; the settings of the optimizer and of the run's length are the loop's.
+        model: in place of one loaded from `config.model`, which then only names the tokenizer.
+        report: takes the sentences that a user should read.
+        name: of the task in a run of several.
+        weight: of its loss, in such a run.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        model: nn.Module | None = None,
+        report: Callable[[str], None] = print,
+        *,
+        name: str = "",
+        weight: float = 1.0,
+    ) -> None:
+        self.config, self.report, self.name, self.weight = config, report, name, weight
+        self.device = resolve_device(config.device)
+        self.task = make_task(config.task, config.options)
+        if not Path(config.model).is_dir():
+            raise FileNotFoundError(
+                f"model is {config.model}, which is no folder; expected one with config.json and weights"
+            )
+        self.tokenizer = load_tokenizer(config.model)
+        self.data: FinetuneData = open_data(self.task, config.data, config.seed, report)
+        model = build_model(config, self.task, report) if model is None else adopt_model(model, config, self.task)
+        longest = longest_input(model.config)
+        if config.text.max_length > longest:
+            raise ValueError(f"text.max_length is {config.text.max_length}; the model takes at most {longest} tokens")
+        if changed := self.task.head_config():
+            report(f"{changed}: transformers has no such head and would compute something else; predict with bert_fast")
+        self.model = model
+        self.train_examples = self._encode(self.data.train, training=True)
+        if not self.train_examples:
+            raise ValueError(f"{config.data.train} gave no examples to train on")
+        self.dev_examples = self._encode(self.data.dev, training=False)
+        self.loss_options = self._loss_options()
+        self.batcher = self._make_batcher(self.train_examples)
+        self.augmenter: Augmenter | None = None
+        if config.augment.any:
+            train = self.data.train
+            self.augmenter = Augmenter(
+                self.task, train.table, train.columns, self.tokenizer, config.text, config.augment, config.seed
+            )
+
+    def _encode(self, split: Split, *, training: bool) -> list[Example]:
+        return self.task.encode(split.table, split.columns, self.tokenizer, self.config.text, training=training)
+
+    def _loss_options(self) -> LossOptions:
+        settings = self.config.loss
+        weights: Tensor | None = None
+        if settings.class_weights != "none":
+            counts = self.task.class_counts(self.train_examples)
+            if counts is None:
+                raise ValueError(f"loss.class_weights is {settings.class_weights}, and {self.task.name} has no classes")
+            if isinstance(settings.class_weights, str):
+                total = sum(counts)
+                weights = torch.tensor([total / (len(counts) * max(count, 1)) for count in counts])
+            elif len(settings.class_weights) != len(counts):
+                given = len(settings.class_weights)
+                raise ValueError(f"loss.class_weights has {given} numbers; expected {len(counts)}, one for each label")
+            else:
+                weights = torch.tensor(settings.class_weights)
+        return LossOptions(weights, settings.focal_gamma, settings.label_smoothing)
+
+    def _make_batcher(self, examples: Sequence[Example]) -> Batcher:
+        resample = self.config.loss.resample == "balanced"
+        return Batcher(self.task, examples, self.config.batch, seed=self.config.seed, resample=resample)
+
+    def batches(self, epoch: int) -> list[list[Example]]:
+        """The micro-batches of `epoch`, its rows augmented where that is wanted."""
+        if self.augmenter is None:
+            return self.batcher.epoch(epoch)
+        return self._make_batcher(self.augmenter.examples(epoch)).epoch(epoch)
+
+    def loss(self, examples: Sequence[Example]) -> Tensor:
+        """The sum of the losses of a micro-batch."""
+        batch = Batch.of(examples, self.device)
+        with autocast(self.device, self.config.precision):
+            logits = self.task.forward(self.model, batch)
+        return self.task.loss(logits, examples, self.loss_options)
+
+    def loss_weight(self, batches: Sequence[Sequence[Example]]) -> float:
+        """By what the sum of the losses of `batches` is divided to be their mean."""
+        return max(sum(self.task.weight(examples, self.loss_options) for examples in batches), 1e-12)
+
+    def evaluate(
+        self, split: Split, examples: Sequence[Example], *, tune: bool = False
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Metrics (with the mean loss) and predictions on `split`, after which `tune` lets the task choose by them."""
+        outputs = run_examples(
+            self.model,
+            self.task,
+            examples,
+            batch_tokens=self.config.batch.eval_tokens,
+            precision=self.config.precision,
+        )
+        while True:
+            predictions = self.task.decode(outputs.arrays, examples, split.table, split.columns)
+            metrics = {"loss": outputs.loss, **self.task.evaluate(predictions, split.table, split.columns)}
+            said = self.task.tune(metrics) if tune else ""
+            if not said:
+                return metrics, predictions
+            self.report(said)
+            tune = False
+
+    def check_metric(self) -> None:
+        """ValueError before the training, and not after it, where there is no such metric."""
+        if self.config.metric is not None:
+            dev = self.data.dev
+            few = Split(dev.table.select(range(min(4, len(dev.table)))), dev.columns)
+            self.score(self.evaluate(few, self._encode(few, training=False))[0])
+
+    def score(self, metrics: Mapping[str, Any]) -> tuple[str, float | None, float]:
+        """`score` of this task's metrics, by the one that its configuration wants."""
+        return score(self.task, self.config.metric, metrics)
+
+    def write(self, folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+        """Model, tokenizer, metrics, predictions, settings and report to `folder`, where log.jsonl is; the metrics."""
+        run = {"task": self.task.name, **run, "main_metric": self.config.metric or self.task.main_metric}
+        dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
+        describe_task(self.model, self.config, self.task)
+        metrics = {"run": run, "dev": dev}
+        if self.data.test is not None:
+            examples = self._encode(self.data.test, training=False)
+            metrics["test"], _ = self.evaluate(self.data.test, examples)
+        write_json(folder / METRICS, metrics)
+        write_json(folder / SETTINGS, asdict(self.config))
+        with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
+            table, columns = self.data.dev.table, self.data.dev.columns
+            errors: Sequence[float | None] | None = self.task.errors(predictions, table, columns)
+            errors = [None] * len(predictions) if errors is None else errors
+            for row, (prediction, error) in enumerate(zip(predictions, errors, strict=True)):
+                line = {"row": table.numbers[row], "input": table.row(row), "prediction": prediction, "error": error}
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        model: Any = self.model
+        model.save_pretrained(folder)
+        for path in (Path(self.config.model) / name for name in TOKENIZER_FILES):
+            if path.is_file():
+                shutil.copy(path, folder / path.name)
+        if not (folder / "tokenizer.json").is_file():
+            self.tokenizer.save(str(folder / "tokenizer.json"))
+        for name, values in self.task.files_for_others(self.config.text, model.config.hidden_size).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_json(folder / name, values)
+        if self.config.report:
+            if package := missing_package():
+                self.report(f"{REPORT} is not written: {package} is not installed (pip install 'bert_fast[finetune]')")
+            else:
+                write_report(folder)
+        return metrics

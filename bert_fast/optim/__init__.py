@@ -1,0 +1,1 @@
+"""Optimizers: LAMB, parameter groups, learning rate schedules."""

@@ -1,0 +1,1 @@
+"""Pretraining: configuration, trainer, step, CUDA graph, micro-batches, divergence, metrics, report."""

@@ -1,0 +1,144 @@
+"""The parts of a run from its configuration: device, data, model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast.data import PackedBatch, PretrainingData, PretrainingDataConfig
+from bert_fast.models import BertConfig, BertForPreTraining
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
+from bert_fast.pretrain.metrics import log_frequencies, token_counts, unigram_loss
+
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device for "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"...
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {device!r}; this machine has {torch.cuda.device_count()} CUDA devices usable by torch"
+        )
+    return resolved
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The two splits of a prepared folder.
+
+    Args:
+        train: examples to learn from.
+        held_out: examples to be judged by.
+        fingerprint: of the folder's contents; a run resumes only on the same.
+        tokenizer_files: what a checkpoint takes along.
+    """
+
+    train: PretrainingData
+    held_out: PretrainingData
+    fingerprint: str
+    tokenizer_files: tuple[Path, ...]
+
+    def count_held_out(self, most: int = 0) -> int:
+        """How many held-out batches an evaluation of at most `most` (0: all) has."""
+        count = self.held_out.num_batches(0)
+        return min(most, count) if most else count
+
+    def held_out_batches(self, most: int = 0) -> Iterator[PackedBatch]:
+        """The first `most` held-out batches, or all for 0: the same ones at each evaluation."""
+        return (self.held_out.batch(0, index) for index in range(self.count_held_out(most)))
+
+    def count_batches(self, epochs: int) -> int:
+        """The training batches of the first `epochs` epochs."""
+        return sum(self.train.num_batches(epoch) for epoch in range(epochs))
+
+    def train_counts(self) -> Tensor:
+        """How often each token is a target in epoch 0 of the training split, int64 (V,)."""
+        return token_counts(self.train.batches(0), self.train.vocab_size)
+
+    def unigram_loss(self, most: int = 0) -> float:
+        """The loss on the held-out targets of always predicting the training split's token frequencies.
+
+        The frequencies are those of the targets of epoch 0 of the training split: 15 % of its tokens, without special
+        ones.
+        """
+        counts = self.train_counts()
+        targets: list[Tensor] = [batch.labels[batch.labels != -100] for batch in self.held_out_batches(most)]
+        return unigram_loss(counts, torch.cat(targets))
+
+
+def open_data(options: DataOptions, seed: int, *, checksums: bool = True) -> RunData:
+    """Open and verify the prepared folder that `options` names; without `checksums`, only the sizes of its files.
+
+    Raises:
+        ValueError: it is not a prepared folder, a file of it is corrupt (named), or it has no held-out split.
+    """
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data.folder is {options.folder}, which is no folder; make it with bert-fast prepare")
+    settings: dict[str, Any] = {**vars(options), "checksums": checksums}
+    train = PretrainingData(PretrainingDataConfig(**settings, split="train", seed=seed))
+    held_out = PretrainingData(PretrainingDataConfig(**settings, split="heldout", seed=seed))
+    for data in (train, held_out):
+        if not data.num_batches(0):
+            raise ValueError(f"{folder}, {data.config.split}: no example can be made of its text; prepare more of it")
+    manifest = (folder / "manifest.json").read_bytes()
+    files = tuple(folder / name for name in TOKENIZER_FILES)
+    return RunData(train, held_out, hashlib.sha256(manifest).hexdigest(), files)
+
+
+def model_config(options: ModelOptions, vocab_size: int, seq_len: int) -> BertConfig:
+    """The configuration of the model to train.
+
+    Raises:
+        ValueError: it contradicts the data: fewer positions than `seq_len`, or a checkpoint of another vocabulary.
+    """
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    settings: dict[str, Any] = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.init_from is not None:
+        config = BertConfig.from_pretrained(options.init_from, **settings)
+        if config.vocab_size != vocab_size:
+            raise ValueError(
+                f"model.init_from {options.init_from} has a vocabulary of {config.vocab_size} tokens and the data one "
+                f"of {vocab_size}; prepare the data with vocab={options.init_from}"
+            )
+    elif options.config is not None:
+        path = Path(options.config)
+        folder = path.parent if path.is_file() and path.name == "config.json" else path
+        config = BertConfig.from_pretrained(folder, vocab_size=vocab_size, **settings)
+    else:
+        config = BertConfig.size(options.size, vocab_size=vocab_size, **settings)
+    if config.max_position_embeddings < seq_len:
+        raise ValueError(
+            f"data.seq_len is {seq_len} and the model has {config.max_position_embeddings} positions; "
+            "lower seq_len or choose another model.config"
+        )
+    return config
+
+
+def build_model(config: PretrainConfig, data: RunData, start: Path | None) -> BertForPreTraining:
+    """The model in training mode: of the checkpoint `start`, of model.init_from, or new."""
+    settings = model_config(config.model, data.train.vocab_size, config.data.seq_len)
+    source = start or config.model.init_from
+    if source is not None:
+        return BertForPreTraining.from_pretrained(source, config=settings).train()
+    model = BertForPreTraining(settings).train()
+    if config.model.unigram_bias:
+        with torch.no_grad():
+            model.cls.predictions.bias.copy_(log_frequencies(data.train_counts()))
+    return model

@@ -1,0 +1,1 @@
+"""What every training run needs: distributed ranks, parallelism, checkpoints, signals, logs, progress, tracing."""

@@ -1,0 +1,1 @@
+"""Rows of labelled data: tables, columns, sources, SQuAD, tag schemes."""

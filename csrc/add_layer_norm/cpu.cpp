@@ -1,0 +1,133 @@
+#include "add_layer_norm/add_layer_norm.h"
+#include "common/dropout.h"
+#include "common/reduce.h"
+
+namespace bert_fast {
+
+template <class T>
+struct AddLayerNormRows {
+  const T *x, *residual;
+  const float *x_bias, *weight, *bias;
+  T* out;
+  float *mean, *rstd;
+  int64_t cols;
+  float eps;
+  Dropout drop;
+};
+
+template <class T>
+struct AddLayerNormGradRows {
+  const T *dout, *x, *residual;
+  const float *x_bias, *weight, *mean, *rstd;
+  T *dx, *dresidual;
+  int64_t cols;
+  Dropout drop;
+};
+
+}  // namespace bert_fast
+
+#define BF_KERNELS "add_layer_norm/cpu_kernels.h"
+#include "common/foreach_isa.h"
+
+namespace bert_fast {
+namespace {
+
+constexpr int64_t kGrain = 8192;  // elements a thread should have at least
+
+void check_inputs(const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& x_bias) {
+  STD_TORCH_CHECK(x.dim() == 2 && residual.dim() == 2 && weight.dim() == 1,
+                  "add_layer_norm: expected x (T, E), residual (T, E) and weight (E,)");
+  check_size(residual, "residual", 0, x.size(0));
+  check_size(residual, "residual", 1, x.size(1));
+  check_dtype(residual, "residual", x.scalar_type());
+  check_size(weight, "weight", 0, x.size(1));
+  if (x_bias) check_size(*x_bias, "x_bias", 0, x.size(1));
+}
+
+// Adding zeros from the first cache level costs less than a second copy of every kernel.
+Tensor bias_or_zeros(const std::optional<Tensor>& x_bias, int64_t cols) {
+  return x_bias ? as_float(*x_bias) : zeros({cols}, ScalarType::Float);
+}
+
+template <class T>
+void forward(const AddLayerNormRows<T>& in, int64_t rows) {
+  const auto rows_of =
+      in.drop.threshold ? BF_DISPATCH(add_layer_norm_rows<T, true>) : BF_DISPATCH(add_layer_norm_rows<T, false>);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, in.cols));
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    RowScratch scratch(in.cols);
+    rows_of(in, begin, end, scratch.row.data(), scratch.bytes.data());
+  });
+}
+
+// partial (parts, 3 E): dweight, dbias and dx_bias of each part of the rows.
+template <class T>
+void backward(const AddLayerNormGradRows<T>& in, const RowParts& parts, bool has_x_bias, float* partial) {
+  const auto rows_of = in.drop.threshold ? BF_DISPATCH(add_layer_norm_grad_rows<T, true>)
+                                         : BF_DISPATCH(add_layer_norm_grad_rows<T, false>);
+  parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
+    RowScratch scratch(in.cols);
+    for (int64_t part = begin; part < end; ++part) {
+      float* sums = partial + part * 3 * in.cols;
+      const int64_t first = parts.begin(part);
+      rows_of(in, first, first + parts.length(part), sums, sums + in.cols, has_x_bias ? sums + 2 * in.cols : nullptr,
+              scratch.row.data(), scratch.bytes.data());
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd_cpu(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                          const Tensor& bias, const std::optional<Tensor>& x_bias,
+                                                          double dropout_p, double eps,
+                                                          const std::optional<Tensor>& rng_state) {
+  check_inputs(x, residual, weight, x_bias);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  check_size(bias, "bias", 0, cols);
+  const Dropout drop = make_dropout(dropout_p, rng_state);
+  const Tensor branch = as_contiguous(x), stream = as_contiguous(residual);
+  const Tensor branch_bias = bias_or_zeros(x_bias, cols), gain = as_float(weight), shift = as_float(bias);
+  const Tensor out = empty({rows, cols}, x.scalar_type());
+  const Tensor mean = empty({rows}, ScalarType::Float), rstd = empty({rows}, ScalarType::Float);
+  dispatch_float(x.scalar_type(), "add_layer_norm", [&](auto element) {
+    using T = decltype(element);
+    forward<T>({data<T>(branch), data<T>(stream), data<float>(branch_bias), data<float>(gain), data<float>(shift),
+                mutable_data<T>(out), mutable_data<float>(mean), mutable_data<float>(rstd), cols,
+                static_cast<float>(eps), drop},
+               rows);
+  });
+  return {out, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd_cpu(const Tensor& dout, const Tensor& x,
+                                                                          const Tensor& residual, const Tensor& weight,
+                                                                          const std::optional<Tensor>& x_bias,
+                                                                          const Tensor& mean, const Tensor& rstd,
+                                                                          double dropout_p,
+                                                                          const std::optional<Tensor>& rng_state) {
+  check_inputs(x, residual, weight, x_bias);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  check_size(dout, "dout", 0, rows);
+  check_size(dout, "dout", 1, cols);
+  check_dtype(dout, "dout", x.scalar_type());
+  check_size(mean, "mean", 0, rows);
+  check_size(rstd, "rstd", 0, rows);
+  const Dropout drop = make_dropout(dropout_p, rng_state);
+  const Tensor grad = as_contiguous(dout), branch = as_contiguous(x), stream = as_contiguous(residual);
+  const Tensor branch_bias = bias_or_zeros(x_bias, cols), gain = as_float(weight);
+  const Tensor means = as_float(mean), rstds = as_float(rstd);
+  const Tensor dx = empty({rows, cols}, x.scalar_type()), dresidual = empty({rows, cols}, x.scalar_type());
+  const RowParts parts(rows);
+  const Tensor partial = zeros({parts.count, 3 * cols}, ScalarType::Float);
+  dispatch_float(x.scalar_type(), "add_layer_norm", [&](auto element) {
+    using T = decltype(element);
+    backward<T>({data<T>(grad), data<T>(branch), data<T>(stream), data<float>(branch_bias), data<float>(gain),
+                 data<float>(means), data<float>(rstds), mutable_data<T>(dx), mutable_data<T>(dresidual), cols, drop},
+                parts, x_bias.has_value(), mutable_data<float>(partial));
+  });
+  const auto sum = [&](int64_t index) { return sum_parts(partial, parts.count, cols, 3 * cols, index * cols); };
+  return {dx, dresidual, sum(0), sum(1), x_bias ? sum(2) : empty({0}, ScalarType::Float)};
+}
+
+}  // namespace bert_fast

@@ -1,0 +1,148 @@
+// The host's side of attention on a GPU: checks, memory, and the order of the kernels. Nothing here waits for the
+// device or reads cu_seqlens: the grid is for sequences of max_seqlen, and blocks without rows end at once.
+#include "attention/cuda/attention.h"
+#include "common/cuda_reduce.h"
+
+namespace bert_fast {
+namespace {
+
+// The checked arguments that both passes share, and the tensors that they point into.
+struct Arguments {
+  Arguments(const Tensor& qkv_in, const std::optional<Tensor>& bias_in, const Tensor& cu_seqlens, int64_t max_seqlen,
+            double softmax_scale, double dropout_p, const std::optional<Tensor>& rng_state);
+
+  // Nothing to compute: no tokens, or none that a sequence could have.
+  bool empty() const { return batch.total == 0 || batch.sequences == 0 || batch.max_seqlen == 0; }
+
+  void align_to(const Tensor& x) {
+    batch.aligned = batch.aligned && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  }
+
+  Tensor qkv, ends;
+  std::optional<Tensor> bias;
+  AttentionBatch batch;
+};
+
+Arguments::Arguments(const Tensor& qkv_in, const std::optional<Tensor>& bias_in, const Tensor& cu_seqlens,
+                     int64_t max_seqlen, double softmax_scale, double dropout_p, const std::optional<Tensor>& rng_state)
+    : qkv(qkv_in), ends(as_contiguous(cu_seqlens)) {
+  STD_TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3, "attention: expected qkv (T, 3, N, D)");
+  if (qkv.stride(3) != 1) qkv = torch::stable::contiguous(qkv);
+  const int64_t heads = qkv.size(2), dim = qkv.size(3);
+  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim, "attention: the CUDA kernels take a head dimension D of 1 to ", kMaxDim,
+                  ", not ", dim);
+  if (bias_in.has_value()) {
+    STD_TORCH_CHECK(bias_in->dim() == 3, "attention: expected bias (3, N, D)");
+    for (int64_t i = 0; i < 3; ++i) check_size(*bias_in, "bias", i, qkv.size(i + 1));
+    bias = as_float(*bias_in);
+  }
+  check_dtype(cu_seqlens, "cu_seqlens", ScalarType::Int);
+  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "attention: expected cu_seqlens (B+1,)");
+  const int64_t longest = std::min(std::max<int64_t>(max_seqlen, 0), qkv.size(0));
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(longest, attention_block_rows(qkv.scalar_type(), dim)));
+  const int64_t sequences = ends.size(0) - 1;
+  STD_TORCH_CHECK(longest <= std::numeric_limits<int>::max() / 2 &&
+                      3 * heads * dim <= std::numeric_limits<int>::max() &&
+                      sequences * heads * blocks <= std::numeric_limits<int>::max(),
+                  "attention: ", sequences, " sequences of up to ", longest, " tokens with ", heads,
+                  " heads are more than a grid holds");
+  const int64_t pack = 16 / static_cast<int64_t>(qkv.element_size());
+  batch.cu_seqlens = data<int32_t>(ends);
+  batch.bias = bias ? data<float>(*bias) : nullptr;
+  batch.total = qkv.size(0);
+  batch.sequences = sequences;
+  batch.stride_t = qkv.stride(0);
+  batch.stride_part = qkv.stride(1);
+  batch.stride_n = qkv.stride(2);
+  batch.heads = static_cast<int>(heads);
+  batch.dim = static_cast<int>(dim);
+  batch.max_seqlen = static_cast<int>(longest);
+  batch.blocks = static_cast<int>(blocks);
+  batch.aligned =
+      dim % pack == 0 && qkv.stride(0) % pack == 0 && qkv.stride(1) % pack == 0 && qkv.stride(2) % pack == 0;
+  batch.scale = static_cast<float>(softmax_scale);
+  batch.dropout = dropout_arguments(dropout_p, rng_state);
+  align_to(qkv);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& qkv, const std::optional<Tensor>& bias,
+                                              const Tensor& cu_seqlens, int64_t max_seqlen, double softmax_scale,
+                                              double dropout_p, const std::optional<Tensor>& rng_state) {
+  Arguments arguments(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
+  const int64_t total = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
+  Tensor out = empty_like_rows(qkv, {total, heads, dim}, qkv.scalar_type());
+  Tensor lse = empty_like_rows(qkv, {heads, total}, ScalarType::Float);
+  if (arguments.empty()) return {torch::stable::zero_(out), torch::stable::zero_(lse)};
+  arguments.align_to(out);
+  dispatch_cuda(qkv.scalar_type(), "attention", [&](auto element) {
+    using T = decltype(element);
+    const AttentionForward<T> tensors = {data<T>(arguments.qkv), mutable_data<T>(out), mutable_data<float>(lse)};
+    if constexpr (!std::is_same<T, float>::value) {
+      if (takes_hopper_path(arguments.batch, qkv.scalar_type(), qkv)) {
+        return attention_forward_hopper<T>(arguments.batch, tensors, qkv);
+      }
+    }
+    attention_forward_cuda<T>(arguments.batch, tensors, qkv);
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_bwd_cuda(const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias,
+                                              const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
+                                              int64_t max_seqlen, double softmax_scale, double dropout_p,
+                                              const std::optional<Tensor>& rng_state) {
+  Arguments arguments(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
+  const AttentionBatch& batch = arguments.batch;
+  const int64_t total = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
+  for (const Tensor* x : {&dout, &out}) {
+    check_dtype(*x, x == &out ? "out" : "dout", qkv.scalar_type());
+    check_size(*x, x == &out ? "out" : "dout", 0, total);
+    check_size(*x, x == &out ? "out" : "dout", 1, heads);
+    check_size(*x, x == &out ? "out" : "dout", 2, dim);
+  }
+  check_dtype(lse, "lse", ScalarType::Float);
+  check_size(lse, "lse", 0, heads);
+  check_size(lse, "lse", 1, total);
+  Tensor dqkv = empty_like_rows(qkv, {total, 3, heads, dim}, qkv.scalar_type());
+  Tensor dbias = empty_like_rows(qkv, {3, heads, dim}, ScalarType::Float);
+  if (arguments.empty()) return {torch::stable::zero_(dqkv), torch::stable::zero_(dbias)};
+  const Tensor grad = as_contiguous(dout), result = as_contiguous(out), sums = as_contiguous(lse);
+  const bool biased = bias.has_value();
+  const bool rounded = qkv.scalar_type() != ScalarType::Float;
+  const Tensor biased_q = empty_like_rows(qkv, {biased && rounded ? total : 0, heads, dim}, qkv.scalar_type());
+  const Tensor partial =
+      empty_like_rows(qkv, {biased ? batch.sequences * batch.blocks : 0, 3 * heads * dim}, ScalarType::Float);
+  arguments.align_to(grad);
+  arguments.align_to(result);
+  arguments.align_to(dqkv);
+  if (biased && rounded) arguments.align_to(biased_q);
+  const bool hopper = takes_hopper_path(batch, qkv.scalar_type(), qkv);
+  // Hopper's kernels keep what they know of queries in whole blocks.
+  const int64_t known = hopper ? batch.sequences * batch.blocks * attention_block_rows(qkv.scalar_type(), dim) : total;
+  const Tensor statistics = empty_like_rows(qkv, {heads, 3, known}, ScalarType::Float);
+  dispatch_cuda(qkv.scalar_type(), "attention", [&](auto element) {
+    using T = decltype(element);
+    const AttentionBackward<T> tensors = {data<T>(grad),
+                                          data<T>(arguments.qkv),
+                                          data<T>(result),
+                                          data<float>(sums),
+                                          mutable_data<T>(dqkv),
+                                          biased && rounded ? mutable_data<T>(biased_q) : nullptr,
+                                          mutable_data<float>(statistics),
+                                          biased ? mutable_data<float>(partial) : nullptr};
+    if constexpr (!std::is_same<T, float>::value) {
+      if (hopper) {
+        attention_dq_hopper<T>(batch, tensors, qkv);
+        return attention_dkv_hopper<T>(batch, tensors, qkv);
+      }
+    }
+    attention_dq_cuda<T>(batch, tensors, qkv);
+    attention_dkv_cuda<T>(batch, tensors, qkv);
+  });
+  if (!biased) return {dqkv, torch::stable::zero_(dbias)};
+  return {dqkv, torch::stable::view(sum_parts_cuda(partial, 0, 3 * heads * dim), {3, heads, dim})};
+}
+
+}  // namespace bert_fast

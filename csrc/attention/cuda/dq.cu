@@ -1,0 +1,109 @@
+// dq of attention in 16 bits: a block owns 64 queries of a head and walks over the keys, from which it computes P
+// again.
+//
+// It also leaves what the kernel of dk and dv needs of each query: q + bias, and three vectors (`prepare_rows`).
+#include "attention/cuda/mma.h"
+
+namespace bert_fast {
+namespace {
+
+// Of a multiprocessor: where the compiler is left to choose, it gives 36 to 52 bytes of spills on sm_100 for a third.
+template <int D>
+constexpr int kDqBlocks = D == 32 || D == 128 ? 3 : 1;
+
+template <int D>
+constexpr int dq_bytes() {
+  return (2 * kRows + 2 * TilePlan<D>::kStages * TilePlan<D>::kStep) * D * 2 + 3 * kRows * 4;
+}
+
+template <class T, int D, bool DROPOUT>
+__global__ void __launch_bounds__(kBlockWarps* kWarp, kDqBlocks<D>)
+    attention_dq(AttentionBatch batch, AttentionBackward<T> tensors) {
+  using Plan = TilePlan<D>;
+  constexpr int kStep = Plan::kStep;
+  const int width = batch.heads * batch.dim;
+  zero_tail(batch, tensors.dqkv, int64_t{3} * width, nullptr);
+  const OwnedRows own(batch, kRows);
+  float* partial = tensors.partial;
+  if (partial != nullptr) partial += (own.sequence * batch.blocks + own.block) * 3 * width + own.head * batch.dim;
+  if (own.row >= own.length) {
+    if (partial != nullptr) {
+      for (int d = threadIdx.x; d < batch.dim; d += blockDim.x) partial[d] = 0.0f;
+    }
+    return;
+  }
+  const Team team = {static_cast<int>(threadIdx.x), kBlockWarps * kWarp, 0};
+  T* q = dynamic_shared<T>();
+  T* dout = q + kRows * D;
+  T* stages = dout + kRows * D;
+  float* vectors = reinterpret_cast<float*>(stages + 2 * Plan::kStages * kStep * D);
+  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
+  const T* base = tensors.qkv + own.first * batch.stride_t + own.head * batch.stride_n;
+  const auto load_step = [&](int step) {
+    T* k = stages + step % Plan::kStages * 2 * kStep * D;
+    const int key = step * kStep;
+    const T* from = base + key * batch.stride_t + batch.stride_part;
+    load_tile<D>(k, from, batch.stride_t, kStep, own.length - key, batch);
+    load_tile<D>(k + kStep * D, from + batch.stride_part, batch.stride_t, kStep, own.length - key, batch);
+    commit_copies();
+  };
+  const int64_t token = own.first + own.row, packed = (token * batch.heads + own.head) * batch.dim;
+  load_tile<D>(q, base + own.row * batch.stride_t, batch.stride_t, kRows, own.length - own.row, batch);
+  load_tile<D>(dout, tensors.dout + packed, width, kRows, own.length - own.row, batch);
+  load_step(0);
+  wait_for_copies<0>();
+  __syncthreads();
+  prepare_rows<T, D, SwizzledRows<D>, false>(q, dout, vectors, tensors.statistics + own.head * 3 * batch.total + token,
+                                             batch.total, own, batch, tensors, team);
+  __syncthreads();
+
+  const LeftRows<T, D, Plan::kKeep> queries(q, warp * kWarpRows), grads(dout, warp * kWarpRows);
+  const QueryRows rows(vectors, warp * kWarpRows + g, kRows);
+  float acc[D / 8][4] = {};
+  const DropoutState drop = load_dropout(batch.dropout);
+  const float scale2 = batch.scale * kLog2E;
+  const int steps = (own.length + kStep - 1) / kStep;
+  for (int step = 0; step < steps; ++step) {
+    if (step > 0) {
+      wait_for_copies<0>();
+      __syncthreads();
+    }
+    if (Plan::kStages == 2 && step + 1 < steps) load_step(step + 1);
+    const T* k = stages + step % Plan::kStages * 2 * kStep * D;
+    float s[kStep / 8][4], dp[kStep / 8][4];
+    multiply_transposed<T, D, kStep>(queries, k, s);
+    multiply_transposed<T, D, kStep>(grads, k + kStep * D, dp);
+    differentiate_queries<kStep, DROPOUT>(s, dp, rows, scale2, own.length - step * kStep, drop, own.head,
+                                          token + warp * kWarpRows, step * kStep);
+    accumulate<T, D, kStep, D>(s, KeepsAll(), k, 0, acc);
+    if (Plan::kStages == 1 && step + 1 < steps) {
+      __syncthreads();
+      load_step(step + 1);
+    }
+  }
+
+  const float factor = batch.scale * batch.dropout.scale;
+  multiply_valid_rows<D>(acc, factor, warp * kWarpRows + g, own.length - own.row);
+  T* to = tensors.dqkv + (token * 3 * batch.heads + own.head) * batch.dim;
+  store_rows<T, D, SwizzledRows<D>>(q, warp * kWarpRows, 0, acc, to, int64_t{3} * width, own.length - own.row, batch);
+  if (partial != nullptr) {
+    store_column_sums<D, D>(reinterpret_cast<float*>(stages), warp, 0, acc, partial, batch.dim, team);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void attention_dq_cuda(const AttentionBatch& batch, const AttentionBackward<T>& tensors, const Tensor& on) {
+  dispatch_dim(batch.dim, [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    const auto kernel =
+        batch.dropout.threshold ? attention_dq<T, kDim, true> : attention_dq<T, kDim, TilePlan<kDim>::kAlwaysDrops>;
+    launch(kernel, grid_of(batch), kBlockWarps * kWarp, dq_bytes<kDim>(), on, batch, tensors);
+  });
+}
+
+template void attention_dq_cuda(const AttentionBatch&, const AttentionBackward<BFloat16>&, const Tensor&);
+template void attention_dq_cuda(const AttentionBatch&, const AttentionBackward<Half>&, const Tensor&);
+
+}  // namespace bert_fast

@@ -1,0 +1,114 @@
+// dq of attention for Hopper: a team owns 64 queries and walks over the keys, from which it computes P again.
+//
+// It also leaves what the kernel of dk and dv needs of each query (`prepare_rows`), in blocks of 64 queries: (B, N,
+// blocks, 3, 64).
+#include "attention/cuda/hopper.h"
+
+namespace bert_fast {
+namespace {
+
+constexpr int kStep = 64;
+
+template <class T, int D>
+using DqMemory = HopperMemory<T, D, kStep, D == 64 ? 9 : 4, D == 64 ? 2 : 1, 2, 3 * kRows + kBlockWarps * D, 0>;
+
+// dq of 64 queries from all keys, up to a factor.
+template <class T, int D, bool DROPOUT>
+__device__ __forceinline__ void sum_keys(float (&acc)[D / 8][4], const T* q, const T* dout, const float* vectors,
+                                         const OwnedRows& own, const AttentionBatch& batch, const DropoutState& drop,
+                                         int steps, bool last_pass, const Taker<DqMemory<T, D>>& taker) {
+  const int thread = threadIdx.x % kWarpgroup, warp_row = thread / kWarp * kWarpRows;
+  const QueryRows rows(vectors, warp_row + thread % kWarp / 4, kRows);
+  const float scale2 = batch.scale * kLog2E;
+  float s[kStep / 8][4], dp[kStep / 8][4];
+  uint32_t dz[kStep / 16][4];
+  for (int step = 0; step < steps; ++step) {
+    const T *k = taker.wait(0, step), *v = taker.wait(1, step);
+    fence_products(s, dp);
+    start_scores<T, D, kStep>(s, q, k);
+    start_scores<T, D, kStep>(dp, dout, v);
+    commit_products();
+    wait_for_products<1>(acc, dz);
+    if (step > 0) taker.release(0, step - 1, last_pass);
+    wait_for_products<0>(s, dp);
+    taker.release(1, step, last_pass);
+    differentiate_queries<kStep, DROPOUT>(s, dp, rows, scale2, own.length - step * kStep, drop, own.head,
+                                          own.first + own.row + warp_row, step * kStep);
+    round_scores<T, kStep>(s, dz);
+    fence_products(acc, dz);
+    start_sums<T, D, kStep>(acc, dz, k);
+    commit_products();
+  }
+  wait_for_products<0>(acc);
+  taker.release(0, steps - 1, last_pass);
+}
+
+struct DqMaps {
+  TensorMap qkv, dout;
+};
+
+template <class T, int D, bool DROPOUT>
+__global__ void __launch_bounds__(kHopperThreads, 1)
+    hopper_dq(const __grid_constant__ DqMaps maps, AttentionBatch batch, AttentionBackward<T> tensors,
+              HopperWork work) {
+#ifdef BERT_FAST_ON_HOPPER
+  using Memory = DqMemory<T, D>;
+  using Layout = TiledRows<kRows>;
+  const Memory memory;
+  const int width = batch.heads * batch.dim, group = warpgroup();
+  zero_tail(batch, tensors.dqkv, int64_t{3} * width, nullptr);
+  memory.init_barriers();
+  if (group == kTeams) {
+    set_registers<kMovingRegisters, false>();
+    Mover<T, Memory>{memory}.run(batch, work, {{&maps.qkv, 0}, {&maps.dout, 0}}, {{&maps.qkv, 1}, {&maps.qkv, 2}},
+                                 nullptr);
+  } else {
+    set_registers<kTeamRegisters, true>();
+    const Team team = {static_cast<int>(threadIdx.x) % kWarpgroup, kWarpgroup, 1 + group};
+    const int warp = team.thread / kWarp, warp_row = warp * kWarpRows, row = warp_row + team.thread % kWarp / 4;
+    const DropoutState drop = load_dropout(batch.dropout);
+    float *vectors = memory.extra(group), *sums = vectors + 3 * kRows;
+    Taker<Memory> taker = {memory};
+    const auto pass = [&](const OwnedRows& own, int steps, bool last_pass) {
+      T *q = memory.own(group, taker.own_slot(), 0), *dout = memory.own(group, taker.own_slot(), 1);
+      taker.wait_own(group);
+      prepare_rows<T, D, Layout, true>(q, dout, vectors, statistics_of(tensors.statistics, own, batch), kRows, own,
+                                       batch, tensors, team);
+      fence_async_proxy();
+      team.sync();
+      float acc[D / 8][4] = {};
+      sum_keys<T, D, DROPOUT>(acc, q, dout, vectors, own, batch, drop, steps, last_pass, taker);
+      const int valid = own.length - own.row;
+      multiply_valid_rows<D>(acc, batch.scale * batch.dropout.scale, row, valid);
+      team.sync();  // all warps are done with the queries, in whose place the result is put in order
+      T* to = tensors.dqkv + ((own.first + own.row) * 3 * batch.heads + own.head) * batch.dim;
+      store_rows<T, D, Layout>(q, warp_row, 0, acc, to, int64_t{3} * width, valid, batch);
+      taker.release_own(group);
+      float* partial = partial_of(tensors.partial, own, batch, 0);
+      if (partial != nullptr) store_column_sums<D, D>(sums, warp, 0, acc, partial, batch.dim, team);
+    };
+    for_each_pass(batch, work, group, taker, pass, [&](const OwnedRows& own) {
+      float* partial = partial_of(tensors.partial, own, batch, 0);
+      if (partial != nullptr) zero_sums(partial, batch.dim, team);
+    });
+  }
+#endif
+}
+
+}  // namespace
+
+template <class T>
+void attention_dq_hopper(const AttentionBatch& batch, const AttentionBackward<T>& tensors, const Tensor& on) {
+  const DqMaps maps = {map_qkv(tensors.qkv, batch), map_rows(tensors.dout, batch)};
+  dispatch_hopper_dim(batch.dim, [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    const HopperWork work = plan_work<DqMemory<T, kDim>>(batch);
+    const auto kernel = batch.dropout.threshold ? hopper_dq<T, kDim, true> : hopper_dq<T, kDim, false>;
+    launch(kernel, grid_of(work, on), kHopperThreads, DqMemory<T, kDim>::kBytes, on, maps, batch, tensors, work);
+  });
+}
+
+template void attention_dq_hopper(const AttentionBatch&, const AttentionBackward<BFloat16>&, const Tensor&);
+template void attention_dq_hopper(const AttentionBatch&, const AttentionBackward<Half>&, const Tensor&);
+
+}  // namespace bert_fast

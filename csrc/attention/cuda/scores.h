@@ -1,0 +1,281 @@
+// What is done to scores in registers, for the kernels of 16 bits: a warp has 16 rows of them, laid out as the products
+// leave them: lane 4 g + t has columns 8 j + 2 t and the next of rows g (numbers 0 and 1 of s[j]) and g + 8 (2 and 3).
+#pragma once
+
+#include <cmath>
+
+#include "attention/cuda/attention.h"
+#include "common/cuda_mma.h"
+
+namespace bert_fast {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef BERT_FAST_EMULATOR
+  return std::exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// Sum and largest over the four lanes that share a row of an accumulator.
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+
+// Which of a warp's scores, 16 queries by STEP keys from a multiple of 16 on, dropout keeps. A call of the generator
+// decides 16 keys of a query, so the four lanes of a row share the calls for it, and hand the bits around.
+template <int STEP>
+struct KeptKeys {
+  __device__ __forceinline__ KeptKeys(const DropoutState& drop, int head, uint32_t first_query, int first_key) {
+    constexpr int kGroups = STEP / 16;
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    uint32_t mine = 0;
+#pragma unroll
+    for (int call = 0; call < kGroups / 2; ++call) {
+      const int index = t + 4 * call;
+      const uint32_t query = first_query + g + index / kGroups * 8;
+      mine |= kept_bits(drop, head, query, first_key / 16 + index % kGroups) << (8 * call);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(kAllLanes, mine, 4 * g + i) >> kept_place(2 * t);
+  }
+
+  // Element i of accumulator j.
+  __device__ __forceinline__ bool keeps(int j, int i) const {
+    const int index = i / 2 * (STEP / 16) + j / 2;
+    return words[index % 4] >> (index / 4 * 8 + j % 2 * 4 + i % 2) & 1u;
+  }
+
+  uint32_t words[4];
+};
+
+// The same for scores that lie the other way: 16 keys, a whole group, by STEP queries.
+template <int STEP>
+struct KeptQueries {
+  __device__ __forceinline__ KeptQueries(const DropoutState& drop, int head, uint32_t first_query, int first_key) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    uint32_t mine = 0;
+#pragma unroll
+    for (int call = 0; call < STEP / 32; ++call) {
+      mine |= kept_bits(drop, head, first_query + lane + 32 * call, first_key / 16) << (8 * call);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) words[j][i] = __shfl_sync(kAllLanes, mine, 8 * j + 2 * t + i) >> kept_place(g);
+    }
+  }
+
+  __device__ __forceinline__ bool keeps(int j, int i) const {
+    return words[j % 4][i % 2] >> (j / 4 * 8 + i / 2 * 4) & 1u;
+  }
+
+  uint32_t words[4][2];
+};
+
+// What takes the place of a mask without dropout.
+struct KeepsAll {
+  template <class... X>
+  __device__ __forceinline__ explicit KeepsAll(const X&...) {}
+  __device__ __forceinline__ bool keeps(int, int) const { return true; }
+};
+
+// Scores, where `mask` keeps them, to the left operands of products, rounded to T.
+template <class T, int STEP, class Mask>
+__device__ __forceinline__ void round_kept(const float (&s)[STEP / 8][4], const Mask& mask,
+                                           uint32_t (&p)[STEP / 16][4]) {
+#pragma unroll
+  for (int k = 0; k < STEP / 16; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int j = 2 * k + i / 2, first = i % 2 * 2;
+      p[k][i] =
+          pack_pair<T>(mask.keeps(j, first) ? s[j][first] : 0.0f, mask.keeps(j, first + 1) ? s[j][first + 1] : 0.0f);
+    }
+  }
+}
+
+template <class T, int STEP>
+__device__ __forceinline__ void round_scores(const float (&s)[STEP / 8][4], uint32_t (&p)[STEP / 16][4]) {
+  round_kept<T, STEP>(s, KeepsAll(), p);
+}
+
+// Columns from `left` on, which are behind the end, to `value`.
+template <int STEP>
+__device__ __forceinline__ void fill_behind(float (&s)[STEP / 8][4], int left, float value) {
+  if (left >= STEP) return;
+  const int first = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < STEP / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[j][i] = 8 * j + first + i % 2 < left ? s[j][i] : value;
+  }
+}
+
+template <int COLS>
+__device__ __forceinline__ void multiply_rows_by(float (&c)[COLS / 8][4], const float (&factor)[2]) {
+#pragma unroll
+  for (int j = 0; j < COLS / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[j][i] *= factor[i / 2];
+  }
+}
+
+// Softmax over keys that come in steps: the largest score of each row so far, the sum of the exponentials of their
+// distances to it, and of those that dropout keeps.
+struct OnlineSoftmax {
+  // Scores to exponentials; `decay` is what all before is to be multiplied by.
+  template <int STEP>
+  __device__ __forceinline__ void step(float (&s)[STEP / 8][4], float scale2, float (&decay)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = m[half], sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < STEP / 8; ++j) top = fmaxf(top, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+      top = quad_max(top);
+      decay[half] = exp2_fast((m[half] - top) * scale2);
+      const float shift2 = top * scale2;
+      m[half] = top;
+#pragma unroll
+      for (int j = 0; j < STEP / 8; ++j) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[j][i] = exp2_fast(s[j][i] * scale2 - shift2);
+          sum += s[j][i];
+        }
+      }
+      total[half] = total[half] * decay[half] + sum;
+      kept[half] *= decay[half];
+    }
+  }
+
+  // Drop exponentials of queries from first_query and keys from first_key on, the 16 rows and STEP columns of s.
+  template <int STEP>
+  __device__ __forceinline__ void drop(float (&s)[STEP / 8][4], const DropoutState& state, int head,
+                                       uint32_t first_query, int first_key) {
+    constexpr int kMasked = STEP < 64 ? STEP : 64;  // columns of one mask
+#pragma unroll
+    for (int from = 0; from < STEP; from += kMasked) {
+      const KeptKeys<kMasked> mask(state, head, first_query, first_key + from);
+#pragma unroll
+      for (int j = 0; j < kMasked / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& x = s[from / 8 + j][i];
+          x = mask.keeps(j, i) ? x : 0.0f;
+          kept[i / 2] += x;
+        }
+      }
+    }
+  }
+
+  // Sums over keys to rows of `out`, and their lse to `lse` where they are within `valid`. Row is that of number 0;
+  // `shift` has the products of the queries with the bias of the keys.
+  template <int D, bool DROPOUT>
+  __device__ __forceinline__ void finish(float (&c)[D / 8][4], const AttentionBatch& batch, int head,
+                                         const float* shift, int row, int valid, float* lse) {
+    const int t = threadIdx.x % 4;
+    float factor[2], weight[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(total[half]);
+      factor[half] = batch.dropout.scale / sum;
+      weight[half] = DROPOUT ? quad_sum(kept[half]) * factor[half] : 1.0f;
+      float found = m[half] * batch.scale + logf(sum);
+      if (batch.bias != nullptr) found += shift[row + 8 * half] * batch.scale;
+      if (t == 0 && row + 8 * half < valid) lse[row + 8 * half] = found;
+    }
+    multiply_rows_by<D>(c, factor);
+    if (batch.bias == nullptr) return;
+    const float* bias_v = batch.bias + (2 * batch.heads + head) * batch.dim;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int d = 8 * j + 2 * t + i;
+        const float bias = d < batch.dim ? bias_v[d] : 0.0f;
+        c[j][i] += weight[0] * bias;
+        c[j][i + 2] += weight[1] * bias;
+      }
+    }
+  }
+
+  float m[2] = {-INFINITY, -INFINITY}, total[2] = {}, kept[2] = {};
+};
+
+// What is known of the two queries whose rows a lane has; see `prepare_rows`.
+struct QueryRows {
+  __device__ __forceinline__ QueryRows(const float* vectors, int row, int rows) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      lse2[half] = vectors[row + 8 * half];
+      shift[half] = vectors[rows + row + 8 * half];
+      dropped[half] = vectors[2 * rows + row + 8 * half];
+    }
+  }
+
+  float lse2[2], shift[2], dropped[2];
+};
+
+// Scores s and products dp of a row a query to dZ, up to a factor, in s; keys behind `left` get 0.
+template <int STEP, bool DROPOUT>
+__device__ __forceinline__ void differentiate_queries(float (&s)[STEP / 8][4], const float (&dp)[STEP / 8][4],
+                                                      const QueryRows& rows, float scale2, int left,
+                                                      const DropoutState& drop, int head, uint32_t first_query,
+                                                      int first_key) {
+#pragma unroll
+  for (int j = 0; j < STEP / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(s[j][i] * scale2 - rows.lse2[i / 2]);
+  }
+  fill_behind<STEP>(s, left, 0.0f);
+  const std::conditional_t<DROPOUT, KeptKeys<STEP>, KeepsAll> mask(drop, head, first_query, first_key);
+#pragma unroll
+  for (int j = 0; j < STEP / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[j][i] *= mask.keeps(j, i) ? dp[j][i] + rows.shift[i / 2] : rows.dropped[i / 2];
+  }
+}
+
+// The same for scores of a row a key. `vectors` (3, STEP) has what is known of the queries, which are columns.
+template <int STEP>
+struct QueryColumns {
+  __device__ __forceinline__ explicit QueryColumns(const float* vectors) : lse2(vectors + threadIdx.x % 4 * 2) {}
+
+  // Scores to P.
+  __device__ __forceinline__ void exponentials(float (&s)[STEP / 8][4], float scale2) const {
+#pragma unroll
+    for (int j = 0; j < STEP / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(s[j][i] * scale2 - lse2[8 * j + i % 2]);
+    }
+  }
+
+  // P and dp to dZ, up to a factor, in p.
+  template <class Mask>
+  __device__ __forceinline__ void differentiate(float (&p)[STEP / 8][4], const float (&dp)[STEP / 8][4],
+                                                const Mask& mask) const {
+    const float *shift = lse2 + STEP, *dropped = shift + STEP;
+#pragma unroll
+    for (int j = 0; j < STEP / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        p[j][i] *= mask.keeps(j, i) ? dp[j][i] + shift[8 * j + i % 2] : dropped[8 * j + i % 2];
+      }
+    }
+  }
+
+  const float* lse2;
+};
+
+}  // namespace bert_fast

@@ -1,0 +1,70 @@
+#include "bias_gelu/bias_gelu.h"
+#include "common/reduce.h"
+
+#define BF_KERNELS "bias_gelu/cpu_kernels.h"
+#include "common/foreach_isa.h"
+
+namespace bert_fast {
+namespace {
+
+constexpr int64_t kGrain = 8192;  // elements a thread should have at least
+
+void check_inputs(const Tensor& x, const Tensor& bias) {
+  STD_TORCH_CHECK(x.dim() == 2 && bias.dim() == 1, "bias_gelu: expected x (T, F) and bias (F,)");
+  check_size(bias, "bias", 0, x.size(1));
+}
+
+template <class T, bool TANH>
+void forward(const Tensor& x, const Tensor& bias, const Tensor& out) {
+  const int64_t cols = x.size(1);
+  const auto rows_of = BF_DISPATCH(bias_gelu_rows<T, TANH>);
+  parallel_for(
+      0, x.size(0), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols)), [&](int64_t begin, int64_t end) {
+        rows_of(data<T>(x) + begin * cols, data<float>(bias), mutable_data<T>(out) + begin * cols, end - begin, cols);
+      });
+}
+
+template <class T, bool TANH>
+void backward(const Tensor& dout, const Tensor& x, const Tensor& bias, const Tensor& dx, const Tensor& partial) {
+  const int64_t cols = x.size(1);
+  const RowParts parts(x.size(0));
+  const auto rows_of = BF_DISPATCH(bias_gelu_grad_rows<T, TANH>);
+  parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t start = parts.begin(part) * cols;
+      rows_of(data<T>(dout) + start, data<T>(x) + start, data<float>(bias), mutable_data<T>(dx) + start,
+              mutable_data<float>(partial) + part * cols, parts.length(part), cols);
+    }
+  });
+}
+
+}  // namespace
+
+Tensor bias_gelu_fwd_cpu(const Tensor& x, const Tensor& bias, bool tanh) {
+  check_inputs(x, bias);
+  const Tensor in = as_contiguous(x), shift = as_float(bias);
+  const Tensor out = empty({x.size(0), x.size(1)}, x.scalar_type());
+  dispatch_float(x.scalar_type(), "bias_gelu", [&](auto element) {
+    using T = decltype(element);
+    tanh ? forward<T, true>(in, shift, out) : forward<T, false>(in, shift, out);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_bwd_cpu(const Tensor& dout, const Tensor& x, const Tensor& bias, bool tanh) {
+  check_inputs(x, bias);
+  check_size(dout, "dout", 0, x.size(0));
+  check_size(dout, "dout", 1, x.size(1));
+  check_dtype(dout, "dout", x.scalar_type());
+  const Tensor grad = as_contiguous(dout), in = as_contiguous(x), shift = as_float(bias);
+  const Tensor dx = empty({x.size(0), x.size(1)}, x.scalar_type());
+  const RowParts parts(x.size(0));
+  const Tensor partial = zeros({parts.count, x.size(1)}, ScalarType::Float);
+  dispatch_float(x.scalar_type(), "bias_gelu", [&](auto element) {
+    using T = decltype(element);
+    tanh ? backward<T, true>(grad, in, shift, dx, partial) : backward<T, false>(grad, in, shift, dx, partial);
+  });
+  return {dx, sum_parts(partial, parts.count, x.size(1))};
+}
+
+}  // namespace bert_fast

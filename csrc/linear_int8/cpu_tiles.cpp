@@ -1,0 +1,76 @@
+#include <memory>
+
+#include "common/activation.h"
+#include "common/blocks.h"
+#include "linear_int8/linear_int8.h"
+
+#define BF_KERNELS "linear_int8/cpu_tiles_kernels.h"
+#include "common/foreach_isa.h"
+
+namespace bert_fast {
+namespace {
+
+struct ByteRows {
+  const uint8_t* u;
+  const float *scale, *low;
+};
+
+template <class T, int ACTIVATION>
+void multiply(const ByteRows& x, const int8_t* packed, const Int8Columns& columns, const Tensor& out, int64_t depth) {
+  const int64_t cols = out.size(1), padded = parts(depth, 4) * 4;
+  const auto block = BF_DISPATCH(linear_int8_block<T, ACTIVATION>);
+  const int64_t bytes = BF_DISPATCH(byte_scratch_bytes)(depth);
+  Blocks(out.size(0), cols, BF_DISPATCH(byte_layout)()).run([&] {
+    return [&, scratch = std::unique_ptr<char[]>(new char[bytes])](const Block& b) {
+      const float* bias = columns.bias == nullptr ? nullptr : columns.bias + b.col;
+      block(x.u + b.row * depth, packed + b.col * padded, x.scale + b.row, x.low + b.row,
+            {columns.scale + b.col, columns.sums + b.col, bias}, mutable_data<T>(out) + b.row * cols + b.col, cols,
+            b.rows, depth, b.cols, scratch.get());
+    };
+  });
+}
+
+}  // namespace
+
+Tensor linear_int8_pack_cpu(const Tensor& values) {
+  STD_TORCH_CHECK(values.dim() == 2, "linear_int8_pack: expected values (N, K)");
+  check_dtype(values, "values", ScalarType::Char);
+  const Tensor in = as_contiguous(values);
+  const int64_t rows = in.size(0), depth = in.size(1), panel = BF_DISPATCH(byte_layout)().panel;
+  const Tensor packed = empty({parts(rows, panel), parts(depth, 4), panel, 4}, ScalarType::Char);
+  const auto pack = BF_DISPATCH(pack_byte_panel);
+  parallel_for(0, packed.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pack(data<int8_t>(in) + i * panel * depth, std::min(panel, rows - i * panel), depth,
+           mutable_data<int8_t>(packed) + i * panel * parts(depth, 4) * 4);
+    }
+  });
+  return packed;
+}
+
+Tensor linear_int8_tiles_cpu(const Tensor& u, const Tensor& packed, int64_t columns, const Tensor& scale,
+                             const Tensor& low, const Tensor& weight_scale, const Tensor& weight_sums,
+                             const std::optional<Tensor>& bias, int64_t activation, bool bf16) {
+  STD_TORCH_CHECK(u.dim() == 2, "linear_int8_tiles: expected u (T, K)");
+  STD_TORCH_CHECK(packed.dim() == 4, "linear_int8_tiles: expected packed of linear_int8_pack");
+  const int64_t rows = u.size(0), depth = u.size(1), panel = BF_DISPATCH(byte_layout)().panel;
+  check_dtype(u, "u", ScalarType::Byte);
+  check_dtype(packed, "packed", ScalarType::Char);
+  check_size(packed, "packed", 0, parts(columns, panel));
+  check_size(packed, "packed", 1, parts(depth, 4));
+  check_size(packed, "packed", 2, panel);
+  check_size(packed, "packed", 3, 4);
+  const Int8Scales behind(rows, columns, scale, low, weight_scale, weight_sums, bias);
+  const Tensor in = as_contiguous(u), panels = as_contiguous(packed);
+  const ScalarType dtype = bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+  const Tensor out = empty({rows, columns}, dtype);
+  const ByteRows x{data<uint8_t>(in), data<float>(behind.scale), data<float>(behind.low)};
+  dispatch_float(dtype, "linear_int8", [&](auto element) {
+    dispatch_activation(activation, "linear_int8", [&](auto constant) {
+      multiply<decltype(element), decltype(constant)::value>(x, data<int8_t>(panels), behind.columns(), out, depth);
+    });
+  });
+  return out;
+}
+
+}  // namespace bert_fast

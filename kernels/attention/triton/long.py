@@ -1,0 +1,391 @@
+"""Long regime of attention in Triton: online softmax forward; backward a kernel for dq and one for dk and dv.
+
+A program owns a block of rows of one (sequence, head) and walks over the sequence's other side. No two programs write
+the same number, so there are no atomics and the bits don't depend on the order in which programs run.
+
+Tiles that are read in a loop go from memory to the matrix unit unchanged: the biases of keys and values enter through
+vectors (README, "The bias without touching the tiles"). Names with a 2 at the end are logarithms to base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bert_fast.kernels._common.triton_support import INTERPRETED as _INTERPRETED
+from bert_fast.kernels.attention.triton.dropout import keep_scores
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def rounded(x, dtype):
+    """x in a dtype of its own or of fewer bits, to the nearest number."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        # Triton 3.6's interpreter cuts the last 16 bits off; of sums with one sign that bias would stay.
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + ((bits >> 16) & 1) + 0x7FFF) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b, a rounded to the dtype of b, accumulated in float32; None for an acc of zeros."""
+    if b.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision="ieee")  # not rounded to tf32
+    elif INTERPRETED:
+        # Triton 3.6's interpreter multiplies the bits of bfloat16 as if they were integers.
+        acc = tl.dot(rounded(a, b.dtype).to(tl.float32), b.to(tl.float32), acc)
+    else:
+        acc = tl.dot(a.to(b.dtype), b, acc)
+    return acc
+
+
+@triton.jit
+def dot_transposed(a, b):
+    """a b^T."""
+    return dot(a, tl.trans(b), None)
+
+
+@triton.jit
+def tile_mask(inside, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(rows, BLOCK_D): the row is inside and the column is one of the D."""
+    if D == BLOCK_D:
+        mask = inside[:, None] & (d >= 0)[None, :]
+    else:
+        mask = inside[:, None] & (d < D)[None, :]
+    return mask
+
+
+@triton.jit
+def load_vector(x, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(BLOCK_D,) float32."""
+    if D == BLOCK_D:
+        vector = tl.load(x + d)
+    else:
+        vector = tl.load(x + d, mask=d < D, other=0.0)
+    return vector.to(tl.float32)
+
+
+@triton.jit
+def zero_tail(x, lse, cu_seqlens, B, N, T, index, count, ROW: tl.constexpr):
+    """Zero the rows of `x` (T, ROW) and `lse` (N, T) behind the last sequence; every program a share of them.
+
+    A pack of static shape ends in rows that belong to no sequence. Else the loops do nothing.
+    """
+    tail = tl.minimum(tl.maximum(tl.load(cu_seqlens + B).to(tl.int64), 0), T)
+    lane = tl.arange(0, 256)
+    size = (T - tail) * ROW
+    for e in range(index.to(tl.int64) * 256, size, count * 256):
+        tl.store(x + tail * ROW + e + lane, tl.zeros((256,), x.dtype.element_ty), mask=lane < size - e)
+    if lse is not None:
+        for t in range(tail + index.to(tl.int64) * 256, T, count * 256):
+            at = lse + t + lane
+            for _ in range(N):
+                tl.store(at, tl.zeros((256,), tl.float32), mask=lane < T - t)
+                at += T
+
+
+@triton.jit
+def _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK: tl.constexpr):
+    """(sequence, head, block, its first row, first token, length): what a program owns.
+
+    Whatever cu_seqlens holds, tokens first to first + length - 1 are within the pack and length within max_seqlen.
+    """
+    index = tl.program_id(0)
+    block = index % blocks
+    n = index // blocks % N
+    b = index // blocks // N
+    first = tl.load(cu_seqlens + b).to(tl.int64)
+    first = tl.minimum(tl.maximum(first, 0), T)
+    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
+    length = tl.minimum(tl.maximum(tl.minimum(end, T) - first, 0), max_seqlen).to(tl.int32)
+    return b, n, block, block * BLOCK, first, length
+
+
+@triton.jit
+def _tile(x, rows, stride, length, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of a sequence, (rows, BLOCK_D); zeros behind its end, where another sequence's NaN may lie."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = x + rows[:, None] * stride + d[None, :]
+    if MASKED:
+        tile = tl.load(pointers, mask=tile_mask(rows < length, d, D, BLOCK_D), other=0.0)
+    elif D == BLOCK_D:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _query_tile(q, bias, n, rows, stride, length, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """q + bias, rounded to the dtype of q."""
+    tile = _tile(q, rows, stride, length, D, BLOCK_D, True)
+    if bias is not None:
+        vector = load_vector(bias + n * D, tl.arange(0, BLOCK_D), D, BLOCK_D)
+        tile = rounded(tile.to(tl.float32) + vector[None, :], tile.dtype)
+    return tile
+
+
+@triton.jit
+def _fwd_step(
+    m, total, kept, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: the running maximum m, the sums total of P and kept of P M, and acc = (P M) V."""
+    columns = tl.arange(0, BLOCK_N)
+    offset = tl.cast(j, tl.int64) * stride_t
+    keys = _tile(k + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
+    scores = dot_transposed(q, keys)
+    if MASKED:
+        scores = tl.where((columns < length - j)[None, :], scores, float("-inf"))
+    new_m = tl.maximum(m, tl.max(scores, axis=1))
+    probs = tl.exp2(scores * scale2 - (new_m * scale2)[:, None])
+    decay = tl.exp2((m - new_m) * scale2)
+    total = total * decay + tl.sum(probs, axis=1)
+    if rng_state is not None:
+        keep = keep_scores(rng_state, n, tokens, j // 16, threshold, tokens.shape[0], BLOCK_N, False)
+        probs = tl.where(keep, probs, 0.0)
+        if HAS_BIAS:
+            kept = kept * decay + tl.sum(probs, axis=1)
+    values = _tile(v + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
+    acc = dot(probs, values, acc * decay[:, None])
+    return new_m, total, kept, acc
+
+
+@triton.jit
+def fwd_kernel(
+    qkv, bias, cu_seqlens, rng_state, out, lse, B, N, T, max_seqlen, blocks, stride_t, stride_s, stride_n,
+    scale, sign, threshold, multiplier,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_M queries and walks over the keys."""
+    zero_tail(out, lse, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), N * D)
+    _, n, _, i, first, length = _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK_M)
+    if i >= length:
+        return
+    scale2 = scale * LOG2_E
+    rows, d = i + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    base = qkv + first * stride_t + n.to(tl.int64) * stride_n
+    local = tl.arange(0, BLOCK_M)
+    q = _query_tile(base + tl.cast(i, tl.int64) * stride_t, bias, n, local, stride_t, length - i, D, BLOCK_D)
+    q = (q.to(tl.float32) * sign).to(q.dtype)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    kept = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tokens = (first + rows).to(tl.uint32)
+    k, v = base + stride_s, base + 2 * stride_s
+    # Blocks of keys that are whole need no mask; but where registers are short one copy of the step is all that fits.
+    WHOLE: tl.constexpr = qkv.dtype.element_ty != tl.float32 and BLOCK_D <= 128
+    whole = length
+    if WHOLE:
+        whole = length // BLOCK_N * BLOCK_N
+    for j in range(0, whole, BLOCK_N):
+        m, total, kept, acc = _fwd_step(
+            m, total, kept, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold,
+            bias is not None, D, BLOCK_D, BLOCK_N, not WHOLE,
+        )  # fmt: skip
+    if whole < length:
+        m, total, kept, acc = _fwd_step(
+            m, total, kept, acc, q, k, v, whole, stride_t, length, scale2, rng_state, n, tokens, threshold,
+            bias is not None, D, BLOCK_D, BLOCK_N, True,
+        )  # fmt: skip
+    row_lse = m * scale + tl.log2(total) * LN_2
+    acc = acc * (multiplier / total)[:, None]
+    if bias is not None:
+        bias_k = load_vector(bias + (N + n) * D, d, D, BLOCK_D)
+        bias_v = load_vector(bias + (2 * N + n) * D, d, D, BLOCK_D)
+        row_lse += tl.sum(q.to(tl.float32) * bias_k[None, :], axis=1) * scale
+        if rng_state is not None:
+            acc += (kept * multiplier / total)[:, None] * bias_v[None, :]
+        else:
+            acc += bias_v[None, :]
+    at = out + ((first + rows) * N + n)[:, None] * D + d[None, :]
+    tl.store(at, rounded(acc, out.dtype.element_ty), mask=tile_mask(rows < length, d, D, BLOCK_D))
+    tl.store(lse + n.to(tl.int64) * T + first + rows, row_lse, mask=rows < length)
+
+
+@triton.jit
+def _slope(probs, dp, shift, dropped, keep, DROPOUT: tl.constexpr):
+    """dZ / multiplier = P (M' dP - delta'), M' the kept ones: shift adds what the tiles lack, dropped is -delta'."""
+    if DROPOUT:
+        dz = probs * tl.where(keep, dp + shift, dropped)
+    else:
+        dz = probs * (dp + shift)
+    return dz
+
+
+@triton.jit
+def _dq_step(
+    acc, total, excess, weighted, q, dout, k, v, j, stride_t, length, scale2, lse2, shift, dropped,
+    rng_state, n, tokens, threshold,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: acc = dZ K; for float32 also the sums total of P and excess of dZ, and weighted = P K.
+
+    Of exact lse and delta total is 1 and excess 0: they tell what the rounding of the two has done.
+    """
+    columns = tl.arange(0, BLOCK_N)
+    offset = tl.cast(j, tl.int64) * stride_t
+    keys = _tile(k + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
+    scores = dot_transposed(q, keys)
+    probs = tl.exp2(scores * scale2 - lse2[:, None])
+    if MASKED:
+        probs = tl.where((columns < length - j)[None, :], probs, 0.0)
+    values = _tile(v + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
+    dp = dot_transposed(dout, values)
+    if rng_state is not None:
+        keep = keep_scores(rng_state, n, tokens, j // 16, threshold, tokens.shape[0], BLOCK_N, False)
+        dz = _slope(probs, dp, shift[:, None], dropped[:, None], keep, True)
+    else:
+        dz = _slope(probs, dp, shift[:, None], 0.0, 0, False)
+    if keys.dtype == tl.float32:
+        total += tl.sum(probs, axis=1)
+        excess += tl.sum(dz, axis=1)
+        weighted = tl.dot(probs, keys, weighted, input_precision="tf32")  # excess is some eps: 11 bits will do
+    return dot(dz, keys, acc), total, excess, weighted
+
+
+@triton.jit
+def dq_kernel(
+    dout, qkv, bias, out, lse, cu_seqlens, rng_state, dqkv, partial, statistics, biased_q,
+    B, N, T, max_seqlen, blocks, stride_t, stride_s, stride_n, scale, threshold, multiplier,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_M queries and walks over the keys.
+
+    It also writes what the other kernel needs of each query: q + bias to `biased_q` (T, N, D), and to `statistics`
+    (N, 4, T) float32: lse2 without the bias of the keys, the two vectors of `_slope`, and for float32 what P
+    has to be multiplied with to sum to 1.
+    """
+    zero_tail(dqkv, None, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), 3 * N * D)
+    b, n, block, i, first, length = _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK_M)
+    rows, d = i + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    sums = partial if partial is None else partial + ((b.to(tl.int64) * blocks + block) * N + n) * D
+    if i >= length:
+        if sums is not None:
+            tl.store(sums + d, tl.zeros((BLOCK_D,), tl.float32), mask=d < D)
+        return
+    inside = rows < length
+    base = qkv + first * stride_t + n.to(tl.int64) * stride_n
+    local = tl.arange(0, BLOCK_M)
+    q = _query_tile(base + tl.cast(i, tl.int64) * stride_t, bias, n, local, stride_t, length - i, D, BLOCK_D)
+    packed = ((first + i) * N + n) * D
+    do = _tile(dout + packed, local, N * D, length - i, D, BLOCK_D, True)
+    o = _tile(out + packed, local, N * D, length - i, D, BLOCK_D, True)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1) / multiplier
+    shift = -delta
+    # Probabilities of rows behind the end become 0.
+    lse2 = tl.load(lse + n.to(tl.int64) * T + first + rows, mask=inside, other=float("inf")) * LOG2_E
+    scale2 = scale * LOG2_E
+    if bias is not None:
+        bias_k = load_vector(bias + (N + n) * D, d, D, BLOCK_D)
+        bias_v = load_vector(bias + (2 * N + n) * D, d, D, BLOCK_D)
+        lse2 -= tl.sum(q.to(tl.float32) * bias_k[None, :], axis=1) * scale2
+        shift += tl.sum(do.to(tl.float32) * bias_v[None, :], axis=1)
+        at = biased_q + packed + (local * N * D)[:, None] + d[None, :]
+        tl.store(at, q, mask=tile_mask(inside, d, D, BLOCK_D))
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    excess = tl.zeros((BLOCK_M,), tl.float32)
+    weighted = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tokens = (first + rows).to(tl.uint32)
+    k, v = base + stride_s, base + 2 * stride_s
+    WHOLE: tl.constexpr = qkv.dtype.element_ty != tl.float32 and BLOCK_D <= 128
+    whole = length
+    if WHOLE:
+        whole = length // BLOCK_N * BLOCK_N
+    for j in range(0, whole, BLOCK_N):
+        acc, total, excess, weighted = _dq_step(
+            acc, total, excess, weighted, q, do, k, v, j, stride_t, length, scale2, lse2, shift, -delta, rng_state, n,
+            tokens, threshold, D, BLOCK_D, BLOCK_N, not WHOLE,
+        )  # fmt: skip
+    if whole < length:
+        acc, total, excess, weighted = _dq_step(
+            acc, total, excess, weighted, q, do, k, v, whole, stride_t, length, scale2, lse2, shift, -delta, rng_state,
+            n, tokens, threshold, D, BLOCK_D, BLOCK_N, True,
+        )  # fmt: skip
+    own = statistics + 4 * n.to(tl.int64) * T + first + rows
+    if dqkv.dtype.element_ty == tl.float32:
+        normal = 1.0 / tl.where(inside, total, 1.0)
+        excess *= normal
+        acc = (acc - excess[:, None] * weighted) * normal[:, None]
+        shift -= excess
+        delta += excess
+        tl.store(own + 3 * tl.cast(T, tl.int64), normal, mask=inside)
+    tl.store(own, lse2, mask=inside)
+    tl.store(own + T, shift, mask=inside)
+    if rng_state is not None:
+        tl.store(own + 2 * tl.cast(T, tl.int64), -delta, mask=inside)
+    acc *= scale * multiplier
+    at = dqkv + ((first + rows) * 3 * N + n)[:, None] * D + d[None, :]
+    tl.store(at, rounded(acc, dqkv.dtype.element_ty), mask=tile_mask(inside, d, D, BLOCK_D))
+    if sums is not None:
+        tl.store(sums + d, tl.sum(acc, axis=0), mask=d < D)  # rows behind the end hold zeros
+
+
+@triton.jit
+def dkv_kernel(
+    dout, query, qkv, cu_seqlens, rng_state, dqkv, partial, statistics,
+    B, N, T, max_seqlen, blocks, stride_t, stride_s, stride_n, query_stride_t, query_stride_n,
+    scale, threshold, multiplier,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_N keys and walks over the queries; its tiles are transposed, a row a key.
+
+    `query` holds q + bias: `biased_q` of `dq_kernel`, or without a bias `qkv`.
+    """
+    b, n, block, j, first, length = _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK_N)
+    rows, d = j + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    sums = partial if partial is None else partial + ((b.to(tl.int64) * blocks + block) * 2 * N + n) * D
+    if j >= length:
+        if sums is not None:
+            tl.store(sums + d, tl.zeros((BLOCK_D,), tl.float32), mask=d < D)
+            tl.store(sums + N * D + d, tl.zeros((BLOCK_D,), tl.float32), mask=d < D)
+        return
+    base = qkv + first * stride_t + n.to(tl.int64) * stride_n
+    own, local = base + tl.cast(j, tl.int64) * stride_t, tl.arange(0, BLOCK_N)
+    k = _tile(own + stride_s, local, stride_t, length - j, D, BLOCK_D, True)
+    v = _tile(own + 2 * stride_s, local, stride_t, length - j, D, BLOCK_D, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    scale2 = scale * LOG2_E
+    queries = tl.arange(0, BLOCK_M)
+    for i in range(0, length, BLOCK_M):
+        inside = queries < length - i
+        token = first + i + queries
+        at = statistics + 4 * n.to(tl.int64) * T + token
+        # Behind the end: probabilities of 0, whatever the rest.
+        lse2 = tl.load(at, mask=inside, other=float("inf"))
+        shift = tl.load(at + T, mask=inside, other=0.0)
+        q = _tile(
+            query + (first + i) * query_stride_t + tl.cast(n, tl.int64) * query_stride_n,
+            queries, query_stride_t, length - i, D, BLOCK_D, True,
+        )  # fmt: skip
+        scores = dot_transposed(k, q)
+        probs = tl.exp2(scores * scale2 - lse2[None, :])
+        if q.dtype == tl.float32:
+            probs *= tl.load(at + 3 * tl.cast(T, tl.int64), mask=inside, other=0.0)[None, :]
+        do = _tile(dout + ((first + i) * N + n) * D, queries, N * D, length - i, D, BLOCK_D, True)
+        dp = dot_transposed(v, do)
+        if rng_state is not None:
+            keep = keep_scores(rng_state, n, token, j // 16, threshold, BLOCK_M, BLOCK_N, True)
+            dropped = tl.load(at + 2 * tl.cast(T, tl.int64), mask=inside, other=0.0)
+            dv = dot(tl.where(keep, probs, 0.0), do, dv)
+            dz = _slope(probs, dp, shift[None, :], dropped[None, :], keep, True)
+        else:
+            dv = dot(probs, do, dv)
+            dz = _slope(probs, dp, shift[None, :], 0.0, 0, False)
+        dk = dot(dz, q, dk)
+    dk *= scale * multiplier
+    dv *= multiplier
+    mask = tile_mask(rows < length, d, D, BLOCK_D)
+    at = dqkv + ((first + rows) * 3 * N + n)[:, None] * D + d[None, :]
+    tl.store(at + N * D, rounded(dk, dqkv.dtype.element_ty), mask=mask)
+    tl.store(at + 2 * N * D, rounded(dv, dqkv.dtype.element_ty), mask=mask)
+    if sums is not None:
+        tl.store(sums + d, tl.sum(tl.where(mask, dk, 0.0), axis=0), mask=d < D)
+        tl.store(sums + N * D + d, tl.sum(tl.where(mask, dv, 0.0), axis=0), mask=d < D)

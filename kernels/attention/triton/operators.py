@@ -1,0 +1,245 @@
+"""attention in Triton: the operators, and which kernel in which tiles they launch.
+
+Up to 128 tokens a sequence `triton_short.py` takes all keys at once, one kernel forward and one backward; above it, and
+in float32, `triton_long.py` walks over blocks of keys: one kernel forward, two backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bert_fast.kernels._common.philox import dropout_threshold
+from bert_fast.kernels._common.triton_launch import ceil_div, launch, next_power_of_2
+from bert_fast.kernels.attention.triton import long as triton_long
+from bert_fast.kernels.attention.triton import short as triton_short
+
+LARGEST_D = 256
+# Addresses within a tile are 32-bit: 128 rows of a stride below 2^24.
+LARGEST_STRIDE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A kernel's tile of scores, queries by keys, and how many warps and pipeline stages work on it."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class LongLaunch:
+    """The three kernels of the long regime."""
+
+    fwd: Tiles
+    dq: Tiles
+    dkv: Tiles
+
+
+# By (bytes of an element, D padded). No row is measured on a GPU yet: chosen for Hopper, where 16 bits compile without
+# a spill (float32's dQ has 8 bytes of it at 64, 136 at 256); 64 rows for 4 warps are the least that HGMMA takes.
+LONG = {
+    (2, 16): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    (2, 32): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    (2, 64): LongLaunch(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
+    (2, 128): LongLaunch(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
+    (2, 256): LongLaunch(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    (4, 16): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 16, 8, 1), Tiles(32, 32, 8, 1)),
+    (4, 32): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 16, 8, 1), Tiles(32, 32, 8, 1)),
+    (4, 64): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 16, 8, 1), Tiles(32, 32, 8, 1)),
+    (4, 128): LongLaunch(Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(32, 32, 8, 1)),
+    (4, 256): LongLaunch(Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+}
+
+
+@dataclass(frozen=True)
+class ShortLaunch:
+    """The short regime: the largest padded D, rows that a sequence has of a tile, the forward kernel's tile and warps.
+
+    `chunk`: the queries that the backward kernel takes at a time, a program a sequence; 0 for the kernel of several
+    sequences, whose tile is the forward kernel's.
+    """
+
+    largest_d: int
+    block_s: int
+    tile: int
+    fwd_warps: int
+    bwd_warps: int
+    chunk: int
+
+
+# By the longest sequence and the largest D that fit. Not measured on a GPU yet: tiles of 64 rows are the least that
+# HGMMA takes, so shorter sequences share one; 128 rows need twice the warps for the same registers a thread.
+SHORT = (
+    ShortLaunch(64, 16, 64, 4, 4, 0),
+    ShortLaunch(64, 32, 64, 4, 4, 32),
+    ShortLaunch(64, 64, 64, 4, 4, 32),
+    ShortLaunch(128, 64, 64, 4, 8, 32),
+    ShortLaunch(64, 128, 128, 8, 8, 32),
+)
+
+
+def short_launch(qkv: Tensor, block_d: int, max_seqlen: int) -> ShortLaunch | None:
+    """The first launch of SHORT that takes `max_seqlen` and D; None for the long regime.
+
+    float32 has no matrix instructions of its own precision: there large tiles gain nothing.
+    """
+    if qkv.element_size() == 4:
+        return None
+    return next((s for s in SHORT if max_seqlen <= s.block_s and block_d <= s.largest_d), None)
+
+
+class _Call:
+    """What every launch of one call needs: the checked input, the sizes, dropout and scale as the kernels take them."""
+
+    def __init__(
+        self,
+        qkv: Tensor,
+        bias: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        dropout_p: float,
+        rng_state: Tensor | None,
+    ) -> None:
+        self.T, _, self.N, self.D = qkv.shape
+        if self.D > LARGEST_D:
+            raise ValueError(
+                f"qkv has a head dimension D of {self.D}; the Triton kernels take at most {LARGEST_D}: "
+                "use impl='reference'"
+            )
+        self.B = cu_seqlens.shape[0] - 1
+        self.max_seqlen = min(max_seqlen, self.T)
+        if (qkv.stride(3) != 1 and self.D > 1) or qkv.stride(0) >= LARGEST_STRIDE:
+            qkv = qkv.contiguous()
+        self.qkv, self.cu_seqlens = qkv, cu_seqlens.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        self.scale = scale
+        self.threshold = dropout_threshold(dropout_p)
+        self.multiplier = 256 / (256 - self.threshold)
+        self.rng_state = rng_state if self.threshold else None
+        self.block_d = max(16, next_power_of_2(self.D))
+        self.short = short_launch(qkv, self.block_d, self.max_seqlen)
+        self.long = LONG[qkv.element_size(), self.block_d]
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.B and self.max_seqlen and self.N)
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        return self.qkv.stride(0), self.qkv.stride(1), self.qkv.stride(2)
+
+    def sizes(self, blocks: int | None = None) -> tuple[int, ...]:
+        return (self.B, self.N, self.T, self.max_seqlen, *(() if blocks is None else (blocks,)), *self.strides)
+
+
+def attention_fwd(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    c = _Call(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
+    out = qkv.new_empty(c.T, c.N, c.D)
+    lse = qkv.new_empty(c.N, c.T, dtype=torch.float32)
+    if c.nothing:
+        return out.zero_(), lse.zero_()
+    # The running maximum wants a scale above 0: its sign, or a 0, goes into the queries.
+    sign = (softmax_scale > 0) - (softmax_scale < 0)
+    scaling = (abs(softmax_scale) or 1.0, float(sign), c.threshold, c.multiplier)
+    tensors = (c.qkv, c.bias, c.cu_seqlens, c.rng_state, out, lse)
+    if c.short:
+        launch(
+            triton_short.fwd_kernel, (ceil_div(c.B, c.short.tile // c.short.block_s) * c.N,),
+            *tensors, *c.sizes(), *scaling,
+            D=c.D, BLOCK_D=c.block_d, TILE=c.short.tile, BLOCK_S=c.short.block_s, num_warps=c.short.fwd_warps,
+        )  # fmt: skip
+        return out, lse
+    tiles = c.long.fwd
+    blocks = ceil_div(c.max_seqlen, tiles.queries)
+    launch(
+        triton_long.fwd_kernel, (blocks * c.N * c.B,), *tensors, *c.sizes(blocks), *scaling,
+        D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    c = _Call(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
+    dqkv = qkv.new_empty(qkv.shape)
+    if c.nothing:
+        return dqkv.zero_(), qkv.new_zeros(qkv.shape[1:], dtype=torch.float32)
+    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
+    run = _short_bwd if c.short else _long_bwd
+    return dqkv, run(c, dout, out, lse, dqkv)
+
+
+def _sum_of_parts(c: _Call, shape: tuple[int, ...]) -> Tensor | None:
+    return None if c.bias is None else c.qkv.new_empty(shape, dtype=torch.float32)
+
+
+def _short_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> Tensor:
+    assert c.short
+    groups = c.B if c.short.chunk else ceil_div(c.B, c.short.tile // c.short.block_s)
+    partial = _sum_of_parts(c, (groups, 3, c.N, c.D))
+    tensors = (dout, c.qkv, c.bias, lse, c.cu_seqlens, c.rng_state, dqkv, partial)
+    rest = (*c.sizes(), c.scale, c.threshold, c.multiplier)
+    if c.short.chunk:
+        kernel, shape = triton_short.bwd_one_kernel, {"TILE": c.short.block_s, "CHUNK": c.short.chunk}
+    else:
+        kernel, shape = triton_short.bwd_several_kernel, {"TILE": c.short.tile, "BLOCK_S": c.short.block_s}
+    launch(kernel, (groups * c.N,), *tensors, *rest, D=c.D, BLOCK_D=c.block_d, **shape, num_warps=c.short.bwd_warps)
+    return dqkv.new_zeros(dqkv.shape[1:], dtype=torch.float32) if partial is None else partial.sum(0)
+
+
+def _long_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> Tensor:
+    statistics = lse.new_empty(c.N, 4, c.T)
+    biased_q = None if c.bias is None else c.qkv.new_empty(out.shape)
+    query = c.qkv if biased_q is None else biased_q  # of qkv the queries come first
+    query_strides = (query.stride(0), query.stride(-2))
+    scaling = (c.scale, c.threshold, c.multiplier)
+
+    tiles = c.long.dq
+    blocks = ceil_div(c.max_seqlen, tiles.queries)
+    dq_partial = _sum_of_parts(c, (c.B * blocks, 1, c.N, c.D))
+    launch(
+        triton_long.dq_kernel, (blocks * c.N * c.B,),
+        dout, c.qkv, c.bias, out, lse, c.cu_seqlens, c.rng_state, dqkv, dq_partial, statistics, biased_q,
+        *c.sizes(blocks), *scaling,
+        D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+    tiles = c.long.dkv
+    blocks = ceil_div(c.max_seqlen, tiles.keys)
+    dkv_partial = _sum_of_parts(c, (c.B * blocks, 2, c.N, c.D))
+    launch(
+        triton_long.dkv_kernel, (blocks * c.N * c.B,),
+        dout, query, c.qkv, c.cu_seqlens, c.rng_state, dqkv, dkv_partial, statistics,
+        *c.sizes(blocks), *query_strides, *scaling,
+        D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    if dq_partial is None or dkv_partial is None:
+        return dqkv.new_zeros(dqkv.shape[1:], dtype=torch.float32)
+    return torch.cat([dq_partial.sum(0), dkv_partial.sum(0)])

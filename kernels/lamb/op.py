@@ -1,0 +1,45 @@
+"""The implementations of lamb: plain functions on lists of tensors, which need no operator of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.library import TRITON_DTYPES, triton_function, triton_slot
+from bert_fast.kernels.lamb.reference import clip_scale_reference, lamb_step_reference
+
+
+class Functions(NamedTuple):
+    """What an implementation of this op consists of; the reference documents each."""
+
+    clip_scale: Callable[[list[Tensor], float], tuple[Tensor, Tensor]]
+    lamb_step: Callable[..., None]
+
+
+def _reference() -> Functions:
+    return Functions(clip_scale_reference, lamb_step_reference)
+
+
+_TRITON = Functions(*(triton_function("lamb", name) for name in Functions._fields))
+
+
+def _triton() -> Functions:
+    return _TRITON
+
+
+OP = Op(
+    "lamb",
+    {"reference": Implementation(_reference, None, None), "triton": triton_slot(_triton, "lamb")},
+    auto_rules=(
+        AutoRule(
+            "triton",
+            "cuda",
+            TRITON_DTYPES,
+            measured="no GPU figure yet (benchmarks/results/PENDING.md); by count of bytes: 10 passes over the "
+            "parameters where the reference makes about 20, in 3 launches",
+        ),
+    ),
+)

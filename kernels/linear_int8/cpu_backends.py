@@ -1,0 +1,140 @@
+"""linear_int8 on the CPU: products of unsigned and signed bytes, our kernels before and behind them.
+
+"tiles"  our own product, with what stands behind it inside (csrc/linear_int8).
+"onednn" oneDNN's product, which uses VNNI where the CPU has it; what stands behind it is a pass of its own.
+
+Both compute the same bits: the sums are integers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast.kernels._common import extensions
+from bert_fast.kernels._common.library import implement
+from bert_fast.kernels._common.weight_cache import cached_weight
+
+# oneDNN chooses a packed layout for a number of rows; one number, so that bits don't depend on who called first.
+_PACKED_ROWS = 256
+_CODES = {None: 0, "gelu": 1, "gelu_tanh": 2}
+# GOP/s of two threads of an AMD EPYC with AVX2, 2026-11-22, with GeLU, tiles and oneDNN: 1,024 rows 270 to 320 and 241
+# to 282, 32 rows 229 to 314 and 106 to 205. Elsewhere tiles were never timed.
+BACKEND = "tiles" if extensions.cpu_isa() == "avx2" else "onednn"
+
+
+def weight_limit() -> int:
+    """The largest magnitude of a weight: 127 where the CPU has VNNI, else 64.
+
+    Without VNNI two products are added up in 16 bits, which 2 * 255 * 64 = 32640 doesn't leave and 2 * 255 * 127 does.
+    """
+    return 127 if extensions.cpu_isa().startswith("avx512") and torch.cpu._is_vnni_supported() else 64
+
+
+def missing() -> str:
+    """Why this torch can't multiply bytes, or ""."""
+    absent = [name for name in ("prepack", "pointwise") if not hasattr(torch.ops.onednn, f"qlinear_{name}")]
+    if absent or not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN operators for bytes (onednn::qlinear_pointwise)"
+    return ""
+
+
+def _product(u: Tensor, values: Tensor) -> Tensor:
+    """The operator linear_int8_product: u (T, K) uint8 times values (N, K) int8, the integers as float32 (T, N).
+
+    Raises:
+        ValueError: `values` are larger than this CPU multiplies without saturation.
+    """
+    if not u.shape[0]:
+        return u.new_empty(0, values.shape[0], dtype=torch.float32)
+    packed, one, zero = cached_weight("int8 onednn", (values.contiguous(),), _pack)
+    out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        u, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return out
+
+
+def _check_exact(values: Tensor) -> None:
+    largest, limit = int(values.to(torch.int16).abs().max()), weight_limit()
+    if largest > limit:
+        raise ValueError(
+            f"linear_int8: the weight has values up to {largest} in magnitude, made for a CPU with VNNI; this one "
+            f"multiplies up to {limit} exactly. Quantize the model on this machine, or with limit={limit}"
+        )
+
+
+def _pack(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_exact(values)
+    packed = torch.ops.onednn.qlinear_prepack(values, [_PACKED_ROWS, values.shape[1]])
+    return packed, torch.ones(1), torch.zeros(1, dtype=torch.int64)
+
+
+def _pack_tiles(values: Tensor) -> Tensor:
+    _check_exact(values)
+    packed: Tensor = torch.ops.bert_fast.linear_int8_pack(values)
+    return packed
+
+
+def _by_tiles() -> bool:
+    return BACKEND == "tiles" and not torch.compiler.is_compiling()  # a trace has no weights to pack
+
+
+def _layer(
+    ops: Any,
+    rows: tuple[Tensor, Tensor, Tensor],
+    weight: tuple[Tensor, ...],
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """act(x weight^T + bias) of quantized rows: u (T, K), scale (T,), low (T,)."""
+    values, *scale_and_sums = weight
+    behind = (*scale_and_sums, bias, _CODES[activation], dtype == torch.bfloat16)
+    out: Tensor
+    if _by_tiles():
+        packed = cached_weight("int8 tiles", (values.contiguous(),), _pack_tiles)
+        out = ops.linear_int8_tiles(rows[0], packed, values.shape[0], *rows[1:], *behind)
+    else:
+        out = ops.linear_int8_finish(ops.linear_int8_product(rows[0], values), *rows[1:], *behind)
+    return out
+
+
+def run(
+    ops: Any,
+    x: Tensor,
+    weight: tuple[Tensor, ...],
+    bias: Tensor | None,
+    activation: str | None,
+    input_range: Tensor | None,
+) -> Tensor:
+    """act(x weight^T + bias), x (T, K) float32 or bfloat16; weight: values, scale, sums."""
+    return _layer(ops, ops.linear_int8_quantize(x, input_range), weight, bias, activation, x.dtype)
+
+
+def run_feed_forward(
+    ops: Any,
+    x: Tensor,
+    up: tuple[Tensor, ...],
+    up_bias: Tensor | None,
+    down: tuple[Tensor, ...],
+    activation: str,
+    up_range: Tensor | None,
+    down_range: Tensor | None,
+) -> Tensor:
+    """act(x up^T + up_bias) down^T; what stands between the products is float32, and quantized as such."""
+    rows = ops.linear_int8_quantize(x, up_range)
+    if _by_tiles():
+        between = ops.linear_int8_quantize(_layer(ops, rows, up, up_bias, activation, torch.float32), down_range)
+    else:
+        product = ops.linear_int8_product(rows[0], up[0])
+        between = ops.linear_int8_finish_quantize(
+            product, *rows[1:], up[1], up[2], up_bias, _CODES[activation], down_range
+        )
+    return _layer(ops, between, down, None, None, x.dtype)
+
+
+def register() -> None:
+    """Register the product, which is a library's."""
+    implement("linear_int8_product", "CPU", _product)

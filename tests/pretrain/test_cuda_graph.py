@@ -1,0 +1,342 @@
+"""A step that is recorded and replayed leaves the bits of one that is called.
+
+The `Recorder` is on the CPU what a CUDA graph is: a list of operators, run again on the same tensors, with nothing
+of Python. A step that reads a value on the host, keeps a count in Python or puts a tensor in the place of another one
+gives other bits when it is replayed than when it is called.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bert_fast.data import PackedBatch
+from bert_fast.kernels import available_impls, use_impl
+from bert_fast.kernels._common import checks
+from bert_fast.models import BertConfig, BertForPreTraining
+from bert_fast.models.encoder import draw_rng_states
+from bert_fast.optim.params import make_optimizer
+from bert_fast.pretrain import cuda_graph
+from bert_fast.pretrain.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
+from bert_fast.pretrain.cuda_graph import WARM_UPS, Capture, CudaCapture
+from bert_fast.pretrain.guard import Guard
+from bert_fast.pretrain.metrics import Totals
+from bert_fast.pretrain.step import Inputs, StepWork
+from bert_fast.pretrain.trainer import Trainer, pretrain
+from bert_fast.runtime.ranks import Ranks
+
+Call = tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]
+OPS = cuda_graph.OPS_OF_A_STEP
+ON_GPU = torch.cuda.is_available() and all(available_impls()[op]["triton"].ok for op in OPS)
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator with its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read on the host"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, tree_leaves(out)))
+        return out
+
+
+def memory(x: Any) -> int | None:
+    return x.untyped_storage().data_ptr() if isinstance(x, Tensor) else None
+
+
+class Recorder:
+    """A `Capture`. What it records is undone: recording for a CUDA graph runs nothing.
+
+    Args:
+        lasting: every tensor that a step changes and that outlives it.
+    """
+
+    def __init__(self, lasting: Callable[[], list[Tensor]]) -> None:
+        self._lasting = lasting
+        self.recorded = 0
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        function()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        before = [(x, x.detach().clone()) for x in self._lasting()]
+        with Operators() as operators:
+            function()
+        with torch.no_grad():
+            for x, value in before:
+                x.copy_(value)
+        self.recorded += 1
+        return lambda: self._replay(operators.calls)
+
+    @torch.no_grad()
+    def _replay(self, calls: list[Call]) -> None:
+        for func, args, kwargs, outs in calls:
+            given = {memory(x) for x in tree_leaves((args, kwargs))}
+            for place, value in zip(outs, tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(place, Tensor) and memory(place) not in given:
+                    place.copy_(value)
+
+
+class Plain(Recorder):
+    """Recording is remembering the function."""
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+        return function
+
+
+@pytest.fixture(autouse=True)
+def no_values_are_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """At the doors, which do it for CPU tensors only."""
+    original = checks.values_are_checked
+    for module in [m for name, m in sys.modules.items() if name.startswith("bert_fast.")]:
+        if getattr(module, "values_are_checked", None) is original:
+            monkeypatch.setattr(module, "values_are_checked", lambda x: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config(tmp_path: Path, prepared: Path, tiny_config: Path) -> PretrainConfig:
+    return PretrainConfig(
+        output_dir=str(tmp_path / "run"),
+        data=DataOptions(str(prepared), seq_len=32, token_budget=128),
+        model=ModelOptions(config=str(tiny_config)),
+        optimizer=OptimizerOptions(lr=1e-3, warmup_steps=4),
+        steps=WARM_UPS + 6,
+        device="cpu",
+        log_interval=1,
+        eval_interval=0,
+        checkpoint_interval=0,
+        static_shapes=True,
+        ceiling=False,
+        tensorboard=False,
+        progress=False,
+        prefetch=0,
+    )
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def lasting(trainer: Trainer) -> list[Tensor]:
+    guard, work = trainer.guard, trainer.work
+    found = [*trainer.model.parameters(), guard._mean, guard._stuck, trainer.totals.sums, work.found.sums, work.judged]
+    found += [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    states = [x for state in trainer.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    return [*found, *{id(x): x for x in states}.values()]
+
+
+def recorded(config: PretrainConfig) -> tuple[Trainer, Recorder]:
+    """A trainer whose steps are recorded."""
+    made: list[Trainer] = []
+    # Without compiled kernels ops run the reference, which reads lengths on the host.
+    kind = Plain if cuda_graph.synchronizing_ops(torch.device("cpu"), config.precision) else Recorder
+    recorder = kind(lambda: lasting(made[0]))
+    made.append(Trainer(replace(config, cuda_graph=True), quiet, capture=recorder))
+    return made[0], recorder
+
+
+def steps(trainer: Trainer, count: int, before: Callable[[Trainer], Any] = lambda trainer: None) -> list[Any]:
+    """Loss and norm of each step, the sums so far and every parameter; `before` is called before each."""
+    found = []
+    for _ in range(count):
+        before(trainer)
+        trainer.train_step()
+        weights = [p.detach().cpu().clone() for p in trainer.model.parameters()]
+        found.append((trainer.work.judged.tolist(), trainer.totals.tolist(), weights))
+    return found
+
+
+def assert_equal(found: list[Any], expected: list[Any]) -> None:
+    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert str(a[0]) == str(b[0]), step  # a loss can be NaN
+        assert a[1] == b[1], step
+        assert all(torch.equal(x, y) or x.isnan().any() for x, y in zip(a[2], b[2], strict=True)), step
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "one micro-batch": {},
+    "accumulation": {"accumulation": 3},
+    "bf16, recomputed": {"precision": "bf16", "recompute": True},
+    "lamb, clipped": {"optimizer": OptimizerOptions(name="lamb", lr=1e-2, warmup_steps=4)},
+    "lamb, unclipped, accumulation": {
+        "optimizer": OptimizerOptions(name="lamb", lr=1e-2, max_grad_norm=0.0), "accumulation": 2,
+    },
+    "whole last layer, no clipping": {
+        "masked_last_layer": False, "optimizer": OptimizerOptions(lr=1e-3, max_grad_norm=0.0),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_replayed_steps_equal_called_ones(config: PretrainConfig, changes: dict[str, Any]) -> None:
+    """With dropout, a learning rate that rises and falls, and other numbers of masked tokens in each batch."""
+    config = replace(config, **changes)
+    called, expected = Trainer(config, quiet), []
+    masked = {tuple(called.feed.step(called.feed.after(called.position, 5 * i)).counts[0].tolist()) for i in range(3)}
+    assert len(masked) > 1
+    assert config.steps is not None
+    expected = steps(called, config.steps)
+    trainer, recorder = recorded(config)
+    assert_equal(steps(trainer, config.steps), expected)
+    assert recorder.recorded == (1 if config.accumulation == 1 else 2)
+    assert trainer.lr == called.lr > 0
+    assert len({str(step[0]) for step in expected}) == config.steps
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0], ids=["clipped", "unclipped"])
+def test_a_replayed_step_is_left_out_where_the_loss_is_not_finite(
+    config: PretrainConfig, name: Any, max_grad_norm: float
+) -> None:
+    options = OptimizerOptions(name=name, lr=1e-3, max_grad_norm=max_grad_norm)
+    config = replace(config, on_divergence="skip", optimizer=options)
+
+    def spoil(trainer: Trainer) -> None:
+        """Step WARM_UPS + 3 sees a NaN in the weights, which is gone after it."""
+        place = trainer.model.cls.predictions.bias.data
+        if trainer.step == WARM_UPS + 2:
+            kept.append(float(place[7]))
+            place[7] = math.nan
+        elif trainer.step == WARM_UPS + 3:
+            place[7] = kept[-1]
+
+    kept: list[float] = []
+    expected = steps(Trainer(config, quiet), WARM_UPS + 5, spoil)
+    trainer, recorder = recorded(config)
+    found = steps(trainer, WARM_UPS + 5, spoil)
+    assert_equal(found, expected)
+    assert recorder.recorded == 1
+    assert [step[0][0] for step in found] == [0.0] * (WARM_UPS + 2) + [1.0, 0.0, 0.0]
+    assert (trainer.guard.skipped, trainer.guard.in_a_row) == (1, 0)
+    before, spoilt = found[WARM_UPS + 1][2], found[WARM_UPS + 2][2]
+    assert sum(not torch.equal(a, b) for a, b in zip(before, spoilt, strict=True)) == 1  # the one with the NaN
+    assert (Path(config.output_dir) / "diverged" / f"step-{WARM_UPS + 3:08d}" / "record.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_a_run_goes_on_with_and_without_recording(config: PretrainConfig, name: Any, tmp_path: Path) -> None:
+    config = replace(config, steps=14, optimizer=OptimizerOptions(name=name, lr=1e-3))
+    expected = steps(Trainer(replace(config, output_dir=str(tmp_path / "whole")), quiet), 14)
+    first, _ = recorded(config)
+    assert_equal(steps(first, 5), expected[:5])
+    first.save()
+    second, recorder = recorded(config)
+    assert second.step == 5
+    assert_equal(steps(second, 5), expected[5:10])
+    assert recorder.recorded == 1
+    second.save()
+    assert_equal(steps(Trainer(config, quiet), 4), expected[10:])
+
+
+def test_a_batch_of_another_shape_gets_a_graph_of_its_own(config: PretrainConfig) -> None:
+    """Where a batch has more labels than it has space for, as the third and each second after it here."""
+
+    def widen(trainer: Trainer) -> None:
+        batch = trainer.feed.shape
+        assert batch is not None
+        original = plain.setdefault(id(trainer), batch)
+        wide = trainer.step >= 2 and trainer.step % 2 == 0
+
+        def shape(given: Any) -> Any:
+            made = original(given)
+            rows = made.label_rows
+            return replace(made, label_rows=torch.cat([rows, torch.zeros_like(rows)])) if wide else made
+
+        trainer.feed.shape = shape
+
+    plain: dict[int, Any] = {}
+    config = replace(config, steps=14)
+    expected = steps(Trainer(config, quiet), 14, widen)
+    trainer, recorder = recorded(config)
+    assert_equal(steps(trainer, 14, widen), expected)
+    assert recorder.recorded == 2
+
+
+def test_a_whole_run_writes_the_same_log_and_model(config: PretrainConfig, tmp_path: Path) -> None:
+    config = replace(config, checkpoint_interval=4, eval_interval=4, prefetch=2)
+    expected = pretrain(replace(config, output_dir=str(tmp_path / "called")), quiet)
+    capture: Capture = Plain(list)
+    with Ranks("cpu") as ranks:
+        found = Trainer(replace(config, cuda_graph=True), quiet, ranks, capture).run()
+    assert found.metrics == expected.metrics
+    models = [Path(result.model_dir) / "model.safetensors" for result in (found, expected)]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"static_shapes": False}, "cuda_graph is on and static_shapes off; .* set static_shapes to true"),
+        ({"parallel": "fsdp"}, "cuda_graph is on and parallel is fsdp"),
+        ({}, "cuda_graph is on and the device is cpu; set it to false"),
+    ],
+    ids=["shapes", "fsdp", "cpu"],
+)
+def test_what_a_graph_needs_is_said(config: PretrainConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pretrain(replace(config, **{"cuda_graph": True, **changes}), quiet)
+    assert not Path(config.output_dir).exists()
+
+
+def test_several_ranks_and_ops_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks("cpu")
+    monkeypatch.setattr(ranks, "world", 2)
+    with pytest.raises(ValueError, match="cuda_graph is on and there are 2 ranks"):
+        cuda_graph.capture_on(ranks, "bf16")
+    with use_impl("reference"):
+        assert cuda_graph.synchronizing_ops(torch.device("cpu"), "bf16") == list(OPS)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_over_triton_kernels_depends_on_no_value(precision: str, tiny_config: Path) -> None:
+    """Fake tensors have shapes and no values: to read one, or to make a shape of one, raises."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = BertConfig.from_pretrained(tiny_config.parent, vocab_size=120)
+    with FakeTensorMode(), use_impl("triton"), device:
+        model = BertForPreTraining(settings).train()
+        optimizer = make_optimizer(model, OptimizerOptions())
+        for group in optimizer.param_groups:
+            group |= {"capturable": True, "lr": torch.zeros(())}
+        guard, totals = Guard("skip", 3.0, device), Totals(device)
+        work = StepWork(model, optimizer, guard, totals, precision=precision, max_grad_norm=1.0)
+        tokens = [torch.zeros(64, dtype=torch.int64) for _ in range(4)]
+        ends, pairs = torch.zeros(5, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+        batch = PackedBatch(*tokens[:3], ends, 32, tokens[3], pairs, torch.zeros(12, dtype=torch.int64))
+        work.accumulate(Inputs(batch, torch.ones(2), draw_rng_states(settings, device)))
+        assert all(p.grad is not None for p in model.parameters())
+        work.update()
+        with pytest.raises(DataDependentOutputException):
+            float(work.judged[1])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and Triton")
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_a_captured_step_equals_a_called_one(config: PretrainConfig, changes: dict[str, Any]) -> None:
+    config = replace(config, device="cuda", **changes)
+    assert config.steps is not None
+    with use_impl("triton"):
+        expected = steps(Trainer(config, quiet), config.steps)
+        trainer = Trainer(replace(config, cuda_graph=True), quiet)
+        assert trainer.graph is not None
+        assert isinstance(trainer.graph._capture, CudaCapture)
+        assert_equal(steps(trainer, config.steps), expected)

@@ -1,0 +1,79 @@
+"""The page of pretraining runs: whole without a network, escaped, with every run; and its pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bert_fast.cli.main import main
+from bert_fast.pretrain.report import read_runs, write_pretrain_report
+
+
+def make_run(folder: Path, lr: float, steps: int = 4, **extra: Any) -> Path:
+    folder.mkdir(parents=True)
+    settings = {"output_dir": str(folder), "optimizer": {"lr": lr, "name": "adamw"}, "steps": steps, "note": "<b>"}
+    (folder / "pretrain.json").write_text(json.dumps(settings))
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        train = {"loss": 8 / step, "mlm_accuracy": step / 10, "nsp_accuracy": None, "lr": lr, "grad_norm": 1.0 + step}
+        speed = {"tokens": 100 * step, "tokens_per_second": 1000.0 + step, "tflops": 0.5, "fill": 0.9, "skipped": 0}
+        lines.append({"step": step, "kind": "train", **train, **speed, **extra})
+        if step % 2 == 0:
+            held_out = {"loss": 9 / step, "mlm_accuracy": step / 20, "nsp_accuracy": None}
+            lines.append({"step": step, "kind": "eval", **held_out})
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_one_run_has_its_numbers_and_its_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "<mine>", 1e-3, mfu=0.25)
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "Pretraining: &lt;mine&gt;" in text
+    assert "<b>" not in text
+    assert '<td>training loss, last</td><td class="n">2.0000</td>' in text
+    assert '<td>held-out masked-token accuracy, best</td><td class="n">0.2000</td>' in text
+    assert '<td>MFU, median</td><td class="n">0.2500</td>' in text
+    for title in ("loss", "masked-token accuracy", "learning rate", "gradient norm", "real tokens per second", "MFU"):
+        assert title in text
+    assert "next-sentence accuracy" not in text  # there is none in the log
+    assert text.count("<svg") == 6
+    assert 'src="' not in text
+    assert 'href="http' not in text
+    assert "Settings that differ" not in text
+
+
+def test_several_runs_are_beside_each_other_with_what_differs_and_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / "a", 1e-3), make_run(tmp_path / "b", 5e-4, steps=6)]
+    page, pictures = tmp_path / "both" / "page.html", tmp_path / "pictures"
+    assert main(["report", *map(str, runs), "--output", str(page), "--png", str(pictures)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "<tr><td>optimizer.lr</td><td>0.001</td><td>0.0005</td></tr>" in text
+    assert "<tr><td>steps</td><td>4</td><td>6</td></tr>" in text
+    assert "optimizer.name" not in text[: text.index("<details>")]
+    names = sorted(path.name for path in pictures.iterdir())
+    assert names == [f"{name}.png" for name in ("grad_norm", "loss", "lr", "mlm_accuracy", "tokens_per_second")]
+    assert all((pictures / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    order = ("loss", "mlm_accuracy", "lr", "grad_norm", "tokens_per_second")
+    assert capsys.readouterr().out.splitlines() == [str(page), *(str(pictures / f"{name}.png") for name in order)]
+
+
+def test_runs_of_the_same_name_go_by_their_paths(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / part / "run", 1e-3) for part in ("x", "y")]
+    assert [run.name for run in read_runs(folders)] == [str(folder) for folder in folders]
+
+
+def test_what_is_no_run_or_has_no_step_yet_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1e-3)
+    with pytest.raises(FileNotFoundError, match=r"pretrain\.json is not there; expected a folder that bert-fast"):
+        write_pretrain_report([run, tmp_path], tmp_path / "page.html")
+    (run / "log.jsonl").write_text("")
+    with pytest.raises(ValueError, match="the log of run has no line yet"):
+        write_pretrain_report([run], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()

@@ -1,0 +1,146 @@
+"""Checkpoint folders: whole or absent, verified, and exact for the optimizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bert_fast.optim.params import clipped_step, make_optimizer
+from bert_fast.pretrain.config import OptimizerOptions
+from bert_fast.runtime import checkpoint
+from bert_fast.runtime.checkpoint import CorruptCheckpointError
+
+
+def fill(folder: Path) -> None:
+    (folder / "a.txt").write_text("one")
+    (folder / "b.bin").write_bytes(bytes(range(256)))
+
+
+def test_a_folder_is_written_whole_and_verifies(tmp_path: Path) -> None:
+    checkpoint.write_folder(tmp_path / "c", fill)
+    checkpoint.verify_folder(tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]
+    assert json.loads((tmp_path / "c" / "manifest.json").read_text())["files"]["a.txt"]["bytes"] == 3
+
+
+def test_a_write_that_fails_leaves_no_checkpoint_and_the_next_one_removes_its_remains(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        fill(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_folder(tmp_path / "step-00000001", fail)
+    assert checkpoint.list_checkpoints(tmp_path) == []
+    checkpoint.write_folder(tmp_path / "step-00000002", fill)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_replacing_a_folder_keeps_only_the_new_content(tmp_path: Path) -> None:
+    checkpoint.write_folder(tmp_path / "c", fill)
+    checkpoint.write_folder(tmp_path / "c", lambda folder: (folder / "new").write_text("x") and None)
+    checkpoint.verify_folder(tmp_path / "c")
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["manifest.json", "new"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: (c / "a.txt").write_text("two"), r"a\.txt is corrupt: sha256 is"),
+        (lambda c: (c / "a.txt").write_text("longer"), r"a\.txt is corrupt: bytes is 6, the manifest says 3"),
+        (lambda c: (c / "b.bin").unlink(), r"b\.bin is missing"),
+        (lambda c: (c / "manifest.json").unlink(), r"manifest\.json is missing"),
+        (lambda c: (c / "manifest.json").write_text("{"), r"manifest\.json is corrupt"),
+    ],
+    ids=["content", "size", "missing", "no manifest", "bad manifest"],
+)
+def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    checkpoint.write_folder(tmp_path / "c", fill)
+    damage(tmp_path / "c")
+    with pytest.raises(CorruptCheckpointError, match=message):
+        checkpoint.verify_folder(tmp_path / "c")
+
+
+def test_the_newest_good_one_is_taken_and_corrupt_ones_are_reported(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert checkpoint.newest_good(tmp_path, said.append) is None
+    for step in (5, 10, 100):
+        checkpoint.write_folder(checkpoint.checkpoint_path(tmp_path, step), fill)
+    assert checkpoint.newest_good(tmp_path, said.append) == tmp_path / "step-00000100"
+    assert said == []
+    (tmp_path / "step-00000100" / "b.bin").write_bytes(b"")
+    assert checkpoint.newest_good(tmp_path, said.append) == tmp_path / "step-00000010"
+    assert len(said) == 1
+    assert "step-00000100/b.bin is corrupt" in said[0]
+    for step in (5, 10):
+        (checkpoint.checkpoint_path(tmp_path, step) / "a.txt").unlink()
+    with pytest.raises(CorruptCheckpointError, match=r"no good checkpoint.*step-00000100/b\.bin.*step-00000005/a\.txt"):
+        checkpoint.newest_good(tmp_path, said.append)
+
+
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.write_folder(checkpoint.checkpoint_path(tmp_path, step), fill)
+    checkpoint.prune(tmp_path, 0)
+    assert len(checkpoint.list_checkpoints(tmp_path)) == 3
+    checkpoint.prune(tmp_path, 2)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    losses = []
+    torch.manual_seed(steps)
+    for _ in range(steps):
+        loss = model(torch.randn(16, 4)).square().mean()
+        loss.backward()
+        clipped_step(optimizer, 0.1)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_the_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str) -> None:
+    options = OptimizerOptions(name=name, lr=0.01)  # type: ignore[arg-type]
+    model = small()
+    optimizer = make_optimizer(model, options)
+    train(model, optimizer, 3)
+    checkpoint.save_training_state(tmp_path, model, optimizer, {"step": 3})
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = train(model, optimizer, 4)
+
+    torch.manual_seed(99)
+    fresh = small()
+    fresh.load_state_dict(weights)
+    restored = make_optimizer(fresh, options)
+    checkpoint.load_training_state(tmp_path, fresh, restored)
+    assert checkpoint.load_trainer_state(tmp_path)["step"] == 3
+    assert train(fresh, restored, 4) == expected
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
+
+
+def test_states_of_another_model_are_refused(tmp_path: Path) -> None:
+    model = small()
+    optimizer = make_optimizer(model, OptimizerOptions())
+    train(model, optimizer, 1)
+    checkpoint.save_training_state(tmp_path, model, optimizer, {})
+    other = nn.Sequential(nn.Linear(4, 8))
+    with pytest.raises(ValueError, match=r"optimizer states of 1\.bias, 1\.weight, 3\.bias, 3\.weight"):
+        checkpoint.load_training_state(tmp_path, other, make_optimizer(other, OptimizerOptions()))
+
+
+def test_there_is_no_pickle(tmp_path: Path) -> None:
+    model = small()
+    optimizer = make_optimizer(model, OptimizerOptions())
+    train(model, optimizer, 1)
+    checkpoint.write_folder(tmp_path / "c", lambda f: checkpoint.save_training_state(f, model, optimizer, {}))
+    suffixes = {path.suffix for path in (tmp_path / "c").iterdir()}
+    assert suffixes == {".json", ".safetensors"}

@@ -1,0 +1,158 @@
+"""SQuAD's files, answers and metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bert_fast.tasks.io.sources import read_table
+from bert_fast.tasks.io.squad import (
+    Answer,
+    answer_f1,
+    best_scores,
+    best_threshold,
+    exact_match,
+    is_squad,
+    place_answer,
+    read_answers,
+    squad_table,
+)
+
+CONTEXT = "Ada met Charles in 1833."
+
+
+def squad(*questions: dict[str, Any]) -> dict[str, Any]:
+    return {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": CONTEXT, "qas": list(questions)}]}]}
+
+
+def test_a_row_for_each_question(tmp_path: Path) -> None:
+    answers = [{"text": "1833", "answer_start": 19}]
+    found = squad(
+        {"id": "a", "question": "When?", "answers": answers},
+        {"id": 7, "question": "Where?", "answers": [], "is_impossible": True, "plausible_answers": answers},
+    )
+    assert is_squad(found)
+    table = squad_table(found, "file.json")
+    assert table.columns == {
+        "id": ["a", "7"],
+        "title": ["T", "T"],
+        "question": ["When?", "Where?"],
+        "context": [CONTEXT, CONTEXT],
+        "answers": [answers, []],
+        "is_impossible": [False, True],
+    }
+    assert table.where(1) == "file.json, question 2"
+    (tmp_path / "dev.json").write_text(json.dumps(found))
+    assert read_table(tmp_path / "dev.json").columns == table.columns
+    assert not is_squad({"data": [1, 2]})
+    assert not is_squad([{"paragraphs": []}])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([{"paragraphs": [{"qas": []}]}], "article 1, paragraph 1 has no context or no qas"),
+        ([{"paragraphs": [{"context": "c", "qas": [{"id": 1}]}]}], "paragraph 1 has an entry without a question"),
+    ],
+    ids=["no context", "no question"],
+)
+def test_broken_files_are_named(data: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"x.json: .*{message}"):
+        squad_table({"data": data}, "x.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "start", "expected"),
+    [
+        ([{"text": "a", "answer_start": 3}, {"text": "b"}], None, [Answer("a", 3), Answer("b", None)]),
+        ({"text": ["a", "b"], "answer_start": [3, 4]}, None, [Answer("a", 3), Answer("b", 4)]),
+        ({"text": [], "answer_start": []}, None, []),
+        ({"text": "a", "answer_start": 3}, None, [Answer("a", 3)]),
+        ("a", "3", [Answer("a", 3)]),
+        ("a", None, [Answer("a", None)]),
+        (["a", ""], None, [Answer("a", None)]),
+        (None, None, []),
+        ("", 5, []),
+    ],
+    ids=str,
+)
+def test_forms_of_answers(value: Any, start: Any, expected: list[Answer]) -> None:
+    assert read_answers(value, start) == expected
+
+
+@pytest.mark.parametrize("value", [7, [7], {"text": ["a"], "answer_start": []}], ids=str)
+def test_what_is_no_answer(value: Any) -> None:
+    with pytest.raises(ValueError, match="is no answer; expected a text"):
+        read_answers(value)
+
+
+def test_where_an_answer_is() -> None:
+    context = "aba, aba"
+    assert place_answer(Answer("aba", 5), context) == 5
+    assert place_answer(Answer("aba", None), context) == 0
+    assert place_answer(Answer("aba", 4), context) is None
+    assert place_answer(Answer("aba", 4), context, nearest=True) == 5
+    assert place_answer(Answer("a", 1), context, nearest=True) in (0, 2)
+    assert place_answer(Answer("c", 1), context, nearest=True) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "gold", "exact", "f1"),
+    [
+        ("The Cat!", "cat", 1.0, 1.0),
+        ("a cat sat", "cat", 0.0, 2 / 3),
+        ("cat cat", "cat", 0.0, 2 / 3),
+        ("cat sat", "sat cat", 0.0, 1.0),
+        ("U.S.", "us", 1.0, 1.0),
+        ("dog", "cat", 0.0, 0.0),
+        ("the", "", 1.0, 1.0),
+        ("", "cat", 0.0, 0.0),
+    ],
+)
+def test_answers_are_compared_as_squad_does(found: str, gold: str, exact: float, f1: float) -> None:
+    assert exact_match(found, gold) == exact
+    assert answer_f1(found, gold) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("found", "gold", "exact", "f1"),
+    [
+        ("歐洲", "歐洲。", 1.0, 1.0),
+        ("在歐洲", "歐洲", 0.0, 4 / 5),
+        ("1833年", "1833", 0.0, 2 / 3),
+        ("IBM公司", "ibm 公司", 1.0, 1.0),
+        ("《史記》", "史記", 1.0, 1.0),
+    ],
+)
+def test_chinese_is_compared_by_characters(found: str, gold: str, exact: float, f1: float) -> None:
+    assert exact_match(found, gold, "characters") == exact
+    assert answer_f1(found, gold, "characters") == pytest.approx(f1)
+
+
+def test_the_best_of_several_right_answers_counts() -> None:
+    assert best_scores("in 1833", ["1833", "in 1833.", "33"], "words") == (1.0, 1.0)
+    assert best_scores("", [], "words") == (1.0, 1.0)
+    assert best_scores("1833", [], "words") == (0.0, 0.0)
+    assert best_scores("", ["1833"], "words") == (0.0, 0.0)
+    assert best_scores("", ["the", "1833"], "words") == (0.0, 0.0), "an answer of nothing is no right answer"
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.booleans(), st.integers(-3, 3)), min_size=1, max_size=8))
+def test_no_threshold_is_better_than_the_best(questions: list[tuple[float, bool, int]]) -> None:
+    scores, answerable, differences = (list(part) for part in zip(*questions, strict=True))
+
+    def mean(threshold: float) -> float:
+        total = sum(
+            (score if has else 0.0) if difference <= threshold else float(not has)
+            for score, has, difference in questions
+        )
+        return total / len(questions)
+
+    threshold, score = best_threshold(scores, answerable, differences)
+    assert mean(threshold) == pytest.approx(score)
+    assert score == pytest.approx(max(mean(candidate) for candidate in range(-4, 4)))
