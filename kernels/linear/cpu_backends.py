@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.library import implement
+from bert_fast.kernels._common.row_buckets import pad_rows
 from bert_fast.kernels._common.weight_cache import cacheable, cached_weight
 
 # oneDNN chooses a packed layout for a number of rows; one number, so that bits don't depend on who called first.
@@ -46,11 +47,17 @@ class Row:
     measured: str
 
 
-# GFLOP/s. AVX-512's (2 cores) are those that the targets were set by; AVX2's are of two threads of an AMD EPYC, whose
-# fused multiply-adds alone reach 192, at 1,024 rows, 2026-11-22.
+# GFLOP/s at 1,024 rows. AVX-512's are of an AMD EPYC (Zen 5), 2 AVX-512 threads, 2026-11-30; AVX2's of two threads of
+# an AMD EPYC, whose fused multiply-adds alone reach 192, 2026-11-22.
 TABLE = (
-    Row("avx512", torch.float32, False, Backends("onednn", "onednn"), "460 to 490 packed, GeLU included; MKL 210"),
-    Row("avx512", torch.bfloat16, True, Backends("onednn", "onednn"), "800 to 970 packed, GeLU included"),
+    Row(
+        "avx512",
+        torch.float32,
+        False,
+        Backends("tiles", "onednn"),
+        "435 to 480, oneDNN 449 to 486; few rows: README.md",
+    ),
+    Row("avx512", torch.bfloat16, True, Backends("onednn", "onednn"), "746 to 987 packed, tiles 354 to 461"),
     Row("avx2", torch.float32, False, Backends("tiles", "blas"), "140 to 159, MKL 124 to 140; few rows: README.md"),
     Row("", torch.float32, False, Backends("blas", "blas"), "70 to 79 a thread, by MKL on AVX2"),
     Row("", torch.bfloat16, False, Backends("tiles", "float32"), "134 to 143; torch's own bfloat16 product 14"),
@@ -144,7 +151,7 @@ def _packed(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activat
     if not x.shape[0]:
         return x.new_empty(0, sum(weight.shape[0] for weight in weights))
     packed = cached_weight(_PACKED[x.dtype], weights, lambda weight: pack(weight.to(x.dtype)))
-    return _pointwise(x, packed, None if bias is None else bias.to(x.dtype), activation)
+    return _pointwise(pad_rows(x), packed, None if bias is None else bias.to(x.dtype), activation)[: x.shape[0]]
 
 
 def _product(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
