@@ -4,7 +4,7 @@ Three extension modules, all optional:
 
 - `bert_fast._C`     the CPU kernels, against torch's stable ABI and Python's limited API: one binary for all versions;
 - `bert_fast._CUDA`  the CUDA kernels, likewise, if nvcc and a torch with CUDA are installed; no GPU is needed. They are
-                     compiled for TORCH_CUDA_ARCH_LIST or, by default, for those of CUDA_ARCHITECTURES that nvcc supports;
+                     for TORCH_CUDA_ARCH_LIST or, by default, those of CUDA_ARCHITECTURES that nvcc supports;
 - `bert_fast._host`  masking and packing of examples, by pybind11 with numpy, one binary per Python version.
 
 A module that can't be built is reported in one line and in `bert_fast/_build_info.json`, which `bert-fast info` and

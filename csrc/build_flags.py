@@ -1,4 +1,4 @@
-"""The compiler and the targets of the native code. Read by `runpy.run_path`, since setup.py can't import the package."""
+"""The compiler and the targets of the native code; read by `runpy.run_path`: setup.py can't import the package."""
 
 from __future__ import annotations
 

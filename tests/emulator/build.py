@@ -2,7 +2,8 @@
 
     python tests/emulator/build.py [cuda | avx512]        rebuilds what is out of date and prints the path of the module
 
-BERT_FAST_CUDA_EMULATOR=path or BERT_FAST_AVX512_EMULATOR=path makes `bert_fast` load it. Needs a C++ compiler and torch.
+BERT_FAST_CUDA_EMULATOR=path or BERT_FAST_AVX512_EMULATOR=path makes `bert_fast` load the module. Needs a C++ compiler
+and torch.
 """
 
 from __future__ import annotations
