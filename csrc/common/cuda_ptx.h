@@ -89,7 +89,7 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ------------------------------------------------------------------------------------- tensor cores of sm_80 and later
+// Tensor cores and asynchronous copies of sm_80 and later.
 
 // Two numbers rounded to T in one register, the first in the low half.
 template <class T>
@@ -164,7 +164,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
-// ------------------------------------------------------------------------------------------------------ Hopper: sm_90a
+// TMA, mbarriers and wgmma of Hopper (sm_90a).
 
 using TensorMap = CUtensorMap;
 

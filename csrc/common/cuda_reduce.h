@@ -17,8 +17,8 @@ struct DeviceParts {
   int64_t size, count;
 };
 
-constexpr int kSumGroups =
-    8;  // warps of a block: each sums every eighth part, then their eight sums are added in order
+// The warps of a block: each sums every eighth part, then their eight sums are added in order.
+constexpr int kSumGroups = 8;
 
 // A template, since several translation units use it.
 template <class T>

@@ -12,7 +12,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kMaxDim = 256;
 
-// The packed batch; T tokens, B sequences, N heads, D numbers a head.
+// The packed batch; T tokens, B sequences, N heads, D numbers per head.
 struct AttentionBatch {
   const int32_t* cu_seqlens;
   const float* bias;                        // (3, N, D), or null
@@ -100,7 +100,7 @@ __device__ __forceinline__ void store_some(T* to, int valid, bool aligned, const
   }
 }
 
-// 16 dropout decisions as bits of one number: bit kept_place(c) is set if column c is kept; bits 8 to 15 and 24 to 31
+// 16 dropout decisions as bits of one number: bit kept_bit(c) is set if column c is kept; bits 8 to 15 and 24 to 31
 // are 0.
 __device__ __forceinline__ uint32_t kept_bits(const DropoutState& drop, int head, uint32_t query, int group) {
   uint32_t words[4], bits = 0;
@@ -114,7 +114,7 @@ __device__ __forceinline__ uint32_t kept_bits(const DropoutState& drop, int head
   return bits;
 }
 
-__device__ __forceinline__ int kept_place(int column) {
+__device__ __forceinline__ int kept_bit(int column) {
   return column / 4 * 2 + column % 2 + column % 4 / 2 * 16;
 }
 

@@ -155,7 +155,7 @@ __device__ __forceinline__ void draw_mask(uint32_t* mask, const DropoutState& dr
 template <int D>
 __device__ __forceinline__ float multiplier(const uint32_t* mask, const DropoutState& drop, int query, int key) {
   if (drop.threshold == 0) return 1.0f;
-  return mask[query * (FloatPlan<D>::kRows / 16) + key / 16] >> kept_place(key % 16) & 1u ? drop.scale : 0.0f;
+  return mask[query * (FloatPlan<D>::kRows / 16) + key / 16] >> kept_bit(key % 16) & 1u ? drop.scale : 0.0f;
 }
 
 // Stores a thread's accumulator to global memory, and its column sums over the block to `partial` unless it is null.
@@ -216,10 +216,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float scale2 = batch.scale * kLog2E;
   for (int key = 0; key < owned.length; key += Plan::kRows) {
     const float* from = head.base + key * stride + batch.stride_part;
-    const int left = owned.length - key;
+    const int remaining = owned.length - key;
     __syncthreads();
-    load_rows<D>(k, from, stride, left, head.bias_k, 1.0f, batch);
-    load_rows<D>(v, from + batch.stride_part, stride, left, head.bias_v, 1.0f, batch);
+    load_rows<D>(k, from, stride, remaining, head.bias_k, 1.0f, batch);
+    load_rows<D>(v, from + batch.stride_part, stride, remaining, head.bias_v, 1.0f, batch);
     draw_mask<D>(mask, drop, owned, owned.row, key);
     __syncthreads();
     Scores<D> s;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       float top = m[i], sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < Plan::kPerThread; ++j) {
-        if (thread_x() + kSide * j >= left) s[i][j] = -INFINITY;
+        if (thread_x() + kSide * j >= remaining) s[i][j] = -INFINITY;
         top = fmaxf(top, s[i][j]);
       }
       top = row_max(top);
@@ -297,12 +297,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const float scale2 = batch.scale * kLog2E;
   // Unnormalized P, and dP.
-  const auto take_tile = [&](int key, Scores<D>& p, Scores<D>& dp) {
+  const auto compute_tile = [&](int key, Scores<D>& p, Scores<D>& dp) {
     const float* from = head.base + key * stride + batch.stride_part;
-    const int left = owned.length - key;
+    const int remaining = owned.length - key;
     __syncthreads();
-    load_rows<D>(k, from, stride, left, head.bias_k, 1.0f, batch);
-    load_rows<D>(v, from + batch.stride_part, stride, left, head.bias_v, 1.0f, batch);
+    load_rows<D>(k, from, stride, remaining, head.bias_k, 1.0f, batch);
+    load_rows<D>(v, from + batch.stride_part, stride, remaining, head.bias_v, 1.0f, batch);
     draw_mask<D>(mask, drop, owned, owned.row, key);
     __syncthreads();
     multiply_transposed<D>(q, k, p);
@@ -312,14 +312,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int j = 0; j < Plan::kPerThread; ++j) {
         const int column = thread_x() + kSide * j;
-        p[i][j] = column < left ? exp2f(fmaf(p[i][j], scale2, -lse2[i])) : 0.0f;
+        p[i][j] = column < remaining ? exp2f(fmaf(p[i][j], scale2, -lse2[i])) : 0.0f;
         dp[i][j] *= multiplier<D>(mask, drop, thread_y() + kSide * i, column);
       }
     }
   };
   Scores<D> p, dp;
   for (int key = 0; key < owned.length; key += Plan::kRows) {
-    take_tile(key, p, dp);
+    compute_tile(key, p, dp);
 #pragma unroll
     for (int i = 0; i < Plan::kPerThread; ++i) {
 #pragma unroll
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   Rows<D> acc = {};
   for (int key = 0; key < owned.length; key += Plan::kRows) {
-    take_tile(key, p, dp);
+    compute_tile(key, p, dp);
 #pragma unroll
     for (int i = 0; i < Plan::kPerThread; ++i) {
 #pragma unroll
@@ -392,16 +392,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   Rows<D> dk = {}, dv = {};
   const float scale2 = batch.scale * kLog2E;
   for (int query = 0; query < owned.length; query += Plan::kRows) {
-    const int left = owned.length - query;
+    const int remaining = owned.length - query;
     const int64_t token = owned.first + query;
     __syncthreads();
-    load_rows<D>(q, head.base + query * stride, stride, left, head.bias_q, 1.0f, batch);
-    load_rows<D>(dout, tensors.dout + token * width + owned.head * batch.dim, width, left, nullptr, 1.0f, batch);
+    load_rows<D>(q, head.base + query * stride, stride, remaining, head.bias_q, 1.0f, batch);
+    load_rows<D>(dout, tensors.dout + token * width + owned.head * batch.dim, width, remaining, nullptr, 1.0f, batch);
     draw_mask<D>(mask, drop, owned, query, owned.row);
     for (int i = threadIdx.x; i < 3 * Plan::kRows; i += kThreads) {
       const int which = i / Plan::kRows, row = i % Plan::kRows;
       const float* from = tensors.statistics + (int64_t{owned.head} * 3 + which) * batch.total + token + row;
-      vectors[i] = row < left ? *from : 0.0f;  // past the end: P is multiplied by 0
+      vectors[i] = row < remaining ? *from : 0.0f;  // past the end: P is multiplied by 0
     }
     __syncthreads();
     Scores<D> p, dp;

@@ -26,7 +26,7 @@ struct HopperWork {
 // A matrix of several tiles of ROWS rows, one for each 64 columns (common/cuda_hopper.h).
 template <int ROWS>
 struct TiledRows {
-  static __device__ __forceinline__ int place(int row, int chunk) {
+  static __device__ __forceinline__ int offset(int row, int chunk) {
     return (chunk / 8 * ROWS + row) * kTileColumns + (chunk % 8 ^ row % 8) * 8;
   }
 };
@@ -164,7 +164,7 @@ struct Producer {
       constexpr int kChunks = kDim / 8;
       for (int i = valid * kChunks + lane; i < kStep * kChunks; i += kWarp) {
         const float zeros[8] = {};
-        store_pack<8, true>(to + TiledRows<kStep>::place(i / kChunks, i % kChunks), 8, zeros);
+        store_pack<8, true>(to + TiledRows<kStep>::offset(i / kChunks, i % kChunks), 8, zeros);
       }
       fence_async_proxy();
       __syncwarp();

@@ -22,7 +22,7 @@ struct TilePlan {
 // The position of chunk `chunk` (8 numbers) of a row in a tile.
 template <int D>
 struct SwizzledRows {
-  static __device__ __forceinline__ int place(int row, int chunk) {
+  static __device__ __forceinline__ int offset(int row, int chunk) {
     const int swizzle = D >= 64 ? row % 8 : row / 2 % 4;
     return row * D + (chunk ^ swizzle) * 8;
   }
@@ -39,11 +39,11 @@ __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride
     const int columns = row < valid ? batch.dim - 8 * chunk : 0;
     const T* source = columns > 0 ? from + row * stride + 8 * chunk : from;
     if (batch.aligned) {
-      cp_async_16(tile + SwizzledRows<D>::place(row, chunk), source, columns > 0);
+      cp_async_16(tile + SwizzledRows<D>::offset(row, chunk), source, columns > 0);
     } else {
       float numbers[8];
       load_pack<8, false>(source, columns, numbers);
-      store_pack<8, true>(tile + SwizzledRows<D>::place(row, chunk), 8, numbers);
+      store_pack<8, true>(tile + SwizzledRows<D>::offset(row, chunk), 8, numbers);
     }
   }
 }
@@ -62,7 +62,7 @@ struct LeftRows {
 
   __device__ __forceinline__ void load(int step, uint32_t (&a)[4]) const {
     const int lane = threadIdx.x % kWarp;
-    ldmatrix_x4<false>(tile + SwizzledRows<D>::place(row + lane % 16, 2 * step + lane / 16), a);
+    ldmatrix_x4<false>(tile + SwizzledRows<D>::offset(row + lane % 16, 2 * step + lane / 16), a);
   }
 
   __device__ __forceinline__ void get(int step, uint32_t (&a)[4]) const {
@@ -95,7 +95,8 @@ __device__ __forceinline__ void multiply_transposed(const Left& left, const T* r
 #pragma unroll
     for (int j = 0; j < STEP / 16; ++j) {
       uint32_t b[4];
-      ldmatrix_x4<false>(right + SwizzledRows<D>::place(16 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2), b);
+      ldmatrix_x4<false>(right + SwizzledRows<D>::offset(16 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2),
+                         b);
       mma_16x8x16<T>(c[2 * j], a, b[0], b[1]);
       mma_16x8x16<T>(c[2 * j + 1], a, b[2], b[3]);
     }
@@ -115,7 +116,7 @@ __device__ __forceinline__ void accumulate(const float (&p)[STEP / 8][4], const 
 #pragma unroll
     for (int j = 0; j < COLS / 16; ++j) {
       uint32_t b[4];
-      ldmatrix_x4<true>(right + SwizzledRows<D>::place(16 * step + lane % 16, first_chunk + 2 * j + lane / 16), b);
+      ldmatrix_x4<true>(right + SwizzledRows<D>::offset(16 * step + lane % 16, first_chunk + 2 * j + lane / 16), b);
       mma_16x8x16<T>(c[2 * j], a[step], b[0], b[1]);
       mma_16x8x16<T>(c[2 * j + 1], a[step], b[2], b[3]);
     }

@@ -1,5 +1,5 @@
 // The prologue and the epilogue of 64 owned rows in the 16-bit kernels: four warps share them, 16 each.
-// `Layout::place(r, c)` is the position of chunk c (8 numbers) of row r in a tile.
+// `Layout::offset(r, c)` is the position of chunk c (8 numbers) of row r in a tile.
 #pragma once
 
 #include "attention/cuda/scores.h"
@@ -29,7 +29,7 @@ __device__ __forceinline__ void prepare_queries(T* q, float* shift, const OwnedR
     load_pack<8, false>(bias + part, columns, bias_k);
   }
   for (int row = team.thread / kChunks; row < kRows; row += team.threads / kChunks) {
-    T* at = q + Layout::place(row, chunk);
+    T* at = q + Layout::offset(row, chunk);
     float numbers[8], sum = 0.0f;
     load_pack<8, true>(at, 8, numbers);
 #pragma unroll
@@ -69,19 +69,19 @@ __device__ __forceinline__ void prepare_rows(T* q, const T* dout, float* vectors
     const int64_t token = owned.first + owned.row + row,
                   at = (token * batch.heads + owned.head) * batch.dim + 8 * chunk;
     float numbers[8], grad[8], result[8], delta = 0.0f, of_k = 0.0f, of_v = 0.0f;
-    load_pack<8, true>(dout + Layout::place(row, chunk), 8, grad);
+    load_pack<8, true>(dout + Layout::offset(row, chunk), 8, grad);
     load_some<8>(tensors.out + (inside ? at : 0), inside ? columns : 0, batch.aligned, result);
 #pragma unroll
     for (int i = 0; i < 8; ++i) delta += grad[i] * result[i];
     if (biased) {
-      load_pack<8, true>(q + Layout::place(row, chunk), 8, numbers);
+      load_pack<8, true>(q + Layout::offset(row, chunk), 8, numbers);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         numbers[i] = static_cast<float>(static_cast<T>(numbers[i] + bias_q[i]));
         of_k += numbers[i] * bias_k[i];
         of_v += grad[i] * bias_v[i];
       }
-      store_pack<8, true>(q + Layout::place(row, chunk), 8, numbers);
+      store_pack<8, true>(q + Layout::offset(row, chunk), 8, numbers);
       if (inside && columns > 0) store_some<8>(tensors.biased_q + at, columns, batch.aligned, numbers);
     }
 #pragma unroll
@@ -116,7 +116,7 @@ __device__ __forceinline__ void store_rows(T* tile, int row, int first_chunk, co
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t pair = pack_pair<T>(c[j][2 * half], c[j][2 * half + 1]);
-      *reinterpret_cast<uint32_t*>(tile + Layout::place(row + g + 8 * half, first_chunk + j) + 2 * t) = pair;
+      *reinterpret_cast<uint32_t*>(tile + Layout::offset(row + g + 8 * half, first_chunk + j) + 2 * t) = pair;
     }
   }
   __syncwarp();
@@ -125,7 +125,7 @@ __device__ __forceinline__ void store_rows(T* tile, int row, int first_chunk, co
     const int r = row + i / kChunks, chunk = first_chunk + i % kChunks;
     const int columns = r < valid ? batch.dim - 8 * chunk : 0;
     if (columns <= 0) continue;
-    const auto pack = *reinterpret_cast<const Pack<T, 8>*>(tile + Layout::place(r, chunk));
+    const auto pack = *reinterpret_cast<const Pack<T, 8>*>(tile + Layout::offset(r, chunk));
     T* at = to + r * stride + 8 * chunk;
     if (batch.aligned) {
       *reinterpret_cast<Pack<T, 8>*>(at) = pack;

@@ -38,7 +38,7 @@ struct KeptKeys {
       bits |= kept_bits(drop, head, query, first_key / 16 + index % kGroups) << (8 * call);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(kAllLanes, bits, 4 * g + i) >> kept_place(2 * t);
+    for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(kAllLanes, bits, 4 * g + i) >> kept_bit(2 * t);
   }
 
   // Element i of accumulator j.
@@ -63,7 +63,7 @@ struct KeptQueries {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) words[j][i] = __shfl_sync(kAllLanes, bits, 8 * j + 2 * t + i) >> kept_place(g);
+      for (int i = 0; i < 2; ++i) words[j][i] = __shfl_sync(kAllLanes, bits, 8 * j + 2 * t + i) >> kept_bit(g);
     }
   }
 
@@ -101,15 +101,15 @@ __device__ __forceinline__ void round_scores(const float (&s)[STEP / 8][4], uint
   round_kept<T, STEP>(s, KeepsAll(), p);
 }
 
-// Sets columns from `left` on, which are past the end, to `value`.
+// Sets columns from `valid` on, which are past the end, to `value`.
 template <int STEP>
-__device__ __forceinline__ void mask_columns(float (&s)[STEP / 8][4], int left, float value) {
-  if (left >= STEP) return;
+__device__ __forceinline__ void mask_columns(float (&s)[STEP / 8][4], int valid, float value) {
+  if (valid >= STEP) return;
   const int first = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < STEP / 8; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[j][i] = 8 * j + first + i % 2 < left ? s[j][i] : value;
+    for (int i = 0; i < 4; ++i) s[j][i] = 8 * j + first + i % 2 < valid ? s[j][i] : value;
   }
 }
 
@@ -218,10 +218,10 @@ struct QueryRows {
   float lse2[2], shift[2], dropped[2];
 };
 
-// From scores s and products dp, with a row per query, to dZ up to a factor, in s; 0 for keys from `left` on.
+// From scores s and products dp, with a row per query, to dZ up to a factor, in s; 0 for keys from `valid` on.
 template <int STEP, bool DROPOUT>
 __device__ __forceinline__ void differentiate_queries(float (&s)[STEP / 8][4], const float (&dp)[STEP / 8][4],
-                                                      const QueryRows& rows, float scale2, int left,
+                                                      const QueryRows& rows, float scale2, int valid,
                                                       const DropoutState& drop, int head, uint32_t first_query,
                                                       int first_key) {
 #pragma unroll
@@ -229,7 +229,7 @@ __device__ __forceinline__ void differentiate_queries(float (&s)[STEP / 8][4], c
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(s[j][i] * scale2 - rows.lse2[i / 2]);
   }
-  mask_columns<STEP>(s, left, 0.0f);
+  mask_columns<STEP>(s, valid, 0.0f);
   const std::conditional_t<DROPOUT, KeptKeys<STEP>, KeepsAll> mask(drop, head, first_query, first_key);
 #pragma unroll
   for (int j = 0; j < STEP / 8; ++j) {
