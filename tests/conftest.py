@@ -6,7 +6,6 @@ import json
 import os
 import random
 import runpy
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +13,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+COMPILER = runpy.run_path(str(ROOT / "csrc" / "build_flags.py"))["compiler"]()
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined: the Triton kernels run on CPU tensors, in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # bert_fast reads it when it is imported: the CUDA kernels run on CPU tensors, compiled by the C++ compiler.
-    if "BERT_FAST_CUDA_EMULATOR" not in os.environ and any(map(shutil.which, ("c++", "g++"))):
+    if "BERT_FAST_CUDA_EMULATOR" not in os.environ and COMPILER is not None:
         build = runpy.run_path(str(ROOT / "tests" / "emulator" / "build.py"))["build"]
         os.environ["BERT_FAST_CUDA_EMULATOR"] = str(build())
 
@@ -59,13 +59,12 @@ def seeded() -> None:
 
 @pytest.fixture
 def compile_backend() -> str:
-    """inductor where it finds the C++ compiler it needs, else the tracing alone; with nothing compiled before.
+    """inductor where it finds the C++ compiler it needs, else tracing alone; with no compilations of other tests.
 
-    Dynamo counts how often it compiled a function and gives up behind the eighth time, whichever tests they were for.
+    Dynamo counts the compilations of a function across tests and gives up after the eighth.
     """
     torch._dynamo.reset()
-    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    return "inductor" if any(name and shutil.which(name) for name in compilers) else "aot_eager"
+    return "aot_eager" if COMPILER is None else "inductor"
 
 
 @pytest.fixture

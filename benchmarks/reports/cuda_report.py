@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "cuda_compile.json"
 ARCHITECTURES = ("80", "90a", "100")
 HOPPER = "hopper"  # in the names of sources whose kernels have a body on sm_90a alone
-TORCH_TARGET_VERSION = runpy.run_path(str(ROOT / "csrc" / "flags.py"))["TORCH_TARGET_VERSION"]
+TORCH_TARGET_VERSION = runpy.run_path(str(ROOT / "csrc" / "build_flags.py"))["TORCH_TARGET_VERSION"]
 FLAGS = (
     "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     "-DBERT_FAST_HOPPER", "-Xptxas=-v",

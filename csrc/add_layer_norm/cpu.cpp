@@ -1,4 +1,6 @@
-#include "add_layer_norm/add_layer_norm.h"
+// LayerNorm(residual + dropout(x + x_bias)) * weight + bias, x (T, E), on the CPU. The backward pass recomputes the sum
+// and the dropout mask.
+#include "add_layer_norm/checks.h"
 #include "common/dropout.h"
 #include "common/reduce.h"
 
@@ -32,19 +34,9 @@ struct AddLayerNormGradRows {
 namespace bert_fast {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // elements a thread should have at least
+constexpr int64_t kGrain = 8192;  // the fewest elements of a thread
 
-void check_inputs(const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& x_bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && residual.dim() == 2 && weight.dim() == 1,
-                  "add_layer_norm: expected x (T, E), residual (T, E) and weight (E,)");
-  check_size(residual, "residual", 0, x.size(0));
-  check_size(residual, "residual", 1, x.size(1));
-  check_dtype(residual, "residual", x.scalar_type());
-  check_size(weight, "weight", 0, x.size(1));
-  if (x_bias) check_size(*x_bias, "x_bias", 0, x.size(1));
-}
-
-// Adding zeros from the first cache level costs less than a second copy of every kernel.
+// Adding zeros that stay in L1 costs less than a second instantiation of every kernel.
 Tensor bias_or_zeros(const std::optional<Tensor>& x_bias, int64_t cols) {
   return x_bias ? as_float(*x_bias) : zeros({cols}, ScalarType::Float);
 }
@@ -76,13 +68,12 @@ void backward(const AddLayerNormGradRows<T>& in, const RowParts& parts, bool has
   });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd_cpu(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                                          const Tensor& bias, const std::optional<Tensor>& x_bias,
-                                                          double dropout_p, double eps,
-                                                          const std::optional<Tensor>& rng_state) {
-  check_inputs(x, residual, weight, x_bias);
+// -> out (T, E), mean (T,), rstd (T,)
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                      const Tensor& bias, const std::optional<Tensor>& x_bias,
+                                                      double dropout_p, double eps,
+                                                      const std::optional<Tensor>& rng_state) {
+  add_layer_norm::check_inputs(x, residual, weight, x_bias);
   const int64_t rows = x.size(0), cols = x.size(1);
   check_size(bias, "bias", 0, cols);
   const Dropout drop = make_dropout(dropout_p, rng_state);
@@ -100,19 +91,16 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd_cpu(const Tensor& x, const
   return {out, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd_cpu(const Tensor& dout, const Tensor& x,
-                                                                          const Tensor& residual, const Tensor& weight,
-                                                                          const std::optional<Tensor>& x_bias,
-                                                                          const Tensor& mean, const Tensor& rstd,
-                                                                          double dropout_p,
-                                                                          const std::optional<Tensor>& rng_state) {
-  check_inputs(x, residual, weight, x_bias);
+// -> dx, dresidual, dweight, dbias, dx_bias (empty without x_bias)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& dout, const Tensor& x,
+                                                                      const Tensor& residual, const Tensor& weight,
+                                                                      const std::optional<Tensor>& x_bias,
+                                                                      const Tensor& mean, const Tensor& rstd,
+                                                                      double dropout_p,
+                                                                      const std::optional<Tensor>& rng_state) {
+  add_layer_norm::check_inputs(x, residual, weight, x_bias);
   const int64_t rows = x.size(0), cols = x.size(1);
-  check_size(dout, "dout", 0, rows);
-  check_size(dout, "dout", 1, cols);
-  check_dtype(dout, "dout", x.scalar_type());
-  check_size(mean, "mean", 0, rows);
-  check_size(rstd, "rstd", 0, rows);
+  add_layer_norm::check_saved(dout, x, mean, rstd);
   const Dropout drop = make_dropout(dropout_p, rng_state);
   const Tensor grad = as_contiguous(dout), branch = as_contiguous(x), stream = as_contiguous(residual);
   const Tensor branch_bias = bias_or_zeros(x_bias, cols), gain = as_float(weight);
@@ -128,6 +116,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd_cpu(const 
   });
   const auto sum = [&](int64_t index) { return sum_parts(partial, parts.count, cols, 3 * cols, index * cols); };
   return {dx, dresidual, sum(0), sum(1), x_bias ? sum(2) : empty({0}, ScalarType::Float)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
+  m.impl("add_layer_norm_bwd", TORCH_BOX(&add_layer_norm_bwd));
 }
 
 }  // namespace bert_fast

@@ -1,5 +1,5 @@
-// One pass over the rows. Forward reads x and residual and writes out; backward reads dout, x and residual and writes
-// dx and dresidual. The row in work stays in `scratch` (float32, in the first cache level) between its sweeps. Compiled
+// One pass over the rows in memory: forward reads x and residual and writes out; backward reads dout, x and residual
+// and writes dx and dresidual. The current row stays in `scratch` (float32, in L1) between the passes over it. Compiled
 // once for each instruction set by foreach_isa.h.
 
 #include "common/dropout_kernels.h"
@@ -35,7 +35,7 @@ inline void add_layer_norm_rows(const AddLayerNormRows<T>& in, int64_t begin, in
   }
 }
 
-// Adds to the `cols` elements each of dweight, dbias and, unless it is null, dx_bias.
+// Accumulates into dweight, dbias and, unless it is null, dx_bias, each of `cols` elements.
 template <class T, bool DROPOUT>
 inline void add_layer_norm_grad_rows(const AddLayerNormGradRows<T>& in, int64_t begin, int64_t end, float* dweight,
                                      float* dbias, float* dx_bias, float* scratch, uint8_t* bytes) {

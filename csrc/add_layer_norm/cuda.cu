@@ -1,20 +1,20 @@
-// add_layer_norm on a GPU: a block owns a row forward, and a part of the rows, one after the other, backward.
+// add_layer_norm on a GPU. Forward, a block owns one row; backward, it loops over a part of the rows.
 //
-// A thread holds kHeld elements of the row in registers, in packs of 16 bytes, so a row is read once; its threads meet
-// twice forward (mean, then variance about it) and once backward (both means of the gradient). Backward a thread sees
-// the same columns of every row, so the sums for dweight, dbias and dx_bias stay in its registers until its part is
-// done. Bytes: forward 3 T E elements, backward 5 T E, and 24 E for each part.
-#include "add_layer_norm/add_layer_norm.h"
+// A thread holds kElemsPerThread elements of the row in registers, in packs of 16 bytes, so a row is read once. Forward
+// there are two block reductions (two-pass variance), backward one (both means of the gradient). Backward a thread has
+// the same columns of every row, so it accumulates dweight, dbias and dx_bias in registers over its part. Memory
+// traffic: 3 T E elements forward, 5 T E backward, and 24 E bytes for each part.
+#include "add_layer_norm/checks.h"
 #include "common/cuda_philox.h"
 #include "common/cuda_reduce.h"
 
 namespace bert_fast {
 namespace {
 
-constexpr int kHeld = 8;
-constexpr int kFew = 512;  // threads of a block; up to so many have all the registers that they want
-constexpr int64_t kWidest = 1024 * kHeld;
-// At most so many parts of the rows backward: about 4 blocks for each multiprocessor of an H200.
+constexpr int kElemsPerThread = 8;
+constexpr int kSmallBlock = 512;  // threads of a block that leave each as many registers as it needs
+constexpr int64_t kMaxCols = 1024 * kElemsPerThread;
+// The most parts of the rows in the backward pass: about 4 blocks for each multiprocessor of an H200.
 constexpr int64_t kParts = 512;
 
 template <class T>
@@ -39,12 +39,12 @@ struct GradRows {
 };
 
 template <class T>
-constexpr int kPacks = kHeld / kPack<T>;
+constexpr int kPacks = kElemsPerThread / kPack<T>;
 template <class T>
-using Held = float[kPacks<T>][kPack<T>];
+using RowElems = float[kPacks<T>][kPack<T>];
 
-// The columns of a thread: kPacks packs, one row of threads apart, so that a warp reads without a gap. For each of them
-// that lies inside the row: body(first column, number of the pack).
+// Calls body(first column, number of the pack) for each of the thread's kPacks packs that begins inside the row. Packs
+// of one number are adjacent across threads, so that accesses are coalesced.
 template <class T, class Body>
 __device__ __forceinline__ void for_packs(int64_t cols, const Body& body) {
 #pragma unroll
@@ -54,22 +54,22 @@ __device__ __forceinline__ void for_packs(int64_t cols, const Body& body) {
   }
 }
 
-template <bool WHOLE, class T>
-__device__ __forceinline__ void load_row(const T* from, int64_t cols, Held<T>& to) {
-  for_packs<T>(cols, [&](int64_t col, int pack) { load_pack<kPack<T>, WHOLE>(from + col, cols - col, to[pack]); });
+template <bool FULL, class T>
+__device__ __forceinline__ void load_row(const T* from, int64_t cols, RowElems<T>& to) {
+  for_packs<T>(cols, [&](int64_t col, int pack) { load_pack<kPack<T>, FULL>(from + col, cols - col, to[pack]); });
 }
 
-// residual + dropout(x + x_bias) of a row. Returns which elements dropout kept: bit pack * kPack<T> + i.
-template <bool WHOLE, class T>
+// sum = residual + dropout(x + x_bias) of a row. Returns which elements dropout keeps: bit pack * kPack<T> + i.
+template <bool FULL, class T>
 __device__ __forceinline__ uint32_t load_sum(const T* x, const T* residual, const float* x_bias,
-                                             const DropoutState& drop, int64_t row, int64_t cols, Held<T>& sum) {
-  Held<T> stream;
-  uint32_t kept = 0;
-  load_row<WHOLE>(x + row * cols, cols, sum);
-  load_row<WHOLE>(residual + row * cols, cols, stream);
+                                             const DropoutState& drop, int64_t row, int64_t cols, RowElems<T>& sum) {
+  RowElems<T> stream;
+  uint32_t kept_bits = 0;
+  load_row<FULL>(x + row * cols, cols, sum);
+  load_row<FULL>(residual + row * cols, cols, stream);
   for_packs<T>(cols, [&](int64_t col, int pack) {
     float shift[kPack<T>] = {};
-    if (x_bias) load_pack<kPack<T>, WHOLE>(x_bias + col, cols - col, shift);
+    if (x_bias) load_pack<kPack<T>, FULL>(x_bias + col, cols - col, shift);
     uint32_t words[4];
     if (drop.threshold) dropout_words(drop, 0, static_cast<uint32_t>(row), static_cast<uint32_t>(col) / 16, words);
 #pragma unroll
@@ -77,42 +77,42 @@ __device__ __forceinline__ uint32_t load_sum(const T* x, const T* residual, cons
       float branch = sum[pack][i] + shift[i];
       if (drop.threshold) {
         const bool keep = dropout_keeps(drop, words, static_cast<uint32_t>(col) + i);
-        kept |= static_cast<uint32_t>(keep) << (pack * kPack<T> + i);
+        kept_bits |= static_cast<uint32_t>(keep) << (pack * kPack<T> + i);
         branch = keep ? branch * drop.scale : 0.0f;
       }
       sum[pack][i] = stream[pack][i] + branch;
     }
   });
-  return kept;
+  return kept_bits;
 }
 
-// Sums of a and b over the block, in every thread. Each call takes the other half of `scratch`, 4 floats a warp, so
-// that one barrier a call is enough.
+// Sums a and b over the block, in every thread. Consecutive calls alternate between the halves of `scratch`, 4 floats
+// per warp, so that one barrier per call suffices.
 __device__ __forceinline__ void block_sums(float* scratch, int turn, float& a, float& b) {
   const int warps = blockDim.x / kWarp;
   a = warp_sum(a);
   b = warp_sum(b);
   if (warps == 1) return;
-  float* mine = scratch + (turn & 1) * 2 * warps;
+  float* sums = scratch + (turn & 1) * 2 * warps;
   if (threadIdx.x % kWarp == 0) {
-    mine[threadIdx.x / kWarp] = a;
-    mine[warps + threadIdx.x / kWarp] = b;
+    sums[threadIdx.x / kWarp] = a;
+    sums[warps + threadIdx.x / kWarp] = b;
   }
   __syncthreads();
   a = b = 0.0f;
   for (int warp = 0; warp < warps; ++warp) {
-    a += mine[warp];
-    b += mine[warps + warp];
+    a += sums[warp];
+    b += sums[warps + warp];
   }
 }
 
-template <class T, bool WHOLE>
+template <class T, bool FULL>
 __global__ void __launch_bounds__(1024) add_layer_norm_forward(Rows<T> in) {
   float* scratch = dynamic_shared<float>();
   const int64_t row = blockIdx.x;
   const float count = static_cast<float>(in.cols);
-  Held<T> sum = {};
-  load_sum<WHOLE>(in.x, in.residual, in.x_bias, load_dropout(in.drop), row, in.cols, sum);
+  RowElems<T> sum = {};
+  load_sum<FULL>(in.x, in.residual, in.x_bias, load_dropout(in.drop), row, in.cols, sum);
   float total = 0.0f, deviations = 0.0f, squares = 0.0f, unused = 0.0f;
   for_packs<T>(in.cols, [&](int64_t, int pack) {
 #pragma unroll
@@ -123,13 +123,13 @@ __global__ void __launch_bounds__(1024) add_layer_norm_forward(Rows<T> in) {
   for_packs<T>(in.cols, [&](int64_t col, int pack) {
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) {
-      const float d = WHOLE || col + i < in.cols ? sum[pack][i] - first_mean : 0.0f;
+      const float d = FULL || col + i < in.cols ? sum[pack][i] - first_mean : 0.0f;
       deviations += d;
       squares += d * d;
     }
   });
   block_sums(scratch, 1, deviations, squares);
-  // The deviations' own mean repairs what the first sum lost to rounding.
+  // The mean of the deviations corrects the rounding error of the first sum.
   const float shift = deviations / count, mean = first_mean + shift;
   const float variance = squares / count - shift * shift;
   const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + in.eps);
@@ -139,31 +139,31 @@ __global__ void __launch_bounds__(1024) add_layer_norm_forward(Rows<T> in) {
   }
   for_packs<T>(in.cols, [&](int64_t col, int pack) {
     float gain[kPack<T>], bias[kPack<T>];
-    load_pack<kPack<T>, WHOLE>(in.weight + col, in.cols - col, gain);
-    load_pack<kPack<T>, WHOLE>(in.bias + col, in.cols - col, bias);
+    load_pack<kPack<T>, FULL>(in.weight + col, in.cols - col, gain);
+    load_pack<kPack<T>, FULL>(in.bias + col, in.cols - col, bias);
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) bias[i] += (sum[pack][i] - mean) * rstd * gain[i];
-    store_pack<kPack<T>, WHOLE>(in.out + row * in.cols + col, in.cols - col, bias);
+    store_pack<kPack<T>, FULL>(in.out + row * in.cols + col, in.cols - col, bias);
   });
 }
 
-template <class T, bool WHOLE, int THREADS>
+template <class T, bool FULL, int THREADS>
 __global__ void __launch_bounds__(THREADS) add_layer_norm_backward(GradRows<T> in) {
   float* scratch = dynamic_shared<float>();
   const DropoutState drop = load_dropout(in.drop);
   const float count = static_cast<float>(in.cols);
   const int64_t first = int64_t{blockIdx.x} * in.part_rows;
   const int64_t end = first + in.part_rows < in.rows ? first + in.part_rows : in.rows;
-  Held<T> dweight = {}, dbias = {}, dx_bias = {};
+  RowElems<T> dweight = {}, dbias = {}, dx_bias = {};
   for (int64_t row = first; row < end; ++row) {
-    Held<T> xhat, grad;
-    const uint32_t kept = load_sum<WHOLE>(in.x, in.residual, in.x_bias, drop, row, in.cols, xhat);
-    load_row<WHOLE>(in.dout + row * in.cols, in.cols, grad);
+    RowElems<T> xhat, grad;
+    const uint32_t kept_bits = load_sum<FULL>(in.x, in.residual, in.x_bias, drop, row, in.cols, xhat);
+    load_row<FULL>(in.dout + row * in.cols, in.cols, grad);
     const float mean = in.mean[row], rstd = in.rstd[row];
     float sum_grad = 0.0f, sum_both = 0.0f;
     for_packs<T>(in.cols, [&](int64_t col, int pack) {
       float gain[kPack<T>];
-      load_pack<kPack<T>, WHOLE>(in.weight + col, in.cols - col, gain);
+      load_pack<kPack<T>, FULL>(in.weight + col, in.cols - col, gain);
 #pragma unroll
       for (int i = 0; i < kPack<T>; ++i) {
         xhat[pack][i] = (xhat[pack][i] - mean) * rstd;
@@ -179,48 +179,41 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_backward(GradRows<T> i
     for_packs<T>(in.cols, [&](int64_t col, int pack) {
 #pragma unroll
       for (int i = 0; i < kPack<T>; ++i) grad[pack][i] = (grad[pack][i] - mean_grad - xhat[pack][i] * mean_both) * rstd;
-      store_pack<kPack<T>, WHOLE>(in.dresidual + row * in.cols + col, in.cols - col, grad[pack]);
+      store_pack<kPack<T>, FULL>(in.dresidual + row * in.cols + col, in.cols - col, grad[pack]);
 #pragma unroll
       for (int i = 0; i < kPack<T>; ++i) {
-        if (drop.threshold) grad[pack][i] = kept >> (pack * kPack<T> + i) & 1 ? grad[pack][i] * drop.scale : 0.0f;
+        if (drop.threshold) grad[pack][i] = kept_bits >> (pack * kPack<T> + i) & 1 ? grad[pack][i] * drop.scale : 0.0f;
         dx_bias[pack][i] += grad[pack][i];
       }
-      store_pack<kPack<T>, WHOLE>(in.dx + row * in.cols + col, in.cols - col, grad[pack]);
+      store_pack<kPack<T>, FULL>(in.dx + row * in.cols + col, in.cols - col, grad[pack]);
     });
   }
   float* partial = in.partial + int64_t{blockIdx.x} * 3 * in.cols;
   for_packs<T>(in.cols, [&](int64_t col, int pack) {
-    store_pack<kPack<T>, WHOLE>(partial + col, in.cols - col, dweight[pack]);
-    store_pack<kPack<T>, WHOLE>(partial + in.cols + col, in.cols - col, dbias[pack]);
-    store_pack<kPack<T>, WHOLE>(partial + 2 * in.cols + col, in.cols - col, dx_bias[pack]);
+    store_pack<kPack<T>, FULL>(partial + col, in.cols - col, dweight[pack]);
+    store_pack<kPack<T>, FULL>(partial + in.cols + col, in.cols - col, dbias[pack]);
+    store_pack<kPack<T>, FULL>(partial + 2 * in.cols + col, in.cols - col, dx_bias[pack]);
   });
 }
 
-void check_inputs(const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& x_bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && residual.dim() == 2 && weight.dim() == 1,
-                  "add_layer_norm: expected x (T, E), residual (T, E) and weight (E,)");
-  check_size(residual, "residual", 0, x.size(0));
-  check_size(residual, "residual", 1, x.size(1));
-  check_dtype(residual, "residual", x.scalar_type());
-  check_size(weight, "weight", 0, x.size(1));
-  if (x_bias) check_size(*x_bias, "x_bias", 0, x.size(1));
-  STD_TORCH_CHECK(x.size(1) <= kWidest, "add_layer_norm: impl='cuda' takes E up to ", kWidest, "; it is ", x.size(1));
-}
-
 unsigned threads_of(int64_t cols) {
-  return static_cast<unsigned>(ceil_div(std::max<int64_t>(cols, 1), kHeld * kWarp) * kWarp);
+  return static_cast<unsigned>(ceil_div(std::max<int64_t>(cols, 1), kElemsPerThread * kWarp) * kWarp);
 }
 
 size_t scratch_of(unsigned threads) {
   return sizeof(float) * 4 * (threads / kWarp);
 }
 
-}  // namespace
+void check_inputs(const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& x_bias) {
+  add_layer_norm::check_inputs(x, residual, weight, x_bias);
+  STD_TORCH_CHECK(x.size(1) <= kMaxCols, "add_layer_norm: impl='cuda' takes E up to ", kMaxCols, "; it is ", x.size(1));
+}
 
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd_cuda(const Tensor& x, const Tensor& residual,
-                                                           const Tensor& weight, const Tensor& bias,
-                                                           const std::optional<Tensor>& x_bias, double dropout_p,
-                                                           double eps, const std::optional<Tensor>& rng_state) {
+// -> out (T, E), mean (T,), rstd (T,)
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                      const Tensor& bias, const std::optional<Tensor>& x_bias,
+                                                      double dropout_p, double eps,
+                                                      const std::optional<Tensor>& rng_state) {
   check_inputs(x, residual, weight, x_bias);
   const int64_t rows = x.size(0), cols = x.size(1);
   check_size(bias, "bias", 0, cols);
@@ -231,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd_cuda(const Tensor& x, cons
   const Tensor mean = empty_like_rows(x, {rows}, ScalarType::Float),
                rstd = empty_like_rows(x, {rows}, ScalarType::Float);
   dispatch_pack(x.scalar_type(), "add_layer_norm", cols, {branch, stream, gain, shift, branch_bias, out},
-                [&](auto element, auto whole) {
+                [&](auto element, auto full) {
                   using T = decltype(element);
                   const Rows<T> in = {data<T>(branch),
                                       data<T>(stream),
@@ -246,25 +239,22 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd_cuda(const Tensor& x, cons
                                       static_cast<float>(eps),
                                       drop};
                   const unsigned threads = threads_of(cols);
-                  launch(add_layer_norm_forward<T, decltype(whole)::value>, dim3(static_cast<unsigned>(rows)), threads,
+                  launch(add_layer_norm_forward<T, decltype(full)::value>, dim3(static_cast<unsigned>(rows)), threads,
                          scratch_of(threads), x, in);
                 });
   return {out, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd_cuda(const Tensor& dout, const Tensor& x,
-                                                                           const Tensor& residual, const Tensor& weight,
-                                                                           const std::optional<Tensor>& x_bias,
-                                                                           const Tensor& mean, const Tensor& rstd,
-                                                                           double dropout_p,
-                                                                           const std::optional<Tensor>& rng_state) {
+// -> dx, dresidual, dweight, dbias, dx_bias (empty without x_bias)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& dout, const Tensor& x,
+                                                                      const Tensor& residual, const Tensor& weight,
+                                                                      const std::optional<Tensor>& x_bias,
+                                                                      const Tensor& mean, const Tensor& rstd,
+                                                                      double dropout_p,
+                                                                      const std::optional<Tensor>& rng_state) {
   check_inputs(x, residual, weight, x_bias);
   const int64_t rows = x.size(0), cols = x.size(1);
-  check_size(dout, "dout", 0, rows);
-  check_size(dout, "dout", 1, cols);
-  check_dtype(dout, "dout", x.scalar_type());
-  check_size(mean, "mean", 0, rows);
-  check_size(rstd, "rstd", 0, rows);
+  add_layer_norm::check_saved(dout, x, mean, rstd);
   const DropoutArguments drop = dropout_arguments(dropout_p, rng_state);
   const Tensor grad = as_contiguous(dout), branch = as_contiguous(x), stream = as_contiguous(residual);
   const Tensor gain = as_float(weight), branch_bias = x_bias ? as_float(*x_bias) : gain;
@@ -274,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd_cuda(const
   const DeviceParts parts(rows, kParts);
   const Tensor partial = empty_like_rows(x, {parts.count, 3 * cols}, ScalarType::Float);
   dispatch_pack(x.scalar_type(), "add_layer_norm", cols,
-                {grad, branch, stream, gain, branch_bias, dx, dresidual, partial}, [&](auto element, auto whole) {
+                {grad, branch, stream, gain, branch_bias, dx, dresidual, partial}, [&](auto element, auto full) {
                   using T = decltype(element);
                   const GradRows<T> in = {data<T>(grad),
                                           data<T>(branch),
@@ -290,14 +280,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd_cuda(const
                                           cols,
                                           parts.size,
                                           drop};
-                  constexpr bool kWhole = decltype(whole)::value;
+                  constexpr bool kFull = decltype(full)::value;
                   const unsigned threads = threads_of(cols);
-                  const auto kernel = threads > kFew ? add_layer_norm_backward<T, kWhole, 1024>
-                                                     : add_layer_norm_backward<T, kWhole, kFew>;
+                  const auto kernel = threads > kSmallBlock ? add_layer_norm_backward<T, kFull, 1024>
+                                                            : add_layer_norm_backward<T, kFull, kSmallBlock>;
                   launch(kernel, dim3(static_cast<unsigned>(parts.count)), threads, scratch_of(threads), x, in);
                 });
   const auto sum = [&](int64_t index) { return sum_parts_cuda(partial, index * cols, cols); };
   return {dx, dresidual, sum(0), sum(1), x_bias ? sum(2) : empty_like_rows(x, {0}, ScalarType::Float)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast_cuda, BERT_FAST_CUDA_KEY, m) {
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
+  m.impl("add_layer_norm_bwd", TORCH_BOX(&add_layer_norm_bwd));
 }
 
 }  // namespace bert_fast

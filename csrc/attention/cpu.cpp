@@ -1,14 +1,16 @@
+// softmax(scale Q K^T) V of every sequence of a packed batch, with QKV bias and dropout, on the CPU; see
+// kernels/attention/README.md.
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <numeric>
 
-#include "attention/attention.h"
+#include "attention/checks.h"
 #include "attention/cpu_head.h"
 #include "common/reduce.h"
 
 #define BF_KERNELS "attention/cpu_kernels.h"
-#define BF_KERNELS_IN_PAIRS
+#define BF_KERNELS_BF16_DOT
 #include "common/foreach_isa.h"
 
 namespace bert_fast {
@@ -44,27 +46,16 @@ struct Batch {
   float scale;
   Dropout dropout;
   std::vector<int64_t> starts;
-  std::vector<int64_t> order;  // the sequences that are not empty, the longest first
+  std::vector<int64_t> order;  // the non-empty sequences, longest first
 };
-
-// The kernels read `dim` neighbours at a time; every other stride is theirs to follow.
-Tensor with_dense_rows(const Tensor& x) {
-  return x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-}
 
 Batch::Batch(const Tensor& qkv_in, const std::optional<Tensor>& bias_in, const Tensor& cu_seqlens, int64_t max_seqlen,
              double softmax_scale, double dropout_p, const std::optional<Tensor>& rng_state)
     : qkv(qkv_in), scale(static_cast<float>(softmax_scale)), dropout(make_dropout(dropout_p, rng_state)) {
-  STD_TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3, "attention: expected qkv (T, 3, N, D)");
-  qkv = with_dense_rows(qkv);
+  attention::check_inputs(qkv, bias_in, cu_seqlens);
+  if (qkv.stride(3) != 1) qkv = torch::stable::contiguous(qkv);  // the kernels take any other strides
   total = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
-  if (bias_in.has_value()) {
-    STD_TORCH_CHECK(bias_in->dim() == 3, "attention: expected bias (3, N, D)");
-    for (int64_t i = 0; i < 3; ++i) check_size(*bias_in, "bias", i, qkv.size(i + 1));
-    bias = as_float(*bias_in);
-  }
-  check_dtype(cu_seqlens, "cu_seqlens", ScalarType::Int);
-  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "attention: expected cu_seqlens (B+1,)");
+  if (bias_in.has_value()) bias = as_float(*bias_in);
   const Tensor ends = as_contiguous(cu_seqlens);
   starts.assign(data<int32_t>(ends), data<int32_t>(ends) + ends.size(0));
   STD_TORCH_CHECK(starts.front() == 0 && starts.back() == total, "cu_seqlens runs from ", starts.front(), " to ",
@@ -80,8 +71,8 @@ Batch::Batch(const Tensor& qkv_in, const std::optional<Tensor>& bias_in, const T
                    [&](int64_t a, int64_t b) { return starts[a + 1] - starts[a] > starts[b + 1] - starts[b]; });
 }
 
-// Run body(sequence, head, scratch) once for each. The threads draw from one queue, the longest sequences first, so
-// that none waits for another for longer than an item takes; which thread computes an item doesn't change its result.
+// Runs body(sequence, head, scratch) for each head of each sequence. The threads take items from one queue, longest
+// sequences first, so that they finish at about the same time; the result doesn't depend on which thread takes an item.
 template <class Body>
 void for_each_head(const Batch& batch, int64_t floats, const Body& body) {
   if (batch.items() == 0) return;
@@ -99,8 +90,8 @@ void for_each_head(const Batch& batch, int64_t floats, const Body& body) {
 
 template <class T>
 void forward(const Batch& batch, const Tensor& out, const Tensor& lse) {
-  const auto kernel = BF_DISPATCH_PAIRS(attention_forward<T>);
-  const int64_t floats = BF_DISPATCH_PAIRS(attention_scratch_floats<T>(batch.longest, batch.dim, false));
+  const auto kernel = BF_DISPATCH_BF16_DOT(attention_forward<T>);
+  const int64_t floats = BF_DISPATCH_BF16_DOT(attention_scratch_floats<T>(batch.longest, batch.dim, false));
   for_each_head(batch, floats, [&](int64_t sequence, int64_t index, float* scratch) {
     const int64_t first = batch.starts[sequence];
     kernel(batch.head<T>(sequence, index), mutable_data<T>(out) + (first * batch.heads + index) * batch.dim,
@@ -110,8 +101,8 @@ void forward(const Batch& batch, const Tensor& out, const Tensor& lse) {
 
 template <class T>
 void backward(const Batch& batch, const Tensor& dout, const Tensor& lse, const Tensor& dqkv, const Tensor& partial) {
-  const auto kernel = BF_DISPATCH_PAIRS(attention_backward<T>);
-  const int64_t floats = BF_DISPATCH_PAIRS(attention_scratch_floats<T>(batch.longest, batch.dim, true));
+  const auto kernel = BF_DISPATCH_BF16_DOT(attention_backward<T>);
+  const int64_t floats = BF_DISPATCH_BF16_DOT(attention_scratch_floats<T>(batch.longest, batch.dim, true));
   const int64_t width = batch.heads * batch.dim;
   for_each_head(batch, floats, [&](int64_t sequence, int64_t index, float* scratch) {
     const int64_t first = batch.starts[sequence], row = first * width + index * batch.dim;
@@ -123,19 +114,10 @@ void backward(const Batch& batch, const Tensor& dout, const Tensor& lse, const T
   });
 }
 
-void check_like_out(const Tensor& x, const char* name, const Batch& batch) {
-  STD_TORCH_CHECK(x.dim() == 3, name, ": expected (T, N, D)");
-  check_size(x, name, 0, batch.total);
-  check_size(x, name, 1, batch.heads);
-  check_size(x, name, 2, batch.dim);
-  check_dtype(x, name, batch.qkv.scalar_type());
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& qkv, const std::optional<Tensor>& bias,
-                                             const Tensor& cu_seqlens, int64_t max_seqlen, double softmax_scale,
-                                             double dropout_p, const std::optional<Tensor>& rng_state) {
+// qkv (T, 3, N, D) with any strides, bias (3, N, D) -> out (T, N, D), lse (N, T) float32
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, const std::optional<Tensor>& bias, const Tensor& cu_seqlens,
+                                         int64_t max_seqlen, double softmax_scale, double dropout_p,
+                                         const std::optional<Tensor>& rng_state) {
   const Batch batch(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
   const Tensor out = empty({batch.total, batch.heads, batch.dim}, qkv.scalar_type());
   const Tensor lse = empty({batch.heads, batch.total}, ScalarType::Float);
@@ -143,17 +125,13 @@ std::tuple<Tensor, Tensor> attention_fwd_cpu(const Tensor& qkv, const std::optio
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> attention_bwd_cpu(const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias,
-                                             const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
-                                             int64_t max_seqlen, double softmax_scale, double dropout_p,
-                                             const std::optional<Tensor>& rng_state) {
+// -> dqkv (T, 3, N, D), dbias (3, N, D) float32
+std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias,
+                                         const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
+                                         int64_t max_seqlen, double softmax_scale, double dropout_p,
+                                         const std::optional<Tensor>& rng_state) {
   const Batch batch(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
-  check_like_out(dout, "dout", batch);
-  check_like_out(out, "out", batch);
-  check_dtype(lse, "lse", ScalarType::Float);
-  STD_TORCH_CHECK(lse.dim() == 2, "lse: expected (N, T)");
-  check_size(lse, "lse", 0, batch.heads);
-  check_size(lse, "lse", 1, batch.total);
+  attention::check_saved(dout, out, lse, qkv);
   const Tensor grad = as_contiguous(dout), sums = as_contiguous(lse);
   const Tensor dqkv = empty({batch.total, 3, batch.heads, batch.dim}, qkv.scalar_type());
   const int64_t sequences = static_cast<int64_t>(batch.starts.size()) - 1, width = 3 * batch.heads * batch.dim;
@@ -162,6 +140,13 @@ std::tuple<Tensor, Tensor> attention_bwd_cpu(const Tensor& dout, const Tensor& q
                  [&](auto element) { backward<decltype(element)>(batch, grad, sums, dqkv, partial); });
   const Tensor dbias = sum_parts(partial, sequences, width);
   return {dqkv, torch::stable::view(dbias, {3, batch.heads, batch.dim})};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
 }
 
 }  // namespace bert_fast

@@ -1,4 +1,4 @@
-// One item of work: a head of a sequence. Shared by the checks and threads (attention_cpu.cpp) and the kernels.
+// The unit of work: a head of a sequence. Shared by cpu.cpp and the kernels.
 #pragma once
 
 #include "common/dropout.h"
@@ -11,24 +11,24 @@ template <class T>
 struct AttentionHead {
   const T* qkv;  // the query of the sequence's first token
   int64_t token_stride, part_stride;
-  const float* bias;  // the query's, or null
+  const float* bias;  // of the query, or null
   int64_t bias_stride;
   int64_t length, dim;
   float scale;
   const Dropout* dropout;
-  uint32_t plane, first_row;  // of the dropout mask: the head, and the first token's index in the pack
+  uint32_t plane, first_row;  // of the dropout mask: the head, and the index of the first token in the packed batch
 
   const T* part(Part which) const { return qkv + which * part_stride; }
   const float* part_bias(Part which) const { return bias ? bias + which * bias_stride : nullptr; }
 };
 
-// What the backward pass reads and writes besides `head`; strides as of a contiguous (T, N, D) and (T, 3, N, D).
+// What the backward pass reads and writes in addition; dout and dqkv are contiguous (T, N, D) and (T, 3, N, D).
 template <class T>
 struct AttentionGrad {
   const T* dout;
   const float* lse;
   T* dqkv;
-  float* dbias;  // (3, ...) of this head and sequence, zero before
+  float* dbias;  // (3, ...) of this head and sequence, initialized to zero
   int64_t heads;
 };
 

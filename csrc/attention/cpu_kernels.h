@@ -1,6 +1,6 @@
-// A head of one sequence at a time. Keys and values are packed once, to float or to pairs of bfloat16, then blocks of
-// query rows go through scores, softmax and the product with the values, so that memory grows with the length, not with
-// its square. Compiled once for each instruction set by foreach_isa.h.
+// Attention of one head of one sequence. Keys and values are packed once, as float or as pairs of bfloat16; then
+// scores, softmax and the product with the values are computed for blocks of queries, so that memory is linear in the
+// length. Compiled once for each instruction set by foreach_isa.h.
 
 #include "attention/cpu_tiles.h"
 #include "common/dropout_kernels.h"
@@ -8,18 +8,18 @@
 namespace bert_fast {
 namespace BF_ISA {
 
-// Where everything lies in a thread's scratch, in words of 32 bits: floats and factors F of products. Scores have rows
-// of `stride`; backward they and their gradients take turns, a row of each.
+// The layout of a thread's scratch memory, in 32-bit words: floats, and factors F of products. Rows of scores have
+// stride `stride`; in the backward pass they alternate with rows of their gradients.
 template <class F>
 struct AttentionScratch {
   AttentionScratch(int64_t length, int64_t dim, bool backward) {
     cols = round_up(dim, kPanel);
     keys = round_up(length, kPanel);
-    stride = keys + kPanel;  // op for whole tiles of keys, and never a power of two, which would collide in the cache
-    // A block of scores of a quarter of a megabyte at most: half of a usual L2 cache.
+    stride = keys + kPanel;  // full tiles of keys; and never a power of two, which would cause cache conflicts
+    // At most 256 KB of scores in a block: half of a typical L2 cache.
     block =
         std::min(std::max<int64_t>(65536 / stride, 12), std::min<int64_t>(48, round_up(length, kRows))) / kRows * kRows;
-    whole = round_up(length, kStep);
+    padded = round_up(length, kStep);
     keys_t = take(depth_of<F>(dim) * keys);
     query = take(block * cols);
     scores = take((backward ? 2 : 1) * block * stride);
@@ -32,8 +32,8 @@ struct AttentionScratch {
       key_panels = take(depth_of<F>(length) * cols);
       dout = take(block * cols);
       joined = take(block * cols);
-      dkeys = take(whole * cols);
-      dvalues = take(whole * cols);
+      dkeys = take(padded * cols);
+      dvalues = take(padded * cols);
     }
   }
 
@@ -43,7 +43,7 @@ struct AttentionScratch {
     return start;
   }
 
-  int64_t cols, keys, stride, block, whole;
+  int64_t cols, keys, stride, block, padded;
   int64_t keys_t, values, query, scores, result, row_scale, panel_rows, bytes;
   int64_t key_panels = 0, dout = 0, joined = 0, dkeys = 0, dvalues = 0;
   int64_t total = 0;
@@ -64,8 +64,8 @@ BF_INLINE F* factors(float* scratch) {
   return reinterpret_cast<F*>(scratch);
 }
 
-// Scores are scale Q K^T: the sign of the scale goes to the packed queries, where it costs no digits in bfloat16, its
-// size to the softmax, where multiplying is free.
+// Scores are scale Q K^T: the sign of the scale is multiplied into the packed queries, which is exact in bfloat16, its
+// absolute value into the softmax, where the multiplication is free.
 struct Scale {
   explicit Scale(float scale) : sign(scale < 0.0f ? -1.0f : scale == 0.0f ? 0.0f : 1.0f) {
     size = scale == 0.0f ? 1.0f : std::fabs(scale);
@@ -77,17 +77,17 @@ struct RowSum {
   float top, sum;
 };
 
-// scores[0, length) become exp(scale scores - top), top the largest scale scores, and 0 where dropout drops; as factors
-// of the next product, in place. The sum is from before dropout.
+// Replaces scores[0, length) by exp(scale scores - top), with top the maximum of scale scores, and by 0 where dropout
+// drops, as factors of the next product. The sum is taken before dropout.
 template <class F>
 BF_INLINE RowSum exp_row(float* scores, int64_t length, float scale, const uint8_t* bytes, const Dropout& dropout) {
   const int64_t padded = round_up(length, kWidth);
   for (int64_t col = length; col < padded; ++col) scores[col] = -INFINITY;
-  vfloat most = set1(-INFINITY);
-  for (int64_t col = 0; col < padded; col += kWidth) most = vmax(load(scores + col), most);
-  const float top = reduce_max(most) * scale;
+  vfloat highest = set1(-INFINITY);
+  for (int64_t col = 0; col < padded; col += kWidth) highest = vmax(load(scores + col), highest);
+  const float top = reduce_max(highest) * scale;
   vfloat sum{};
-  // A vector of bfloat16 is written no further than it has been read.
+  // In place: bfloat16 vectors are stored no further than the scores have been read.
   auto* to = reinterpret_cast<std::conditional_t<kPerFactor<F> == 1, float, bfloat16>*>(scores);
   for (int64_t col = 0; col < padded; col += kWidth) {
     const vfloat p = vexp(load(scores + col) * scale - top);
@@ -112,9 +112,9 @@ inline void attention_forward(const AttentionHead<T>& head, T* out, int64_t out_
   pack_panels(rows_of(head, kValue), values);
 
   for (int64_t start = 0; start < length; start += at.block) {
-    const int64_t rows = std::min(at.block, length - start), whole = round_up(rows, kStep);
+    const int64_t rows = std::min(at.block, length - start), padded_rows = round_up(rows, kStep);
     pack_rows(rows_of(head, kQuery).part(start, rows), scale.sign, query, at.cols);
-    product(query, at.cols, keys_t, scores, at.stride, whole, at.keys / kPanel, depth_of<F>(dim));
+    product(query, at.cols, keys_t, scores, at.stride, padded_rows, at.keys / kPanel, depth_of<F>(dim));
     for (int64_t row = 0; row < rows; ++row) {
       if (dropout.threshold) {
         dropout_bytes(dropout, head.plane, head.first_row + static_cast<uint32_t>(start + row), length, bytes);
@@ -123,7 +123,7 @@ inline void attention_forward(const AttentionHead<T>& head, T* out, int64_t out_
       lse[start + row] = row_sum.top + std::log(row_sum.sum);
       scratch[at.row_scale + row] = 1.0f / row_sum.sum;
     }
-    product(factors<F>(scores), at.stride, values, result, at.cols, whole, at.cols / kPanel, depth_of<F>(length));
+    product(factors<F>(scores), at.stride, values, result, at.cols, padded_rows, at.cols / kPanel, depth_of<F>(length));
     for (int64_t row = 0; row < rows; ++row) {
       const float inverse = scratch[at.row_scale + row];
       for_columns(dim, [&](int64_t col, int n) {
@@ -133,12 +133,12 @@ inline void attention_forward(const AttentionHead<T>& head, T* out, int64_t out_
   }
 }
 
-// From scores and the gradient of the dropped probabilities to dropped probabilities and the gradient of the scores,
-// both in place, with zeros behind the last key as far as whole tiles reach.
+// Replaces scores by the probabilities after dropout and the gradient of those by the gradient of the scores,
+// zero-padded to full tiles.
 //
-// The probabilities are made to sum to 1 again, since the rounding of lse is up to eps |lse| of each; and delta, the
-// mean of dp under p, is summed here and not taken from dout and out, whose product is the same in exact arithmetic
-// only: so a single key gets a gradient of exactly 0.
+// The probabilities are normalized again, since the rounding error of lse is up to eps |lse| of each. delta, the mean
+// of dp under p, is summed here and not computed from dout and out, which is equal in exact arithmetic only: so the
+// gradient of a single key is exactly 0.
 BF_INLINE void softmax_grad_row(float* scores, float* dscores, int64_t length, int64_t stride, float scale, float lse,
                                 const uint8_t* bytes, const Dropout& dropout) {
   const int64_t padded = round_up(length, kWidth);
@@ -165,8 +165,8 @@ BF_INLINE void softmax_grad_row(float* scores, float* dscores, int64_t length, i
   std::memset(dscores + length, 0, (stride - length) * sizeof(float));
 }
 
-// to (rows, dim) = from * scale, and its column sums are added to dbias: 16 rows at a time, since one running sum over
-// a long sequence would lose digits.
+// to (rows, dim) = from * scale, and dbias += its column sums, 16 rows at a time, since one running sum over a long
+// sequence has a larger rounding error.
 template <class T>
 inline void write_grad(const float* from, int64_t from_stride, float scale, int64_t rows, int64_t dim, T* to,
                        int64_t to_stride, float* dbias) {
@@ -184,15 +184,16 @@ inline void write_grad(const float* from, int64_t from_stride, float scale, int6
   }
 }
 
-// What the products of the backward pass that sum over queries take of a block: dropped probabilities and gradients of
-// scores, (queries, keys), a row of factors every `stride`; and the gradients once more, along the keys, for dquery.
+// A block's operands of the products of the backward pass: the probabilities after dropout and the gradients of the
+// scores, (queries, keys), as factors along the queries with stride `stride`; and the gradients as factors along the
+// keys, for dquery.
 template <class F>
 struct ScoreFactors {
   const F *p, *ds, *ds_along_keys;
   int64_t stride;
 };
 
-// Floats are factors as they are.
+// Floats already are factors.
 inline ScoreFactors<float> score_factors(float* scores, int64_t, int64_t stride, const float*) {
   return {scores, scores + stride, scores + stride, 2 * stride};
 }
@@ -201,8 +202,8 @@ inline const float* join_rows(const float* rows, int64_t, int64_t, float*) {
   return rows;
 }
 
-// Of the rows p0, ds0, p1, ds1 that lie one after the other, p0 becomes the pairs of p0 and p1, p1 those of ds0 and
-// ds1, and ds0 and ds1 their own numbers in bfloat16. A row that the last one lacks for a pair counts as zeros.
+// Of consecutive rows p0, ds0, p1, ds1, p0 is replaced by the pairs of p0 and p1, p1 by the pairs of ds0 and ds1, and
+// ds0 and ds1 by themselves in bfloat16. An odd last row is paired with zeros.
 inline ScoreFactors<uint32_t> score_factors(float* scores, int64_t rows, int64_t stride, const uint32_t*) {
   for (int64_t row = 0; row < rows; row += 2) {
     float *p0 = scores + 2 * row * stride, *ds0 = p0 + stride, *p1 = ds0 + stride, *ds1 = p1 + stride;
@@ -219,7 +220,7 @@ inline ScoreFactors<uint32_t> score_factors(float* scores, int64_t rows, int64_t
   return {first, first + 2 * stride, first + stride, 4 * stride};
 }
 
-// to (rows / 2, cols): pairs along the columns of rows of bfloat16, (rows, cols) words.
+// to (rows / 2, cols) = pairs along the columns of bfloat16 rows, which are (rows, cols) words.
 inline const uint32_t* join_rows(const uint32_t* rows, int64_t count, int64_t cols, uint32_t* to) {
   for (int64_t row = 0; row < count; row += 2) {
     const auto* low = reinterpret_cast<const bfloat16*>(rows + row * cols);
@@ -245,20 +246,20 @@ inline void attention_backward(const AttentionHead<T>& head, const AttentionGrad
   float *scores = scratch + at.scores, *result = scratch + at.result;
   float *dkeys = scratch + at.dkeys, *dvalues = scratch + at.dvalues;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch + at.bytes);
-  std::memset(dkeys, 0, at.whole * at.cols * sizeof(float));
-  std::memset(dvalues, 0, at.whole * at.cols * sizeof(float));
+  std::memset(dkeys, 0, at.padded * at.cols * sizeof(float));
+  std::memset(dvalues, 0, at.padded * at.cols * sizeof(float));
   pack_transposed(rows_of(head, kKey), keys_t, factors<F>(scratch + at.panel_rows));
   pack_transposed(rows_of(head, kValue), values_t, factors<F>(scratch + at.panel_rows));
   pack_panels(rows_of(head, kKey), key_panels);
   const HeadRows<T> dout_rows = {grad.dout, out_stride, nullptr, length, dim, 0};
 
   for (int64_t start = 0; start < length; start += at.block) {
-    const int64_t rows = std::min(at.block, length - start), whole = round_up(rows, kStep);
+    const int64_t rows = std::min(at.block, length - start), padded_rows = round_up(rows, kStep);
     const int64_t depth_rows = depth_of<F>(rows);
     pack_rows(rows_of(head, kQuery).part(start, rows), scale.sign, query, at.cols);
     pack_rows(dout_rows.part(start, rows), 1.0f, dout, at.cols);
-    product(query, at.cols, keys_t, scores, 2 * stride, whole, panels, depth);
-    product(dout, at.cols, values_t, scores + stride, 2 * stride, whole, panels, depth);
+    product(query, at.cols, keys_t, scores, 2 * stride, padded_rows, panels, depth);
+    product(dout, at.cols, values_t, scores + stride, 2 * stride, padded_rows, panels, depth);
     for (int64_t row = 0; row < rows; ++row) {
       if (dropout.threshold) {
         dropout_bytes(dropout, head.plane, head.first_row + static_cast<uint32_t>(start + row), length, bytes);
@@ -269,14 +270,14 @@ inline void attention_backward(const AttentionHead<T>& head, const AttentionGrad
     }
     const ScoreFactors<F> of_scores = score_factors(scores, rows, stride, static_cast<const F*>(nullptr));
     add_transposed_product(of_scores.p, of_scores.stride, join_rows(dout, rows, at.cols, joined), dvalues, at.cols,
-                           at.whole, depth_rows);
+                           at.padded, depth_rows);
     add_transposed_product(of_scores.ds, of_scores.stride, join_rows(query, rows, at.cols, joined), dkeys, at.cols,
-                           at.whole, depth_rows);
-    product(of_scores.ds_along_keys, 2 * stride, key_panels, result, at.cols, whole, at.cols / kPanel,
+                           at.padded, depth_rows);
+    product(of_scores.ds_along_keys, 2 * stride, key_panels, result, at.cols, padded_rows, at.cols / kPanel,
             depth_of<F>(length));
     write_grad(result, at.cols, head.scale, rows, dim, grad.dqkv + start * qkv_stride, qkv_stride, grad.dbias);
   }
-  // The packed queries hold the scale's sign already.
+  // The packed queries already include the sign of the scale.
   write_grad(dkeys, at.cols, scale.size, length, dim, grad.dqkv + out_stride, qkv_stride, grad.dbias + out_stride);
   write_grad(dvalues, at.cols, 1.0f, length, dim, grad.dqkv + 2 * out_stride, qkv_stride, grad.dbias + 2 * out_stride);
 }

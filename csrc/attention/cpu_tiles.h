@@ -1,19 +1,19 @@
-// The parts of which both passes are made: packing, and products of what is packed. Included by
-// attention_cpu_kernels.h, once for each instruction set; no include guard on purpose.
+// Packing and the products of packed operands, for both passes. Included by cpu_kernels.h, once for each instruction
+// set; no include guard on purpose.
 
 #include "common/tile_kernels.h"
 
 namespace bert_fast {
 namespace BF_ISA {
 
-// Depth of a product over keys: a tile's rows and a panel stay in the L1 cache, and a long sum is one of short sums,
-// which keeps more of its digits.
+// The depth of a product over keys: the rows of a tile and a panel stay in L1, and a long sum is a sum of short sums,
+// with a smaller rounding error.
 constexpr int64_t kDepth = 128;
-constexpr int64_t kAhead = 6;  // rows of a head that are asked for ahead of their use: too far apart to be foreseen
+constexpr int64_t kAhead = 6;  // rows that are prefetched: their stride is too large for the hardware prefetcher
 
-// What the products multiply, in 32 bits: a float; or, with instructions for that, two numbers in bfloat16, neighbours
-// in the dimension that is summed over, the first in the low half.
-#if BF_PAIRS
+// A 32-bit factor of a product: a float or, with BF_BF16_DOT, two bfloat16 numbers that are adjacent in the summed
+// dimension, the first in the low half.
+#if BF_BF16_DOT
 template <class T>
 using Factor = std::conditional_t<std::is_same_v<T, bfloat16>, uint32_t, float>;
 #else
@@ -24,13 +24,13 @@ using Factor = float;
 template <class F>
 constexpr int kPerFactor = std::is_same_v<F, float> ? 1 : 2;
 
-// Factors that hold n numbers.
+// The number of factors that hold n numbers.
 template <class F>
 BF_INLINE int64_t depth_of(int64_t n) {
   return (n + kPerFactor<F> - 1) / kPerFactor<F>;
 }
 
-// Vectors of factors out of rows that are neighbours in the dimension that is summed over.
+// A vector of factors from rows that are adjacent in the summed dimension.
 BF_INLINE vfloat join(const vfloat (&rows)[1]) {
   return rows[0];
 }
@@ -39,7 +39,7 @@ BF_INLINE vuint join(const vfloat (&rows)[2]) {
   return bfloat16_bits(rows[0]) | bfloat16_bits(rows[1]) << 16;
 }
 
-// c (rows, panels x kPanel) = a b with b in panels, each (depth, kPanel) in one piece. `rows` is a multiple of kStep.
+// c (rows, panels x kPanel) = a b, with b in contiguous panels (depth, kPanel). `rows` is a multiple of kStep.
 template <class F>
 inline void product(const F* a, int64_t lda, const F* b, float* c, int64_t ldc, int64_t rows, int64_t panels,
                     int64_t depth) {
@@ -57,7 +57,7 @@ inline void product(const F* a, int64_t lda, const F* b, float* c, int64_t ldc, 
   }
 }
 
-// c (rows, cols) += a^T b: a (depth, rows), b (depth, cols), all row-major. `rows` is a multiple of kStep, `cols` of
+// c (rows, cols) += a^T b for row-major a (depth, rows) and b (depth, cols). `rows` is a multiple of kStep, `cols` of
 // kPanel.
 template <class F>
 inline void add_transposed_product(const F* a, int64_t lda, const F* b, float* c, int64_t cols, int64_t rows,
@@ -67,7 +67,7 @@ inline void add_transposed_product(const F* a, int64_t lda, const F* b, float* c
   }
 }
 
-// Rows of a head: where they lie, what is added to each of them, and how many follow after the last.
+// Rows of a head, the bias that is added to each, and the number of rows that follow them (for prefetching).
 template <class T>
 struct HeadRows {
   const T* first;
@@ -80,7 +80,7 @@ struct HeadRows {
     return bias ? x + load_n(bias + col, n) : x;
   }
 
-  BF_INLINE void ask_for(int64_t row) const {
+  BF_INLINE void prefetch_row(int64_t row) const {
     if (row < count + more) prefetch(first + row * stride, dim * sizeof(T));
   }
 
@@ -89,28 +89,27 @@ struct HeadRows {
   }
 };
 
-// to (count, cols) = the rows times `scale`, which is 1, -1 or 0: factors along the row, with zeros behind `dim` and in
-// rows up to the next multiple of kStep.
+// to (count, cols) = the rows times `scale`, which is 1, -1 or 0, as factors along the row, zero-padded to `cols` and
+// to a multiple of kStep rows.
 template <class F, class T>
 inline void pack_rows(const HeadRows<T>& rows, float scale, F* to, int64_t cols) {
   std::memset(to + rows.count * cols, 0, (round_up(rows.count, kStep) - rows.count) * cols * sizeof(F));
   if (cols * kPerFactor<F> != rows.dim) std::memset(to, 0, rows.count * cols * sizeof(F));
   for (int64_t row = 0; row < rows.count; ++row) {
-    rows.ask_for(row + kAhead);
+    rows.prefetch_row(row + kAhead);
     auto* numbers = reinterpret_cast<std::conditional_t<kPerFactor<F> == 1, float, bfloat16>*>(to + row * cols);
     for_columns(rows.dim, [&](int64_t col, int n) { store(numbers + col, rows.read(row, col, n) * scale); });
   }
 }
 
-// to: panels of (depth_of(count), kPanel), the columns of the rows, with zeros behind the last: factors along the
-// columns.
+// to = the rows in zero-padded panels (depth_of(count), kPanel), as factors along the columns.
 template <class F, class T>
 inline void pack_panels(const HeadRows<T>& rows, F* to) {
   constexpr int kTogether = kPerFactor<F>;
   const int64_t cols = round_up(rows.dim, kPanel), depth = depth_of<F>(rows.count);
   if (cols != rows.dim) std::memset(to, 0, depth * cols * sizeof(F));
   for (int64_t index = 0; index < depth; ++index) {
-    for (int i = 0; i < kTogether; ++i) rows.ask_for((index + kAhead) * kTogether + i);
+    for (int i = 0; i < kTogether; ++i) rows.prefetch_row((index + kAhead) * kTogether + i);
     for_columns(rows.dim, [&](int64_t col, int n) {
       vfloat x[kTogether] = {};
       for (int i = 0; i < kTogether; ++i) {
@@ -122,8 +121,8 @@ inline void pack_panels(const HeadRows<T>& rows, F* to) {
   }
 }
 
-// to: panels of (depth_of(dim), kPanel), the columns of the transposed rows, with zeros behind the last: factors along
-// the rows. `rows_of_panel` has op for kPanel rows of `dim` rounded up to whole panels.
+// to = the transposed rows in zero-padded panels (depth_of(dim), kPanel), as factors along the rows. `rows_of_panel` is
+// scratch memory of kPanel rows of `dim` rounded up to full panels.
 template <class F, class T>
 inline void pack_transposed(const HeadRows<T>& rows, F* to, F* rows_of_panel) {
   const int64_t cols = round_up(rows.dim, kPanel), depth = depth_of<F>(rows.dim);

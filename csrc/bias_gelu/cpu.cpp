@@ -1,4 +1,5 @@
-#include "bias_gelu/bias_gelu.h"
+// gelu(x + bias), x (T, F), on the CPU. The backward pass recomputes GeLU's derivative from x and bias.
+#include "bias_gelu/checks.h"
 #include "common/reduce.h"
 
 #define BF_KERNELS "bias_gelu/cpu_kernels.h"
@@ -7,12 +8,7 @@
 namespace bert_fast {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // elements a thread should have at least
-
-void check_inputs(const Tensor& x, const Tensor& bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && bias.dim() == 1, "bias_gelu: expected x (T, F) and bias (F,)");
-  check_size(bias, "bias", 0, x.size(1));
-}
+constexpr int64_t kGrain = 8192;  // the fewest elements of a thread
 
 template <class T, bool TANH>
 void forward(const Tensor& x, const Tensor& bias, const Tensor& out) {
@@ -38,10 +34,8 @@ void backward(const Tensor& dout, const Tensor& x, const Tensor& bias, const Ten
   });
 }
 
-}  // namespace
-
-Tensor bias_gelu_fwd_cpu(const Tensor& x, const Tensor& bias, bool tanh) {
-  check_inputs(x, bias);
+Tensor bias_gelu_fwd(const Tensor& x, const Tensor& bias, bool tanh) {
+  bias_gelu::check_inputs(x, bias);
   const Tensor in = as_contiguous(x), shift = as_float(bias);
   const Tensor out = empty({x.size(0), x.size(1)}, x.scalar_type());
   dispatch_float(x.scalar_type(), "bias_gelu", [&](auto element) {
@@ -51,11 +45,8 @@ Tensor bias_gelu_fwd_cpu(const Tensor& x, const Tensor& bias, bool tanh) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> bias_gelu_bwd_cpu(const Tensor& dout, const Tensor& x, const Tensor& bias, bool tanh) {
-  check_inputs(x, bias);
-  check_size(dout, "dout", 0, x.size(0));
-  check_size(dout, "dout", 1, x.size(1));
-  check_dtype(dout, "dout", x.scalar_type());
+std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dout, const Tensor& x, const Tensor& bias, bool tanh) {
+  bias_gelu::check_inputs(dout, x, bias);
   const Tensor grad = as_contiguous(dout), in = as_contiguous(x), shift = as_float(bias);
   const Tensor dx = empty({x.size(0), x.size(1)}, x.scalar_type());
   const RowParts parts(x.size(0));
@@ -65,6 +56,13 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd_cpu(const Tensor& dout, const Tensor& x
     tanh ? backward<T, true>(grad, in, shift, dx, partial) : backward<T, false>(grad, in, shift, dx, partial);
   });
   return {dx, sum_parts(partial, parts.count, x.size(1))};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
+  m.impl("bias_gelu_fwd", TORCH_BOX(&bias_gelu_fwd));
+  m.impl("bias_gelu_bwd", TORCH_BOX(&bias_gelu_bwd));
 }
 
 }  // namespace bert_fast

@@ -1,4 +1,4 @@
-// One pass over the rows: reads x, writes out (forward); reads dout and x, writes dx and adds up dbias (backward).
+// One pass over the rows: forward reads x and writes out; backward reads dout and x, writes dx and accumulates dbias.
 // Compiled once for each instruction set by foreach_isa.h.
 
 #include "common/gelu_kernels.h"

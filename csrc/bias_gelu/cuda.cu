@@ -1,9 +1,9 @@
-// bias_gelu on a GPU: one pass forward; backward one pass that computes GeLU's slope again and keeps dbias in
-// registers, and a small sum over the parts of the rows.
+// bias_gelu on a GPU: one pass forward; backward one pass that recomputes GeLU's derivative and accumulates dbias in
+// registers, then a small sum over the parts of the rows.
 //
-// A thread owns kPack neighbouring columns, 16 bytes of them, and walks down the rows of its block: the bias is read
-// once, and dbias needs no exchange between threads. Bytes: forward 2 T F elements, backward 3 T F.
-#include "bias_gelu/bias_gelu.h"
+// A thread owns kPack adjacent columns, 16 bytes, and loops over the rows of its block: the bias is read once, and
+// dbias needs no exchange between threads. Memory traffic: 2 T F elements forward, 3 T F backward.
+#include "bias_gelu/checks.h"
 #include "common/cuda.h"
 #include "common/cuda_reduce.h"
 
@@ -23,7 +23,7 @@ __device__ __forceinline__ float gelu(float u) {
 }
 
 template <bool TANH>
-__device__ __forceinline__ float gelu_slope(float u) {
+__device__ __forceinline__ float gelu_grad(float u) {
   if (TANH) {
     const float z = 1.5957691216057308f * (u + 0.044715f * u * u * u);
     const float q = expf(-fabsf(z)), r = 1.0f / (1.0f + q);
@@ -32,96 +32,93 @@ __device__ __forceinline__ float gelu_slope(float u) {
   return 0.5f * (1.0f + erff(u * 0.70710678118654752f)) + u * 0.39894228040143268f * expf(-0.5f * u * u);
 }
 
-template <class T, bool WHOLE, bool TANH>
+template <class T, bool FULL, bool TANH>
 __global__ void __launch_bounds__(kThreads)
     bias_gelu_forward(const T* x, const float* bias, T* out, int64_t rows, int64_t cols) {
   const int64_t col = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kPack<T>;
   if (col >= cols) return;
   float shift[kPack<T>];
-  load_pack<kPack<T>, WHOLE>(bias + col, cols - col, shift);
+  load_pack<kPack<T>, FULL>(bias + col, cols - col, shift);
   const int64_t first = int64_t{blockIdx.x} * kForwardRows;
 #pragma unroll 4
   for (int i = 0; i < kForwardRows; ++i) {
     if (first + i >= rows) return;
     const int64_t at = (first + i) * cols + col;
     float u[kPack<T>];
-    load_pack<kPack<T>, WHOLE>(x + at, cols - col, u);
+    load_pack<kPack<T>, FULL>(x + at, cols - col, u);
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) u[j] = gelu<TANH>(u[j] + shift[j]);
-    store_pack<kPack<T>, WHOLE>(out + at, cols - col, u);
+    store_pack<kPack<T>, FULL>(out + at, cols - col, u);
   }
 }
 
-template <class T, bool WHOLE, bool TANH>
+template <class T, bool FULL, bool TANH>
 __global__ void __launch_bounds__(kThreads)
     bias_gelu_backward(const T* dout, const T* x, const float* bias, T* dx, float* partial, int64_t rows, int64_t cols,
                        int64_t part_rows) {
   const int64_t col = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kPack<T>;
   if (col >= cols) return;
-  float shift[kPack<T>], total[kPack<T>] = {};
-  load_pack<kPack<T>, WHOLE>(bias + col, cols - col, shift);
+  float shift[kPack<T>], dbias[kPack<T>] = {};
+  load_pack<kPack<T>, FULL>(bias + col, cols - col, shift);
   const int64_t first = int64_t{blockIdx.x} * part_rows;
   const int64_t end = first + part_rows < rows ? first + part_rows : rows;
 #pragma unroll 2
   for (int64_t row = first; row < end; ++row) {
     const int64_t at = row * cols + col;
     float u[kPack<T>], grad[kPack<T>];
-    load_pack<kPack<T>, WHOLE>(x + at, cols - col, u);
-    load_pack<kPack<T>, WHOLE>(dout + at, cols - col, grad);
+    load_pack<kPack<T>, FULL>(x + at, cols - col, u);
+    load_pack<kPack<T>, FULL>(dout + at, cols - col, grad);
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
-      grad[j] *= gelu_slope<TANH>(u[j] + shift[j]);
-      total[j] += grad[j];
+      grad[j] *= gelu_grad<TANH>(u[j] + shift[j]);
+      dbias[j] += grad[j];
     }
-    store_pack<kPack<T>, WHOLE>(dx + at, cols - col, grad);
+    store_pack<kPack<T>, FULL>(dx + at, cols - col, grad);
   }
-  store_pack<kPack<T>, WHOLE>(partial + blockIdx.x * cols + col, cols - col, total);
-}
-
-void check_inputs(const Tensor& x, const Tensor& bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && bias.dim() == 1, "bias_gelu: expected x (T, F) and bias (F,)");
-  check_size(bias, "bias", 0, x.size(1));
+  store_pack<kPack<T>, FULL>(partial + blockIdx.x * cols + col, cols - col, dbias);
 }
 
 dim3 grid_of(int64_t row_blocks, int64_t cols, int pack) {
   return dim3(static_cast<unsigned>(row_blocks), static_cast<unsigned>(ceil_div(cols, int64_t{kThreads} * pack)));
 }
 
-}  // namespace
-
-Tensor bias_gelu_fwd_cuda(const Tensor& x, const Tensor& bias, bool tanh) {
-  check_inputs(x, bias);
+Tensor bias_gelu_fwd(const Tensor& x, const Tensor& bias, bool tanh) {
+  bias_gelu::check_inputs(x, bias);
   const Tensor in = as_contiguous(x), shift = as_float(bias);
   const int64_t rows = x.size(0), cols = x.size(1);
   const Tensor out = empty_like_rows(x, {rows, cols}, x.scalar_type());
-  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {in, out}, [&](auto element, auto whole) {
+  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {in, out}, [&](auto element, auto full) {
     using T = decltype(element);
-    constexpr bool kWhole = decltype(whole)::value;
-    const auto kernel = tanh ? bias_gelu_forward<T, kWhole, true> : bias_gelu_forward<T, kWhole, false>;
+    constexpr bool kFull = decltype(full)::value;
+    const auto kernel = tanh ? bias_gelu_forward<T, kFull, true> : bias_gelu_forward<T, kFull, false>;
     launch(kernel, grid_of(ceil_div(rows, kForwardRows), cols, kPack<T>), kThreads, 0, x, data<T>(in),
            data<float>(shift), mutable_data<T>(out), rows, cols);
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> bias_gelu_bwd_cuda(const Tensor& dout, const Tensor& x, const Tensor& bias, bool tanh) {
-  check_inputs(x, bias);
-  check_size(dout, "dout", 0, x.size(0));
-  check_size(dout, "dout", 1, x.size(1));
-  check_dtype(dout, "dout", x.scalar_type());
+std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dout, const Tensor& x, const Tensor& bias, bool tanh) {
+  bias_gelu::check_inputs(dout, x, bias);
   const Tensor grad = as_contiguous(dout), in = as_contiguous(x), shift = as_float(bias);
   const int64_t rows = x.size(0), cols = x.size(1);
   const Tensor dx = empty_like_rows(x, {rows, cols}, x.scalar_type());
   const DeviceParts parts(rows);
   const Tensor partial = empty_like_rows(x, {parts.count, cols}, ScalarType::Float);
-  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {grad, in, dx}, [&](auto element, auto whole) {
+  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {grad, in, dx}, [&](auto element, auto full) {
     using T = decltype(element);
-    constexpr bool kWhole = decltype(whole)::value;
-    const auto kernel = tanh ? bias_gelu_backward<T, kWhole, true> : bias_gelu_backward<T, kWhole, false>;
+    constexpr bool kFull = decltype(full)::value;
+    const auto kernel = tanh ? bias_gelu_backward<T, kFull, true> : bias_gelu_backward<T, kFull, false>;
     launch(kernel, grid_of(parts.count, cols, kPack<T>), kThreads, 0, x, data<T>(grad), data<T>(in), data<float>(shift),
            mutable_data<T>(dx), mutable_data<float>(partial), rows, cols, parts.size);
   });
   return {dx, sum_parts_cuda(partial, 0, cols)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast_cuda, BERT_FAST_CUDA_KEY, m) {
+  m.impl("bias_gelu_fwd", TORCH_BOX(&bias_gelu_fwd));
+  m.impl("bias_gelu_bwd", TORCH_BOX(&bias_gelu_bwd));
 }
 
 }  // namespace bert_fast

@@ -1,4 +1,4 @@
-// What a linear layer's activation is called at the operators: 0 for none, 1 for GeLU with erf, 2 with tanh.
+// The activation of a linear layer as the operators encode it: 0 none, 1 GeLU with erf, 2 GeLU with tanh.
 #pragma once
 
 #include <type_traits>

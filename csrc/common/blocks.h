@@ -1,5 +1,5 @@
-// An output computed in blocks that threads take from one queue. Neither a block's size nor the thread that computes it
-// may change what comes out.
+// An output computed in blocks, which threads take from one queue. The result must depend neither on the size of a
+// block nor on the thread that computes it.
 #pragma once
 
 #include <algorithm>
@@ -9,11 +9,11 @@
 
 namespace bert_fast {
 
-constexpr int64_t kBlockRows = 252;     // the sums of a block, with the panels that they need, fit the L2 cache
-constexpr int64_t kBlocksOfThread = 4;  // at least, so that no thread waits long for another
-constexpr int64_t kFewestRows = 48;     // a block's, beneath which it reads its panels for too little
+constexpr int64_t kBlockRows = 252;      // the sums of a block and the panels that they need fit in L2
+constexpr int64_t kBlocksPerThread = 4;  // at least, so that no thread waits long for another
+constexpr int64_t kMinBlockRows = 48;    // of a block; fewer don't amortize reading its panels
 
-// What an instruction set asks for: columns of a panel, rows of a tile, columns of a block.
+// What an instruction set determines: columns of a panel, rows of a register tile, columns of a block.
 struct TileLayout {
   int64_t panel, tile_rows, block_columns;
 };
@@ -24,7 +24,7 @@ inline int64_t parts(int64_t size, int64_t part) {
 
 struct Block {
   int64_t row, col, rows, cols;
-  int64_t next_col;  // of the block that this thread takes next where all are as fast, `col` after the last
+  int64_t next_col;  // of the block that this thread probably computes next; `col` if there is none
 };
 
 struct Blocks {
@@ -33,14 +33,14 @@ struct Blocks {
         out_cols(out_cols),
         columns(layout.block_columns),
         across(parts(out_cols, layout.block_columns)) {
-    const int64_t wanted = kBlocksOfThread * torch::stable::get_num_threads();
-    const int64_t for_threads = std::min(parts(wanted, std::max<int64_t>(1, across)), out_rows / kFewestRows);
-    const int64_t about = std::max<int64_t>({1, parts(out_rows, kBlockRows), for_threads});
-    rows = std::max<int64_t>(1, parts(parts(out_rows, about), layout.tile_rows)) * layout.tile_rows;
+    const int64_t min_blocks = kBlocksPerThread * torch::stable::get_num_threads();
+    const int64_t for_threads = std::min(parts(min_blocks, std::max<int64_t>(1, across)), out_rows / kMinBlockRows);
+    const int64_t row_blocks = std::max<int64_t>({1, parts(out_rows, kBlockRows), for_threads});
+    rows = std::max<int64_t>(1, parts(parts(out_rows, row_blocks), layout.tile_rows)) * layout.tile_rows;
     count = parts(out_rows, rows) * across;
   }
 
-  // Every thread calls `start()`, which gives it what computes a block: f(block).
+  // Every thread calls `start()`, which returns the function that computes a block: f(block).
   template <class Start>
   void run(const Start& start) const {
     const int64_t threads = torch::stable::get_num_threads();

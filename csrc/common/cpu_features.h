@@ -1,5 +1,5 @@
-// Which of the compiled instruction sets this CPU runs. BERT_FAST_CPU_ISA=generic|avx2|avx512|avx512bf16 lowers the
-// choice.
+// The instruction set that the CPU kernels use: the best that this CPU supports, or a lower one by
+// BERT_FAST_CPU_ISA=generic|avx2|avx512|avx512bf16.
 #pragma once
 
 #include <cstdlib>
@@ -11,7 +11,7 @@ enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
 
-// What CPU and operating system have: the compiler's runtime asks both.
+// The best that both the CPU and the operating system support, from the compiler's runtime.
 inline Isa best_isa() {
 #if defined(BERT_FAST_EMULATED_AVX512)
   return Isa::kAvx512Bf16;
@@ -29,9 +29,9 @@ inline Isa best_isa() {
 
 inline Isa detect_isa() {
   const Isa best = best_isa();
-  if (const char* wanted = std::getenv("BERT_FAST_CPU_ISA")) {
+  if (const char* requested = std::getenv("BERT_FAST_CPU_ISA")) {
     for (int isa = 0; isa <= static_cast<int>(best); ++isa) {
-      if (std::strcmp(wanted, kIsaNames[isa]) == 0) return static_cast<Isa>(isa);
+      if (std::strcmp(requested, kIsaNames[isa]) == 0) return static_cast<Isa>(isa);
     }
   }
   return best;

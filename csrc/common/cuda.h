@@ -1,25 +1,13 @@
-// What the CUDA sources include: torch's stable ABI, launching, and the small parts that kernels share.
-//
-// With BERT_FAST_EMULATOR the same sources are compiled by the C++ compiler and run on CPU tensors (csrc/emulator).
+// What every CUDA source includes: launching a kernel, loads and stores of packs of elements, sums over a warp.
 #pragma once
 
-#ifdef BERT_FAST_EMULATOR
-#include "emulator/cuda.h"
+#ifdef BERT_FAST_EMULATOR  // the tests' build, by the C++ compiler for CPU tensors (tests/emulator)
+#include "emulator/cuda_instructions.h"
 #else
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
+#include "common/cuda_ptx.h"
 #endif
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include "common/tensor.h"
-
 namespace bert_fast {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 constexpr int kWarp = 32;
 
@@ -27,6 +15,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// T, in a context from which template arguments are not deduced.
 template <class T>
 struct Same {
   using type = T;
@@ -37,50 +26,7 @@ template <class... P>
 inline void launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, const Tensor& x,
                    typename Same<P>::type... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-#ifdef BERT_FAST_EMULATOR
-  emulator::run(grid, threads, shared, [&] { kernel(arguments...); });
-#else
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  if (shared > (48u << 10)) {
-    const cudaError_t set = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    STD_TORCH_CHECK(set == cudaSuccess, "shared memory of a kernel: ", cudaGetErrorString(set));
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, arguments...);
-  STD_TORCH_CHECK(launched == cudaSuccess, "launch of a kernel: ", cudaGetErrorString(launched));
-#endif
-}
-
-// Compute capability of the device of `x` times ten, e.g. 90, and how many multiprocessors it has.
-inline int capability_of(const Tensor& x) {
-#ifdef BERT_FAST_EMULATOR
-  return emulator::capability();
-#else
-  int major = 0, minor = 0;
-  const int device = x.get_device_index();
-  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  const cudaError_t other = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  STD_TORCH_CHECK(error == cudaSuccess && other == cudaSuccess, "the device's capability: ", cudaGetErrorString(error));
-  return 10 * major + minor;
-#endif
-}
-
-inline int multiprocessors_of(const Tensor& x) {
-#ifdef BERT_FAST_EMULATOR
-  return emulator::kMultiprocessors;
-#else
-  int count = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, x.get_device_index());
-  STD_TORCH_CHECK(error == cudaSuccess, "the device's multiprocessors: ", cudaGetErrorString(error));
-  return count;
-#endif
+  launch_kernel<P...>(kernel, grid, threads, shared, x, arguments...);
 }
 
 inline Tensor empty_like_rows(const Tensor& x, std::vector<int64_t> shape, ScalarType dtype) {
@@ -102,28 +48,17 @@ inline void dispatch_cuda(ScalarType dtype, const char* name, const Body& body) 
   }
 }
 
-// The block's dynamic shared memory, aligned to 128 bytes.
-template <class T>
-__device__ __forceinline__ T* dynamic_shared() {
-#ifdef BERT_FAST_EMULATOR
-  return static_cast<T*>(emulator::shared_memory());
-#else
-  extern __shared__ __align__(128) unsigned char bert_fast_shared[];
-  return reinterpret_cast<T*>(bert_fast_shared);
-#endif
-}
-
-// N neighbouring elements, moved at once: 16 bytes where the kernel chose N so.
+// N adjacent elements, loaded and stored at once.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T element[N];
 };
 
-// WHOLE: the pack is all there and aligned to its size. Else only its first `count` elements are, anywhere; the others
-// read as 0 and are not written.
-template <int N, bool WHOLE, class T>
+// FULL: all N elements exist, and their address is aligned to the size of a pack. Otherwise only the first `count` of
+// them exist, at any address: the others read as 0 and are not written.
+template <int N, bool FULL, class T>
 __device__ __forceinline__ void load_pack(const T* from, int64_t count, float (&to)[N]) {
-  if (WHOLE) {
+  if (FULL) {
     const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from);
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = static_cast<float>(pack.element[i]);
@@ -133,9 +68,9 @@ __device__ __forceinline__ void load_pack(const T* from, int64_t count, float (&
   }
 }
 
-template <int N, bool WHOLE, class T>
+template <int N, bool FULL, class T>
 __device__ __forceinline__ void store_pack(T* to, int64_t count, const float (&from)[N]) {
-  if (WHOLE) {
+  if (FULL) {
     Pack<T, N> pack;
 #pragma unroll
     for (int i = 0; i < N; ++i) pack.element[i] = static_cast<T>(from[i]);
@@ -148,7 +83,7 @@ __device__ __forceinline__ void store_pack(T* to, int64_t count, const float (&f
   }
 }
 
-// Sum over the warp, in every lane: a butterfly, so always in the same order.
+// The sum over the warp, in every lane, by butterfly shuffles: always in the same order.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);

@@ -1,35 +1,30 @@
 // The dropout mask of kernels/_common/philox.py in CUDA kernels: the same bits.
 //
-// One call of the generator decides 16 neighbouring columns of a row, a byte each. The state stays on the device, so
-// nothing waits for the host and a CUDA graph draws anew whenever the state is written anew.
+// One call of the generator decides 16 adjacent columns of a row, a byte each. The state stays on the device: no
+// synchronization with the host, and a captured CUDA graph draws new masks after the state has been overwritten.
 #pragma once
 
 #include <optional>
 
 #include "common/cuda.h"
+#include "common/dropout.h"
 
 namespace bert_fast {
 
-// What a launcher hands to a kernel; state is int64 (2,) = (seed, offset) on the device, null for no dropout.
+// A kernel's argument; state is int64 (2,) = (seed, offset) on the device, or null without dropout.
 struct DropoutArguments {
   const int64_t* state = nullptr;
-  int threshold = 0;  // of 256; 0 drops nothing
+  int threshold = 0;  // in 256ths; 0 drops nothing
   float scale = 1.0f;
 };
 
 inline DropoutArguments dropout_arguments(double dropout_p, const std::optional<Tensor>& rng_state) {
   DropoutArguments drop;
-  if (dropout_p == 0.0) return drop;
-  STD_TORCH_CHECK(dropout_p > 0.0 && dropout_p < 1.0, "dropout_p is ", dropout_p, "; expected 0 <= dropout_p < 1");
-  drop.threshold = static_cast<int>(dropout_p * 256 + 0.5);
-  STD_TORCH_CHECK(drop.threshold >= 1 && drop.threshold <= 255, "dropout_p is ", dropout_p,
-                  "; expected 0 or a probability from 1/512 to 511/512");
-  STD_TORCH_CHECK(rng_state.has_value(), "dropout_p > 0 needs rng_state");
-  STD_TORCH_CHECK(rng_state->scalar_type() == ScalarType::Long && rng_state->dim() == 1 && rng_state->size(0) == 2 &&
-                      rng_state->is_contiguous(),
-                  "rng_state: expected contiguous int64 (2,)");
+  drop.threshold = dropout_threshold(dropout_p, rng_state);
+  if (drop.threshold == 0) return drop;
+  STD_TORCH_CHECK(rng_state->is_contiguous(), "rng_state: expected contiguous int64 (2,)");
   drop.state = data<int64_t>(*rng_state);
-  drop.scale = 256.0f / static_cast<float>(256 - drop.threshold);
+  drop.scale = dropout_scale(drop.threshold);
   return drop;
 }
 
@@ -72,12 +67,12 @@ __device__ __forceinline__ void dropout_words(const DropoutState& drop, uint32_t
 }
 
 __device__ __forceinline__ bool dropout_keeps(const DropoutState& drop, const uint32_t (&words)[4], uint32_t col) {
-  // A chain of selects, not an index: words stay in registers.
+  // Selects instead of an index keep `words` in registers.
   const uint32_t low = col & 4 ? words[1] : words[0], high = col & 4 ? words[3] : words[2];
   return (((col & 8 ? high : low) >> (8 * (col & 3))) & 255u) >= drop.threshold;
 }
 
-// The multipliers, 0 or scale, of N columns from `col`, a multiple of N; N divides 16.
+// The multipliers, 0 or scale, of N columns from `col` on, a multiple of N; N divides 16.
 template <int N>
 __device__ __forceinline__ void dropout_multipliers(const DropoutState& drop, uint32_t plane, uint32_t row,
                                                     uint32_t col, float (&multiplier)[N]) {

@@ -1,4 +1,4 @@
-// Sums over rows in two steps, always in the same order: each part of the rows on its own, then the parts.
+// Deterministic sums over rows in two steps: over each part of the rows, then over the parts, in a fixed order.
 #pragma once
 
 #include <algorithm>
@@ -9,17 +9,18 @@
 
 namespace bert_fast {
 
-// Parts whose number depends on the rows alone: at least 16 rows each, and at most `most` parts, by default so many
-// that with a few blocks of columns every multiprocessor of a large GPU has some.
+// Parts of the rows, whose number depends on `rows` alone: of at least 16 rows, and at most `most`. The default is
+// enough for a large GPU together with a few blocks of columns.
 struct DeviceParts {
   explicit DeviceParts(int64_t rows, int64_t most = 256)
       : size(std::max<int64_t>(16, ceil_div(rows, most))), count(ceil_div(rows, size)) {}
   int64_t size, count;
 };
 
-constexpr int kSumGroups = 8;  // warps of a block, each adds up every eighth part; then the eight sums in order
+// The warps of a block: each sums every eighth part, then their eight sums are added in order.
+constexpr int kSumGroups = 8;
 
-// An inline kernel, since two translation units use it.
+// A template, since several translation units use it.
 template <class T>
 __global__ void __launch_bounds__(kWarp* kSumGroups)
     sum_parts_kernel(const T* partial, T* total, int64_t parts, int64_t stride, int64_t cols) {
@@ -47,19 +48,19 @@ inline Tensor sum_parts_cuda(const Tensor& partial, int64_t first, int64_t cols)
   return total;
 }
 
-// How many neighbouring columns a thread moves at once: 16 bytes of them.
+// The adjacent columns that a thread loads at once: 16 bytes.
 template <class T>
 constexpr int kPack = 16 / sizeof(T);
 
-// Run `body(element, whole)` with the element type of `dtype` and, as std::bool_constant, whether packs of 16 bytes can
-// be moved as a whole: rows of `cols` elements are a multiple of that and every tensor's memory is aligned to it.
+// Run `body(element, full)` with the element type of `dtype` and, as std::bool_constant, whether all packs are FULL:
+// rows are a multiple of 16 bytes, and every tensor's address is.
 template <class Body>
 inline void dispatch_pack(ScalarType dtype, const char* name, int64_t cols, std::initializer_list<Tensor> tensors,
                           const Body& body) {
   dispatch_cuda(dtype, name, [&](auto element) {
-    bool whole = cols % kPack<decltype(element)> == 0;
-    for (const Tensor& x : tensors) whole = whole && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-    if (whole) {
+    bool full = cols % kPack<decltype(element)> == 0;
+    for (const Tensor& x : tensors) full = full && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+    if (full) {
       body(element, std::true_type{});
     } else {
       body(element, std::false_type{});

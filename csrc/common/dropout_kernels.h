@@ -1,5 +1,5 @@
-// Dropout for the vectors of one instruction set: the random bytes of a row, then the multipliers of its columns.
-// Included by kernel files (see foreach_isa.h), after common/dropout.h; no include guard on purpose.
+// Dropout on vectors: the random bytes of a row, and the multipliers of its columns. Included by kernel files (see
+// foreach_isa.h), after common/dropout.h; no include guard on purpose.
 
 namespace bert_fast {
 namespace BF_ISA {
@@ -7,10 +7,10 @@ namespace BF_ISA {
 typedef uint64_t vlong __attribute__((vector_size(BF_VECTOR_BYTES)));
 typedef uint8_t vbyte __attribute__((vector_size(BF_VECTOR_BYTES / 4)));
 
-// 64-bit products of the low halves of the 64-bit lanes. One instruction on x86, which GCC doesn't find by itself.
+// The 64-bit products of the low halves of 64-bit lanes: one instruction on x86, which GCC doesn't select by itself.
 BF_INLINE vlong multiply_low_halves(vlong a, vlong b) {
 #if BF_INTRINSICS && BF_VECTOR_BYTES == 64
-  return (vlong)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // unmasked, GCC 12 warns of its own header
+  return (vlong)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // unmasked, GCC 12 warns about its own header
 #elif BF_INTRINSICS && BF_VECTOR_BYTES == 32
   return (vlong)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif BF_INTRINSICS
@@ -28,8 +28,8 @@ BF_INLINE void multiply_high_low(uint32_t constant, vuint x, vuint* high, vuint*
   *low = bit_cast<vuint>((even & 0xffffffffu) | (odd << 32));
 }
 
-// The random bytes of columns [0, cols) of one row, and some more: `bytes` has op for dropout_bytes_size(cols).
-// A lane makes the 16 bytes of one group of columns.
+// Writes the random bytes of columns [0, cols) of one row to `bytes`, which holds dropout_bytes_size(cols). A lane
+// computes the 16 bytes of one group of columns.
 BF_INLINE void dropout_bytes(const Dropout& drop, uint32_t plane, uint32_t row, int64_t cols, uint8_t* bytes) {
   vuint group;
   for (int i = 0; i < kWidth; ++i) group[i] = i;
@@ -55,7 +55,7 @@ BF_INLINE void dropout_bytes(const Dropout& drop, uint32_t plane, uint32_t row, 
   }
 }
 
-// kWidth bytes as integers; GCC converts them one at a time.
+// kWidth bytes as integers, which GCC would convert one at a time.
 BF_INLINE vint widen(const uint8_t* bytes) {
 #if BF_INTRINSICS && BF_VECTOR_BYTES == 64
   return (vint)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));

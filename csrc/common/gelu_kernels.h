@@ -1,5 +1,5 @@
-// GeLU and its derivative on vectors, exact (erf) or by the tanh approximation. Compiled once for each instruction set
-// by foreach_isa.h; a kernel file includes it.
+// GeLU and its derivative on vectors, exact (erf) or in the tanh approximation. Included by kernel files, which
+// foreach_isa.h compiles once for each instruction set.
 
 namespace bert_fast {
 namespace BF_ISA {
@@ -9,7 +9,7 @@ constexpr float kInvSqrt2Pi = 0.39894228040143268f;
 constexpr float kSqrt2OverPi = 0.79788456080286536f;
 constexpr float kCubic = 0.044715f;
 
-// The tanh approximation as u s with s = (1 + tanh w) / 2 = 1 / (1 + e^-2w), whose tails don't cancel.
+// The tanh approximation is u s with s = (1 + tanh w) / 2 = 1 / (1 + e^-2w), whose tails don't suffer cancellation.
 struct TanhGate {
   vfloat s, rest;  // rest = 1 - s
 };
@@ -35,7 +35,7 @@ BF_INLINE vfloat gelu_grad(vfloat u) {
   return 0.5f * (1.0f + verf(u * kSqrtHalf)) + u * (kInvSqrt2Pi * vexp(-0.5f * u * u));
 }
 
-// What a linear layer's activation is called: 0 for none, 1 for GeLU with erf, 2 with tanh.
+// ACTIVATION as in common/activation.h.
 template <int ACTIVATION>
 BF_INLINE vfloat activate(vfloat u) {
   return ACTIVATION == 0 ? u : gelu<ACTIVATION == 2>(u);

@@ -1,10 +1,10 @@
-// What the ops with a LayerNorm share: the statistics of a row, its normalised values, and the gradient through them.
-// Included by kernel files (see foreach_isa.h); no include guard on purpose, once a kernel file.
+// LayerNorm's statistics of a row and the gradient through them. Included by kernel files, each of them once (see
+// foreach_isa.h); no include guard on purpose.
 
 namespace bert_fast {
 namespace BF_ISA {
 
-// v with the lanes from n on set to zero.
+// v with lanes n and above set to zero.
 BF_INLINE vfloat first_lanes(vfloat v, int n) {
   if (n == kWidth) return v;
   float lanes[kWidth];
@@ -16,9 +16,9 @@ struct RowStatistics {
   float mean, rstd;
 };
 
-// Mean and 1 / sqrt(variance + eps) of row[0, cols), whose sum is given. Two passes: the second works on deviations
-// from the first mean, so nothing large cancels, and its own mean deviation repairs what the first sum lost to
-// rounding.
+// The mean and 1 / sqrt(variance + eps) of row[0, cols), whose sum is passed. Two-pass variance: the second pass sums
+// the deviations from the first mean, so nothing large cancels, and their mean corrects the rounding error of the
+// first.
 BF_INLINE RowStatistics row_statistics(const float* row, float sum, int64_t cols, float eps) {
   const float count = static_cast<float>(cols);
   const float first_mean = sum / count;
@@ -33,8 +33,8 @@ BF_INLINE RowStatistics row_statistics(const float* row, float sum, int64_t cols
   return {first_mean + shift, 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + eps)};
 }
 
-// The gradient of a row's normalised values xhat with respect to the row itself is
-// rstd * (g - mean(g) - xhat * mean(g * xhat)) for g = dout * weight: these are the two means.
+// The gradient of a row through its normalized values xhat is rstd * (g - mean(g) - xhat * mean(g * xhat)) for
+// g = dout * weight: these are the two means.
 struct RowMeans {
   float grad, grad_xhat;
 };

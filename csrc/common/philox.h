@@ -1,5 +1,5 @@
-// Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): a counter in, 128 random bits
-// out. No state, so any element of any stream is had at once, in any order, by any thread.
+// Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): maps a counter to 128 random
+// bits. It is stateless, so any thread can compute any element of any stream in any order.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// Sums over rows that come out the same whatever the number of threads.
+// Sums over rows that don't depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace bert_fast {
 
-// Rows are split into parts of a size that depends on their number alone; each part adds up on its own, and the parts
+// Parts of the rows, whose size depends on the number of rows alone. Each part is summed separately; the partial sums
 // are added in order.
 struct RowParts {
   explicit RowParts(int64_t total) : rows(total), size(std::max<int64_t>(16, (total + 63) / 64)) {

@@ -1,6 +1,6 @@
-// Vectors of float for one instruction set: BF_VECTOR_BYTES wide, in namespace bert_fast::BF_ISA (see foreach_isa.h).
-// Compiler vector extensions, so that the same kernels serve SSE2, AVX2, AVX-512 and NEON; intrinsics, where the
-// compiler doesn't find the instruction by itself, only under BF_INTRINSICS. No include guard on purpose.
+// Vectors of float for one instruction set, BF_VECTOR_BYTES wide, in namespace bert_fast::BF_ISA (see foreach_isa.h).
+// They are compiler vector extensions, so that the same kernels serve SSE2, AVX2, AVX-512 and NEON; intrinsics, under
+// BF_INTRINSICS, only where the compiler doesn't select the instruction by itself. No include guard on purpose.
 
 namespace bert_fast {
 namespace BF_ISA {
@@ -13,7 +13,7 @@ typedef uint32_t vuint __attribute__((vector_size(BF_VECTOR_BYTES)));
 typedef uint16_t vhalf __attribute__((vector_size(BF_VECTOR_BYTES / 2)));
 
 BF_INLINE vfloat set1(float x) {
-  return x - vfloat{};  // a broadcast alone: x - 0 is x, where x + 0 would have to turn -0 into 0
+  return x - vfloat{};  // compiles to a broadcast: x - 0 is x, whereas x + 0 turns -0 into 0
 }
 
 template <class To, class From>
@@ -50,7 +50,7 @@ BF_INLINE void store(uint32_t* p, vuint v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// The bits of v as bfloat16, in the low halves: rounded to nearest even; a NaN stays a NaN.
+// v rounded to bfloat16, to nearest even, as bits in the low halves; a NaN stays a NaN.
 BF_INLINE vuint bfloat16_bits(vfloat v) {
   const vuint bits = bit_cast<vuint>(v);
   const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -63,7 +63,7 @@ BF_INLINE void store(bfloat16* p, vfloat v) {
   std::memcpy(p, &half, sizeof(half));
 }
 
-// The first n elements of a vector (n < kWidth); the others read as zero and are not written.
+// The first n < kWidth elements of a vector; the others read as zero and are not written.
 template <class T>
 BF_INLINE vfloat load_first(const T* p, int n) {
   T buffer[kWidth] = {};
@@ -92,7 +92,7 @@ BF_INLINE void store_n(T* p, vfloat v, int n) {
   }
 }
 
-// Call body(column, n) for each vector of a row of `cols`: n is kWidth but for the last.
+// Calls body(column, n) for each vector of a row of `cols`; n is kWidth except for a last partial vector.
 template <class Body>
 BF_INLINE void for_columns(int64_t cols, const Body& body) {
   int64_t col = 0;
@@ -100,11 +100,11 @@ BF_INLINE void for_columns(int64_t cols, const Body& body) {
   if (col < cols) body(col, static_cast<int>(cols - col));
 }
 
-// A NaN in `a` is lost, one in `b` is kept: what x86's instructions do.
+// As x86's instructions: the result is b if either is a NaN, so a NaN in `a` is lost.
 BF_INLINE vfloat vmax(vfloat a, vfloat b) {
   return a > b ? a : b;
 }
-BF_INLINE vfloat vmin(vfloat a, vfloat b) {  // GCC finds the instruction for the maximum alone
+BF_INLINE vfloat vmin(vfloat a, vfloat b) {  // GCC selects the instruction for vmax alone
 #if BF_INTRINSICS && BF_VECTOR_BYTES == 64
   return (vfloat)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
 #elif BF_INTRINSICS && BF_VECTOR_BYTES == 32
@@ -116,7 +116,7 @@ BF_INLINE vfloat vmin(vfloat a, vfloat b) {  // GCC finds the instruction for th
 #endif
 }
 
-// v reduced to one number by op(low half, high half), until two are left: the order is fixed by the width alone.
+// Reduces v by op(low half, high half) to 4 elements, then in pairs: the order depends on the width alone.
 template <class V, class Op>
 BF_INLINE float reduce_halves(V v, const Op& op) {
   if constexpr (sizeof(V) > 16) {
@@ -137,12 +137,12 @@ BF_INLINE float reduce_max(vfloat v) {
   return reduce_halves(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// e^x to about 1 ulp on [-87.3, 88.3]; 0 below -87.7, e^88.3 above; a NaN stays. Range reduction to [-ln2/2, ln2/2]
+// e^x to about 1 ulp on [-87.3, 88.3]; 0 below -87.7, e^88.3 above; NaN for NaN. Range reduction to [-ln2/2, ln2/2]
 // with ln 2 in two parts, then the degree-6 polynomial of Cephes' expf.
 BF_INLINE vfloat vexp(vfloat x) {
   const vfloat clamped = vmin(set1(88.3f), vmax(set1(-88.02f), x));
-  // 1.5 * 2^23: adding it rounds to the nearest integer n, which the sum then has in its low bits; and 127 more, so
-  // that those are the bits of 2^n, which for the lowest n are the bits of 0.
+  // Adding 1.5 * 2^23 rounds to the nearest integer n, in the low bits of the sum; adding 127 more makes those the
+  // exponent bits of 2^n, or of 0 for the lowest n.
   const vfloat shifter = set1(12582912.0f + 127.0f);
   const vfloat shifted = clamped * 1.44269504088896341f + shifter;
   const vfloat n = shifted - shifter;
@@ -157,8 +157,8 @@ BF_INLINE vfloat vexp(vfloat x) {
   return p * bit_cast<vfloat>(bit_cast<vuint>(shifted) << 23);
 }
 
-// erf(x) to a few ulp; a NaN stays: the rational minimax approximation on [-4, 4] that Eigen and XLA use (degree 13
-// over 8).
+// erf(x) to a few ulp; NaN for NaN. The rational minimax approximation on [-4, 4] of Eigen and XLA, of degree 13
+// over 8.
 BF_INLINE vfloat verf(vfloat x) {
   const vfloat c = vmin(vmax(x, set1(-4.0f)), set1(4.0f));
   const vfloat s = c * c;
@@ -177,17 +177,17 @@ BF_INLINE vfloat verf(vfloat x) {
   return x != x ? x : c * p / q;
 }
 
-// Numbers below the smallest normal one become zero.
+// Flushes subnormal numbers to zero.
 BF_INLINE vfloat flush_subnormal(vfloat v) {
   const vuint bits = bit_cast<vuint>(v);
   return bit_cast<vfloat>((bits & 0x7f800000u) != 0 ? bits : bits & 0x80000000u);
 }
 
-// sum + a.high b.high + a.low b.low in each lane, of pairs of bfloat16. Without the instruction, what it computes: two
-// fused multiply-adds one after the other (a product of two bfloat16 is a float, so a rounding of its own changes
-// nothing), with no subnormal numbers in and out.
-BF_INLINE vfloat add_dot_of_pairs(vfloat sum, vuint a, vuint b) {
-#if BF_PAIRS && BF_INTRINSICS
+// sum + a.high b.high + a.low b.low in each lane, for pairs of bfloat16. Without the instruction, the same arithmetic:
+// two consecutive fused multiply-adds (the product of two bfloat16 is exact in float, so rounding it changes nothing),
+// with subnormal inputs and outputs flushed to zero.
+BF_INLINE vfloat add_bf16_dot(vfloat sum, vuint a, vuint b) {
+#if BF_BF16_DOT && BF_INTRINSICS
   return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
   const vfloat a_high = flush_subnormal(bit_cast<vfloat>(a & 0xffff0000u));
@@ -197,9 +197,9 @@ BF_INLINE vfloat add_dot_of_pairs(vfloat sum, vuint a, vuint b) {
 #endif
 }
 
-// sum + a.0 b.0 + ... + a.3 b.3 in each lane, of four bytes, those of a unsigned and those of b signed. Exact where
-// a.0 b.0 + a.1 b.1 and a.2 b.2 + a.3 b.3 are numbers of 16 bits, as with b from -64 to 64.
-BF_INLINE vint add_dot_of_bytes(vint sum, vuint a, vuint b) {
+// sum + a.0 b.0 + ... + a.3 b.3 in each lane, for four bytes, unsigned in a and signed in b. Exact if
+// a.0 b.0 + a.1 b.1 and a.2 b.2 + a.3 b.3 fit in 16 bits, as with b from -64 to 64.
+BF_INLINE vint add_int8_dot(vint sum, vuint a, vuint b) {
 #if BF_INTRINSICS && BF_VECTOR_BYTES == 32
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
   return sum + (vint)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
@@ -211,12 +211,12 @@ BF_INLINE vint add_dot_of_bytes(vint sum, vuint a, vuint b) {
 #endif
 }
 
-// Asks for `bytes` from p on to come into the cache.
+// Prefetches `bytes` bytes from p on.
 BF_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
 }
 
-// The low halves of a and b, or the high ones, one number of a and one of b in turn.
+// Interleaves the low halves of a and b, or the high ones.
 #if BF_VECTOR_BYTES == 64
 #define BF_LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define BF_HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
@@ -242,7 +242,7 @@ BF_INLINE vuint interleave_high(vuint a, vuint b) {
 #undef BF_LOW_HALVES
 #undef BF_HIGH_HALVES
 
-// Rows [0, count) of the transposed block of kWidth x kWidth numbers of 32 bits, count > 0.
+// Writes rows [0, count) of the transpose of a block of kWidth x kWidth 32-bit numbers, count > 0.
 template <class T>
 BF_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count) {
   static_assert(sizeof(T) == 4, "32 bits");

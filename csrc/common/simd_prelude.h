@@ -1,4 +1,4 @@
-// Everything the kernel files may use from outside, included before any target pragma (see foreach_isa.h).
+// Everything that kernel files may use from outside, included before any target pragma (see foreach_isa.h).
 #pragma once
 
 #include <algorithm>

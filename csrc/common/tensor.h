@@ -1,4 +1,4 @@
-// Short names for torch's stable ABI, and the checks that every CPU kernel makes before it touches memory.
+// Short names for torch's stable ABI, and the checks that every kernel makes before it accesses memory.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -33,7 +33,7 @@ inline Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-// A parameter vector as contiguous float32, whatever its dtype: a few thousand numbers, converted once a call.
+// A parameter vector as contiguous float32, converted at every call: it has a few thousand elements.
 inline Tensor as_float(const Tensor& x) {
   return as_contiguous(x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float));
 }
@@ -57,7 +57,7 @@ inline void check_dtype(const Tensor& x, const char* name, ScalarType expected) 
   STD_TORCH_CHECK(x.scalar_type() == expected, name, " has an unexpected dtype");
 }
 
-// Run `body` with the storage type of `dtype`: float or bfloat16, which is all that the CPU kernels take.
+// Run `body` with the storage type of `dtype`: float or bfloat16, those that the CPU kernels support.
 template <class Body>
 inline void dispatch_float(ScalarType dtype, const char* name, const Body& body) {
   if (dtype == ScalarType::Float) {

@@ -1,11 +1,11 @@
-// The register-tiled product that attention and linear are made of. Compiled once for each instruction set by
-// foreach_isa.h; a kernel file includes it.
+// Register-tiled matrix products, for attention and linear. Included by kernel files, which foreach_isa.h compiles once
+// for each instruction set.
 
 namespace bert_fast {
 namespace BF_ISA {
 
-// A tile takes kRows x 2 accumulators, 2 vectors of b and a broadcast: 15 of 16 registers, 27 of 32. The last rows of a
-// product take a tile of kStep rows where they fit.
+// A register tile needs kRows x 2 accumulators, 2 vectors of b and a broadcast: 15 of 16 registers, or 27 of 32. The
+// last rows of a product use a tile of kStep rows if they fit.
 constexpr int kRows = BF_REGISTERS >= 32 ? 12 : 6;
 constexpr int kStep = kRows / 2;
 constexpr int kPanel = 2 * kWidth;  // columns of a tile
@@ -19,15 +19,15 @@ BF_INLINE vfloat multiply_add(vfloat sum, float a, vfloat b) {
 }
 
 BF_INLINE vfloat multiply_add(vfloat sum, uint32_t a, vuint b) {
-  return add_dot_of_pairs(sum, vuint{} + a, b);
+  return add_bf16_dot(sum, vuint{} + a, b);
 }
 
-// A tile asks ahead for a line of memory in every so many steps: a core that asks for many at once waits for the first.
+// A tile prefetches one cache line every kLineSteps steps: a core that prefetches many at once stalls on the first.
 constexpr int kLineSteps = 64 / kPanel;
 constexpr int64_t kLineFloats = 16;
 
-// c (ROWS, kPanel) = a b, or += a b: a (ROWS, depth), stored (depth, ROWS) if TRANSPOSED; b (depth, kPanel). AHEAD:
-// meanwhile depth / kLineSteps lines from `ahead` on come into the L2 cache.
+// c (ROWS, kPanel) = a b, or += a b if ACCUMULATE: a is (ROWS, depth), stored as (depth, ROWS) if TRANSPOSED; b is
+// (depth, kPanel). With AHEAD it also prefetches depth / kLineSteps cache lines from `ahead` on into L2.
 template <int ROWS, bool TRANSPOSED, bool ACCUMULATE, bool AHEAD = false, class F>
 inline void tile(const F* a, int64_t lda, const F* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
                  const F* ahead = nullptr) {

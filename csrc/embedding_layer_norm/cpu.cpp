@@ -1,6 +1,7 @@
+// dropout(LayerNorm(word[id] + position[position id] + token_type[type id]) * weight + bias), ids (T,) and tables
+// (rows, E), on the CPU.
 #include "common/dropout.h"
 #include "common/reduce.h"
-#include "embedding_layer_norm/embedding_layer_norm.h"
 
 namespace bert_fast {
 
@@ -36,12 +37,12 @@ struct EmbeddingGradRows {
 namespace bert_fast {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // elements a thread should have at least
-constexpr int64_t kChunk = 64;    // tokens that are added up in one go; fixed, so that no result depends on the threads
+constexpr int64_t kGrain = 8192;  // the fewest elements of a thread
+constexpr int64_t kChunk = 64;    // tokens of a partial sum; fixed, so that the result doesn't depend on the threads
 constexpr int64_t kStrips =
-    256;  // shares of the chunks, dealt out in turn: frequent ids are neighbours in a vocabulary
+    256;  // of the chunks, assigned round-robin, since frequent ids are adjacent in a vocabulary
 
-// One table and the ids that read it: contiguous, int64, checked to be inside.
+// A table and the ids that index it, contiguous int64 and checked to be in range.
 struct Lookup {
   Lookup(const char* name, const Tensor& index, const Tensor& from) : table(as_contiguous(from)) {
     STD_TORCH_CHECK(index.dim() == 1 && from.dim() == 2, name, ": expected ids of shape (T,) into a table (rows, E)");
@@ -116,14 +117,14 @@ void backward(const EmbeddingTables<T>& tables, const EmbeddingGradRows<O>& in, 
   });
 }
 
-// Up to kChunk tokens of one row of a table: [begin, end) of the sorted tokens. `slot` is where their sum goes among
-// the partial sums, or -1 where they are all the tokens of the row.
+// Up to kChunk tokens of one row of a table: [begin, end) of the sorted tokens. `slot` is the index of their partial
+// sum, or -1 if they are all tokens of the row.
 struct Chunk {
   int64_t row, begin, end, slot;
 };
 
-// The partial sums [begin, end) that make up one row of a table.
-struct Joined {
+// The partial sums [begin, end) of one row of a table.
+struct PartialSums {
   int64_t row, begin, end;
 };
 
@@ -142,21 +143,21 @@ struct ScatterPlan {
   }
 
   void add_row(int64_t row, int64_t begin, int64_t end) {
-    const bool whole = end - begin <= kChunk;
+    const bool one_chunk = end - begin <= kChunk;
     const int64_t first_slot = slots;
     for (; begin < end; begin += kChunk) {
-      chunks.push_back({row, begin, std::min(begin + kChunk, end), whole ? -1 : slots++});
+      chunks.push_back({row, begin, std::min(begin + kChunk, end), one_chunk ? -1 : slots++});
     }
-    if (!whole) joined.push_back({row, first_slot, slots});
+    if (!one_chunk) partial_sums.push_back({row, first_slot, slots});
   }
 
-  std::vector<int64_t> order;  // the tokens sorted by id, those of one id in their own order
+  std::vector<int64_t> order;  // the tokens stably sorted by id
   std::vector<Chunk> chunks;
-  std::vector<Joined> joined;
+  std::vector<PartialSums> partial_sums;
   int64_t slots = 0;
 };
 
-// The gradient of a table: row r is the sum of dsum over the tokens whose id is r. `skipped` is a row that stays zero.
+// The gradient of a table: row r is the sum of dsum over the tokens whose id is r. Row `skipped` stays zero.
 template <class T>
 Tensor scatter_sum(const Lookup& lookup, const float* dsum, int64_t cols, std::optional<int64_t> skipped) {
   const ScatterPlan plan(lookup, skipped);
@@ -184,19 +185,18 @@ Tensor scatter_sum(const Lookup& lookup, const float* dsum, int64_t cols, std::o
 
   std::vector<int64_t> slots(plan.slots);
   for (int64_t slot = 0; slot < plan.slots; ++slot) slots[slot] = slot;
-  parallel_for(0, plan.joined.size(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, plan.partial_sums.size(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(cols);
     for (int64_t i = begin; i < end; ++i) {
-      const Joined& row = plan.joined[i];
+      const PartialSums& row = plan.partial_sums[i];
       to_grad(partial.data(), slots.data() + row.begin, row.end - row.begin, cols, to + row.row * cols, scratch.data());
     }
   });
   return grad;
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd_cpu(
+// -> out (T, E), mean (T,), rstd (T,)
+std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
     const Tensor& input_ids, const Tensor& token_type_ids, const Tensor& position_ids, const Tensor& word,
     const Tensor& token_type, const Tensor& position, const Tensor& weight, const Tensor& bias, double dropout_p,
     double eps, std::optional<int64_t> padding_idx, const std::optional<Tensor>& rng_state, ScalarType out_dtype) {
@@ -219,7 +219,8 @@ std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd_cpu(
   return {out, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd_cpu(
+// -> dword, dtoken_type, dposition in the dtype of the tables; dweight, dbias in float32
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
     const Tensor& dout, const Tensor& input_ids, const Tensor& token_type_ids, const Tensor& position_ids,
     const Tensor& word, const Tensor& token_type, const Tensor& position, const Tensor& weight, const Tensor& mean,
     const Tensor& rstd, double dropout_p, std::optional<int64_t> padding_idx, const std::optional<Tensor>& rng_state) {
@@ -252,6 +253,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd_cpu(
     return sum_parts(partial, parts.count, in.cols, 2 * in.cols, index * in.cols);
   };
   return {dword, dtoken_type, dposition, sum(0), sum(1)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
+  m.impl("embedding_layer_norm_fwd", TORCH_BOX(&embedding_layer_norm_fwd));
+  m.impl("embedding_layer_norm_bwd", TORCH_BOX(&embedding_layer_norm_bwd));
 }
 
 }  // namespace bert_fast

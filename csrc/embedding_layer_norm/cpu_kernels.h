@@ -1,5 +1,5 @@
-// One pass over the tokens each way, the row in work in `scratch` (float32, in the first cache level). Backward leaves
-// the gradient of each token's sum in float32; sum_rows then adds up those of the tokens that read one row of a table.
+// One pass over the tokens in each direction, with the current row in `scratch` (float32, in L1). Backward writes the
+// gradient of each token's sum in float32; sum_rows then sums those of the tokens that use the same row of a table.
 // Compiled once for each instruction set by foreach_isa.h.
 
 #include "common/dropout_kernels.h"
@@ -41,7 +41,7 @@ inline void embedding_rows(const EmbeddingTables<T>& tables, const EmbeddingRows
   }
 }
 
-// Adds to the `cols` elements each of dweight and dbias; writes the gradient of the tokens' sums.
+// Accumulates into dweight and dbias, each of `cols` elements; writes the gradient of the tokens' sums.
 template <class T, class O>
 inline void embedding_grad_rows(const EmbeddingTables<T>& tables, const EmbeddingGradRows<O>& in, int64_t begin,
                                 int64_t end, float* dweight, float* dbias, float* scratch, uint8_t* bytes) {
@@ -72,7 +72,7 @@ inline void embedding_grad_rows(const EmbeddingTables<T>& tables, const Embeddin
   }
 }
 
-// to = the sum of the `count` rows of `from` that `order` names, added in that order.
+// to = the sum of the `count` rows of `from` at the indices `order`, added in that order.
 template <class T>
 inline void sum_rows(const float* from, const int64_t* order, int64_t count, int64_t cols, T* to, float* scratch) {
   std::memcpy(scratch, from + order[0] * cols, cols * sizeof(float));

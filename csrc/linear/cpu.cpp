@@ -1,8 +1,8 @@
+// Linear layers on the CPU: products in float32 arithmetic with a weight that is packed into panels once.
 #include <memory>
 
 #include "common/activation.h"
 #include "common/blocks.h"
-#include "linear/linear.h"
 
 #define BF_KERNELS "linear/cpu_kernels.h"
 #include "common/foreach_isa.h"
@@ -25,9 +25,8 @@ void multiply(const Tensor& x, const Tensor& packed, const float* bias, const Te
   });
 }
 
-}  // namespace
-
-Tensor linear_pack_cpu(const Tensor& weight) {
+// weight (N, K) -> the float32 panels that linear_tiles reads, (ceil(N / panel), K, panel), zero-padded.
+Tensor linear_pack(const Tensor& weight) {
   STD_TORCH_CHECK(weight.dim() == 2, "linear_pack: expected weight (N, K)");
   const Tensor wide = as_float(weight);
   const int64_t rows = weight.size(0), cols = weight.size(1), panel = BF_DISPATCH(linear_layout)().panel;
@@ -42,8 +41,10 @@ Tensor linear_pack_cpu(const Tensor& weight) {
   return packed;
 }
 
-Tensor linear_tiles_cpu(const Tensor& x, const Tensor& packed, int64_t columns, const std::optional<Tensor>& bias,
-                        int64_t activation) {
+// act(x weight^T + bias) -> (T, columns) in the dtype of x, rounded once. `packed` is linear_pack's result for weight
+// (columns, K).
+Tensor linear_tiles(const Tensor& x, const Tensor& packed, int64_t columns, const std::optional<Tensor>& bias,
+                    int64_t activation) {
   STD_TORCH_CHECK(x.dim() == 2, "linear_tiles: expected x (T, K)");
   STD_TORCH_CHECK(packed.dim() == 3, "linear_tiles: expected packed of linear_pack");
   const int64_t panel = BF_DISPATCH(linear_layout)().panel;
@@ -62,6 +63,13 @@ Tensor linear_tiles_cpu(const Tensor& x, const Tensor& packed, int64_t columns, 
     });
   });
   return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
+  m.impl("linear_pack", TORCH_BOX(&linear_pack));
+  m.impl("linear_tiles", TORCH_BOX(&linear_tiles));
 }
 
 }  // namespace bert_fast

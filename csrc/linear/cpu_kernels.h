@@ -1,4 +1,4 @@
-// A block of an output: some rows of x by some panels of a packed weight. Compiled once for each instruction set by
+// A block of the output: rows of x by panels of a packed weight. Compiled once for each instruction set by
 // foreach_isa.h.
 
 #include "common/gelu_kernels.h"
@@ -7,31 +7,31 @@
 namespace bert_fast {
 namespace BF_ISA {
 
-// Depth of a pass over a block: a tile's rows of x stay in the L1 cache, a block's panels in the L2 cache.
+// The depth of a pass over a block: the rows of x of a tile stay in L1, the panels of a block in L2.
 constexpr int64_t kPassDepth = 768;
-constexpr int64_t kSumDepth = 384;  // a long sum is one of short sums, which keeps more of its digits
+constexpr int64_t kSumDepth = 384;  // a long sum is a sum of short sums, with a smaller rounding error
 constexpr int64_t kBlockColumns = 64;
-static_assert(kBlockColumns % kPanel == 0, "whole panels");
+static_assert(kBlockColumns % kPanel == 0, "full panels");
 
 inline TileLayout linear_layout() {
   return {kPanel, kRows, kBlockColumns};
 }
 
-// to (cols, kPanel): the transpose of weight (rows, cols), rows at most kPanel, with zeros behind the last.
+// to (cols, kPanel) = the transpose of weight (rows, cols), rows <= kPanel, zero-padded.
 inline void linear_pack_panel(const float* weight, int64_t rows, int64_t cols, float* to) {
   for (int64_t col = 0; col < cols; ++col) {
     for (int64_t row = 0; row < kPanel; ++row) to[col * kPanel + row] = row < rows ? weight[row * cols + col] : 0.0f;
   }
 }
 
-// Up to kRows rows of x as tiles read them: in place, or, where they are bfloat16 or too few for a tile, as a copy with
-// zeros behind the last.
+// Up to kRows rows of x as register tiles read them: in place, or, if they are bfloat16 or too few for a tile, as a
+// zero-padded float32 copy.
 template <class T>
 struct TileRows {
   TileRows(const T* x, int64_t x_stride, int64_t rows, int64_t depth, float* copy) : first(copy), stride(kPassDepth) {
-    const int64_t whole = rows > kStep ? kRows : kStep;
+    const int64_t tile_rows = rows > kStep ? kRows : kStep;
     if constexpr (std::is_same_v<T, float>) {
-      if (rows == whole) {
+      if (rows == tile_rows) {
         first = x;
         stride = x_stride;
         return;
@@ -42,50 +42,51 @@ struct TileRows {
         store_n(copy + row * stride + col, load_n(x + row * x_stride + col, n), n);
       });
     }
-    for (int64_t row = rows; row < whole; ++row) std::memset(copy + row * stride, 0, depth * sizeof(float));
+    for (int64_t row = rows; row < tile_rows; ++row) std::memset(copy + row * stride, 0, depth * sizeof(float));
   }
   const float* first;
   int64_t stride;
 };
 
-// What linear_block takes: a tile's copied rows, then the sums of a block.
+// The size of linear_block's scratch: the copied rows of a tile, then the sums of a block.
 inline int64_t linear_scratch_floats(int64_t rows) {
   return kRows * kPassDepth + round_up(rows, kRows) * kBlockColumns;
 }
 
-// c (rows, kPanel) = a (rows, depth) times a panel, or += if `more`; meanwhile the lines from `ahead` on, unless it is
-// null, are fetched.
+// c (rows, kPanel) = a (rows, depth) times a panel, or += if `accumulate`. Prefetches the cache lines from `ahead` on
+// unless it is null.
 inline void linear_panel(const float* a, int64_t lda, const float* panel, float* c, int64_t rows, int64_t depth,
-                         bool more, const float* ahead) {
+                         bool accumulate, const float* ahead) {
   if (ahead == nullptr) {
-    const auto multiply = more ? tiles<false, true, false, float> : tiles<false, false, false, float>;
+    const auto multiply = accumulate ? tiles<false, true, false, float> : tiles<false, false, false, float>;
     multiply(a, lda, panel, kPanel, c, kBlockColumns, rows, depth, nullptr);
   } else {
-    const auto multiply = more ? tiles<false, true, true, float> : tiles<false, false, true, float>;
+    const auto multiply = accumulate ? tiles<false, true, true, float> : tiles<false, false, true, float>;
     multiply(a, lda, panel, kPanel, c, kBlockColumns, rows, depth, ahead);
   }
 }
 
-// out (rows, cols) = act(x (rows, depth) times the panels + bias). `ahead`: the panels of the block that comes next.
+// out (rows, cols) = act(x (rows, depth) times the panels + bias). `ahead` points to the panels of the next block.
 template <class T, int ACTIVATION>
 inline void linear_block(const T* x, int64_t x_stride, const float* panels, const float* ahead, const float* bias,
                          T* out, int64_t out_stride, int64_t rows, int64_t depth, int64_t cols, float* scratch) {
   float *copy = scratch, *sums = scratch + kRows * kPassDepth;
   for (int64_t start = 0; start == 0 || start < depth; start += kPassDepth) {
     const int64_t part = std::min(kPassDepth, depth - start);
-    const float* then = start + part < depth ? panels + (start + part) * kPanel : ahead;
+    const float* next = start + part < depth ? panels + (start + part) * kPanel : ahead;
     for (int64_t row = 0; row < rows; row += kRows) {
-      const int64_t count = std::min<int64_t>(kRows, rows - row), whole = round_up(count, kStep);
+      const int64_t count = std::min<int64_t>(kRows, rows - row), padded = round_up(count, kStep);
       const TileRows<T> a(x + row * x_stride + start, x_stride, count, part, copy);
       float* c = sums + row * kBlockColumns;
       for (int64_t col = 0; col < cols; col += kPanel) {
         const float* b = panels + col * depth + start * kPanel;
         for (int64_t k = 0; k == 0 || k < part; k += kSumDepth) {
           const int64_t terms = std::min(kSumDepth, part - k);
-          // While a panel is read for one of the first tiles of rows, a quarter of a panel of the next pass is fetched.
+          // Each product of one of the first tiles of rows with a panel prefetches a quarter of a panel of the next
+          // pass.
           const int64_t quarter = (row / kRows * cols + col) / kPanel;
-          const float* lines = then + quarter / 4 * kPanel * depth + (quarter % 4 * part + k) * kPanel / 4;
-          linear_panel(a.first + k, a.stride, b + k * kPanel, c + col, whole, terms, start + k > 0,
+          const float* lines = next + quarter / 4 * kPanel * depth + (quarter % 4 * part + k) * kPanel / 4;
+          linear_panel(a.first + k, a.stride, b + k * kPanel, c + col, padded, terms, start + k > 0,
                        row < 4 * kRows ? lines : nullptr);
         }
       }

@@ -1,8 +1,9 @@
+// INT8 linear layers by register tiles of our own, with the epilogue fused, on the CPU.
 #include <memory>
 
 #include "common/activation.h"
 #include "common/blocks.h"
-#include "linear_int8/linear_int8.h"
+#include "linear_int8/scales.h"
 
 #define BF_KERNELS "linear_int8/cpu_tiles_kernels.h"
 #include "common/foreach_isa.h"
@@ -30,9 +31,8 @@ void multiply(const ByteRows& x, const int8_t* packed, const Int8Columns& column
   });
 }
 
-}  // namespace
-
-Tensor linear_int8_pack_cpu(const Tensor& values) {
+// weight (N, K) int8, from -64 to 64 -> the panels that linear_int8_tiles reads.
+Tensor linear_int8_pack(const Tensor& values) {
   STD_TORCH_CHECK(values.dim() == 2, "linear_int8_pack: expected values (N, K)");
   check_dtype(values, "values", ScalarType::Char);
   const Tensor in = as_contiguous(values);
@@ -48,9 +48,10 @@ Tensor linear_int8_pack_cpu(const Tensor& values) {
   return packed;
 }
 
-Tensor linear_int8_tiles_cpu(const Tensor& u, const Tensor& packed, int64_t columns, const Tensor& scale,
-                             const Tensor& low, const Tensor& weight_scale, const Tensor& weight_sums,
-                             const std::optional<Tensor>& bias, int64_t activation, bool bf16) {
+// act(...) (T, columns) of u (T, K) uint8 and a packed weight of `columns` rows.
+Tensor linear_int8_tiles(const Tensor& u, const Tensor& packed, int64_t columns, const Tensor& scale, const Tensor& low,
+                         const Tensor& weight_scale, const Tensor& weight_sums, const std::optional<Tensor>& bias,
+                         int64_t activation, bool bf16) {
   STD_TORCH_CHECK(u.dim() == 2, "linear_int8_tiles: expected u (T, K)");
   STD_TORCH_CHECK(packed.dim() == 4, "linear_int8_tiles: expected packed of linear_int8_pack");
   const int64_t rows = u.size(0), depth = u.size(1), panel = BF_DISPATCH(byte_layout)().panel;
@@ -60,17 +61,24 @@ Tensor linear_int8_tiles_cpu(const Tensor& u, const Tensor& packed, int64_t colu
   check_size(packed, "packed", 1, parts(depth, 4));
   check_size(packed, "packed", 2, panel);
   check_size(packed, "packed", 3, 4);
-  const Int8Scales behind(rows, columns, scale, low, weight_scale, weight_sums, bias);
+  const Int8Scales scales(rows, columns, scale, low, weight_scale, weight_sums, bias);
   const Tensor in = as_contiguous(u), panels = as_contiguous(packed);
   const ScalarType dtype = bf16 ? ScalarType::BFloat16 : ScalarType::Float;
   const Tensor out = empty({rows, columns}, dtype);
-  const ByteRows x{data<uint8_t>(in), data<float>(behind.scale), data<float>(behind.low)};
+  const ByteRows x{data<uint8_t>(in), data<float>(scales.scale), data<float>(scales.low)};
   dispatch_float(dtype, "linear_int8", [&](auto element) {
     dispatch_activation(activation, "linear_int8", [&](auto constant) {
-      multiply<decltype(element), decltype(constant)::value>(x, data<int8_t>(panels), behind.columns(), out, depth);
+      multiply<decltype(element), decltype(constant)::value>(x, data<int8_t>(panels), scales.columns(), out, depth);
     });
   });
   return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
+  m.impl("linear_int8_pack", TORCH_BOX(&linear_int8_pack));
+  m.impl("linear_int8_tiles", TORCH_BOX(&linear_int8_tiles));
 }
 
 }  // namespace bert_fast

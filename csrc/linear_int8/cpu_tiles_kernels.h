@@ -1,22 +1,22 @@
-// A block of an integer product: some rows of u by some panels of a packed weight, and what stands behind it. Compiled
-// once for each instruction set by foreach_isa.h.
+// A block of an integer product and its epilogue: rows of u by panels of a packed weight. Compiled once for each
+// instruction set by foreach_isa.h.
 
 #include "linear_int8/cpu_kernels.h"
 
 namespace bert_fast {
 namespace BF_ISA {
 
-// 12 sums, a vector of b, a broadcast, a product: 15 of 16 registers.
+// 12 accumulators, a vector of b, a broadcast and a product: 15 of 16 registers.
 constexpr int kByteRows = 6;
 constexpr int kBytePanel = 2 * kWidth;  // columns of a tile
 constexpr int64_t kByteColumns = 64;    // of a block
-static_assert(kByteColumns % kBytePanel == 0, "whole panels");
+static_assert(kByteColumns % kBytePanel == 0, "full panels");
 
 inline TileLayout byte_layout() {
   return {kBytePanel, kByteRows, kByteColumns};
 }
 
-// to (steps, kBytePanel, 4): four terms of each column side by side; zeros behind the last column and the last term.
+// to (steps, kBytePanel, 4): four adjacent terms of each column, zero-padded.
 inline void pack_byte_panel(const int8_t* values, int64_t columns, int64_t depth, int8_t* to) {
   const int64_t steps = (depth + 3) / 4;
   for (int64_t step = 0; step < steps; ++step) {
@@ -42,8 +42,8 @@ inline void byte_tile(const uint8_t* u, int64_t u_stride, const int8_t* panel, f
     for (int row = 0; row < ROWS; ++row) {
       uint32_t four;
       std::memcpy(&four, u + row * u_stride + 4 * step, sizeof(four));
-      sum[row][0] = add_dot_of_bytes(sum[row][0], vuint{} + four, b0);
-      sum[row][1] = add_dot_of_bytes(sum[row][1], vuint{} + four, b1);
+      sum[row][0] = add_int8_dot(sum[row][0], vuint{} + four, b0);
+      sum[row][1] = add_int8_dot(sum[row][1], vuint{} + four, b1);
     }
   }
 #pragma GCC unroll 6
@@ -53,12 +53,12 @@ inline void byte_tile(const uint8_t* u, int64_t u_stride, const int8_t* panel, f
   }
 }
 
-// What linear_int8_block takes: a tile's sums, and its rows where they have to be copied.
+// The size of linear_int8_block's scratch: the sums of a tile, and a copy of its rows.
 inline int64_t byte_scratch_bytes(int64_t depth) {
   return kByteRows * (kByteColumns * sizeof(float) + (depth + 3) / 4 * 4);
 }
 
-// out (rows, cols) = act(...) of u (rows, depth) times the panels.
+// out (rows, cols) = the epilogue of u (rows, depth) times the panels.
 template <class T, int ACTIVATION>
 inline void linear_int8_block(const uint8_t* u, const int8_t* panels, const float* scale, const float* low,
                               const Int8Columns& columns, T* out, int64_t out_stride, int64_t rows, int64_t depth,
@@ -85,8 +85,8 @@ inline void linear_int8_block(const uint8_t* u, const int8_t* panels, const floa
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      finish_row<T, ACTIVATION>(sums + i * kByteColumns, scale[row + i], low[row + i], columns,
-                                out + (row + i) * out_stride, cols);
+      epilogue_row<T, ACTIVATION>(sums + i * kByteColumns, scale[row + i], low[row + i], columns,
+                                  out + (row + i) * out_stride, cols);
     }
   }
 }

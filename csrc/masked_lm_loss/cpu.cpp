@@ -1,11 +1,12 @@
+// Softmax cross-entropy over the rows of logits (C, V), whose gradient overwrites them, on the CPU.
 #include <memory>
 
-#include "masked_lm_loss/masked_lm_loss.h"
+#include "common/tensor.h"
 
 namespace bert_fast {
 namespace {
 
-// What a row's loss is made of, and what its gradient is multiplied by.
+// The weights of the terms of a row's loss, and the factor of its gradient.
 struct Terms {
   double scale, label_smoothing, z_loss;
 };
@@ -19,8 +20,8 @@ struct Terms {
 namespace bert_fast {
 namespace {
 
-constexpr int64_t kGrain = 8192;        // logits a thread should have at least
-constexpr int64_t kBiasColumns = 1024;  // columns of dbias that stay in the first-level cache
+constexpr int64_t kGrain = 8192;        // the fewest logits of a thread
+constexpr int64_t kBiasColumns = 1024;  // columns of dbias that stay in L1
 
 void check_labels(const int64_t* labels, int64_t rows, int64_t cols) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -55,11 +56,10 @@ void bias_grad(const Tensor& logits, float* dbias) {
   });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> masked_lm_loss_rows_cpu(const Tensor& logits, const Tensor& labels, const Tensor& bias,
-                                                   const Tensor& dbias, double scale, double label_smoothing,
-                                                   double z_loss, bool grad) {
+// -> the sum of the losses (float64) and the number of correct predictions (int64), both scalars.
+std::tuple<Tensor, Tensor> masked_lm_loss_rows(const Tensor& logits, const Tensor& labels, const Tensor& bias,
+                                               const Tensor& dbias, double scale, double label_smoothing, double z_loss,
+                                               bool grad) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "masked_lm_loss: expected contiguous logits (C, V)");
   const int64_t rows = logits.size(0), cols = logits.size(1);
   check_size(labels, "labels", 0, rows);
@@ -89,6 +89,12 @@ std::tuple<Tensor, Tensor> masked_lm_loss_rows_cpu(const Tensor& logits, const T
     *mutable_data<int64_t>(correct) += hits[row];
   }
   return {loss, correct};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
+  m.impl("masked_lm_loss_rows", TORCH_BOX(&masked_lm_loss_rows));
 }
 
 }  // namespace bert_fast

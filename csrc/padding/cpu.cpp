@@ -1,14 +1,16 @@
+// Gathers the real tokens of a padded batch and scatters them back, on the CPU. Rows are copied as bytes, so any dtype
+// is accepted.
 #include <algorithm>
 #include <limits>
 
-#include "padding/padding.h"
+#include "common/tensor.h"
 
 namespace bert_fast {
 namespace {
 
-constexpr int64_t kGrain = 1 << 16;  // bytes a thread should move at least
+constexpr int64_t kGrain = 1 << 16;  // the fewest bytes of a thread
 
-// Rows of x as bytes.
+// The rows of x as bytes.
 struct Rows {
   explicit Rows(const Tensor& x) : bytes(static_cast<int64_t>(x.element_size())) {
     for (int64_t dim = 1; dim < x.dim(); ++dim) bytes *= x.size(dim);
@@ -23,7 +25,7 @@ std::vector<int64_t> shape_with_rows(const Tensor& x, int64_t rows) {
   return shape;
 }
 
-// Rising and in range: so no row is read or written out of bounds, and none is written by two threads.
+// Strictly increasing and in range, so that no row is out of bounds or written by two threads.
 Tensor checked_indices(const Tensor& indices, int64_t rows) {
   check_dtype(indices, "indices", ScalarType::Long);
   STD_TORCH_CHECK(indices.dim() == 1, "padding: expected indices (T,)");
@@ -38,9 +40,8 @@ Tensor checked_indices(const Tensor& indices, int64_t rows) {
   return dense;
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> unpad_indices_cpu(const Tensor& mask) {
+// mask (B, S) bool -> flat positions of its ones (T,) int64, cu_seqlens (B+1,) int32
+std::tuple<Tensor, Tensor> unpad_indices(const Tensor& mask) {
   STD_TORCH_CHECK(mask.dim() == 2 && mask.scalar_type() == ScalarType::Bool, "padding: expected a bool mask (B, S)");
   const Tensor dense = as_contiguous(mask);
   const int64_t batch = mask.size(0), seqlen = mask.size(1);
@@ -62,12 +63,13 @@ std::tuple<Tensor, Tensor> unpad_indices_cpu(const Tensor& mask) {
   return {indices, cu_seqlens};
 }
 
-Tensor gather_rows_cpu(const Tensor& x, const Tensor& indices) {
+// x (R, ...), increasing indices (T,) -> (T, ...)
+Tensor gather_rows(const Tensor& x, const Tensor& indices) {
   STD_TORCH_CHECK(x.dim() >= 1, "padding: expected x (R, ...)");
   const Tensor from = as_contiguous(x), index = checked_indices(indices, x.size(0));
   const Tensor out = empty(shape_with_rows(x, index.size(0)), x.scalar_type());
   const Rows rows(x);
-  if (rows.bytes == 0) return out;  // no memory behind either tensor
+  if (rows.bytes == 0) return out;  // neither tensor has memory
   const char* source = static_cast<const char*>(from.const_data_ptr());
   char* target = static_cast<char*>(out.mutable_data_ptr());
   parallel_for(0, index.size(0), rows.grain(), [&](int64_t begin, int64_t end) {
@@ -78,7 +80,8 @@ Tensor gather_rows_cpu(const Tensor& x, const Tensor& indices) {
   return out;
 }
 
-Tensor scatter_rows_cpu(const Tensor& x, const Tensor& indices, int64_t rows) {
+// x (T, ...), increasing indices (T,) -> (rows, ...), zeros elsewhere
+Tensor scatter_rows(const Tensor& x, const Tensor& indices, int64_t rows) {
   STD_TORCH_CHECK(x.dim() >= 1 && rows >= 0, "padding: expected x (T, ...) and a number of rows");
   const Tensor from = as_contiguous(x), index = checked_indices(indices, rows);
   check_size(indices, "indices", 0, x.size(0));
@@ -88,7 +91,7 @@ Tensor scatter_rows_cpu(const Tensor& x, const Tensor& indices, int64_t rows) {
   const int64_t* places = data<int64_t>(index);
   const char* source = static_cast<const char*>(from.const_data_ptr());
   char* target = static_cast<char*>(out.mutable_data_ptr());
-  // Split by rows of the result, so that a thread writes its stretch of it once, zeros included.
+  // Divided by rows of the result, so that a thread writes a contiguous range of it once, zeros included.
   parallel_for(0, rows, row.grain(), [&](int64_t begin, int64_t end) {
     int64_t next = std::lower_bound(places, places + index.size(0), begin) - places;
     for (int64_t place = begin; place < end; ++place) {
@@ -100,6 +103,14 @@ Tensor scatter_rows_cpu(const Tensor& x, const Tensor& indices, int64_t rows) {
     }
   });
   return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
+  m.impl("unpad_indices", TORCH_BOX(&unpad_indices));
+  m.impl("gather_rows", TORCH_BOX(&gather_rows));
+  m.impl("scatter_rows", TORCH_BOX(&scatter_rows));
 }
 
 }  // namespace bert_fast

@@ -19,7 +19,7 @@ from bert_fast.kernels._common.library import (
 )
 from bert_fast.kernels.attention.reference import attention_reference
 
-LARGEST_CUDA_D = 256  # kMaxDim of csrc/attention/cuda/attention.h
+LARGEST_CUDA_D = 256  # kMaxDim of csrc/attention/cuda/common.h
 
 
 def _fwd_fake(

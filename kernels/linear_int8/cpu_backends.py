@@ -98,7 +98,7 @@ def _layer(
         packed = cached_weight("int8 tiles", (values.contiguous(),), _pack_tiles)
         out = ops.linear_int8_tiles(rows[0], packed, values.shape[0], *rows[1:], *behind)
     else:
-        out = ops.linear_int8_finish(ops.linear_int8_product(rows[0], values), *rows[1:], *behind)
+        out = ops.linear_int8_epilogue(ops.linear_int8_product(rows[0], values), *rows[1:], *behind)
     return out
 
 
@@ -130,7 +130,7 @@ def run_feed_forward(
         between = ops.linear_int8_quantize(_layer(ops, rows, up, up_bias, activation, torch.float32), down_range)
     else:
         product = ops.linear_int8_product(rows[0], up[0])
-        between = ops.linear_int8_finish_quantize(
+        between = ops.linear_int8_epilogue_quantize(
             product, *rows[1:], up[1], up[2], up_bias, _CODES[activation], down_range
         )
     return _layer(ops, between, down, None, None, x.dtype)

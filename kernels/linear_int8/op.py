@@ -47,9 +47,9 @@ define(
     fake=lambda u, values: u.new_empty((u.shape[0], values.shape[0]), dtype=torch.float32),
     triton=False,
 )
-define("linear_int8_finish", f"({_ROWS}, int activation, bool bf16) -> Tensor", fake=_finish_fake, triton=False)
+define("linear_int8_epilogue", f"({_ROWS}, int activation, bool bf16) -> Tensor", fake=_finish_fake, triton=False)
 define(
-    "linear_int8_finish_quantize",
+    "linear_int8_epilogue_quantize",
     f"({_ROWS}, int activation, Tensor? input_range) -> (Tensor, Tensor, Tensor)",
     fake=lambda product, *others: _quantized(product),
     triton=False,
@@ -75,7 +75,7 @@ def _reference(x: Tensor, weight: tuple[Tensor, ...], *others: Any) -> Tensor:
 
 
 def _cpu() -> Implementation:
-    names = ("linear_int8_quantize", "linear_int8_finish", "linear_int8_finish_quantize", "linear_int8_tiles")
+    names = ("linear_int8_quantize", "linear_int8_epilogue", "linear_int8_epilogue_quantize", "linear_int8_tiles")
     slot = native_cpu(cpu_backends.run, *names)
     if slot.availability.ok and (reason := cpu_backends.missing()):
         return Implementation(slot.call, "cpu", NATIVE_CPU_DTYPES, Availability(False, False, reason))

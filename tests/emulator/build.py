@@ -1,9 +1,9 @@
-"""Compile kernels for a CPU that can't run them as they are, for the tests: the CUDA kernels, and those for AVX-512.
+"""Build kernels for a CPU that can't run them natively, for the tests: the CUDA kernels, and those for AVX-512.
 
-    python tests/emulator/build.py [cuda | avx512]        builds what is out of date and prints the module's file
+    python tests/emulator/build.py [cuda | avx512]        rebuilds what is out of date and prints the path of the module
 
-The file goes to build/emulator; BERT_FAST_CUDA_EMULATOR=file and BERT_FAST_AVX512_EMULATOR=file make `bert_fast` load
-it. Needs a C++ compiler and torch.
+BERT_FAST_CUDA_EMULATOR=path or BERT_FAST_AVX512_EMULATOR=path makes `bert_fast` load the module. Needs a C++ compiler
+and torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import os
 import platform
 import runpy
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -21,10 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "emulator"
-TORCH_TARGET_VERSION = runpy.run_path(str(ROOT / "csrc" / "flags.py"))["TORCH_TARGET_VERSION"]
+BUILD_FLAGS = runpy.run_path(str(ROOT / "csrc" / "build_flags.py"))
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter",
-    "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", f"-DTORCH_TARGET_VERSION={BUILD_FLAGS['TORCH_TARGET_VERSION']}",
     "-DPy_LIMITED_API=0x030a0000",
 )  # fmt: skip
 
@@ -34,12 +33,12 @@ def sources(pattern: str) -> list[str]:
 
 
 EMULATOR = ("tests/emulator/emulator.cpp", "tests/emulator/hopper.cpp")
-# Module -> its sources, and the flags of its own. AVX2 has the fused multiply-add, so that the AVX-512 kernels round as
-# they do on their own CPU; the compiler splits their vectors in two.
+# Module -> its sources and additional flags. With AVX2's fused multiply-add the AVX-512 kernels round as they do on
+# their native CPU; the compiler splits their vectors in two.
 MODULES = {
     "_CUDA": (
         ("csrc/registration_cuda.cpp", *EMULATOR, *sources("csrc/*/cuda.cu"), *sources("csrc/*/cuda/*.cu")),
-        ("-DBERT_FAST_EMULATOR",),
+        ("-DBERT_FAST_EMULATOR", "-DBERT_FAST_HOPPER"),
     ),
     "_C": (
         ("csrc/registration.cpp", *sources("csrc/*/cpu*.cpp")),
@@ -52,17 +51,28 @@ MODULES = {
 
 
 def compiler() -> str:
-    """The C++ compiler that will be called.
+    """The path of the C++ compiler.
 
     Raises:
         RuntimeError: there is none.
     """
-    found = next(
-        (path for name in (os.environ.get("CXX"), "c++", "g++") if name and (path := shutil.which(name))), None
-    )
-    if found is None:
-        raise RuntimeError("no C++ compiler was found (tried $CXX, c++, g++), so no kernels can be emulated")
-    return found
+    path: str | None = BUILD_FLAGS["compiler"]()
+    if path is None:
+        raise RuntimeError(f"{BUILD_FLAGS['NO_COMPILER']}; the emulated kernels can't be built")
+    return path
+
+
+def includes() -> list[str]:
+    from torch.utils.cpp_extension import include_paths
+
+    return [f"-I{path}" for path in (ROOT / "csrc", ROOT / "tests", *include_paths(), sysconfig.get_paths()["include"])]
+
+
+def build_program(name: str, files: tuple[str, ...], target: Path) -> None:
+    """Compile a test program from `files` with the flags of the module `name`."""
+    flags = [flag for flag in (*FLAGS, *MODULES[name][1]) if flag != "-Werror"]
+    paths = [str(ROOT / file) for file in files]
+    subprocess.run([compiler(), *flags, *includes(), *paths, "-o", str(target)], check=True)
 
 
 def _compile(folder: Path, source: str, headers: bytes, flags: list[str]) -> Path:
@@ -77,19 +87,16 @@ def _compile(folder: Path, source: str, headers: bytes, flags: list[str]) -> Pat
 
 
 def build(name: str = "_CUDA") -> Path:
-    """The file of a module of MODULES, built where its sources changed; several processes may ask at once.
+    """The path of a module of MODULES, rebuilt if its sources have changed; safe to call from concurrent processes.
 
     Raises:
         RuntimeError: there is no C++ compiler.
-        CalledProcessError: it failed; its messages went to standard error.
+        CalledProcessError: it failed, with messages on standard error.
     """
     from filelock import FileLock
-    from torch.utils.cpp_extension import include_paths, library_paths
+    from torch.utils.cpp_extension import library_paths
 
-    files, own_flags = MODULES[name]
-    includes = [
-        f"-I{path}" for path in (ROOT / "csrc", ROOT / "tests", *include_paths(), sysconfig.get_paths()["include"])
-    ]
+    files, module_flags = MODULES[name]
     headers = b"".join(
         path.read_bytes() for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("tests/emulator/*.h")])
     )
@@ -97,7 +104,7 @@ def build(name: str = "_CUDA") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            flags = [*FLAGS, *own_flags, *includes]
+            flags = [*FLAGS, *module_flags, *includes()]
             objects = list(pool.map(lambda file: _compile(folder, file, headers, flags), files))
         digest = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()[:16]
         module = folder / f"{name}-{digest}.so"

@@ -1,9 +1,9 @@
-// Small kernels, right and wrong ones, for tests/kernels/test_cuda_emulator.py: `cases NAME` prints a result or fails.
+// Small kernels, correct and incorrect, for tests/kernels/test_cuda_emulator.py: `cases NAME` prints a result or fails.
 #include <cstdio>
 #include <stdexcept>
 #include <string>
 
-#include "common/cuda_mma.h"
+#include "common/cuda.h"
 
 namespace {
 
@@ -11,7 +11,7 @@ float* shared() {
   return static_cast<float*>(emulator::shared_memory());
 }
 
-// Each thread writes its number and reads that of the thread after it.
+// Each thread writes its index and reads that of the next thread.
 void neighbour(float* out, bool wait) {
   shared()[threadIdx.x] = threadIdx.x;
   if (wait) __syncthreads();
@@ -25,15 +25,15 @@ void warp_sum(float* out) {
 }
 
 void copied(float* out, const float* in, int groups_left) {
-  emulator::copy_async(shared() + 2 * threadIdx.x, in + threadIdx.x, sizeof(float));
-  emulator::commit_copies();
-  emulator::copy_async(shared() + 2 * threadIdx.x + 1, in + threadIdx.x + 1, sizeof(float));
-  emulator::commit_copies();
-  emulator::wait_for_copies(groups_left);
+  emulator::cp_async(shared() + 2 * threadIdx.x, in + threadIdx.x, sizeof(float));
+  emulator::cp_async_commit();
+  emulator::cp_async(shared() + 2 * threadIdx.x + 1, in + threadIdx.x + 1, sizeof(float));
+  emulator::cp_async_commit();
+  emulator::cp_async_wait(groups_left);
   out[threadIdx.x] = shared()[2 * threadIdx.x] + 100 * shared()[2 * threadIdx.x + 1];
 }
 
-void half_of_them_wait(float*) {
+void half_of_the_threads_wait(float*) {
   if (threadIdx.x % 2) emulator::barrier(1, 64);
 }
 
@@ -41,7 +41,7 @@ void lanes_disagree(float* out) {
   out[threadIdx.x] = threadIdx.x < 3 ? __shfl_sync(~0u, 1.0f, 0) : __shfl_xor_sync(~0u, 1.0f, 1);
 }
 
-void half_of_them_leave(float* out) {
+void half_of_the_threads_return(float* out) {
   if (threadIdx.x >= 32) return;
   __syncthreads();
   out[threadIdx.x] = 1.0f;
@@ -49,23 +49,23 @@ void half_of_them_leave(float* out) {
 
 using bert_fast::BFloat16;
 
-// left (16, 16) right (16, 16) by the fragments of one warp, `right` in memory as it is or transposed; the copies of
-// the operands to shared memory are asynchronous.
+// left (16, 16) right (16, 16) by the fragments of one warp, with `right` row-major or TRANSPOSED in memory; the copies
+// of the operands to shared memory are asynchronous.
 template <bool TRANSPOSED>
 void multiply(float* out, const BFloat16* left, const BFloat16* right) {
   auto* tiles = static_cast<BFloat16*>(emulator::shared_memory());
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
   for (int i = 0; i < 2; ++i) {
-    bert_fast::copy_async_16(tiles + 8 * (lane + 32 * i), (i ? right : left) + 8 * lane, true);
+    bert_fast::cp_async_16(tiles + 8 * (lane + 32 * i), (i ? right : left) + 8 * lane, true);
   }
-  bert_fast::commit_copies();
-  bert_fast::wait_for_copies<0>();
+  bert_fast::cp_async_commit();
+  bert_fast::cp_async_wait<0>();
   __syncthreads();
   uint32_t a[4], b[4];
-  bert_fast::load_matrix_x4<false>(tiles + 16 * (lane % 16) + 8 * (lane / 16), a);
-  // The first two registers are columns 0 to 7 of the right operand, the others columns 8 to 15.
+  bert_fast::ldmatrix_x4<false>(tiles + 16 * (lane % 16) + 8 * (lane / 16), a);
+  // The first two registers hold columns 0 to 7 of the right operand, the others columns 8 to 15.
   const int row = TRANSPOSED ? lane % 8 + lane / 16 * 8 : lane % 16, chunk = TRANSPOSED ? lane / 8 % 2 : lane / 16;
-  bert_fast::load_matrix_x4<!TRANSPOSED>(tiles + 256 + 16 * row + 8 * chunk, b);
+  bert_fast::ldmatrix_x4<!TRANSPOSED>(tiles + 256 + 16 * row + 8 * chunk, b);
   for (int half = 0; half < 2; ++half) {
     float c[4] = {};
     bert_fast::mma_16x8x16<BFloat16>(c, a, b[2 * half], b[2 * half + 1]);
@@ -73,11 +73,11 @@ void multiply(float* out, const BFloat16* left, const BFloat16* right) {
   }
 }
 
-// 1 where the product by fragments is that of three loops, to the bit: the numbers are small integers.
+// 1 if the product of fragments equals that of three loops bit for bit: the numbers are small integers.
 template <bool TRANSPOSED>
 float multiplies() {
   alignas(16) BFloat16 left[256], right[256];
-  float expected[256] = {}, found[256] = {};
+  float expected[256] = {}, product[256] = {};
   for (int i = 0; i < 256; ++i) {
     left[i] = static_cast<float>(i * 7 % 23 - 11);
     right[i] = static_cast<float>(i * 5 % 19 - 9);
@@ -88,11 +88,11 @@ float multiplies() {
         expected[16 * i + j] += left[16 * i + k] * right[TRANSPOSED ? 16 * j + k : 16 * k + j];
     }
   }
-  emulator::run(dim3(1), 32, 1024, [&] { multiply<TRANSPOSED>(found, left, right); });
-  return std::memcmp(expected, found, sizeof(found)) == 0;
+  emulator::run(dim3(1), 32, 1024, [&] { multiply<TRANSPOSED>(product, left, right); });
+  return std::memcmp(expected, product, sizeof(product)) == 0;
 }
 
-// The second register of a left operand is row g + 8, so lanes with t = 0 print 4 g.
+// The second register of a left operand belongs to row g + 8, so lanes with t = 0 print 4 g.
 void second_register(float* out) {
   uint32_t a[4] = {}, zero = 0;
   const int g = threadIdx.x % 32 / 4;
@@ -117,12 +117,12 @@ int main(int, char** arguments) {
     if (name == "warp_sum") run([&] { warp_sum(out); });
     if (name == "copied") run([&] { copied(out, in, 0); });
     if (name == "waited_for_one") run([&] { copied(out, in, 1); });
-    if (name == "half_wait") run([&] { half_of_them_wait(out); });
+    if (name == "half_wait") run([&] { half_of_the_threads_wait(out); });
     if (name == "disagree") run([&] { lanes_disagree(out); });
     if (name == "multiply") out[0] = multiplies<false>(), out[1] = multiplies<true>();
     if (name == "second_register") run([&] { second_register(out); });
     hopper_case(name, out);
-    if (name == "half_leave") run([&] { half_of_them_leave(out); });
+    if (name == "half_leave") run([&] { half_of_the_threads_return(out); });
   } catch (const std::runtime_error& error) {
     std::printf("%s\n", error.what());
     return 1;

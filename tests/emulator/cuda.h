@@ -1,10 +1,10 @@
-// CUDA C++ on a CPU, for tests: what the project's kernels use of the language, each thread of a block a fiber.
+// The part of CUDA C++ that the kernels use, on a CPU, for tests: each thread of a block is a fiber.
 //
-// A kernel compiled with this header computes what it would on a GPU, slowly, and is stricter than one: dynamic shared
-// memory begins as NaN, threads between two barriers run in shuffled order (so a missing barrier shows), copies of
-// cp.async land only when they are waited for, lanes of a warp that disagree on a collective and barriers that are
-// never reached by all are errors. What it can't show: registers, memory order, speed. `__shared__` is left undefined
-// on purpose: kernels take dynamic_shared().
+// A kernel compiled with this header computes what it would on a GPU, slowly and under stricter rules: dynamic shared
+// memory is initialized to NaN; threads run in random order between barriers, so that a missing barrier changes the
+// result; cp.async copies complete only at their wait; and it is an error if lanes of a warp call different collectives
+// or if some threads never reach a barrier. Registers, memory order and speed are not emulated. `__shared__` is
+// undefined on purpose: kernels use dynamic_shared().
 #pragma once
 
 #include <cmath>
@@ -27,41 +27,40 @@ struct dim3 {
 namespace emulator {
 
 constexpr int kWarp = 32;
-constexpr int kPayload = 64;  // bytes that a lane may hand over in one collective
+constexpr int kPayload = 64;  // the most bytes that a lane passes to a collective
 
 struct Index {
   dim3 thread, block, block_size, grid;
 };
 
-// Compute capability of the emulated device, BERT_FAST_EMULATED_CAPABILITY (80 where it isn't set), and its
-// multiprocessors: few, so that kernels that loop over work do.
+// The compute capability of the emulated device, BERT_FAST_EMULATED_CAPABILITY or 80, and its number of
+// multiprocessors: so few that persistent kernels loop.
 int capability();
 constexpr int kMultiprocessors = 3;
 
-// Of the thread that runs.
+// The index of the running thread.
 const Index& index();
 
-// Run `body` once for each thread of each block, one block after the other. std::runtime_error where threads wait for
-// what can't come.
+// Runs `body` once for each thread of each block, one block after the other. Throws std::runtime_error on a deadlock.
 void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
 
 void* shared_memory();
 
-// __syncthreads and named barriers: wait until `count` threads of the block are here (0 for all that still run).
+// __syncthreads and named barriers: waits for `count` threads of the block, or for all that still run if it is 0.
 void barrier(int id, int count);
 
-// A collective of the warp: hand over `size` bytes, get those of all 32 lanes, kPayload bytes apart. `kind` names the
-// operation; all lanes have to do the same.
-const unsigned char* exchange(const char* kind, const void* mine, size_t size);
+// A collective of the warp: passes `size` bytes and returns those of all 32 lanes, kPayload bytes apart. `kind` names
+// the operation, which has to be the same in all lanes.
+const unsigned char* exchange(const char* kind, const void* value, size_t size);
 
-void copy_async(void* to, const void* from, size_t bytes);
-void commit_copies();
-void wait_for_copies(int groups_left);
+void cp_async(void* to, const void* from, size_t bytes);
+void cp_async_commit();
+void cp_async_wait(int groups_left);
 
 template <class T>
-T lane_value(const unsigned char* all, int lane) {
+T lane_value(const unsigned char* lanes, int lane) {
   T value;
-  std::memcpy(&value, all + lane * kPayload, sizeof(T));
+  std::memcpy(&value, lanes + lane * kPayload, sizeof(T));
   return value;
 }
 

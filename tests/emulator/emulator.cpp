@@ -1,4 +1,4 @@
-// The scheduler of the emulated GPU: one block at a time, its threads as fibers that take turns.
+// The scheduler of the emulated GPU: runs one block at a time, with its threads as cooperatively scheduled fibers.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -31,7 +31,7 @@ struct Fiber {
   ucontext_t start;
   jmp_buf resume;
   bool started = false, done = false;
-  const unsigned* waits_for = nullptr;  // a generation that has to pass `seen`
+  const unsigned* waits_for = nullptr;  // a generation that has to change from `seen`
   unsigned seen = 0;
   std::vector<std::vector<Copy>> groups;  // of asynchronous copies, oldest first; the last is open
 };
@@ -44,7 +44,7 @@ struct Warp {
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
-  unsigned expected = 0;  // 0: all that still run
+  unsigned expected = 0;  // 0: all threads that still run
 };
 
 struct Block {
@@ -66,7 +66,7 @@ uint32_t shuffle_state = 1;
   _longjmp(scheduler, 1);
 }
 
-// Leave the processor to the others; comes back when the scheduler resumes this fiber.
+// Suspends this fiber until the scheduler resumes it.
 void yield() {
   if (_setjmp(current->resume) == 0) back_to_scheduler();
 }
@@ -80,7 +80,7 @@ void release(Barrier& barrier) {
 void leave() {
   current->done = true;
   --block.running;
-  // Barriers of the whole block wait for those that still run.
+  // Barriers of the whole block wait only for threads that still run.
   for (Barrier& barrier : block.barriers) {
     if (barrier.arrived && barrier.expected == 0 && barrier.arrived == block.running) release(barrier);
   }
@@ -111,7 +111,7 @@ void switch_to(Fiber& fiber) {
 }
 
 std::string stuck() {
-  std::string message = "emulated kernel: no thread of the block can go on; waiting:";
+  std::string message = "emulated kernel: no thread of the block can continue; waiting:";
   int named = 0;
   for (const auto& fiber : block.fibers) {
     if (!fiber->done && named++ < 8) message += " " + std::to_string(fiber->index.thread.x);
@@ -124,16 +124,16 @@ void run_block(unsigned threads) {
   for (unsigned i = 0; i < threads; ++i) order[i] = i;
   while (block.running) {
     for (unsigned i = threads - 1; i > 0; --i) std::swap(order[i], order[next_random() % (i + 1)]);
-    bool moved = land_copies(false);
+    bool progress = land_copies(false);
     for (unsigned i : order) {
       Fiber& fiber = *block.fibers[i];
       if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
       fiber.waits_for = nullptr;
-      moved = true;
+      progress = true;
       switch_to(fiber);
       if (failure) std::rethrow_exception(failure);
     }
-    if (!moved && !land_copies(true)) throw std::runtime_error(stuck());
+    if (!progress && !land_copies(true)) throw std::runtime_error(stuck());
   }
   end_block();
 }
@@ -152,8 +152,8 @@ uint32_t next_random() {
 }
 
 int capability() {
-  const char* given = std::getenv("BERT_FAST_EMULATED_CAPABILITY");
-  return given == nullptr ? 80 : std::atoi(given);
+  const char* capability = std::getenv("BERT_FAST_EMULATED_CAPABILITY");
+  return capability == nullptr ? 80 : std::atoi(capability);
 }
 
 const Index& index() {
@@ -205,7 +205,7 @@ void barrier(int id, int count) {
   }
 }
 
-const unsigned char* exchange(const char* kind, const void* mine, size_t size) {
+const unsigned char* exchange(const char* kind, const void* value, size_t size) {
   Warp& warp = block.warps[current->index.thread.x / kWarp];
   const unsigned seen = warp.generation;
   unsigned char* payload = warp.payload[seen & 1];
@@ -214,29 +214,29 @@ const unsigned char* exchange(const char* kind, const void* mine, size_t size) {
   if (std::strcmp(warp.kind, kind) != 0) {
     throw std::runtime_error(std::string("lanes of a warp disagree: ") + warp.kind + " and " + kind);
   }
-  if (size) std::memcpy(payload + lane() * kPayload, mine, size);
+  if (size) std::memcpy(payload + lane() * kPayload, value, size);
   if (++warp.arrived == kWarp) {
     warp.arrived = 0;
     ++warp.generation;
   } else {
     wait_on(&warp.generation, seen);
   }
-  return payload;  // stays: the next collective writes the other half, the one after needs all lanes to have come
+  return payload;  // valid until the collective after the next, which every lane has to reach first
 }
 
-// The bytes are read now and appear at `to` when they are waited for.
-void copy_async(void* to, const void* from, size_t bytes) {
+// Reads the bytes now and writes them at the wait.
+void cp_async(void* to, const void* from, size_t bytes) {
   const auto* source = static_cast<const unsigned char*>(from);
-  std::vector<unsigned char> taken(bytes);  // zeros where there is no source
-  if (from) taken.assign(source, source + bytes);
-  current->groups.back().push_back({to, std::move(taken)});
+  std::vector<unsigned char> copied(bytes);  // zeros without a source
+  if (from) copied.assign(source, source + bytes);
+  current->groups.back().push_back({to, std::move(copied)});
 }
 
-void commit_copies() {
+void cp_async_commit() {
   current->groups.emplace_back();
 }
 
-void wait_for_copies(int groups_left) {
+void cp_async_wait(int groups_left) {
   auto& groups = current->groups;
   while (static_cast<int>(groups.size()) - 1 > groups_left) {
     for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());

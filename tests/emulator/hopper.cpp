@@ -1,4 +1,4 @@
-// Barriers, bulk copies and products of a warpgroup: their state, and when their results are there to see.
+// mbarriers, bulk copies and wgmma: their state, and when their results become visible.
 #include "emulator/hopper.h"
 
 #include <map>
@@ -13,7 +13,7 @@ namespace {
 
 struct Mbarrier {
   int count = 0, pending = 0;
-  int64_t bytes = 0;  // announced and not there yet
+  int64_t bytes = 0;  // expected and not delivered yet
   unsigned generation = 0;
 };
 
@@ -23,9 +23,9 @@ struct Copy {
   std::function<void()> land;
 };
 
-// An operand in shared memory, as it was when the product began.
+// An operand in shared memory, as it was when the product started.
 struct Operand {
-  uint64_t description;
+  uint64_t descriptor;
   int rows;
   bool transposed;
   std::vector<uint16_t> numbers;  // (rows, 16)
@@ -35,14 +35,14 @@ struct Product {
   int group;
   float* c;
   std::vector<float> result;
-  std::vector<Operand> operands;  // kept by lane 0 alone
+  std::vector<Operand> operands;  // in lane 0 alone
 };
 
 struct Thread {
-  int group = 0;  // that is open
+  int group = 0;  // the open one
   bool fenced = false;
   std::vector<Product> products;
-  // Of the warp's product at hand, kept by lane 0: the operands in shared memory, (64, 16) and (n, 16).
+  // The shared-memory operands of the warp's current product, (64, 16) and (n, 16), in lane 0.
   std::vector<float> left, right;
   unsigned started = 0, read = 0;
 };
@@ -51,7 +51,7 @@ std::map<const void*, Mbarrier> mbarriers;
 std::vector<Copy> copies;
 std::vector<Thread> threads;
 size_t shared_size = 0;
-// Shared memory as copy engine and matrix unit see it.
+// Shared memory as the async proxy (TMA and wgmma) sees it.
 unsigned char async_view[kShared];
 
 [[noreturn]] void fail(const std::string& message) {
@@ -63,9 +63,9 @@ unsigned char* shared_bytes() {
 }
 
 Mbarrier& find(const void* barrier) {
-  const auto found = mbarriers.find(barrier);
-  if (found == mbarriers.end()) fail("a barrier in shared memory was not initialised");
-  return found->second;
+  const auto entry = mbarriers.find(barrier);
+  if (entry == mbarriers.end()) fail("an mbarrier was not initialized");
+  return entry->second;
 }
 
 void end_phase_if_complete(Mbarrier& barrier) {
@@ -74,9 +74,9 @@ void end_phase_if_complete(Mbarrier& barrier) {
   ++barrier.generation;
 }
 
-// Into shared memory as all see it: what the copy engine writes.
+// A copy's write, visible to threads and to the async proxy.
 void write(uint32_t offset, const void* bytes, size_t size) {
-  if (offset + size > shared_size) fail("a bulk copy behind the end of shared memory");
+  if (offset + size > shared_size) fail("a bulk copy exceeds the shared memory");
   std::memcpy(shared_bytes() + offset, bytes, size);
   std::memcpy(async_view + offset, bytes, size);
 }
@@ -91,7 +91,7 @@ void land(size_t index) {
   copy.land();
   Mbarrier& barrier = find(copy.barrier);
   barrier.bytes -= copy.bytes;
-  if (barrier.bytes < 0) fail("a bulk copy brought bytes that its barrier does not expect");
+  if (barrier.bytes < 0) fail("a bulk copy delivered more bytes than its mbarrier expects");
   end_phase_if_complete(barrier);
 }
 
@@ -101,19 +101,19 @@ void start_copy(void* barrier, int bytes, std::function<void()> landing) {
   if (next_random() % 4 == 0) land(copies.size() - 1);
 }
 
-// `rows` rows (of a transposed operand columns) by 16 numbers that the product sums over.
-std::vector<uint16_t> read_operand(uint64_t description, int rows, bool transposed) {
-  if (description >> 62 != 1) fail("a product's operand is not in the 128-byte swizzle");
-  if (description >> 49 & 7) fail("a product's operand does not begin at a multiple of 1024 bytes");
-  const uint32_t start = (description & 0x3fff) << 4, next_columns = (description >> 16 & 0x3fff) << 4;
-  const uint32_t eight_rows = (description >> 32 & 0x3fff) << 4;
+// An operand of `rows` rows (columns if transposed) by the 16 numbers of the summed dimension.
+std::vector<uint16_t> read_operand(uint64_t descriptor, int rows, bool transposed) {
+  if (descriptor >> 62 != 1) fail("an operand of a wgmma is not in the 128-byte swizzle");
+  if (descriptor >> 49 & 7) fail("an operand of a wgmma is not aligned to 1024 bytes");
+  const uint32_t start = (descriptor & 0x3fff) << 4, next_columns = (descriptor >> 16 & 0x3fff) << 4;
+  const uint32_t eight_rows = (descriptor >> 32 & 0x3fff) << 4;
   std::vector<uint16_t> numbers(rows * 16);
   for (int row = 0; row < rows; ++row) {
     for (int k = 0; k < 16; ++k) {
       const int along = transposed ? k : row, within = transposed ? row : k;
       const uint32_t offset =
           start + within / 64 * next_columns + along / 8 * eight_rows + along % 8 * 128 + within % 64 * 2;
-      if (offset + 2 > shared_size) fail("a product's operand lies behind the end of shared memory");
+      if (offset + 2 > shared_size) fail("an operand of a wgmma exceeds the shared memory");
       std::memcpy(&numbers[row * 16 + k], async_view + swizzled(offset), 2);
     }
   }
@@ -130,13 +130,13 @@ struct Operands {
 };
 
 std::vector<float> as_floats(const std::vector<uint16_t>& numbers, float (*number)(uint32_t, int)) {
-  std::vector<float> found;
-  found.reserve(numbers.size());
-  for (const uint16_t bits : numbers) found.push_back(number(bits, 0));
-  return found;
+  std::vector<float> floats;
+  floats.reserve(numbers.size());
+  for (const uint16_t bits : numbers) floats.push_back(number(bits, 0));
+  return floats;
 }
 
-// The 16 numbers of rows g and g + 8 of the warp's left operand, in shared memory or, without that, of its lanes.
+// The 16 numbers of rows g and g + 8 of the warp's left operand, from shared memory or, if that is null, its lanes.
 void read_left(const unsigned char* lanes, const std::vector<float>* shared, float (*number)(uint32_t, int),
                float (&left)[2][16]) {
   const int g = lane() / 4, warp = index().thread.x / kWarp % 4;
@@ -170,33 +170,33 @@ bool land_copies(bool stuck) {
 }
 
 void end_block() {
-  if (!copies.empty()) fail("the block ended while a bulk copy was under way");
+  if (!copies.empty()) fail("the block ended before a bulk copy completed");
   for (const Thread& thread : threads) {
-    if (!thread.products.empty()) fail("the block ended while a product was under way");
+    if (!thread.products.empty()) fail("the block ended before the wait for a wgmma");
   }
 }
 
-void init_mbarrier(void* barrier, int count) {
-  if (mbarriers.count(barrier)) fail("a barrier in shared memory was initialised twice");
+void mbarrier_init(void* barrier, int count) {
+  if (mbarriers.count(barrier)) fail("an mbarrier was initialized twice");
   mbarriers[barrier] = {count, count, 0, 0};
 }
 
-void arrive(void* barrier, int expected_bytes) {
-  Mbarrier& found = find(barrier);
-  if (found.pending == 0) fail("more arrivals at a barrier in shared memory than it counts");
-  found.bytes += expected_bytes;
-  --found.pending;
-  end_phase_if_complete(found);
+void mbarrier_arrive(void* barrier, int expected_bytes) {
+  Mbarrier& state = find(barrier);
+  if (state.pending == 0) fail("more arrivals at an mbarrier than its count");
+  state.bytes += expected_bytes;
+  --state.pending;
+  end_phase_if_complete(state);
 }
 
-void wait_mbarrier(void* barrier, int parity) {
-  const Mbarrier& found = find(barrier);
-  while (static_cast<int>(found.generation & 1) == parity) wait_on(&found.generation, found.generation);
+void mbarrier_wait(void* barrier, int parity) {
+  const Mbarrier& state = find(barrier);
+  while (static_cast<int>(state.generation & 1) == parity) wait_on(&state.generation, state.generation);
 }
 
-void load_box(void* to, const TensorMap& map, int column, int head, int part, int token, void* barrier) {
+void tma_load_box(void* to, const TensorMap& map, int column, int head, int part, int token, void* barrier) {
   const uint32_t offset = shared_offset(to);
-  if (offset % 1024) fail("a tile does not begin at a multiple of 1024 bytes");
+  if (offset % 1024) fail("a tile is not aligned to 1024 bytes");
   start_copy(barrier, 64 * 64 * 2, [=] {
     for (int row = 0; row < 64; ++row) {
       for (int i = 0; i < 64; ++i) {
@@ -215,10 +215,10 @@ void load_box(void* to, const TensorMap& map, int column, int head, int part, in
   });
 }
 
-void load_bytes(void* to, const void* from, int bytes, void* barrier) {
+void bulk_load(void* to, const void* from, int bytes, void* barrier) {
   const uint32_t offset = shared_offset(to);
   if (offset % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
-    fail("a bulk copy's addresses and size have to be multiples of 16 bytes");
+    fail("the addresses and the size of a bulk copy have to be multiples of 16 bytes");
   start_copy(barrier, bytes, [=] { write(offset, from, bytes); });
 }
 
@@ -226,20 +226,20 @@ void fence_async_proxy() {
   std::memcpy(async_view, shared_bytes(), shared_size);
 }
 
-void start_product(float* c, int n, const uint32_t* a, uint64_t left, uint64_t right, bool transposed, bool add,
-                   float (*number)(uint32_t pair, int half)) {
-  Operands mine = {{}, left, right};
-  if (a) std::memcpy(mine.a, a, sizeof(mine.a));
-  const unsigned char* lanes = exchange("product of a warpgroup", &mine, sizeof(mine));
+void wgmma(float* c, int n, const uint32_t* a, uint64_t left, uint64_t right, bool transposed, bool add,
+           float (*number)(uint32_t pair, int half)) {
+  Operands operands = {{}, left, right};
+  if (a) std::memcpy(operands.a, a, sizeof(operands.a));
+  const unsigned char* lanes = exchange("wgmma", &operands, sizeof(operands));
   const auto other = lane_value<Operands>(lanes, 0);
-  if (other.left != left || other.right != right) fail("lanes of a warp describe different operands");
+  if (other.left != left || other.right != right) fail("lanes of a warp pass different descriptors");
   Thread &self = this_thread(), &first = threads[index().thread.x / kWarp * kWarp];
-  if (!self.fenced) fail("a product began without wgmma.fence behind the last wait");
+  if (!self.fenced) fail("a wgmma started without a wgmma.fence after the last wait");
   Product product = {self.group, c, std::vector<float>(c, c + n / 2), {}};
   for (Product& before : self.products) {
     if (before.c == c) product.result = before.result;
   }
-  if (first.read == self.started++) {  // the first lane of the warp to come here reads for all
+  if (first.read == self.started++) {  // the first lane of the warp to arrive here reads for all
     ++first.read;
     first.right = as_floats(read_operand(right, n, transposed), number);
     if (!a) first.left = as_floats(read_operand(left, 64, false), number);
@@ -260,16 +260,16 @@ void start_product(float* c, int n, const uint32_t* a, uint64_t left, uint64_t r
   self.products.push_back(std::move(product));
 }
 
-void fence_products() {
+void wgmma_fence() {
   exchange("wgmma.fence", nullptr, 0);
   this_thread().fenced = true;
 }
 
-void commit_products() {
+void wgmma_commit() {
   ++this_thread().group;
 }
 
-void wait_for_products(int groups_left) {
+void wgmma_wait(int groups_left) {
   exchange("wgmma.wait_group", nullptr, 0);
   Thread& self = this_thread();
   self.fenced = false;
@@ -277,8 +277,8 @@ void wait_for_products(int groups_left) {
   while (!products.empty() && products.front().group < self.group - groups_left) {
     const Product& done = products.front();
     for (const Operand& operand : done.operands) {
-      if (read_operand(operand.description, operand.rows, operand.transposed) != operand.numbers)
-        fail("an operand of a product changed before the product was waited for");
+      if (read_operand(operand.descriptor, operand.rows, operand.transposed) != operand.numbers)
+        fail("an operand of a wgmma changed before its wait");
     }
     bool last = true;
     for (size_t i = 1; i < products.size(); ++i) last = last && products[i].c != done.c;

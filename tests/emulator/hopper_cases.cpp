@@ -1,5 +1,4 @@
-// Products of a warpgroup and bulk copies, right and wrong, for tests/kernels/test_cuda_emulator.py; see
-// cuda_emulator_cases.cpp.
+// Correct and incorrect uses of wgmma and TMA, for tests/kernels/test_cuda_emulator.py; called by cases.cpp.
 #include <string>
 
 #include "common/cuda_hopper.h"
@@ -8,7 +7,7 @@ namespace {
 
 using bert_fast::BFloat16;
 
-// What to leave out, or to do too early.
+// The mistake to make: a step to omit, or to do too early.
 struct Mistakes {
   bool no_copy_wait = false, no_product_wait = false, no_product_fence = false, early_write = false;
   bool no_proxy_fence = false, fewer_bytes = false;
@@ -24,28 +23,28 @@ struct Numbers {
   }
 };
 
-// left right^T of tiles that the copy engine brings, or, REGISTERS, left right of a left operand in registers. Before
-// that the threads write row 0 of the left tile anew, as it is.
+// left right^T of tiles that TMA loads, or left right with the left operand in REGISTERS. Before it the threads
+// overwrite row 0 of the left tile.
 template <bool REGISTERS>
 void multiply(float* out, const Numbers& numbers, const Mistakes& mistakes) {
   auto* tiles = bert_fast::tile_memory<BFloat16>();
   auto* barrier = reinterpret_cast<bert_fast::Mbarrier*>(tiles + 2 * 64 * 64);
-  if (threadIdx.x == 0) bert_fast::init_barrier(barrier, 1);
+  if (threadIdx.x == 0) bert_fast::mbarrier_init(barrier, 1);
   __syncthreads();
   if (threadIdx.x == 0) {
-    bert_fast::arrive_expecting(barrier, mistakes.fewer_bytes ? 8192 : 2 * 8192);
+    bert_fast::mbarrier_arrive_expect_tx(barrier, mistakes.fewer_bytes ? 8192 : 2 * 8192);
     for (int i = 0; i < 2; ++i) {
-      const auto map = bert_fast::map_tensor(i ? numbers.right : numbers.left, {64, 1, 1, 64}, {64, 64, 64});
-      bert_fast::load_box(tiles + i * 64 * 64, map, 0, 0, 0, 0, barrier);
+      const auto map = bert_fast::make_tensor_map(i ? numbers.right : numbers.left, {64, 1, 1, 64}, {64, 64, 64});
+      bert_fast::tma_load_box(tiles + i * 64 * 64, map, 0, 0, 0, 0, barrier);
     }
   }
-  if (!mistakes.no_copy_wait) bert_fast::wait_barrier(barrier, 0);
+  if (!mistakes.no_copy_wait) bert_fast::mbarrier_wait(barrier, 0);
   if (threadIdx.x < 64) tiles[threadIdx.x] = mistakes.no_copy_wait ? tiles[threadIdx.x] : numbers.left[threadIdx.x] * 2;
   if (!mistakes.no_proxy_fence) bert_fast::fence_async_proxy();
   __syncthreads();
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   float c[8][4] = {};
-  if (!mistakes.no_product_fence) bert_fast::fence_products(c);
+  if (!mistakes.no_product_fence) bert_fast::wgmma_fence(c);
   for (int k = 0; k < 4; ++k) {
     if (REGISTERS) {
       uint32_t a[4];
@@ -53,66 +52,67 @@ void multiply(float* out, const Numbers& numbers, const Mistakes& mistakes) {
         const BFloat16* at = numbers.left + (16 * warp + g + i % 2 * 8) * 64 + 16 * k + i / 2 * 8 + 2 * t;
         a[i] = bert_fast::pack_pair<BFloat16>(at[0], at[1]);
       }
-      bert_fast::start_product<BFloat16, 64>(c, a, bert_fast::describe(tiles + 64 * 64 + 16 * 64 * k, 0));
+      bert_fast::wgmma<BFloat16, 64>(c, a, bert_fast::make_descriptor(tiles + 64 * 64 + 16 * 64 * k, 0));
     } else {
-      const uint64_t left = bert_fast::describe(tiles, 0), right = bert_fast::describe(tiles + 64 * 64, 0);
-      const auto at = [k](uint64_t description) { return bert_fast::advance(description, 16 * k); };
-      bert_fast::start_product<BFloat16, 64>(c, at(left), at(right), k > 0);
+      const uint64_t left = bert_fast::make_descriptor(tiles, 0),
+                     right = bert_fast::make_descriptor(tiles + 64 * 64, 0);
+      const auto at = [k](uint64_t descriptor) { return bert_fast::advance_descriptor(descriptor, 16 * k); };
+      bert_fast::wgmma<BFloat16, 64>(c, at(left), at(right), k > 0);
     }
   }
-  bert_fast::commit_products();
+  bert_fast::wgmma_commit();
   if (mistakes.early_write && threadIdx.x == 0) {
     tiles[64 * 64] = 100.0f;
     bert_fast::fence_async_proxy();
   }
-  if (!mistakes.no_product_wait) bert_fast::wait_for_products<0>(c);
+  if (!mistakes.no_product_wait) bert_fast::wgmma_wait<0>(c);
   for (int j = 0; j < 8; ++j) {
     for (int i = 0; i < 4; ++i) out[(16 * warp + g + i / 2 * 8) * 64 + 8 * j + 2 * t + i % 2] = c[j][i];
   }
-  bert_fast::wait_for_products<0>(c);
+  bert_fast::wgmma_wait<0>(c);
 }
 
-// How many of the 64 by 64 numbers are what three loops give, to the bit: the numbers are small integers.
+// How many of the 64 by 64 numbers equal those of three loops bit for bit: they are small integers.
 template <bool REGISTERS>
-float right_ones(const Mistakes& mistakes) {
+float count_correct(const Mistakes& mistakes) {
   const Numbers numbers;
-  static float found[64 * 64];
-  emulator::run(dim3(1), 128, 20 << 10, [&] { multiply<REGISTERS>(found, numbers, mistakes); });
-  int right = 0;
+  static float product[64 * 64];
+  emulator::run(dim3(1), 128, 20 << 10, [&] { multiply<REGISTERS>(product, numbers, mistakes); });
+  int correct = 0;
   for (int i = 0; i < 64; ++i) {
     for (int j = 0; j < 64; ++j) {
       float expected = 0.0f;
       for (int k = 0; k < 64; ++k) {
-        const float factor = !REGISTERS && i == 0 ? 2.0f : 1.0f;  // of the row that was written anew
+        const float factor = !REGISTERS && i == 0 ? 2.0f : 1.0f;  // of the row that the threads overwrite
         expected += factor * numbers.left[64 * i + k] * numbers.right[REGISTERS ? 64 * k + j : 64 * j + k];
       }
-      right += found[64 * i + j] == expected;
+      correct += product[64 * i + j] == expected;
     }
   }
-  return static_cast<float>(right);
+  return static_cast<float>(correct);
 }
 
-// A box that reaches over the end of the tensor: 8 tokens of 16 are there.
+// A box that extends past the end of the tensor: only 8 of 16 tokens exist.
 void outside(float* out, const Numbers& numbers) {
   auto* tile = bert_fast::tile_memory<BFloat16>();
   auto* barrier = reinterpret_cast<bert_fast::Mbarrier*>(tile + 64 * 64);
   if (threadIdx.x == 0) {
-    bert_fast::init_barrier(barrier, 1);
-    bert_fast::arrive_expecting(barrier, 8192);
-    const auto map = bert_fast::map_tensor(numbers.left, {16, 1, 1, 64}, {64, 64, 64});
-    bert_fast::load_box(tile, map, 0, 0, 0, 8, barrier);
-    bert_fast::wait_barrier(barrier, 0);
+    bert_fast::mbarrier_init(barrier, 1);
+    bert_fast::mbarrier_arrive_expect_tx(barrier, 8192);
+    const auto map = bert_fast::make_tensor_map(numbers.left, {16, 1, 1, 64}, {64, 64, 64});
+    bert_fast::tma_load_box(tile, map, 0, 0, 0, 8, barrier);
+    bert_fast::mbarrier_wait(barrier, 0);
     for (int row = 0; row < 64; ++row) out[row] = tile[row * 64 + (1 ^ row % 8) * 8];  // column 8
   }
 }
 
 void not_initialised(float*) {
-  bert_fast::arrive(reinterpret_cast<bert_fast::Mbarrier*>(bert_fast::tile_memory<float>()));
+  bert_fast::mbarrier_arrive(reinterpret_cast<bert_fast::Mbarrier*>(bert_fast::tile_memory<float>()));
 }
 
 }  // namespace
 
-// Run the case of this name, if it is one.
+// Runs the case of this name, if there is one.
 void hopper_case(const std::string& name, float* out) {
   Mistakes mistakes;
   mistakes.no_copy_wait = name == "hopper_no_copy_wait";
@@ -127,8 +127,8 @@ void hopper_case(const std::string& name, float* out) {
   } else if (name == "hopper_not_initialised") {
     emulator::run(dim3(1), 32, 20 << 10, [&] { not_initialised(out); });
   } else if (name == "hopper_registers") {
-    out[0] = right_ones<true>(mistakes);
+    out[0] = count_correct<true>(mistakes);
   } else if (name.rfind("hopper", 0) == 0) {
-    out[0] = right_ones<false>(mistakes);
+    out[0] = count_correct<false>(mistakes);
   }
 }

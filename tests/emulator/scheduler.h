@@ -1,20 +1,20 @@
-// Between the two halves of the emulator: threads and blocks (emulator.cpp), and what Hopper adds (hopper.cpp).
+// The interface between the scheduler of threads and blocks (emulator.cpp) and Hopper's instructions (hopper.cpp).
 #pragma once
 
 #include "emulator/cuda.h"
 
 namespace emulator {
 
-constexpr size_t kShared = 227 << 10;  // what a block may have on a Hopper
+constexpr size_t kShared = 227 << 10;  // the shared memory of a block on Hopper
 
-// Let the others run until `*generation` is no longer `seen`.
+// Suspends the running thread until `*generation` differs from `seen`.
 void wait_on(const unsigned* generation, unsigned seen);
 uint32_t next_random();
 
 void begin_block(unsigned threads, size_t shared_bytes);
-// Some bulk copies arrive, or, where no thread can go on, one does. Whether any did.
+// Completes a random number of bulk copies, but at least one if `stuck`. Returns whether any completed.
 bool land_copies(bool stuck);
-// std::runtime_error where something was never waited for.
+// Throws std::runtime_error if a copy or a wgmma was never waited for.
 void end_block();
 
 }  // namespace emulator

@@ -1,7 +1,7 @@
-"""The CPU kernels of instruction sets that this CPU lacks or wouldn't choose: the ops' own tests, a process for each.
+"""The CPU kernels of instruction sets that this CPU lacks or doesn't choose: the tests of the ops, a process for each.
 
-AVX-512 is emulated (tests/emulator/build.py): vectors and tiles as large, the dot product of pairs of bfloat16 in the
-arithmetic of its instruction. What that can't show is the compiler's code for AVX-512 itself.
+AVX-512 is emulated (tests/emulator/build.py), with vectors and tiles of the same size and the bfloat16 dot product in
+the arithmetic of its instruction. The compiler's code for AVX-512 itself is not tested here.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ OPS = (
     "linear_int8",
     "masked_lm_loss",
 )
-# What says nothing about an instruction set: operators' schemas, tracing, memory, the slowest comparisons.
-LEFT_OUT = ("compile", "opcheck", "memory", "transformers", "30522", "autocast", "at_512 and bfloat16")
+# Tests that don't depend on the instruction set (schemas, tracing, memory), and the slowest comparisons.
+EXCLUDED = ("compile", "opcheck", "memory", "transformers", "30522", "autocast", "at_512 and bfloat16")
 
 
 BUILD = runpy.run_path(str(ROOT / "tests" / "emulator" / "build.py"))
-SMALLEST = Fraction(1, 2**126)  # normal float32
+SMALLEST = Fraction(1, 2**126)  # the smallest normal float32
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def emulator() -> str:
 
 
 def run(isa: str, ops: tuple[str, ...], only: str, **environment: str) -> None:
-    """The tests of `ops` that `only` selects, with the kernels of `isa`."""
-    selected = " and ".join(["cpu-cpu", *([only] if only else []), *(f"not ({what})" for what in LEFT_OUT)])
+    """Run those tests of `ops` that the expression `only` selects with the kernels of `isa`."""
+    selected = " and ".join(["cpu-cpu", *([only] if only else []), *(f"not ({name})" for name in EXCLUDED)])
     files = [str(ROOT / "tests" / "kernels" / f"test_{op}.py") for op in ops]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
@@ -63,7 +63,7 @@ def test_avx512(emulator: str) -> None:
     run("avx512", OPS, "", BERT_FAST_AVX512_EMULATOR=emulator)
 
 
-def test_avx512_with_pairs_of_bfloat16(emulator: str) -> None:
+def test_avx512_with_bfloat16_dot_products(emulator: str) -> None:
     run("avx512bf16", ("attention",), "not float32", BERT_FAST_AVX512_EMULATOR=emulator)
 
 
@@ -72,7 +72,7 @@ def flushed(x: Fraction) -> Fraction:
 
 
 def nearest(x: Fraction) -> Fraction:
-    """To float32, to nearest even, and to zero below the smallest normal number."""
+    """`x` rounded to float32, to nearest even, and to zero below the smallest normal number."""
     if not x:
         return x
     exponent = abs(x).numerator.bit_length() - abs(x).denominator.bit_length()
@@ -85,13 +85,10 @@ def value(bits: int) -> Fraction:
     return flushed(Fraction(float(np.array(bits, np.uint32).view(np.float32))))
 
 
-def test_dot_of_pairs_is_two_fused_multiply_adds_the_high_halves_first(tmp_path: Path) -> None:
-    """Intel's Software Developer's Manual, VDPBF16PS: no subnormal numbers in and out."""
+def test_bf16_dot_is_two_fused_multiply_adds_the_high_halves_first(tmp_path: Path) -> None:
+    """Intel's Software Developer's Manual, VDPBF16PS: subnormal inputs and outputs are flushed to zero."""
     program = tmp_path / "cases"
-    include = f"-I{ROOT / 'csrc'}"
-    flags = [flag for flag in (*BUILD["FLAGS"], *BUILD["MODULES"]["_C"][1]) if flag != "-Werror"]
-    source = str(ROOT / "tests" / "emulator" / "bf16_dot_cases.cpp")
-    subprocess.run([BUILD["compiler"](), *flags, include, source, "-o", str(program)], check=True)
+    BUILD["build_program"]("_C", ("tests/emulator/bf16_dot_cases.cpp",), program)
     rng = np.random.default_rng(0)
     signs = rng.integers(0, 2, (3, 2, 600)) << 15
     exponents = np.concatenate([rng.integers(117, 138, (3, 2, 400)), rng.integers(0, 90, (3, 2, 200))], axis=2)
@@ -99,9 +96,9 @@ def test_dot_of_pairs_is_two_fused_multiply_adds_the_high_halves_first(tmp_path:
     halves[0, 1] = rng.integers(0, 2**16, 600)  # the low half of a float32 may be anything
     words = (halves[:, 0] << 16 | halves[:, 1]).astype(np.uint32).T
     lines = "\n".join(" ".join(f"{word:x}" for word in row) for row in words)
-    found = subprocess.run([str(program)], input=lines, capture_output=True, text=True, check=True).stdout.split()
-    assert len(found) == len(words)
-    for (total, a, b), bits in zip(words.tolist(), found, strict=True):
+    results = subprocess.run([str(program)], input=lines, capture_output=True, text=True, check=True).stdout.split()
+    assert len(results) == len(words)
+    for (total, a, b), bits in zip(words.tolist(), results, strict=True):
         high = nearest(value(total) + value(a & 0xFFFF0000) * value(b & 0xFFFF0000))
         expected = nearest(high + value(a << 16 & 0xFFFF0000) * value(b << 16 & 0xFFFF0000))
         assert Fraction(float(np.array(int(bits, 16), np.uint32).view(np.float32))) == expected

@@ -183,11 +183,11 @@ def test_opcheck() -> None:
     u, row_scale, low = ops.linear_int8_quantize(x, None)
     torch.library.opcheck(ops.linear_int8_product.default, (u, values))
     rows = (ops.linear_int8_product(u, values), row_scale, low, scale, sums, torch.randn(16))
-    torch.library.opcheck(ops.linear_int8_finish.default, (*rows, 1, True))
+    torch.library.opcheck(ops.linear_int8_epilogue.default, (*rows, 1, True))
     torch.library.opcheck(ops.linear_int8_pack.default, (values,))
     tiled = (u, ops.linear_int8_pack(values), 16, *rows[1:])
     torch.library.opcheck(ops.linear_int8_tiles.default, (*tiled, 1, True))
-    torch.library.opcheck(ops.linear_int8_finish_quantize.default, (*rows, 2, bounds))
+    torch.library.opcheck(ops.linear_int8_epilogue_quantize.default, (*rows, 2, bounds))
 
 
 def test_compiles_whole(compile_backend: str, backend: str) -> None:

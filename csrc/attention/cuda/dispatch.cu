@@ -1,17 +1,19 @@
-// The host's side of attention on a GPU: checks, memory, and the order of the kernels. Nothing here waits for the
-// device or reads cu_seqlens: the grid is for sequences of max_seqlen, and blocks without rows end at once.
-#include "attention/cuda/attention.h"
+// The host side of attention on a GPU: checks, allocation, and the choice and order of the kernels. Nothing here
+// synchronizes with the device or reads cu_seqlens: the grid is sized for max_seqlen, and blocks without rows return at
+// once. Rows after the last sequence become 0.
+#include "attention/checks.h"
+#include "attention/cuda/common.h"
 #include "common/cuda_reduce.h"
 
 namespace bert_fast {
 namespace {
 
-// The checked arguments that both passes share, and the tensors that they point into.
+// The checked arguments that both passes share, and the tensors that own their memory.
 struct Arguments {
   Arguments(const Tensor& qkv_in, const std::optional<Tensor>& bias_in, const Tensor& cu_seqlens, int64_t max_seqlen,
             double softmax_scale, double dropout_p, const std::optional<Tensor>& rng_state);
 
-  // Nothing to compute: no tokens, or none that a sequence could have.
+  // Whether there is nothing to compute.
   bool empty() const { return batch.total == 0 || batch.sequences == 0 || batch.max_seqlen == 0; }
 
   void align_to(const Tensor& x) {
@@ -26,18 +28,12 @@ struct Arguments {
 Arguments::Arguments(const Tensor& qkv_in, const std::optional<Tensor>& bias_in, const Tensor& cu_seqlens,
                      int64_t max_seqlen, double softmax_scale, double dropout_p, const std::optional<Tensor>& rng_state)
     : qkv(qkv_in), ends(as_contiguous(cu_seqlens)) {
-  STD_TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3, "attention: expected qkv (T, 3, N, D)");
+  attention::check_inputs(qkv, bias_in, cu_seqlens);
   if (qkv.stride(3) != 1) qkv = torch::stable::contiguous(qkv);
   const int64_t heads = qkv.size(2), dim = qkv.size(3);
   STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim, "attention: the CUDA kernels take a head dimension D of 1 to ", kMaxDim,
                   ", not ", dim);
-  if (bias_in.has_value()) {
-    STD_TORCH_CHECK(bias_in->dim() == 3, "attention: expected bias (3, N, D)");
-    for (int64_t i = 0; i < 3; ++i) check_size(*bias_in, "bias", i, qkv.size(i + 1));
-    bias = as_float(*bias_in);
-  }
-  check_dtype(cu_seqlens, "cu_seqlens", ScalarType::Int);
-  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "attention: expected cu_seqlens (B+1,)");
+  if (bias_in.has_value()) bias = as_float(*bias_in);
   const int64_t longest = std::min(std::max<int64_t>(max_seqlen, 0), qkv.size(0));
   const int64_t blocks = std::max<int64_t>(1, ceil_div(longest, attention_block_rows(qkv.scalar_type(), dim)));
   const int64_t sequences = ends.size(0) - 1;
@@ -65,11 +61,10 @@ Arguments::Arguments(const Tensor& qkv_in, const std::optional<Tensor>& bias_in,
   align_to(qkv);
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& qkv, const std::optional<Tensor>& bias,
-                                              const Tensor& cu_seqlens, int64_t max_seqlen, double softmax_scale,
-                                              double dropout_p, const std::optional<Tensor>& rng_state) {
+// qkv (T, 3, N, D) with any strides, bias (3, N, D) -> out (T, N, D), lse (N, T) float32
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, const std::optional<Tensor>& bias, const Tensor& cu_seqlens,
+                                         int64_t max_seqlen, double softmax_scale, double dropout_p,
+                                         const std::optional<Tensor>& rng_state) {
   Arguments arguments(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
   const int64_t total = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
   Tensor out = empty_like_rows(qkv, {total, heads, dim}, qkv.scalar_type());
@@ -89,22 +84,15 @@ std::tuple<Tensor, Tensor> attention_fwd_cuda(const Tensor& qkv, const std::opti
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> attention_bwd_cuda(const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias,
-                                              const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
-                                              int64_t max_seqlen, double softmax_scale, double dropout_p,
-                                              const std::optional<Tensor>& rng_state) {
+// -> dqkv (T, 3, N, D), dbias (3, N, D) float32
+std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias,
+                                         const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
+                                         int64_t max_seqlen, double softmax_scale, double dropout_p,
+                                         const std::optional<Tensor>& rng_state) {
   Arguments arguments(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
   const AttentionBatch& batch = arguments.batch;
   const int64_t total = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
-  for (const Tensor* x : {&dout, &out}) {
-    check_dtype(*x, x == &out ? "out" : "dout", qkv.scalar_type());
-    check_size(*x, x == &out ? "out" : "dout", 0, total);
-    check_size(*x, x == &out ? "out" : "dout", 1, heads);
-    check_size(*x, x == &out ? "out" : "dout", 2, dim);
-  }
-  check_dtype(lse, "lse", ScalarType::Float);
-  check_size(lse, "lse", 0, heads);
-  check_size(lse, "lse", 1, total);
+  attention::check_saved(dout, out, lse, qkv);
   Tensor dqkv = empty_like_rows(qkv, {total, 3, heads, dim}, qkv.scalar_type());
   Tensor dbias = empty_like_rows(qkv, {3, heads, dim}, ScalarType::Float);
   if (arguments.empty()) return {torch::stable::zero_(dqkv), torch::stable::zero_(dbias)};
@@ -119,9 +107,10 @@ std::tuple<Tensor, Tensor> attention_bwd_cuda(const Tensor& dout, const Tensor& 
   arguments.align_to(dqkv);
   if (biased && rounded) arguments.align_to(biased_q);
   const bool hopper = takes_hopper_path(batch, qkv.scalar_type(), qkv);
-  // Hopper's kernels keep what they know of queries in whole blocks.
-  const int64_t known = hopper ? batch.sequences * batch.blocks * attention_block_rows(qkv.scalar_type(), dim) : total;
-  const Tensor statistics = empty_like_rows(qkv, {heads, 3, known}, ScalarType::Float);
+  // Hopper's kernels store the statistics of queries in full blocks.
+  const int64_t statistics_rows =
+      hopper ? batch.sequences * batch.blocks * attention_block_rows(qkv.scalar_type(), dim) : total;
+  const Tensor statistics = empty_like_rows(qkv, {heads, 3, statistics_rows}, ScalarType::Float);
   dispatch_cuda(qkv.scalar_type(), "attention", [&](auto element) {
     using T = decltype(element);
     const AttentionBackward<T> tensors = {data<T>(grad),
@@ -143,6 +132,13 @@ std::tuple<Tensor, Tensor> attention_bwd_cuda(const Tensor& dout, const Tensor& 
   });
   if (!biased) return {dqkv, torch::stable::zero_(dbias)};
   return {dqkv, torch::stable::view(sum_parts_cuda(partial, 0, 3 * heads * dim), {3, heads, dim})};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bert_fast_cuda, BERT_FAST_CUDA_KEY, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
 }
 
 }  // namespace bert_fast

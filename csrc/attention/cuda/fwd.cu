@@ -1,8 +1,8 @@
-// Forward pass of attention in 16 bits: a block owns 64 queries of a head and walks over the keys with an online
+// The forward pass of attention in 16 bits: a block owns 64 queries of a head and loops over the keys with an online
 // softmax.
 //
-// Tiles of keys and values go from memory to the matrix unit as they are, the next while one is multiplied; their
-// biases enter through vectors (kernels/attention/README.md).
+// Tiles of keys and values are copied to shared memory unchanged, the next one while one is multiplied; their biases
+// enter through vectors (kernels/attention/README.md).
 #include "attention/cuda/mma.h"
 
 namespace bert_fast {
@@ -19,53 +19,53 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp)
   using Plan = TilePlan<D>;
   constexpr int kStep = Plan::kStep;
   zero_tail(batch, tensors.out, int64_t{batch.heads} * batch.dim, tensors.lse);
-  const OwnedRows own(batch, kRows);
-  if (own.row >= own.length) return;
+  const OwnedRows owned(batch, kRows);
+  if (owned.row >= owned.length) return;
   const Team team = {static_cast<int>(threadIdx.x), kBlockWarps * kWarp, 0};
   T* q = dynamic_shared<T>();
   T* stages = q + kRows * D;
   float* shift = reinterpret_cast<float*>(stages + 2 * Plan::kStages * kStep * D);
   const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
-  const T* base = tensors.qkv + own.first * batch.stride_t + own.head * batch.stride_n;
+  const T* base = tensors.qkv + owned.first * batch.stride_t + owned.head * batch.stride_n;
   const auto load_step = [&](int step) {
     T* k = stages + step % Plan::kStages * 2 * kStep * D;
     const int key = step * kStep;
     const T* from = base + key * batch.stride_t + batch.stride_part;
-    load_tile<D>(k, from, batch.stride_t, kStep, own.length - key, batch);
-    load_tile<D>(k + kStep * D, from + batch.stride_part, batch.stride_t, kStep, own.length - key, batch);
-    commit_copies();
+    load_tile<D>(k, from, batch.stride_t, kStep, owned.length - key, batch);
+    load_tile<D>(k + kStep * D, from + batch.stride_part, batch.stride_t, kStep, owned.length - key, batch);
+    cp_async_commit();
   };
-  load_tile<D>(q, base + own.row * batch.stride_t, batch.stride_t, kRows, own.length - own.row, batch);
+  load_tile<D>(q, base + owned.row * batch.stride_t, batch.stride_t, kRows, owned.length - owned.row, batch);
   load_step(0);
   if (batch.bias != nullptr || sign != 1.0f) {
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
-    prepare_queries<T, D, SwizzledRows<D>>(q, shift, own, batch, sign, team);
+    prepare_queries<T, D, SwizzledRows<D>>(q, shift, owned, batch, sign, team);
   }
 
   const DropoutState drop = load_dropout(batch.dropout);
   OnlineSoftmax softmax;
   float acc[D / 8][4] = {};
   const float scale2 = batch.scale * kLog2E;
-  const int steps = (own.length + kStep - 1) / kStep;
-  wait_for_copies<0>();
+  const int steps = (owned.length + kStep - 1) / kStep;
+  cp_async_wait<0>();
   __syncthreads();
-  const LeftRows<T, D, Plan::kKeep> queries(q, warp * kWarpRows);
+  const LeftRows<T, D, Plan::kLeftInRegisters> queries(q, warp * kWarpRows);
   for (int step = 0; step < steps; ++step) {
     if (step > 0) {
-      wait_for_copies<0>();
+      cp_async_wait<0>();
       __syncthreads();
     }
     if (Plan::kStages == 2 && step + 1 < steps) load_step(step + 1);
     const T* k = stages + step % Plan::kStages * 2 * kStep * D;
     float s[kStep / 8][4];
     multiply_transposed<T, D, kStep>(queries, k, s);
-    fill_behind<kStep>(s, own.length - step * kStep, -INFINITY);
+    mask_columns<kStep>(s, owned.length - step * kStep, -INFINITY);
     float decay[2];
     softmax.step<kStep>(s, scale2, decay);
-    multiply_rows_by<D>(acc, decay);
+    scale_rows<D>(acc, decay);
     if constexpr (DROPOUT) {
-      softmax.drop<kStep>(s, drop, own.head, own.first + own.row + warp * kWarpRows, step * kStep);
+      softmax.drop<kStep>(s, drop, owned.head, owned.first + owned.row + warp * kWarpRows, step * kStep);
     }
     accumulate<T, D, kStep, D>(s, KeepsAll(), k + kStep * D, 0, acc);
     if (Plan::kStages == 1 && step + 1 < steps) {
@@ -74,19 +74,19 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp)
     }
   }
 
-  float* lse = tensors.lse + own.head * batch.total + own.first + own.row;
-  softmax.finish<D, DROPOUT>(acc, batch, own.head, shift, warp * kWarpRows + g, own.length - own.row, lse);
+  float* lse = tensors.lse + owned.head * batch.total + owned.first + owned.row;
+  softmax.finish<D, DROPOUT>(acc, batch, owned.head, shift, warp * kWarpRows + g, owned.length - owned.row, lse);
   const int64_t stride = int64_t{batch.heads} * batch.dim;
-  T* to = tensors.out + (own.first + own.row) * stride + own.head * batch.dim;
-  store_rows<T, D, SwizzledRows<D>>(q, warp * kWarpRows, 0, acc, to, stride, own.length - own.row, batch);
+  T* to = tensors.out + (owned.first + owned.row) * stride + owned.head * batch.dim;
+  store_rows<T, D, SwizzledRows<D>>(q, warp * kWarpRows, 0, acc, to, stride, owned.length - owned.row, batch);
 }
 
 }  // namespace
 
 template <class T>
-void attention_forward_cuda(const AttentionBatch& given, const AttentionForward<T>& tensors, const Tensor& on) {
+void attention_forward_cuda(const AttentionBatch& arguments, const AttentionForward<T>& tensors, const Tensor& on) {
   float sign;
-  const AttentionBatch batch = with_positive_scale(given, &sign);
+  const AttentionBatch batch = with_positive_scale(arguments, &sign);
   dispatch_dim(batch.dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     const auto kernel = batch.dropout.threshold ? attention_forward<T, kDim, true>

@@ -1,67 +1,69 @@
-// dk and dv of attention for Hopper: a team owns 64 keys and walks over the queries. Scores are transposed, a row a
-// key, so that P and dZ go from registers into the products for dv and dk.
+// dk and dv of attention for Hopper: a consumer owns 64 keys and loops over the queries. Scores are transposed, with a
+// row per key, so that P and dZ stay in registers as operands of the products for dv and dk.
 #include "attention/cuda/hopper.h"
 
 namespace bert_fast {
 namespace {
 
 constexpr int kStep = 64;
-static_assert(kStep == kRows, "what is known of the queries comes in blocks of kRows");
+static_assert(kStep == kRows, "the statistics of queries are stored in blocks of kRows");
 
 template <class T, int D>
 using DkvMemory = HopperMemory<T, D, kStep, D == 64 ? 9 : 4, D == 64 ? 2 : 1, 2, kBlockWarps * D, 3 * kStep>;
 
-// dk and dv of 64 keys from all queries, up to factors. dP is made while P is, where there are registers for both.
+// dk and dv of 64 keys, summed over all queries, up to factors. The product for dP overlaps the computation of P where
+// the registers suffice for both.
 template <class T, int D, bool DROPOUT>
 __device__ __forceinline__ void sum_queries(float (&dk)[D / 8][4], float (&dv)[D / 8][4], const T* k, const T* v,
-                                            const OwnedRows& own, const AttentionBatch& batch, const DropoutState& drop,
-                                            int steps, bool last_pass, const Taker<DkvMemory<T, D>>& taker) {
-  constexpr bool kTogether = D == 64;
-  const int first_key = own.row + threadIdx.x % kWarpgroup / kWarp * kWarpRows;
+                                            const OwnedRows& owned, const AttentionBatch& batch,
+                                            const DropoutState& drop, int steps, bool last_pass,
+                                            const Consumer<DkvMemory<T, D>>& consumer) {
+  constexpr bool kOverlap = D == 64;
+  const int first_key = owned.row + threadIdx.x % kWarpgroup / kWarp * kWarpRows;
   const float scale2 = batch.scale * kLog2E;
   for (int step = 0; step < steps; ++step) {
     float p[kStep / 8][4], dp[kStep / 8][4];
     uint32_t left[kStep / 16][4];
-    const T *q = taker.wait(0, step), *dout = taker.wait(1, step);
+    const T *q = consumer.wait(0, step), *dout = consumer.wait(1, step);
     const auto start_dp = [&] {
-      fence_products(dp);
+      wgmma_fence(dp);
       start_scores<T, D, kStep>(dp, v, dout);
-      commit_products();
+      wgmma_commit();
     };
-    fence_products(p);
+    wgmma_fence(p);
     start_scores<T, D, kStep>(p, k, q);
-    commit_products();
-    if constexpr (kTogether) start_dp();
-    wait_for_products<kTogether ? 1 : 0>(p);
-    const QueryColumns<kStep> queries(taker.memory.stage_extra(taker.slot(step)));
+    wgmma_commit();
+    if constexpr (kOverlap) start_dp();
+    wgmma_wait<kOverlap ? 1 : 0>(p);
+    const QueryColumns<kStep> queries(consumer.memory.stage_extra(consumer.slot(step)));
     queries.exponentials(p, scale2);
     const std::conditional_t<DROPOUT, KeptQueries<kStep>, KeepsAll> mask(
-        drop, own.head, static_cast<uint32_t>(own.first) + step * kStep, first_key);
+        drop, owned.head, static_cast<uint32_t>(owned.first) + step * kStep, first_key);
     round_kept<T, kStep>(p, mask, left);
-    fence_products(dv, left);
+    wgmma_fence(dv, left);
     start_sums<T, D, kStep>(dv, left, dout);
-    commit_products();
-    if constexpr (kTogether) {
-      wait_for_products<1>(dp);
+    wgmma_commit();
+    if constexpr (kOverlap) {
+      wgmma_wait<1>(dp);
       queries.differentiate(p, dp, mask);
-      wait_for_products<0>(dv, left);
+      wgmma_wait<0>(dv, left);
     } else {
-      wait_for_products<0>(dv, left);
+      wgmma_wait<0>(dv, left);
       start_dp();
-      wait_for_products<0>(dp);
+      wgmma_wait<0>(dp);
       queries.differentiate(p, dp, mask);
     }
-    taker.release(1, step, last_pass);
+    consumer.release(1, step, last_pass);
     round_scores<T, kStep>(p, left);
-    fence_products(dk, left);
+    wgmma_fence(dk, left);
     start_sums<T, D, kStep>(dk, left, q);
-    commit_products();
-    wait_for_products<0>(dk);
-    taker.release(0, step, last_pass);
+    wgmma_commit();
+    wgmma_wait<0>(dk);
+    consumer.release(0, step, last_pass);
   }
 }
 
-// Queries come from `queries`, q + bias where there is a bias.
+// `queries` is q + bias if there is a bias, else part of qkv.
 struct DkvMaps {
   TensorMap qkv, queries, dout;
 };
@@ -76,37 +78,37 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const Memory memory;
   const int width = batch.heads * batch.dim, group = warpgroup();
   memory.init_barriers();
-  if (group == kTeams) {
-    set_registers<kMovingRegisters, false>();
-    Mover<T, Memory>{memory}.run(batch, work, {{&maps.qkv, 1}, {&maps.qkv, 2}}, {{&maps.queries, 0}, {&maps.dout, 0}},
-                                 tensors.statistics);
+  if (group == kConsumers) {
+    setmaxnreg<kProducerRegisters, false>();
+    Producer<T, Memory>{memory}.run(batch, work, {{&maps.qkv, 1}, {&maps.qkv, 2}},
+                                    {{&maps.queries, 0}, {&maps.dout, 0}}, tensors.statistics);
   } else {
-    set_registers<kTeamRegisters, true>();
+    setmaxnreg<kConsumerRegisters, true>();
     const Team team = {static_cast<int>(threadIdx.x) % kWarpgroup, kWarpgroup, 1 + group};
     const int warp = team.thread / kWarp, warp_row = warp * kWarpRows, row = warp_row + team.thread % kWarp / 4;
     const DropoutState drop = load_dropout(batch.dropout);
-    Taker<Memory> taker = {memory};
-    const auto pass = [&](const OwnedRows& own, int steps, bool last_pass) {
-      T *k = memory.own(group, taker.own_slot(), 0), *v = memory.own(group, taker.own_slot(), 1);
-      taker.wait_own(group);
+    Consumer<Memory> consumer = {memory};
+    const auto pass = [&](const OwnedRows& owned, int steps, bool last_pass) {
+      T *k = memory.owned(group, consumer.owned_slot(), 0), *v = memory.owned(group, consumer.owned_slot(), 1);
+      consumer.wait_owned(group);
       float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-      sum_queries<T, D, DROPOUT>(dk, dv, k, v, own, batch, drop, steps, last_pass, taker);
-      const int valid = own.length - own.row;
-      multiply_valid_rows<D>(dk, batch.scale * batch.dropout.scale, row, valid);
-      multiply_valid_rows<D>(dv, batch.dropout.scale, row, valid);
-      team.sync();  // all warps are done with the keys and values, in whose place the results are put in order
-      T* to = tensors.dqkv + ((own.first + own.row) * 3 * batch.heads + own.head) * batch.dim + width;
+      sum_queries<T, D, DROPOUT>(dk, dv, k, v, owned, batch, drop, steps, last_pass, consumer);
+      const int valid = owned.length - owned.row;
+      scale_valid_rows<D>(dk, batch.scale * batch.dropout.scale, row, valid);
+      scale_valid_rows<D>(dv, batch.dropout.scale, row, valid);
+      team.sync();  // all warps have read the keys and values, whose memory store_rows reuses
+      T* to = tensors.dqkv + ((owned.first + owned.row) * 3 * batch.heads + owned.head) * batch.dim + width;
       const int64_t stride = int64_t{3} * width;
       store_rows<T, D, Layout>(k, warp_row, 0, dk, to, stride, valid, batch);
       store_rows<T, D, Layout>(v, warp_row, 0, dv, to + width, stride, valid, batch);
-      taker.release_own(group);
-      float* partial = partial_of(tensors.partial, own, batch, 1);
+      consumer.release_owned(group);
+      float* partial = partial_of(tensors.partial, owned, batch, 1);
       if (partial == nullptr) return;
       store_column_sums<D, D>(memory.extra(group), warp, 0, dk, partial, batch.dim, team);
       store_column_sums<D, D>(memory.extra(group), warp, 0, dv, partial + width, batch.dim, team);
     };
-    for_each_pass(batch, work, group, taker, pass, [&](const OwnedRows& own) {
-      float* partial = partial_of(tensors.partial, own, batch, 1);
+    for_each_pass(batch, work, group, consumer, pass, [&](const OwnedRows& owned) {
+      float* partial = partial_of(tensors.partial, owned, batch, 1);
       if (partial == nullptr) return;
       zero_sums(partial, batch.dim, team);
       zero_sums(partial + width, batch.dim, team);

@@ -1,35 +1,35 @@
-// What is done to 64 owned rows before and after the products, for the kernels of 16 bits: four warps share them, 16
-// each. `Layout` says where chunk c (8 numbers) of row r lies in a tile: Layout::place(r, c).
+// The prologue and the epilogue of 64 owned rows in the 16-bit kernels: four warps share them, 16 each.
+// `Layout::offset(r, c)` is the position of chunk c (8 numbers) of row r in a tile.
 #pragma once
 
 #include "attention/cuda/scores.h"
 
 namespace bert_fast {
 
-constexpr int kRows = attention_block_rows(ScalarType::Half, kMaxDim);  // owned together
-constexpr int kWarpRows = 16;                                           // of them a warp's
-constexpr int kBlockWarps = kRows / kWarpRows;                          // that share them
+constexpr int kRows = attention_block_rows(ScalarType::Half, kMaxDim);
+constexpr int kWarpRows = 16;
+constexpr int kBlockWarps = kRows / kWarpRows;
 
-// The threads that work on the same rows: all of a block, or a warpgroup of it, with a barrier of its own.
+// The threads that share rows, with their named barrier: all of a block, or one of its warpgroups.
 struct Team {
   int thread, threads, barrier;
   __device__ __forceinline__ void sync() const { named_barrier(barrier, threads); }
 };
 
-// Queries to sign (q + bias), rounded; `shift` gets their product with the bias of the keys.
+// Replaces the queries by sign (q + bias), rounded; `shift` receives their products with the bias of the keys.
 template <class T, int D, class Layout>
-__device__ __forceinline__ void prepare_queries(T* q, float* shift, const OwnedRows& own, const AttentionBatch& batch,
+__device__ __forceinline__ void prepare_queries(T* q, float* shift, const OwnedRows& owned, const AttentionBatch& batch,
                                                 float sign, const Team& team) {
   constexpr int kChunks = D / 8;
   const int chunk = team.thread % kChunks, columns = batch.dim - 8 * chunk, part = batch.heads * batch.dim;
   float bias_q[8] = {}, bias_k[8] = {};
   if (batch.bias != nullptr) {
-    const float* bias = batch.bias + own.head * batch.dim + 8 * chunk;
+    const float* bias = batch.bias + owned.head * batch.dim + 8 * chunk;
     load_pack<8, false>(bias, columns, bias_q);
     load_pack<8, false>(bias + part, columns, bias_k);
   }
   for (int row = team.thread / kChunks; row < kRows; row += team.threads / kChunks) {
-    T* at = q + Layout::place(row, chunk);
+    T* at = q + Layout::offset(row, chunk);
     float numbers[8], sum = 0.0f;
     load_pack<8, true>(at, 8, numbers);
 #pragma unroll
@@ -44,41 +44,44 @@ __device__ __forceinline__ void prepare_queries(T* q, float* shift, const OwnedR
   }
 }
 
-// Of each owned query, to `vectors` (3, 64) and to row `row` of `statistics`, whose vectors are `stride` apart: lse2,
-// the logarithm to base 2 of the sum of exp(Z) without the bias of the keys; what is added to a dP of the keys and
-// values as they lie in memory to make (dP - delta) / multiplier; and that for a dropped dP, -delta / multiplier.
-// Queries get their bias. Behind the end P and dP are 0; `statistics` gets those rows where WHOLE.
-template <class T, int D, class Layout, bool WHOLE>
+// Adds the bias to the owned queries and computes three statistics of each, to `vectors` (3, 64) and to `statistics`,
+// whose rows are `stride` apart:
+//   lse2     the base-2 logarithm of the sum of exp(Z), Z without the bias of the keys;
+//   shift    what turns a dP of the values without bias into (dP - delta) / multiplier when added to it;
+//   dropped  what replaces it where dropout drops, -delta / multiplier.
+// For rows past the end they make P and dP 0; `statistics` receives those rows if FULL.
+template <class T, int D, class Layout, bool FULL>
 __device__ __forceinline__ void prepare_rows(T* q, const T* dout, float* vectors, float* statistics, int64_t stride,
-                                             const OwnedRows& own, const AttentionBatch& batch,
+                                             const OwnedRows& owned, const AttentionBatch& batch,
                                              const AttentionBackward<T>& tensors, const Team& team) {
   constexpr int kChunks = D / 8;
   const int chunk = team.thread % kChunks, columns = batch.dim - 8 * chunk, part = batch.heads * batch.dim;
   const bool biased = batch.bias != nullptr;
   float bias_q[8] = {}, bias_k[8] = {}, bias_v[8] = {};
   if (biased) {
-    const float* bias = batch.bias + own.head * batch.dim + 8 * chunk;
+    const float* bias = batch.bias + owned.head * batch.dim + 8 * chunk;
     load_pack<8, false>(bias, columns, bias_q);
     load_pack<8, false>(bias + part, columns, bias_k);
     load_pack<8, false>(bias + 2 * part, columns, bias_v);
   }
   for (int row = team.thread / kChunks; row < kRows; row += team.threads / kChunks) {
-    const bool inside = own.row + row < own.length;
-    const int64_t token = own.first + own.row + row, at = (token * batch.heads + own.head) * batch.dim + 8 * chunk;
+    const bool inside = owned.row + row < owned.length;
+    const int64_t token = owned.first + owned.row + row,
+                  at = (token * batch.heads + owned.head) * batch.dim + 8 * chunk;
     float numbers[8], grad[8], result[8], delta = 0.0f, of_k = 0.0f, of_v = 0.0f;
-    load_pack<8, true>(dout + Layout::place(row, chunk), 8, grad);
+    load_pack<8, true>(dout + Layout::offset(row, chunk), 8, grad);
     load_some<8>(tensors.out + (inside ? at : 0), inside ? columns : 0, batch.aligned, result);
 #pragma unroll
     for (int i = 0; i < 8; ++i) delta += grad[i] * result[i];
     if (biased) {
-      load_pack<8, true>(q + Layout::place(row, chunk), 8, numbers);
+      load_pack<8, true>(q + Layout::offset(row, chunk), 8, numbers);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         numbers[i] = static_cast<float>(static_cast<T>(numbers[i] + bias_q[i]));
         of_k += numbers[i] * bias_k[i];
         of_v += grad[i] * bias_v[i];
       }
-      store_pack<8, true>(q + Layout::place(row, chunk), 8, numbers);
+      store_pack<8, true>(q + Layout::offset(row, chunk), 8, numbers);
       if (inside && columns > 0) store_some<8>(tensors.biased_q + at, columns, batch.aligned, numbers);
     }
 #pragma unroll
@@ -88,21 +91,21 @@ __device__ __forceinline__ void prepare_rows(T* q, const T* dout, float* vectors
       of_v += __shfl_xor_sync(kAllLanes, of_v, mask);
     }
     if (chunk == 0) {
-      const float lse = inside ? tensors.lse[own.head * batch.total + token] : INFINITY;
+      const float lse = inside ? tensors.lse[owned.head * batch.total + token] : INFINITY;
       const float dropped = -delta / batch.dropout.scale;
-      const float found[3] = {inside ? (lse - of_k * batch.scale) * kLog2E : INFINITY, inside ? of_v + dropped : 0.0f,
-                              inside ? dropped : 0.0f};
+      const float row_statistics[3] = {inside ? (lse - of_k * batch.scale) * kLog2E : INFINITY,
+                                       inside ? of_v + dropped : 0.0f, inside ? dropped : 0.0f};
 #pragma unroll
       for (int i = 0; i < 3; ++i) {
-        vectors[i * kRows + row] = found[i];
-        if (inside || WHOLE) statistics[i * stride + row] = found[i];
+        vectors[i * kRows + row] = row_statistics[i];
+        if (inside || FULL) statistics[i * stride + row] = row_statistics[i];
       }
     }
   }
 }
 
-// Rows [row, row + 16) of the warp's accumulator, rounded, to `to` in global memory; `tile` is where they are put in
-// order, in rows that nobody else uses any more.
+// Stores the warp's accumulator, rounded, as rows [row, row + 16) of `to` in global memory, through the same rows of
+// `tile`, which no other warp reads any more, so that the stores are coalesced.
 template <class T, int COLS, class Layout>
 __device__ __forceinline__ void store_rows(T* tile, int row, int first_chunk, const float (&c)[COLS / 8][4], T* to,
                                            int64_t stride, int valid, const AttentionBatch& batch) {
@@ -113,7 +116,7 @@ __device__ __forceinline__ void store_rows(T* tile, int row, int first_chunk, co
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t pair = pack_pair<T>(c[j][2 * half], c[j][2 * half + 1]);
-      *reinterpret_cast<uint32_t*>(tile + Layout::place(row + g + 8 * half, first_chunk + j) + 2 * t) = pair;
+      *reinterpret_cast<uint32_t*>(tile + Layout::offset(row + g + 8 * half, first_chunk + j) + 2 * t) = pair;
     }
   }
   __syncwarp();
@@ -122,7 +125,7 @@ __device__ __forceinline__ void store_rows(T* tile, int row, int first_chunk, co
     const int r = row + i / kChunks, chunk = first_chunk + i % kChunks;
     const int columns = r < valid ? batch.dim - 8 * chunk : 0;
     if (columns <= 0) continue;
-    const auto pack = *reinterpret_cast<const Pack<T, 8>*>(tile + Layout::place(r, chunk));
+    const auto pack = *reinterpret_cast<const Pack<T, 8>*>(tile + Layout::offset(r, chunk));
     T* at = to + r * stride + 8 * chunk;
     if (batch.aligned) {
       *reinterpret_cast<Pack<T, 8>*>(at) = pack;
@@ -135,9 +138,9 @@ __device__ __forceinline__ void store_rows(T* tile, int row, int first_chunk, co
   }
 }
 
-// Rows of `c` that are behind the end to 0, the others times `factor`; `row` is that of number 0.
+// Multiplies the rows of `c` before the end by `factor` and zeroes the others; `row` is the row of c[0][0].
 template <int COLS>
-__device__ __forceinline__ void multiply_valid_rows(float (&c)[COLS / 8][4], float factor, int row, int valid) {
+__device__ __forceinline__ void scale_valid_rows(float (&c)[COLS / 8][4], float factor, int row, int valid) {
 #pragma unroll
   for (int j = 0; j < COLS / 8; ++j) {
 #pragma unroll
@@ -145,8 +148,8 @@ __device__ __forceinline__ void multiply_valid_rows(float (&c)[COLS / 8][4], flo
   }
 }
 
-// Sums over the team's 64 rows of the warps' accumulators (16, COLS), the warps' in order: to `to` (dim,). `sums` is
-// op for 4 D numbers.
+// Sums the warps' accumulators (16, COLS) over the team's 64 rows to `to` (dim,), the warps in order. `sums` is scratch
+// memory of 4 D numbers.
 template <int D, int COLS>
 __device__ __forceinline__ void store_column_sums(float* sums, int warp_row, int first_column,
                                                   const float (&c)[COLS / 8][4], float* to, int dim, const Team& team) {

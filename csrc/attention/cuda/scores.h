@@ -1,27 +1,18 @@
-// What is done to scores in registers, for the kernels of 16 bits: a warp has 16 rows of them, laid out as the products
-// leave them: lane 4 g + t has columns 8 j + 2 t and the next of rows g (numbers 0 and 1 of s[j]) and g + 8 (2 and 3).
+// Softmax, dropout and their gradients on scores in registers, for the 16-bit kernels. A warp holds 16 rows of scores
+// in the layout of mma_16x8x16: lane 4 g + t has columns 8 j + 2 t and the next of row g (s[j][0], s[j][1]) and of row
+// g + 8 (s[j][2], s[j][3]).
 #pragma once
 
 #include <cmath>
 
-#include "attention/cuda/attention.h"
-#include "common/cuda_mma.h"
+#include "attention/cuda/common.h"
+#include "common/cuda.h"
 
 namespace bert_fast {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ float exp2_fast(float x) {
-#ifdef BERT_FAST_EMULATOR
-  return std::exp2(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
-// Sum and largest over the four lanes that share a row of an accumulator.
+// The sum and the maximum over the four lanes that share a row of an accumulator.
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
   return x + __shfl_xor_sync(kAllLanes, x, 2);
@@ -32,22 +23,22 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
-// Which of a warp's scores, 16 queries by STEP keys from a multiple of 16 on, dropout keeps. A call of the generator
-// decides 16 keys of a query, so the four lanes of a row share the calls for it, and hand the bits around.
+// Which of a warp's scores, 16 queries by STEP keys, dropout keeps; first_key is a multiple of 16. A call of the
+// generator decides 16 keys of a query, so the four lanes of a row divide the calls and exchange the bits.
 template <int STEP>
 struct KeptKeys {
   __device__ __forceinline__ KeptKeys(const DropoutState& drop, int head, uint32_t first_query, int first_key) {
     constexpr int kGroups = STEP / 16;
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    uint32_t mine = 0;
+    uint32_t bits = 0;
 #pragma unroll
     for (int call = 0; call < kGroups / 2; ++call) {
       const int index = t + 4 * call;
       const uint32_t query = first_query + g + index / kGroups * 8;
-      mine |= kept_bits(drop, head, query, first_key / 16 + index % kGroups) << (8 * call);
+      bits |= kept_bits(drop, head, query, first_key / 16 + index % kGroups) << (8 * call);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(kAllLanes, mine, 4 * g + i) >> kept_place(2 * t);
+    for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(kAllLanes, bits, 4 * g + i) >> kept_bit(2 * t);
   }
 
   // Element i of accumulator j.
@@ -59,20 +50,20 @@ struct KeptKeys {
   uint32_t words[4];
 };
 
-// The same for scores that lie the other way: 16 keys, a whole group, by STEP queries.
+// The same for transposed scores: 16 keys by STEP queries.
 template <int STEP>
 struct KeptQueries {
   __device__ __forceinline__ KeptQueries(const DropoutState& drop, int head, uint32_t first_query, int first_key) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    uint32_t mine = 0;
+    uint32_t bits = 0;
 #pragma unroll
     for (int call = 0; call < STEP / 32; ++call) {
-      mine |= kept_bits(drop, head, first_query + lane + 32 * call, first_key / 16) << (8 * call);
+      bits |= kept_bits(drop, head, first_query + lane + 32 * call, first_key / 16) << (8 * call);
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) words[j][i] = __shfl_sync(kAllLanes, mine, 8 * j + 2 * t + i) >> kept_place(g);
+      for (int i = 0; i < 2; ++i) words[j][i] = __shfl_sync(kAllLanes, bits, 8 * j + 2 * t + i) >> kept_bit(g);
     }
   }
 
@@ -83,14 +74,14 @@ struct KeptQueries {
   uint32_t words[4][2];
 };
 
-// What takes the place of a mask without dropout.
+// The mask without dropout.
 struct KeepsAll {
   template <class... X>
   __device__ __forceinline__ explicit KeepsAll(const X&...) {}
   __device__ __forceinline__ bool keeps(int, int) const { return true; }
 };
 
-// Scores, where `mask` keeps them, to the left operands of products, rounded to T.
+// Scores, rounded to T, as left operands of products; 0 where `mask` drops them.
 template <class T, int STEP, class Mask>
 __device__ __forceinline__ void round_kept(const float (&s)[STEP / 8][4], const Mask& mask,
                                            uint32_t (&p)[STEP / 16][4]) {
@@ -110,20 +101,20 @@ __device__ __forceinline__ void round_scores(const float (&s)[STEP / 8][4], uint
   round_kept<T, STEP>(s, KeepsAll(), p);
 }
 
-// Columns from `left` on, which are behind the end, to `value`.
+// Sets columns from `valid` on, which are past the end, to `value`.
 template <int STEP>
-__device__ __forceinline__ void fill_behind(float (&s)[STEP / 8][4], int left, float value) {
-  if (left >= STEP) return;
+__device__ __forceinline__ void mask_columns(float (&s)[STEP / 8][4], int valid, float value) {
+  if (valid >= STEP) return;
   const int first = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < STEP / 8; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[j][i] = 8 * j + first + i % 2 < left ? s[j][i] : value;
+    for (int i = 0; i < 4; ++i) s[j][i] = 8 * j + first + i % 2 < valid ? s[j][i] : value;
   }
 }
 
 template <int COLS>
-__device__ __forceinline__ void multiply_rows_by(float (&c)[COLS / 8][4], const float (&factor)[2]) {
+__device__ __forceinline__ void scale_rows(float (&c)[COLS / 8][4], const float (&factor)[2]) {
 #pragma unroll
   for (int j = 0; j < COLS / 8; ++j) {
 #pragma unroll
@@ -131,10 +122,10 @@ __device__ __forceinline__ void multiply_rows_by(float (&c)[COLS / 8][4], const 
   }
 }
 
-// Softmax over keys that come in steps: the largest score of each row so far, the sum of the exponentials of their
-// distances to it, and of those that dropout keeps.
+// Online softmax: the running maximum of each row, the sum of the exponentials relative to it, and the sum of those
+// that dropout keeps.
 struct OnlineSoftmax {
-  // Scores to exponentials; `decay` is what all before is to be multiplied by.
+  // Replaces scores by exponentials; `decay` is the factor by which all earlier sums have to be rescaled.
   template <int STEP>
   __device__ __forceinline__ void step(float (&s)[STEP / 8][4], float scale2, float (&decay)[2]) {
 #pragma unroll
@@ -154,12 +145,12 @@ struct OnlineSoftmax {
           sum += s[j][i];
         }
       }
-      total[half] = total[half] * decay[half] + sum;
-      kept[half] *= decay[half];
+      sums[half] = sums[half] * decay[half] + sum;
+      kept_sums[half] *= decay[half];
     }
   }
 
-  // Drop exponentials of queries from first_query and keys from first_key on, the 16 rows and STEP columns of s.
+  // Dropout of the exponentials of 16 queries from first_query on and STEP keys from first_key on.
   template <int STEP>
   __device__ __forceinline__ void drop(float (&s)[STEP / 8][4], const DropoutState& state, int head,
                                        uint32_t first_query, int first_key) {
@@ -173,14 +164,14 @@ struct OnlineSoftmax {
         for (int i = 0; i < 4; ++i) {
           float& x = s[from / 8 + j][i];
           x = mask.keeps(j, i) ? x : 0.0f;
-          kept[i / 2] += x;
+          kept_sums[i / 2] += x;
         }
       }
     }
   }
 
-  // Sums over keys to rows of `out`, and their lse to `lse` where they are within `valid`. Row is that of number 0;
-  // `shift` has the products of the queries with the bias of the keys.
+  // Normalizes the sums over keys to rows of `out`, adds the bias of the values, and writes lse for rows below `valid`.
+  // `row` is the row of c[0][0]; `shift` holds the products of the queries with the bias of the keys.
   template <int D, bool DROPOUT>
   __device__ __forceinline__ void finish(float (&c)[D / 8][4], const AttentionBatch& batch, int head,
                                          const float* shift, int row, int valid, float* lse) {
@@ -188,14 +179,14 @@ struct OnlineSoftmax {
     float factor[2], weight[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = quad_sum(total[half]);
+      const float sum = quad_sum(sums[half]);
       factor[half] = batch.dropout.scale / sum;
-      weight[half] = DROPOUT ? quad_sum(kept[half]) * factor[half] : 1.0f;
-      float found = m[half] * batch.scale + logf(sum);
-      if (batch.bias != nullptr) found += shift[row + 8 * half] * batch.scale;
-      if (t == 0 && row + 8 * half < valid) lse[row + 8 * half] = found;
+      weight[half] = DROPOUT ? quad_sum(kept_sums[half]) * factor[half] : 1.0f;
+      float row_lse = m[half] * batch.scale + logf(sum);
+      if (batch.bias != nullptr) row_lse += shift[row + 8 * half] * batch.scale;
+      if (t == 0 && row + 8 * half < valid) lse[row + 8 * half] = row_lse;
     }
-    multiply_rows_by<D>(c, factor);
+    scale_rows<D>(c, factor);
     if (batch.bias == nullptr) return;
     const float* bias_v = batch.bias + (2 * batch.heads + head) * batch.dim;
 #pragma unroll
@@ -210,10 +201,10 @@ struct OnlineSoftmax {
     }
   }
 
-  float m[2] = {-INFINITY, -INFINITY}, total[2] = {}, kept[2] = {};
+  float m[2] = {-INFINITY, -INFINITY}, sums[2] = {}, kept_sums[2] = {};
 };
 
-// What is known of the two queries whose rows a lane has; see `prepare_rows`.
+// The statistics (prepare_rows) of the two queries whose rows a lane holds.
 struct QueryRows {
   __device__ __forceinline__ QueryRows(const float* vectors, int row, int rows) {
 #pragma unroll
@@ -227,10 +218,10 @@ struct QueryRows {
   float lse2[2], shift[2], dropped[2];
 };
 
-// Scores s and products dp of a row a query to dZ, up to a factor, in s; keys behind `left` get 0.
+// From scores s and products dp, with a row per query, to dZ up to a factor, in s; 0 for keys from `valid` on.
 template <int STEP, bool DROPOUT>
 __device__ __forceinline__ void differentiate_queries(float (&s)[STEP / 8][4], const float (&dp)[STEP / 8][4],
-                                                      const QueryRows& rows, float scale2, int left,
+                                                      const QueryRows& rows, float scale2, int valid,
                                                       const DropoutState& drop, int head, uint32_t first_query,
                                                       int first_key) {
 #pragma unroll
@@ -238,7 +229,7 @@ __device__ __forceinline__ void differentiate_queries(float (&s)[STEP / 8][4], c
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(s[j][i] * scale2 - rows.lse2[i / 2]);
   }
-  fill_behind<STEP>(s, left, 0.0f);
+  mask_columns<STEP>(s, valid, 0.0f);
   const std::conditional_t<DROPOUT, KeptKeys<STEP>, KeepsAll> mask(drop, head, first_query, first_key);
 #pragma unroll
   for (int j = 0; j < STEP / 8; ++j) {
@@ -247,12 +238,12 @@ __device__ __forceinline__ void differentiate_queries(float (&s)[STEP / 8][4], c
   }
 }
 
-// The same for scores of a row a key. `vectors` (3, STEP) has what is known of the queries, which are columns.
+// The same for transposed scores, with a row per key. `vectors` (3, STEP) holds the statistics of the queries.
 template <int STEP>
 struct QueryColumns {
   __device__ __forceinline__ explicit QueryColumns(const float* vectors) : lse2(vectors + threadIdx.x % 4 * 2) {}
 
-  // Scores to P.
+  // From scores to P.
   __device__ __forceinline__ void exponentials(float (&s)[STEP / 8][4], float scale2) const {
 #pragma unroll
     for (int j = 0; j < STEP / 8; ++j) {
@@ -261,7 +252,7 @@ struct QueryColumns {
     }
   }
 
-  // P and dp to dZ, up to a factor, in p.
+  // From P and dp to dZ up to a factor, in p.
   template <class Mask>
   __device__ __forceinline__ void differentiate(float (&p)[STEP / 8][4], const float (&dp)[STEP / 8][4],
                                                 const Mask& mask) const {

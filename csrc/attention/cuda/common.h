@@ -1,9 +1,8 @@
-// What the CUDA kernels of attention share, whatever the dtype: their arguments, and which rows a block owns.
+// What all CUDA kernels of attention share: their arguments, and the rows that a block owns.
 #pragma once
 
 #include <limits>
 
-#include "attention/attention.h"
 #include "common/cuda.h"
 #include "common/cuda_philox.h"
 
@@ -13,15 +12,15 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kMaxDim = 256;
 
-// The packed batch; T tokens, B sequences, N heads, D numbers a head.
+// The packed batch; T tokens, B sequences, N heads, D numbers per head.
 struct AttentionBatch {
   const int32_t* cu_seqlens;
   const float* bias;                        // (3, N, D), or null
   int64_t total, sequences;                 // T, B
   int64_t stride_t, stride_part, stride_n;  // of qkv; D is dense
   int heads, dim, max_seqlen;
-  int blocks;    // of owned rows that the longest sequence has
-  bool aligned;  // rows of every tensor can be moved 16 bytes at a time
+  int blocks;    // of owned rows in the longest sequence
+  bool aligned;  // every row of every tensor is a multiple of, and aligned to, 16 bytes
   float scale;
   DropoutArguments dropout;
 };
@@ -33,7 +32,7 @@ struct AttentionForward {
   float* lse;  // (N, T)
 };
 
-// `statistics` goes from the kernel of dq to that of dk and dv, in 16 bits also `biased_q` (T, N, D) = q + bias.
+// The dq kernel writes `statistics` for the dk and dv kernel, and, in 16 bits, `biased_q` (T, N, D) = q + bias.
 template <class T>
 struct AttentionBackward {
   const T *dout, *qkv, *out;
@@ -44,13 +43,13 @@ struct AttentionBackward {
   float* partial;     // (B blocks, 3, N, D): sums of dqkv over the rows of a block; null without a bias
 };
 
-// The block's rows: [row, row + rows of a block) of one sequence and head. Whatever cu_seqlens holds, tokens first to
-// first + length - 1 are within the pack.
+// The block's rows: [row, row + rows of a block) of one sequence and head. Tokens first to first + length - 1 are
+// within the packed batch whatever cu_seqlens holds.
 struct OwnedRows {
   __device__ __forceinline__ OwnedRows(const AttentionBatch& batch, int rows)
       : OwnedRows(batch, rows, static_cast<int>(blockIdx.x), batch.blocks) {}
 
-  // Piece `index` of the batch, where `blocks` pieces are those of a head of a sequence.
+  // Work tile `index` of the batch; each head of each sequence has `blocks` of them.
   __device__ __forceinline__ OwnedRows(const AttentionBatch& batch, int rows, int index, int blocks) {
     block = index % blocks;
     head = index / blocks % batch.heads;
@@ -67,8 +66,8 @@ struct OwnedRows {
   int head, block, row, length;
 };
 
-// Zero the rows of `x` (T, row) and `lse` (N, T; may be null) behind the last sequence, every thread a share: a pack of
-// static shape ends in rows that belong to no sequence.
+// Zeroes the rows of `x` (T, row) and `lse` (N, T; may be null) after the last sequence, divided among all threads: a
+// packed batch of static shape ends in rows that belong to no sequence.
 template <class T>
 __device__ __forceinline__ void zero_tail(const AttentionBatch& batch, T* x, int64_t row, float* lse) {
   int64_t tail = batch.cu_seqlens[batch.sequences];
@@ -82,7 +81,7 @@ __device__ __forceinline__ void zero_tail(const AttentionBatch& batch, T* x, int
   }
 }
 
-// As load_pack, where it is known at run time alone whether a row's packs are aligned; `valid` numbers are there.
+// load_pack with an alignment that is known only at run time; the first `valid` elements exist.
 template <int N, class T>
 __device__ __forceinline__ void load_some(const T* from, int valid, bool aligned, float (&to)[N]) {
   if (aligned && valid >= N) {
@@ -101,12 +100,12 @@ __device__ __forceinline__ void store_some(T* to, int valid, bool aligned, const
   }
 }
 
-// 16 decisions of dropout as bits of one number: that of column c is bit kept_place(c); bits 8 to 15 and 24 to 31 are
-// 0.
+// 16 dropout decisions as bits of one number: bit kept_bit(c) is set if column c is kept; bits 8 to 15 and 24 to 31
+// are 0.
 __device__ __forceinline__ uint32_t kept_bits(const DropoutState& drop, int head, uint32_t query, int group) {
   uint32_t words[4], bits = 0;
   dropout_words(drop, static_cast<uint32_t>(head), query, static_cast<uint32_t>(group), words);
-  const uint32_t addend = (256 - drop.threshold) * 0x00010001u;  // carries out of a byte that is large enough
+  const uint32_t addend = (256 - drop.threshold) * 0x00010001u;  // carries out of bytes not below the threshold
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t even = (words[i] & 0x00ff00ffu) + addend, odd = (words[i] >> 8 & 0x00ff00ffu) + addend;
@@ -115,16 +114,16 @@ __device__ __forceinline__ uint32_t kept_bits(const DropoutState& drop, int head
   return bits;
 }
 
-__device__ __forceinline__ int kept_place(int column) {
+__device__ __forceinline__ int kept_bit(int column) {
   return column / 4 * 2 + column % 2 + column % 4 / 2 * 16;
 }
 
-// One block for each 64 (or fewer) rows that the longest sequence may have, each head, each sequence.
+// One block for each 64 (or fewer) rows of the longest sequence, each head and each sequence.
 inline dim3 grid_of(const AttentionBatch& batch) {
   return dim3(static_cast<unsigned>(batch.sequences * batch.heads * batch.blocks));
 }
 
-// The running maximum wants a scale above 0: its sign, or a 0, goes into the queries.
+// The running maximum requires a positive scale: its sign, or a 0, is multiplied into the queries.
 inline AttentionBatch with_positive_scale(const AttentionBatch& batch, float* sign) {
   AttentionBatch positive = batch;
   *sign = batch.scale > 0.0f ? 1.0f : batch.scale < 0.0f ? -1.0f : 0.0f;
@@ -132,7 +131,7 @@ inline AttentionBatch with_positive_scale(const AttentionBatch& batch, float* si
   return positive;
 }
 
-// The launchers, of T = float, BFloat16 and Half; `on` is a tensor on the device.
+// The launchers, for T = float, BFloat16 and Half; `on` is a tensor on the device.
 template <class T>
 void attention_forward_cuda(const AttentionBatch& batch, const AttentionForward<T>& tensors, const Tensor& on);
 template <class T>
@@ -140,8 +139,7 @@ void attention_dq_cuda(const AttentionBatch& batch, const AttentionBackward<T>& 
 template <class T>
 void attention_dkv_cuda(const AttentionBatch& batch, const AttentionBackward<T>& tensors, const Tensor& on);
 
-// The same on Hopper (csrc/attention/cuda/hopper.h), of T = BFloat16 and Half, for what
-// `takes_hopper_path` takes.
+// The same for Hopper (attention/cuda/hopper.h), for T = BFloat16 and Half, where takes_hopper_path is true.
 template <class T>
 void attention_forward_hopper(const AttentionBatch& batch, const AttentionForward<T>& tensors, const Tensor& on);
 template <class T>
@@ -149,10 +147,10 @@ void attention_dq_hopper(const AttentionBatch& batch, const AttentionBackward<T>
 template <class T>
 void attention_dkv_hopper(const AttentionBatch& batch, const AttentionBackward<T>& tensors, const Tensor& on);
 
-// Whether wgmma and the copy engine compute this: on a device of capability 9.0 and in a build for sm_90a, 16 bits, D
-// of 64 or 128, addresses and strides as the copy engine wants them.
+// Whether the TMA and wgmma kernels apply: a build for sm_90a on a device of capability 9.0, a 16-bit dtype, D of 64 or
+// 128, and the alignment and strides that TMA requires.
 inline bool takes_hopper_path(const AttentionBatch& batch, ScalarType dtype, const Tensor& on) {
-#if defined(BERT_FAST_HOPPER) || defined(BERT_FAST_EMULATOR)
+#ifdef BERT_FAST_HOPPER
   bool fits = dtype != ScalarType::Float && (batch.dim == 64 || batch.dim == 128) && batch.aligned &&
               batch.total <= std::numeric_limits<int>::max();
   for (const int64_t stride : {batch.stride_t, batch.stride_part, batch.stride_n}) {
@@ -164,12 +162,12 @@ inline bool takes_hopper_path(const AttentionBatch& batch, ScalarType dtype, con
 #endif
 }
 
-// Rows that a block owns: of 64, fewer where float32 needs the op.
+// Rows that a block owns: 64, fewer where float32 tiles would exceed shared memory.
 constexpr int attention_block_rows(ScalarType dtype, int64_t dim) {
   return dtype != ScalarType::Float || dim <= 64 ? 64 : dim <= 128 ? 32 : 16;
 }
 
-// Run `body` with D padded to what the kernels are compiled for, as std::integral_constant.
+// Run `body` with D rounded up to one of the instantiated sizes, as std::integral_constant.
 template <class Body>
 inline void dispatch_dim(int64_t dim, const Body& body) {
   if (dim <= 32) {

@@ -1,0 +1,28 @@
+"""The compiler and the targets of the native code; read by `runpy.run_path`: setup.py can't import the package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the binaries have to load on
+CUDA_ARCHITECTURES = ("80", "90a", "100")
+NO_COMPILER = "no C++ compiler was found (tried $CXX, c++, g++, clang++)"
+
+
+def compiler() -> str | None:
+    """The path of the C++ compiler, or None."""
+    for command in (os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"):
+        if command and (path := shutil.which(command.split(" ")[0])):
+            return path
+    return None
+
+
+def cuda_architectures(gpu_code: str) -> list[str]:
+    """Those of CUDA_ARCHITECTURES that nvcc supports, from the output of `nvcc --list-gpu-code`.
+
+    It lists sm_90 and never sm_90a, the variant of the same GPU with its own instructions (wgmma, setmaxnreg).
+    """
+    supported = gpu_code.split()
+    return [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.removesuffix('a')}" in supported]
