@@ -25,10 +25,10 @@ STABLE_TORCH_LIBRARY_IMPL(bert_fast, CPU, m) {
   m.impl("linear_pack", TORCH_BOX(&bert_fast::linear_pack_cpu));
   m.impl("linear_tiles", TORCH_BOX(&bert_fast::linear_tiles_cpu));
   m.impl("linear_int8_quantize", TORCH_BOX(&bert_fast::linear_int8_quantize_cpu));
-  m.impl("linear_int8_finish", TORCH_BOX(&bert_fast::linear_int8_finish_cpu));
+  m.impl("linear_int8_epilogue", TORCH_BOX(&bert_fast::linear_int8_finish_cpu));
   m.impl("linear_int8_pack", TORCH_BOX(&bert_fast::linear_int8_pack_cpu));
   m.impl("linear_int8_tiles", TORCH_BOX(&bert_fast::linear_int8_tiles_cpu));
-  m.impl("linear_int8_finish_quantize", TORCH_BOX(&bert_fast::linear_int8_finish_quantize_cpu));
+  m.impl("linear_int8_epilogue_quantize", TORCH_BOX(&bert_fast::linear_int8_finish_quantize_cpu));
   m.impl("masked_lm_loss_rows", TORCH_BOX(&bert_fast::masked_lm_loss_rows_cpu));
   m.impl("gather_rows", TORCH_BOX(&bert_fast::gather_rows_cpu));
   m.impl("scatter_rows", TORCH_BOX(&bert_fast::scatter_rows_cpu));

@@ -10,7 +10,7 @@ import torch
 
 from bert_fast import verification
 from bert_fast.kernels._common import records, triton_support
-from bert_fast.kernels._common.dispatch import AutoRule, Availability, Implementation, Op, not_built
+from bert_fast.kernels._common.dispatch import AutoRule, Availability, Implementation, Op
 from bert_fast.testing import Comparison
 
 PASSED = Comparison("out", 1e-7, 2e-7, 5e-7)
@@ -79,7 +79,7 @@ def test_comments_do_not_change_the_hash_of_the_sources_but_code_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "op").mkdir()
-    kernel = tmp_path / "op" / "triton_kernels.py"
+    kernel = tmp_path / "op" / "triton.py"
     monkeypatch.setattr(records, "_KERNELS", tmp_path)
 
     def hashed(text: str) -> str:
@@ -94,12 +94,13 @@ def test_comments_do_not_change_the_hash_of_the_sources_but_code_does(
 
 def test_auto_takes_no_kernel_without_a_record() -> None:
     def op(state: Availability) -> str:
-        impls = {name: not_built(name) for name in ("triton", "cuda", "cpu")}
-        impls["triton"] = Implementation(lambda: "triton", "cpu", (torch.float32,), state)
-        impls["reference"] = Implementation(lambda: "reference", None, None)
-        choice = AutoRule("triton", "cpu", (torch.float32,), "1.0 times")
-        chosen: str = Op("unlisted", impls, (choice,)).select("auto", torch.zeros(1))()
-        return chosen
+        impls = {
+            "reference": Implementation(lambda: "reference", None, None),
+            "triton": Implementation(lambda: "triton", "cpu", (torch.float32,), state),
+        }
+        rule = AutoRule("triton", "cpu", (torch.float32,), "1.0 times")
+        impl: str = Op("unlisted", impls, (rule,)).select("auto", torch.zeros(1))()
+        return impl
 
     from bert_fast.kernels._common import dispatch
 
