@@ -64,7 +64,7 @@ def _decode(
     z_loss: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Mean loss and correct rows of `normed` (M, E) float32; with `needs_grad` dnormed, dweight, dbias, float32, too."""
+    """Mean loss and correct rows of `normed` (M, E) float32; with `needs_grad` float32 dnormed, dweight, dbias too."""
     count, vocabulary = normed.shape[0], weight.shape[0]
     total, correct = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
     dnormed = torch.empty_like(normed) if needs_grad else normed.new_empty(0)

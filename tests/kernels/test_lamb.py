@@ -288,7 +288,7 @@ def test_tables_follow_the_tensors(impl: str, device: str, monkeypatch: pytest.M
     """Tables are kept for tensors that stay where they are, found again by address, and dropped when there are many."""
     from bert_fast.kernels.lamb.triton import tables as triton_tables
 
-    monkeypatch.setattr(triton_tables, "_MOST_TABLES", 3)
+    monkeypatch.setattr(triton_tables, "_MAX_TABLES", 3)
     kept = triton_tables._pointers.recent
     kept.clear()
     lists = state([(5,), (6,)], device)
