@@ -1,4 +1,4 @@
-"""What is imported when, in fresh processes: the package needs neither triton nor a compiler nor transformers."""
+"""Imports, in fresh processes: the package needs neither triton nor a compiler nor transformers; layers import down."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_encoder_runs_without(blocked: tuple[str, ...]) -> None:
     run(FORWARD, *blocked)
 
 
-def test_without_the_compiled_module_everything_runs_on_the_reference_and_says_so() -> None:
+def test_without_the_compiled_module_every_op_has_its_reference_and_a_reason() -> None:
     code = """
 from bert_fast.kernels import available_impls
 for op, impls in available_impls().items():

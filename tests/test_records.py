@@ -1,4 +1,4 @@
-"""Records of verified GPU kernels: what is written, what counts, and what `auto` makes of it."""
+"""Records of verified GPU kernels: what is written, which are valid, and what `auto` chooses by them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def result(op: str, comparison: Comparison, device: str = "cuda", impl: str = "t
     return verification.Result(op, impl, device, "bfloat16", "erf", (comparison,))
 
 
-def test_a_passing_run_is_recorded_and_counts(folders: tuple[Path, Path]) -> None:
+def test_a_passing_run_is_recorded_and_valid(folders: tuple[Path, Path]) -> None:
     assert "no passing run on a GPU is recorded" in records.why_unverified("bias_gelu", "triton")
     path = verification.record([result("bias_gelu", PASSED), result("padding", PASSED, device="cpu")])
     assert path == folders[1] / "nvidia-h200.json"
@@ -54,14 +54,14 @@ def test_in_a_checkout_the_record_is_part_of_the_project(folders: tuple[Path, Pa
     assert not folders[1].exists()
 
 
-def test_a_failing_run_strikes_out_what_was_recorded(folders: tuple[Path, Path]) -> None:
+def test_a_failing_run_removes_the_record(folders: tuple[Path, Path]) -> None:
     verification.record([result("bias_gelu", PASSED), result("padding", PASSED)])
     verification.record([result("bias_gelu", PASSED), result("bias_gelu", FAILED)])
     assert records.why_unverified("bias_gelu", "triton")
     assert records.why_unverified("padding", "triton") == ""
 
 
-def test_a_record_of_other_sources_does_not_count(folders: tuple[Path, Path]) -> None:
+def test_a_record_of_other_sources_is_not_valid(folders: tuple[Path, Path]) -> None:
     path = verification.record([result("bias_gelu", PASSED)])
     record = json.loads(path.read_text())
     record["ops"]["bias_gelu"]["triton"]["sources"] = "0" * 16
