@@ -89,8 +89,11 @@ class Call(NamedTuple):
     @property
     def trains(self) -> bool:
         """Whether autograd records the call."""
-        tensors = (self.x, *self.weights, *(() if self.bias is None else (self.bias,)))
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        return torch.is_grad_enabled() and (
+            self.x.requires_grad
+            or any(weight.requires_grad for weight in self.weights)
+            or (self.bias is not None and self.bias.requires_grad)
+        )
 
 
 def run(ops: Any, *inputs: Any) -> Tensor:

@@ -91,13 +91,13 @@ OP = Op(
             "triton",
             "cuda",
             TRITON_DTYPES,
-            measured="the first choice of bias_gelu, its epilogue; no GPU figure yet",
+            measured="no GPU figure yet (results/PENDING.md); bias_gelu's first choice: 2 passes of (T, N)",
         ),
         AutoRule(
             "cuda",
             "cuda",
             CUDA_DTYPES,
-            measured="the second choice of bias_gelu, its epilogue; no GPU figure yet",
+            measured="no GPU figure yet (results/PENDING.md); bias_gelu's second choice: 2 passes of (T, N)",
         ),
     ),
 )
