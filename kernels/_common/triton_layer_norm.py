@@ -71,10 +71,10 @@ def sum_parts(partial: Tensor) -> tuple[Tensor, ...]:
 
 
 def fwd_tile(E: int) -> dict[str, int]:
-    """ROWS, BLOCK_E and num_warps of a forward program: 1024 elements a warp, so 32 a thread.
+    """ROWS, BLOCK_E and num_warps of a forward program: 1024 elements per warp, so 32 per thread.
 
     Up to E = 1024 one warp has a row: no barrier, the sums over the row are shuffles. 32 elements are four loads of 16
-    bytes from each input in bf16, 4 KB a warp; with 16 to 32 programs on an SM at least 64 KB are in flight, where
+    bytes from each input in bf16, 4 KB per warp; with 16 to 32 programs on an SM at least 64 KB are in flight, where
     4.3 TB/s at a latency of 0.7 us need 23 KB.
     """
     block = max(16, next_power_of_2(E))
@@ -84,9 +84,9 @@ def fwd_tile(E: int) -> dict[str, int]:
 def bwd_tile(E: int) -> dict[str, int]:
     """ROWS, BLOCK_E, STAGES of the loop over rows, and num_warps of a backward program: 1024 elements at a time.
 
-    The sums over rows stay in registers, so a thread owns few columns: eight, 256 a warp. Software pipelining
-    prefetches STAGES - 1 steps to shared memory: at E = 1024 in bf16 two rows of three inputs, 12 KB a program and
-    47 KB an SM. Wider tiles have fewer stages, for sm_120's 99 KB of shared memory and for registers.
+    The sums over rows stay in registers, so a thread owns few columns: eight, 256 per warp. Software pipelining
+    prefetches STAGES - 1 steps to shared memory: at E = 1024 in bf16 two rows of three inputs, 12 KB per program and
+    47 KB per SM. Wider tiles have fewer stages, for sm_120's 99 KB of shared memory and for registers.
     """
     block = max(16, next_power_of_2(E))
     return {

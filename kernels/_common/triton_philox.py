@@ -1,7 +1,7 @@
 """The dropout mask of `_common/philox.py` inside Triton kernels: the same bits.
 
 One call of the generator decides 16 neighbouring columns, so a tile of the mask takes a sixteenth as many calls, whose
-bytes are then spread over it: about 3 integer operations an element instead of 60.
+bytes are then spread over it: about 3 integer operations per element instead of 60.
 """
 
 from __future__ import annotations

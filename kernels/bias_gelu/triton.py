@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bert_fast.kernels._common.triton_launch import ceil_div, launch, row_parts, rows_contiguous
 
-# Rows and columns of a tile: 2048 elements on 4 warps are two 16-byte loads of bf16 a thread, enough in flight to hide
-# the erf. Chosen by counting bytes and registers, not measured on a GPU yet.
+# Rows and columns of a tile: 2048 elements on 4 warps are two 16-byte loads of bf16 per thread, enough in flight to
+# hide the erf. Chosen by counting bytes and registers, not measured on a GPU yet.
 BLOCK_T, BLOCK_F = 4, 512
 
 

@@ -56,7 +56,7 @@ TABLE = (
     BackendRule(
         "avx2", torch.float32, False, Backends("tiles", "blas"), "140 to 159, MKL 124 to 140; few rows: README.md"
     ),
-    BackendRule("", torch.float32, False, Backends("blas", "blas"), "70 to 79 a thread, by MKL on AVX2"),
+    BackendRule("", torch.float32, False, Backends("blas", "blas"), "70 to 79 per thread, by MKL on AVX2"),
     BackendRule("", torch.bfloat16, False, Backends("tiles", "float32"), "134 to 143; torch's own bfloat16 product 14"),
 )
 

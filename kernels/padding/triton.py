@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bert_fast.kernels._common.triton_launch import ceil_div, launch, next_power_of_2
 
-# Chosen by counting bytes, not measured on a GPU yet. MASK_BLOCK: 8 bytes of the mask a thread, on 4 warps.
+# Chosen by counting bytes, not measured on a GPU yet. MASK_BLOCK: 8 bytes of the mask per thread, on 4 warps.
 MASK_BLOCK = 1024
-# GATHER_TILE: elements, 64 bytes a thread. COLUMNS x 8 bytes are one 16-byte load a lane of a warp; rows of any
+# GATHER_TILE: elements, 64 bytes per thread. COLUMNS x 8 bytes are one 16-byte load per lane of a warp; rows of any
 # E >= 256 in any dtype are a multiple of it or of its half.
 GATHER_TILE, COLUMNS = 1024, 64
 # Columns of a program of scatter_rows: 16 KB, whole rows up to E = 1024, so that each block searches once.

@@ -75,7 +75,7 @@ class ShortLaunch:
 
 
 # Ordered by the longest sequence and the largest D. Not measured on a GPU yet: tiles of 64 rows are the least that
-# wgmma takes, so shorter sequences share one; 128 rows need twice the warps for the same registers a thread.
+# wgmma takes, so shorter sequences share one; 128 rows need twice the warps for the same registers per thread.
 SHORT = (
     ShortLaunch(64, 16, 64, 4, 4, 0),
     ShortLaunch(64, 32, 64, 4, 4, 32),

@@ -178,7 +178,7 @@ def bwd_several_kernel(
     B, N, T, max_seqlen, stride_t, stride_s, stride_n, scale, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """As `bwd_one_kernel`, with several sequences a program and all queries at once."""
+    """As `bwd_one_kernel`, with several sequences per program and all queries at once."""
     zero_tail(dqkv, None, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), 3 * N * D)
     n = tl.program_id(0) % N
     group = tl.program_id(0) // N

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bert_fast.kernels._common.triton_launch import ceil_div, launch
 
-# A program of one warp: 16-byte loads of eight columns a lane in 16-bit dtypes, and up to eight rows of a segment at a
-# time. 16 positions a chunk: segments of one token are serial, and 16 dependent loads (about 1 us each) are as long as
-# a program should take. Higher levels have few entries in long segments: longer chunks, fewer levels.
+# A program of one warp: 16-byte loads of eight columns per lane in 16-bit dtypes, and up to eight rows of a segment at
+# once. 16 positions per chunk: segments of one token are serial, and 16 dependent loads (about 1 us each) are as long
+# as a program should take. Higher levels have few entries in long segments: longer chunks, fewer levels.
 BLOCK_E, TILE = 256, 8
 CHUNK, UPPER_CHUNK = 16, 32
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bert_fast.kernels._common.triton_launch import launch
 from bert_fast.kernels.lamb.triton.tables import CHUNK, Tables, groups, same_dense_memory
 
-# Elements of a step: 8 a thread on 4 warps, two 16-byte loads from each of four float32 tensors. Chosen by counting
+# Elements of a step: 8 per thread on 4 warps, two 16-byte loads from each of four float32 tensors. Chosen by counting
 # bytes and registers, not measured on a GPU yet.
 BLOCK = 1024
 # Not specialized: Triton would compile again where they are 1 or a multiple of 16.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 8192  # elements of one program; a multiple of BLOCK in operators.py
-_MAX_TABLES = 1024  # of each kind; pointers take 32 bytes a tensor, a layout 16 a tensor and 8 a chunk
+_MAX_TABLES = 1024  # of each kind; pointers take 32 bytes per tensor, a layout 16 per tensor and 8 per chunk
 
 
 class _TableCache:

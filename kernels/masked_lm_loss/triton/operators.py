@@ -31,7 +31,7 @@ CHUNK_BYTES = 256 << 20
 CHUNK_ROWS = 128  # chunks are whole tiles
 VOCABULARY_MULTIPLE = 64  # rows of logits are padded to it for 16-byte loads, which rows of 30522 don't allow
 SCAN_BLOCK = 1024
-LOSS_BLOCK = 2048  # logits of a program at a time: 4 a thread; with 8 the three sums over a row spill
+LOSS_BLOCK = 2048  # logits of a program at a time: 4 per thread; with 8 the three sums over a row spill
 # Sums over rows are split into a constant number of parts: the order of additions, and so the bits, must not depend on
 # the device. A part takes every 256th block of rows, which balances the parts whatever M is.
 PARTS = 256
