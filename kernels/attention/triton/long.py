@@ -131,10 +131,10 @@ def _query_tile(q, bias, n, rows, stride, length, D: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit
 def _fwd_step(
-    m, total, kept, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold, HAS_BIAS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    m, total, kept_sum, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold,
+    HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the running maximum m, the sums total of P and kept of P M, and acc = (P M) V."""
+    """One block of keys: the running maximum m, the sums total of P and kept_sum of P M, and acc = (P M) V."""
     columns = tl.arange(0, BLOCK_N)
     offset = tl.cast(j, tl.int64) * stride_t
     keys = _tile(k + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
@@ -149,10 +149,10 @@ def _fwd_step(
         keep = keep_scores(rng_state, n, tokens, j // 16, threshold, tokens.shape[0], BLOCK_N, False)
         probs = tl.where(keep, probs, 0.0)
         if HAS_BIAS:
-            kept = kept * decay + tl.sum(probs, axis=1)
+            kept_sum = kept_sum * decay + tl.sum(probs, axis=1)
     values = _tile(v + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
     acc = dot(probs, values, acc * decay[:, None])
-    return new_m, total, kept, acc
+    return new_m, total, kept_sum, acc
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def fwd_kernel(
     q = (q.to(tl.float32) * sign).to(q.dtype)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    kept = tl.zeros((BLOCK_M,), tl.float32)
+    kept_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tokens = (first + rows).to(tl.uint32)
     k, v = base + stride_s, base + 2 * stride_s
@@ -184,13 +184,13 @@ def fwd_kernel(
     if FULL:
         full = length // BLOCK_N * BLOCK_N
     for j in range(0, full, BLOCK_N):
-        m, total, kept, acc = _fwd_step(
-            m, total, kept, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold,
+        m, total, kept_sum, acc = _fwd_step(
+            m, total, kept_sum, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold,
             bias is not None, D, BLOCK_D, BLOCK_N, not FULL,
         )  # fmt: skip
     if full < length:
-        m, total, kept, acc = _fwd_step(
-            m, total, kept, acc, q, k, v, full, stride_t, length, scale2, rng_state, n, tokens, threshold,
+        m, total, kept_sum, acc = _fwd_step(
+            m, total, kept_sum, acc, q, k, v, full, stride_t, length, scale2, rng_state, n, tokens, threshold,
             bias is not None, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
     row_lse = m * scale + tl.log2(total) * LN_2
@@ -200,7 +200,7 @@ def fwd_kernel(
         bias_v = load_vector(bias + (2 * N + n) * D, d, D, BLOCK_D)
         row_lse += tl.sum(q.to(tl.float32) * bias_k[None, :], axis=1) * scale
         if rng_state is not None:
-            acc += (kept * multiplier / total)[:, None] * bias_v[None, :]
+            acc += (kept_sum * multiplier / total)[:, None] * bias_v[None, :]
         else:
             acc += bias_v[None, :]
     at = out + ((first + rows) * N + n)[:, None] * D + d[None, :]

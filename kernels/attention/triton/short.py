@@ -196,12 +196,12 @@ def bwd_several_kernel(
     real = tl.expand_dims(_split(inside, TILE, BLOCK_S), -1)
     probs = tl.where(real, tl.exp2(_scores(k, q) * (scale * LOG2_E) - lse2), 0.0)
     dp = _scores(v, do)
-    kept = probs
+    masked = probs
     if rng_state is not None:
         keep = _transpose(_keep(rng_state, n, token, threshold, TILE, BLOCK_S))
-        kept = tl.where(keep, probs, 0.0)
+        masked = tl.where(keep, probs, 0.0)
         dp = tl.where(keep, dp, 0.0)
-    dv = dot(kept, do, None) * multiplier
+    dv = dot(masked, do, None) * multiplier
     delta = tl.expand_dims(tl.sum(probs * dp, axis=-2), -2)
     dz = rounded(probs * (dp - delta), q.dtype)
     dk = dot(dz, q, None) * (scale * multiplier)
