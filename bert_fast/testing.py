@@ -128,6 +128,7 @@ def three_way(
     parameter_dtype: torch.dtype | None = None,
     parameters: tuple[str, ...] = (),
     factor: float = FACTOR,
+    floor_ulps: float = FLOOR_ULPS,
 ) -> list[Comparison]:
     """Compare outputs and every gradient of `ours` with `reference` in `dtype` and in float64.
 
@@ -135,6 +136,7 @@ def three_way(
         ours, reference: called with `inputs` as keywords, cast to `dtype` (those in `parameters` to `parameter_dtype`
             if it is not None); the truth is `reference` in float64 on the same rounded values.
         factor: the allowed ratio of our error to eager PyTorch's: 2 for an op, 3 for a model.
+        floor_ulps: the floor, in units in the last place of the largest value.
     """
     low = {name: dtype for name, x in inputs.items() if x.is_floating_point()}
     low.update({name: parameter_dtype for name in parameters if parameter_dtype is not None})
@@ -143,7 +145,7 @@ def three_way(
     truth = outputs_and_gradients(reference, rounded, dict.fromkeys(low, torch.float64), rounded_douts)
     results = outputs_and_gradients(ours, rounded, low, rounded_douts)
     eager = outputs_and_gradients(reference, rounded, low, rounded_douts)
-    return [compare(name, results[name], eager[name], truth[name], factor) for name in truth]
+    return [compare(name, results[name], eager[name], truth[name], factor, floor_ulps) for name in truth]
 
 
 def compare(

@@ -57,9 +57,13 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def compile_backend() -> str:
-    """inductor where it finds the C++ compiler it needs, else the tracing alone."""
+    """inductor where it finds the C++ compiler it needs, else the tracing alone; with nothing compiled before.
+
+    Dynamo counts how often it compiled a function and gives up behind the eighth time, whichever tests they were for.
+    """
+    torch._dynamo.reset()
     compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return "inductor" if any(name and shutil.which(name) for name in compilers) else "aot_eager"
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.activation import ACTIVATIONS
 from bert_fast.kernels._common.library import implement
+from bert_fast.kernels._common.row_buckets import pad_rows
 from bert_fast.kernels._common.weight_cache import cacheable, cached_weight
 
 # oneDNN chooses a packed layout by the number of rows: a constant, so that bits don't depend on the first caller's.
@@ -46,13 +47,17 @@ class BackendRule:
     measured: str
 
 
-# GFLOP/s. AVX-512: 2 cores, the run that the targets come from. AVX2: two threads of an AMD EPYC, whose fused
-# multiply-adds alone reach 192, at 1,024 rows, 2026-11-22.
+# GFLOP/s at 1,024 rows. AVX-512: two threads of an AMD EPYC (Zen 5), 2026-11-30. AVX2: two of an AMD EPYC, whose
+# fused multiply-adds alone reach 192, 2026-11-22.
 TABLE = (
     BackendRule(
-        "avx512", torch.float32, False, Backends("onednn", "onednn"), "460 to 490 packed, GeLU included; MKL 210"
+        "avx512",
+        torch.float32,
+        False,
+        Backends("tiles", "onednn"),
+        "435 to 480, oneDNN 449 to 486; few rows: README.md",
     ),
-    BackendRule("avx512", torch.bfloat16, True, Backends("onednn", "onednn"), "800 to 970 packed, GeLU included"),
+    BackendRule("avx512", torch.bfloat16, True, Backends("onednn", "onednn"), "746 to 987 packed, tiles 354 to 461"),
     BackendRule(
         "avx2", torch.float32, False, Backends("tiles", "blas"), "140 to 159, MKL 124 to 140; few rows: README.md"
     ),
@@ -167,7 +172,7 @@ def _packed(call: Call) -> Tensor:
     if not x.shape[0]:
         return x.new_empty(0, sum(weight.shape[0] for weight in weights))
     packed = cached_weight(_CACHE_KINDS[x.dtype], weights, lambda weight: pack(weight.to(x.dtype)))
-    return _pointwise(x, packed, None if bias is None else bias.to(x.dtype), activation)
+    return _pointwise(pad_rows(x), packed, None if bias is None else bias.to(x.dtype), activation)[: x.shape[0]]
 
 
 def _product(x: Tensor, weight: Tensor, keep: bool) -> Tensor:

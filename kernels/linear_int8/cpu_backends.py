@@ -16,6 +16,7 @@ from torch import Tensor
 from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.activation import ACTIVATIONS
 from bert_fast.kernels._common.library import implement
+from bert_fast.kernels._common.row_buckets import pad_rows
 from bert_fast.kernels._common.weight_cache import cached_weight
 
 # oneDNN chooses a packed layout by the number of rows: a constant, so that bits don't depend on the first caller's.
@@ -51,9 +52,9 @@ def _product(u: Tensor, values: Tensor) -> Tensor:
         return u.new_empty(0, values.shape[0], dtype=torch.float32)
     packed, one, zero = cached_weight("int8 onednn", (values.contiguous(),), _pack)
     out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        u, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        pad_rows(u), 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    return out
+    return out[: u.shape[0]]
 
 
 def _check_exact(values: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels import ImplUnavailableError, linear
+from bert_fast.kernels._common.row_buckets import bucket, pad_rows
 from bert_fast.kernels.linear import cpu_backends
 from bert_fast.kernels.linear.cpu_backends import Backends
 from bert_fast.kernels.linear.reference import linear_reference
@@ -28,7 +29,11 @@ if cpu_backends.BACKENDS[torch.bfloat16].inference == "onednn":
     BACKENDS.append((torch.bfloat16, Backends("onednn", "onednn")))
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda found: "-".join((str(found[0]).removeprefix("torch."), *found[1])))
+def backend_id(backend: tuple[torch.dtype, Backends]) -> str:
+    return "-".join((str(backend[0]).removeprefix("torch."), *backend[1]))
+
+
+@pytest.fixture(params=BACKENDS, ids=backend_id)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, Backends]:
     """The dtype that runs on the CPU by these backends, which the table need not have chosen here."""
     monkeypatch.setitem(cpu_backends.BACKENDS, *request.param)
@@ -61,8 +66,15 @@ def hold(impl: str, dtype: torch.dtype, inputs: dict[str, Tensor], activation: s
 
     # With GeLU there are two ops behind each other, as in a model, and DESIGN §4's factor for that.
     factor = 2.0 if activation is None else 3.0
+    # In float32 the order of additions is all there is of an error, in eager PyTorch too, and which order is better is
+    # luck. A sum of K products of either sign grows as sqrt(k), and its k-th addition is off by eps * sqrt(k / 12) on
+    # average (uniformly, within half a unit): together by eps * sqrt(K^2 / 24), which is sqrt(K / 24) units of a usual
+    # sum. Of some thousand sums the worst error and the largest value are both about four times the usual one.
+    terms = max(inputs["weight"].shape + inputs["x"].shape)
+    floor = max(1.0, (terms / 24) ** 0.5) if dtype == torch.float32 else 1.0
     for function, rows in ((ours, 4), (in_inference, 1)):
-        assert_three_way(three_way(function, reference, inputs, dtype, (dout,), factor=factor)[:rows])
+        found = three_way(function, reference, inputs, dtype, (dout,), factor=factor, floor_ulps=floor)
+        assert_three_way(found[:rows])
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -122,16 +134,37 @@ def test_bfloat16_by_tiles_rounds_once() -> None:
             assert ((out.double() - exact).abs() <= 0.5 * unit + 2e-6).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_tiles_same_bits_whatever_the_other_rows(dtype: torch.dtype) -> None:
-    """A row's result is its own: alone, at the end of a tile, in another block."""
-    x, weight, bias = (part.to(dtype) for part in given(700, 801, 70).values())
+# MKL's order of additions depends on the number of rows, so BLAS backends are not among them.
+@pytest.mark.parametrize(("width", "columns"), [(801, 70), (3072, 96)])
+@pytest.mark.parametrize(
+    "backend",
+    [backend for backend in BACKENDS if backend[1].inference != "blas"],
+    ids=backend_id,
+    indirect=True,
+)
+def test_same_bits_whatever_the_other_rows(
+    backend: tuple[torch.dtype, Backends], width: int, columns: int, poisoned_empty: None
+) -> None:
+    """A row's bits depend on the row alone: single, at the end of a tile, in another block, in a padded bucket."""
+    x, weight, bias = (part.to(backend[0]) for part in given(700, width, columns).values())
     with torch.no_grad():
-        whole = cpu_backends._tiles(cpu_backends.Call(x, (weight,), bias, "gelu"))
-        for first, last in ((0, 1), (699, 700), (3, 12), (250, 256), (17, 690)):
-            assert torch.equal(
-                cpu_backends._tiles(cpu_backends.Call(x[first:last], (weight,), bias, "gelu")), whole[first:last]
-            )
+        whole = linear(x, weight, bias, activation="gelu", impl="cpu")
+        few = [(5, 5 + rows) for rows in range(1, 18)]
+        for first, last in ((0, 1), (699, 700), (250, 256), (17, 690), (100, 229), (0, 257), *few):
+            found = linear(x[first:last], weight, bias, activation="gelu", impl="cpu")
+            assert found.shape == (last - first, columns)
+            assert torch.equal(found, whole[first:last]), (first, last)
+
+
+def test_row_buckets() -> None:
+    sizes = [bucket(rows) for rows in range(1, 8193)]
+    assert len(set(sizes)) == 32 + 6 * 16
+    for rows, size in enumerate(sizes, 1):
+        assert 0 <= size - rows < max(4, rows / 16)
+    x = torch.randn(131, 7)
+    filled = pad_rows(x)
+    assert torch.equal(filled, torch.cat([x, torch.zeros(5, 7)]))
+    assert pad_rows(filled) is filled
 
 
 def test_packed_panels_hold_the_weight() -> None:

@@ -59,6 +59,10 @@ def test_matches_reference(
     assert found.dtype == dtype
     scale = float(exact.abs().max()) if rows else 0.0
     tolerance = (2 if dtype == torch.bfloat16 else 8) * torch.finfo(dtype).eps * scale
+    if activation and rows:
+        # u (1 + erf) / 2: where erf is near -1 the result is as small as it likes, and the rounding of 1 + erf is not.
+        u = linear_int8(x.double(), weight, bias.double(), impl="reference")
+        tolerance += torch.finfo(torch.float32).eps * float(u.abs().max())
     assert torch.allclose(found.double(), exact, rtol=0.0, atol=tolerance)
 
 

@@ -60,13 +60,16 @@ def fitted(table: Table, **options: Any) -> QuestionAnswering:
 def test_it_learns_to_answer(
     unanswerable: bool, tokenizer: Tokenizer, learn: Callable[..., Any], predict: Callable[..., Any]
 ) -> None:
-    train, test = rows(150, 0, unanswerable=unanswerable), rows(40, 1, unanswerable=unanswerable)
+    # Rows and steps with room: eight seeds of the model answer all of it. With 14 and 30 epochs at a rate of 4e-3 over
+    # 150 rows it took one that was lucky: 0.35 to 1.0 and 0.975 to 1.0.
+    count, epochs, lr = (300, 30, 2e-3) if unanswerable else (150, 20, 3e-3)
+    train, test = rows(count, 0, unanswerable=unanswerable), rows(40, 1, unanswerable=unanswerable)
     task = fitted(train, overlap=6)
     assert task.settings() == {"without_answer": unanswerable, "by": "words", "null_threshold": 0.0}
     assert task.check(test, COLUMNS) == []
     examples = task.encode(train, COLUMNS, tokenizer, TEXT, training=True)
-    assert len(examples) > 150, "long contexts come in several windows"
-    model = learn(task, tokenizer, examples, epochs=30 if unanswerable else 14, rows=8 if unanswerable else 16, lr=4e-3)
+    assert len(examples) > count, "long contexts come in several windows"
+    model = learn(task, tokenizer, examples, epochs=epochs, rows=8, lr=lr)
     predictions = predict(task, model, tokenizer, test, COLUMNS, TEXT)
     metrics = task.evaluate(predictions, test, COLUMNS)
     assert metrics["exact_match"] == metrics["f1"] == 1.0
