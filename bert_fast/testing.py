@@ -2,9 +2,9 @@
 
     error(implementation vs float64) <= 2 x error(eager vs float64) + floor(dtype)
 
-A fixed tolerance would have to be guessed for every operation and size; this bound asks that a fused kernel is no
-further from the truth than twice what ordinary PyTorch is. The floor covers results that eager PyTorch happens to
-hit exactly: one unit in the last place of the largest value.
+A fixed tolerance would have to be guessed for every op and size; this bound requires that the error of a fused kernel
+is at most twice that of eager PyTorch. The floor, one unit in the last place of the largest value, covers results that
+eager PyTorch happens to hit exactly.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import bert_fast.kernels  # noqa: F401  (fills OPS)
 from bert_fast.kernels._common.dispatch import OPS
 from bert_fast.kernels._common.library import simulated
 
-FLOOR_ULPS = 1.0  # of the largest magnitude: one rounding of the output, and the order of additions
+FLOOR_ULPS = 1.0  # of the largest magnitude: the rounding of the output and the order of additions
 FACTOR = 2.0
 
 
 class Comparison(NamedTuple):
-    """Largest absolute errors against float64 of one output or gradient, and the bound that `ours` has to keep."""
+    """Largest absolute errors against float64 of one output or gradient, and the bound on `ours`."""
 
     name: str
     ours: float
@@ -43,41 +43,42 @@ def targets(
     interpreted: Sequence[tuple[Any, ...]] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
 ) -> list[tuple[Any, ...]]:
-    """What to parametrise a test over: every implementation of `op` to be tested here, on its device, every case.
+    """Parameters of a test: each available implementation of `op`, on its device, with each case.
 
-    Returns (impl, device, *case), or (impl, device, dtype, *case) where `dtypes` are given, for those that the
-    implementation takes.
-
-    The reference is among them on a GPU only: on the CPU it is what the others are held to.
+    The reference is one of them on a GPU only: on the CPU the others are compared with it.
 
     Args:
         op: the op's name.
-        cases: tuples to test on; one empty one where there are none.
-        interpreted: the cases for Triton's interpreter, which takes a millisecond a program and more, and for the CUDA
-            kernels' emulator, which takes about as long for a block; None for `cases`.
-        dtypes: to test in.
+        cases: tuples of further parameters; by default one empty tuple.
+        interpreted: the cases for Triton's interpreter and the CUDA kernels' emulator, which take a millisecond and
+            more for each program or block; None for `cases`.
+        dtypes: the dtypes to test, of those that an implementation takes; None for no such parameter.
+
+    Returns:
+        (impl, device, *case), or (impl, device, dtype, *case) with `dtypes`.
     """
-    found: list[tuple[Any, ...]] = []
-    for impl, slot in OPS[op].impls.items():
-        device = slot.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if not slot.availability.ok or (impl, device) == ("reference", "cpu"):
+    parameters: list[tuple[Any, ...]] = []
+    for impl, implementation in OPS[op].impls.items():
+        device = implementation.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not implementation.availability.ok or (impl, device) == ("reference", "cpu"):
             continue
         for case in interpreted if simulated(impl) and interpreted is not None else cases:
             if dtypes is None:
-                found.append((impl, device, *case))
+                parameters.append((impl, device, *case))
             else:
-                found += [(impl, device, d, *case) for d in dtypes if slot.dtypes is None or d in slot.dtypes]
-    return found
+                supported = implementation.dtypes or dtypes
+                parameters += [(impl, device, dtype, *case) for dtype in dtypes if dtype in supported]
+    return parameters
 
 
 def operators(impl: str) -> Any:
-    """The namespace of torch.ops that holds the operators of `impl`."""
+    """The namespace of torch.ops with the operators of `impl`."""
     namespaces = {"triton": "bert_fast_triton", "cuda": "bert_fast_cuda"}
     return getattr(torch.ops, namespaces.get(impl, "bert_fast"))
 
 
 def max_error(x: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference; infinite where one is not finite and the other is, 0 for empty tensors."""
+    """Largest absolute difference; inf where it is NaN or the shapes differ, 0 for empty tensors."""
     if x.shape != truth.shape:
         return float("inf")
     if not x.numel():
@@ -96,8 +97,8 @@ def outputs_and_gradients(
 
     Args:
         function: returns one tensor or a tuple of them, as many as `douts`.
-        inputs: floating-point tensors get gradients, others are passed on.
-        dtypes: the dtype for each floating-point input.
+        inputs: floating-point tensors get gradients, others are passed unchanged.
+        dtypes: the dtype of each floating-point input.
         douts: the gradient of each output, cast to the output's dtype.
 
     Returns:
@@ -132,9 +133,9 @@ def three_way(
     """Compare outputs and every gradient of `ours` with `reference` in `dtype` and in float64.
 
     Args:
-        ours, reference: called with `inputs` as keywords, cast to `dtype` (the names in `parameters` to
-            `parameter_dtype` where given); the truth is `reference` in float64 on the same rounded values.
-        factor: how many times eager PyTorch's error ours may be: 2 for one operation, 3 for a model.
+        ours, reference: called with `inputs` as keywords, cast to `dtype` (those in `parameters` to `parameter_dtype`
+            if it is not None); the truth is `reference` in float64 on the same rounded values.
+        factor: the allowed ratio of our error to eager PyTorch's: 2 for an op, 3 for a model.
         floor_ulps: the floor, in units in the last place of the largest value.
     """
     low = {name: dtype for name, x in inputs.items() if x.is_floating_point()}
@@ -142,9 +143,9 @@ def three_way(
     rounded = {name: x.to(low[name]) if name in low else x for name, x in inputs.items()}
     rounded_douts = tuple(dout.to(dtype) for dout in douts)
     truth = outputs_and_gradients(reference, rounded, dict.fromkeys(low, torch.float64), rounded_douts)
-    found = outputs_and_gradients(ours, rounded, low, rounded_douts)
+    results = outputs_and_gradients(ours, rounded, low, rounded_douts)
     eager = outputs_and_gradients(reference, rounded, low, rounded_douts)
-    return [compare(name, found[name], eager[name], truth[name], factor, floor_ulps) for name in truth]
+    return [compare(name, results[name], eager[name], truth[name], factor, floor_ulps) for name in truth]
 
 
 def compare(
@@ -164,7 +165,7 @@ def compare(
 
 def assert_three_way(comparisons: list[Comparison]) -> None:
     """AssertionError that names each output or gradient over its bound."""
-    wrong = [c for c in comparisons if not c.ok]
-    assert not wrong, "; ".join(
-        f"{c.name}: error {c.ours:.3g} > {c.bound:.3g} (eager PyTorch: {c.eager:.3g})" for c in wrong
+    failures = [c for c in comparisons if not c.ok]
+    assert not failures, "; ".join(
+        f"{c.name}: error {c.ours:.3g} > {c.bound:.3g} (eager PyTorch: {c.eager:.3g})" for c in failures
     )

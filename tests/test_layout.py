@@ -1,15 +1,18 @@
-"""The house rules that a file listing can prove: every op complete under its one name, no oversized file."""
+"""The layout: every op is complete under its one name, README's table of ops is the registry's, no file is too long."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import bert_fast.kernels
-from bert_fast.kernels import available_impls
+from bert_fast.kernels import ImplUnavailableError, available_impls, use_impl
 from bert_fast.kernels._common import dispatch
+from bert_fast.kernels._common.dispatch import IMPLS
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = [
@@ -23,7 +26,6 @@ OPS = [
     "masked_lm_loss",
     "padding",
 ]
-WITHOUT_CPU_KERNELS = {"lamb"}  # an optimizer step is bound by memory that torch._foreach_* already streams
 
 
 def tracked() -> list[str]:
@@ -37,22 +39,66 @@ def tracked() -> list[str]:
     return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
 
-def test_available_impls_lists_exactly_the_ops() -> None:
+def test_available_impls_lists_the_ops_and_the_implementations_that_exist() -> None:
     assert sorted(available_impls()) == OPS
-    for impls in available_impls().values():
-        assert list(impls) == ["reference", "triton", "cuda", "cpu"]
+    for op, impls in available_impls().items():
+        assert list(impls) == [impl for impl in IMPLS if impl in dispatch.OPS[op].impls]
         assert impls["reference"] == (True, True, "")
-        assert all(found.ok or found.reason for found in impls.values())
+        assert all(state.ok or state.reason for state in impls.values())
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_complete(op: str) -> None:
     files = set(tracked())
-    wanted = {f"kernels/{op}/{part}" for part in ("__init__.py", "api.py", "op.py", "reference.py", "README.md")}
-    wanted |= {f"tests/kernels/test_{op}.py", f"benchmarks/ops/{op}.py"}
-    if op not in WITHOUT_CPU_KERNELS:
-        wanted.add(f"csrc/{op}/cpu.cpp")
-    assert wanted <= files, f"missing: {sorted(wanted - files)}"
+    expected = {f"kernels/{op}/{part}" for part in ("__init__.py", "api.py", "op.py", "reference.py", "README.md")}
+    expected.add(f"tests/kernels/test_{op}.py")
+    assert expected <= files, f"missing: {sorted(expected - files)}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_implementations_of_an_op_are_its_files(op: str) -> None:
+    files = tracked()
+
+    def exists(stem: str, suffix: str) -> bool:
+        return any(name == f"{stem}{suffix}" or name.startswith(f"{stem}/") for name in files)
+
+    from_files = {
+        "reference": True,
+        "triton": exists(f"kernels/{op}/triton", ".py"),
+        "cuda": exists(f"csrc/{op}/cuda", ".cu"),
+        "cpu": exists(f"csrc/{op}/cpu", ".cpp"),
+    }
+    impls = dispatch.OPS[op].impls
+    assert from_files == {impl: impl in impls and not impls[impl].built_on for impl in IMPLS}
+
+
+def test_readme_has_the_table_of_implementations() -> None:
+    table = dispatch.implementations_table()
+    assert f"<!-- ops -->\n{table}\n<!-- /ops -->" in (ROOT / "README.md").read_text(), f"expected:\n{table}"
+
+
+def test_public_functions_document_the_implementations_that_exist() -> None:
+    documented = set()
+    for name in bert_fast.kernels.__all__:
+        function = getattr(bert_fast.kernels, name)
+        op = function.__module__.split(".")[2]
+        if op not in OPS or "impl" not in getattr(function, "__annotations__", {}):
+            continue
+        line = next(line for line in function.__doc__.splitlines() if line.startswith("        impl: "))
+        assert re.findall(r'"(\w+)"', line.split(";")[0]) == ["auto", *dispatch.OPS[op].impls], name
+        documented.add(op)
+    assert sorted(documented) == OPS
+
+
+def test_an_implementation_that_does_not_exist_is_refused_by_name() -> None:
+    with pytest.raises(
+        ImplUnavailableError, match=r"lamb: impl='cuda' does not exist; this op has reference, triton\. "
+    ):
+        dispatch.OPS["lamb"].select("cuda", torch.zeros(1))
+    with use_impl("cuda"), pytest.raises(ImplUnavailableError, match="impl='cuda' does not exist"):
+        dispatch.OPS["padding"].select("auto", torch.zeros(1))
+    with pytest.raises(ValueError, match="impl is 'fast'; expected one of auto, reference, triton, cuda, cpu"):
+        dispatch.OPS["lamb"].select("fast", torch.zeros(1))
 
 
 def test_public_functions_are_exported_and_documented() -> None:
@@ -61,10 +107,10 @@ def test_public_functions_are_exported_and_documented() -> None:
         assert exported.__doc__, f"{name} has no docstring"
 
 
-def test_every_automatic_choice_carries_its_measurement() -> None:
+def test_every_auto_rule_has_its_measurement() -> None:
     for op in dispatch.OPS.values():
-        for choice in op.auto_rules:
-            assert any(character.isdigit() for character in choice.measured), f"{op.name}: {choice}"
+        for rule in op.auto_rules:
+            assert any(character.isdigit() for character in rule.measured), f"{op.name}: {rule}"
 
 
 def test_no_source_file_is_longer_than_it_can_be_read() -> None:

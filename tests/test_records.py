@@ -1,4 +1,4 @@
-"""Records of verified GPU kernels: what is written, what counts, and what `auto` makes of it."""
+"""Records of verified GPU kernels: what is written, which are valid, and what `auto` chooses by them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from bert_fast import verification
 from bert_fast.kernels._common import records, triton_support
-from bert_fast.kernels._common.dispatch import AutoRule, Availability, Implementation, Op, not_built
+from bert_fast.kernels._common.dispatch import AutoRule, Availability, Implementation, Op
 from bert_fast.testing import Comparison
 
 PASSED = Comparison("out", 1e-7, 2e-7, 5e-7)
@@ -32,7 +32,7 @@ def result(op: str, comparison: Comparison, device: str = "cuda", impl: str = "t
     return verification.Result(op, impl, device, "bfloat16", "erf", (comparison,))
 
 
-def test_a_passing_run_is_recorded_and_counts(folders: tuple[Path, Path]) -> None:
+def test_a_passing_run_is_recorded_and_valid(folders: tuple[Path, Path]) -> None:
     assert "no passing run on a GPU is recorded" in records.why_unverified("bias_gelu", "triton")
     path = verification.record([result("bias_gelu", PASSED), result("padding", PASSED, device="cpu")])
     assert path == folders[1] / "nvidia-h200.json"
@@ -54,14 +54,14 @@ def test_in_a_checkout_the_record_is_part_of_the_project(folders: tuple[Path, Pa
     assert not folders[1].exists()
 
 
-def test_a_failing_run_strikes_out_what_was_recorded(folders: tuple[Path, Path]) -> None:
+def test_a_failing_run_removes_the_record(folders: tuple[Path, Path]) -> None:
     verification.record([result("bias_gelu", PASSED), result("padding", PASSED)])
     verification.record([result("bias_gelu", PASSED), result("bias_gelu", FAILED)])
     assert records.why_unverified("bias_gelu", "triton")
     assert records.why_unverified("padding", "triton") == ""
 
 
-def test_a_record_of_other_sources_does_not_count(folders: tuple[Path, Path]) -> None:
+def test_a_record_of_other_sources_is_not_valid(folders: tuple[Path, Path]) -> None:
     path = verification.record([result("bias_gelu", PASSED)])
     record = json.loads(path.read_text())
     record["ops"]["bias_gelu"]["triton"]["sources"] = "0" * 16
@@ -79,7 +79,7 @@ def test_comments_do_not_change_the_hash_of_the_sources_but_code_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "op").mkdir()
-    kernel = tmp_path / "op" / "triton_kernels.py"
+    kernel = tmp_path / "op" / "triton.py"
     monkeypatch.setattr(records, "_KERNELS", tmp_path)
 
     def hashed(text: str) -> str:
@@ -94,12 +94,13 @@ def test_comments_do_not_change_the_hash_of_the_sources_but_code_does(
 
 def test_auto_takes_no_kernel_without_a_record() -> None:
     def op(state: Availability) -> str:
-        impls = {name: not_built(name) for name in ("triton", "cuda", "cpu")}
-        impls["triton"] = Implementation(lambda: "triton", "cpu", (torch.float32,), state)
-        impls["reference"] = Implementation(lambda: "reference", None, None)
-        choice = AutoRule("triton", "cpu", (torch.float32,), "1.0 times")
-        chosen: str = Op("unlisted", impls, (choice,)).select("auto", torch.zeros(1))()
-        return chosen
+        impls = {
+            "reference": Implementation(lambda: "reference", None, None),
+            "triton": Implementation(lambda: "triton", "cpu", (torch.float32,), state),
+        }
+        rule = AutoRule("triton", "cpu", (torch.float32,), "1.0 times")
+        impl: str = Op("unlisted", impls, (rule,)).select("auto", torch.zeros(1))()
+        return impl
 
     from bert_fast.kernels._common import dispatch
 

@@ -347,7 +347,7 @@ def main() -> int:
         for impl in options.impls
         for tool in TOOLS[impl]
         for op in options.ops
-        if tool in options.tools and OPS[op].impls[impl].device is not None
+        if tool in options.tools and impl != "reference" and impl in OPS[op].impls
     ]
     reason = missing()
     if reason:

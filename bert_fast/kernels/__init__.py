@@ -1,4 +1,4 @@
-"""Index of the ops: the public functions, and what can run here."""
+"""The ops: their public functions, and which implementations can run here."""
 
 from bert_fast.kernels._common.dispatch import Availability, ImplUnavailableError, available_impls, use_impl
 from bert_fast.kernels.add_layer_norm import add_layer_norm

@@ -1,1 +1,1 @@
-"""What two ops use unchanged: the choice of implementation, the dropout mask, the checks at the door."""
+"""What ops share unchanged: dispatch, operator definition, argument checks, the dropout mask, Triton launches."""

@@ -1,4 +1,4 @@
-"""Checks at the door. Each names the argument, what came and what was expected."""
+"""Argument checks of the public functions. Each error names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ _CHECK_VALUES = os.environ.get("BERT_FAST_CHECK") == "1"
 
 
 def check_shape(name: str, x: Tensor, expected: tuple[int | str, ...]) -> None:
-    """ValueError unless `x` has the shape `expected`, in which a string stands for any size and names it."""
+    """ValueError unless `x` has the shape `expected`; a string in it names a dimension of any size."""
     shape = x.shape
-    if shape == expected:  # at once, for a layer's shapes are checked seven times a pass
+    if shape == expected:  # the common case: a layer checks seven shapes a forward pass
         return
     if len(shape) == len(expected):
-        for size, wanted in zip(shape, expected, strict=True):
-            if size != wanted and not isinstance(wanted, str):
+        for size, expected_size in zip(shape, expected, strict=True):
+            if size != expected_size and not isinstance(expected_size, str):
                 break
         else:
             return
-    listed = ", ".join(str(part) for part in expected)
-    raise ValueError(f"{name} has shape {tuple(shape)}; expected ({listed}{',' if len(expected) == 1 else ''})")
+    sizes = ", ".join(str(size) for size in expected)
+    raise ValueError(f"{name} has shape {tuple(shape)}; expected ({sizes}{',' if len(expected) == 1 else ''})")
 
 
 def check_floating(
-    name: str, x: Tensor, shape: tuple[int | str, ...] | None = None, beside: Tensor | None = None
+    name: str, x: Tensor, shape: tuple[int | str, ...] | None = None, device_of: Tensor | None = None
 ) -> None:
-    """TypeError unless `x` is a floating-point tensor; ValueError unless it has `shape` and the device of `beside`."""
+    """TypeError unless `x` is a floating-point tensor; ValueError unless it has `shape` and `device_of`'s device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
     if not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}; expected a floating-point tensor")
     if shape is not None:
         check_shape(name, x, shape)
-    if beside is not None and x.device != beside.device:
-        check_same_device(beside, **{name: x})
+    if device_of is not None and x.device != device_of.device:
+        check_same_device(device_of, **{name: x})
 
 
 def check_integer(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.int64, torch.int32)) -> None:
@@ -69,14 +69,14 @@ def check_eps(eps: float) -> None:
 
 
 def check_rng_state(rng_state: Tensor, x: Tensor) -> None:
-    """The state of the dropout generator: int64 (2,) on the device of `x`."""
+    """TypeError or ValueError unless `rng_state`, of the dropout mask, is int64 (2,) on the device of `x`."""
     check_integer("rng_state", rng_state, (torch.int64,))
     check_shape("rng_state", rng_state, (2,))
     check_same_device(x, rng_state=rng_state)
 
 
 def values_are_checked(x: Tensor) -> bool:
-    """Whether checks may read the values of `x`: CPU tensors, CUDA tensors under BERT_FAST_CHECK=1; not in a trace."""
+    """Whether checks read the values of `x`: on the CPU, on CUDA under BERT_FAST_CHECK=1; never while tracing."""
     return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (_CHECK_VALUES and x.device.type == "cuda"))
 
 
@@ -89,7 +89,7 @@ def check_range(name: str, x: Tensor, high: int, what: str) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    """cu_seqlens: int32 (B+1,), starts at 0, never falls, ends at `total`, no step above `max_seqlen`."""
+    """TypeError or ValueError unless `cu_seqlens` is int32 (B+1,), rises from 0 to `total` by at most `max_seqlen`."""
     check_integer("cu_seqlens", cu_seqlens, (torch.int32,))
     check_shape("cu_seqlens", cu_seqlens, ("B+1",))
     if cu_seqlens.shape[0] < 1:
@@ -111,12 +111,18 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on the device of `x`, or None outside autocast."""
+    """Autocast's dtype on the device of `x`, or None where autocast is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def autocast(x: Tensor) -> Tensor:
-    """`x` in the dtype that autocast asks for; `x` itself outside autocast."""
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an op takes `x`: autocast's, or that of `x` where autocast is off or `x` is float64."""
     dtype = autocast_dtype(x)
-    return x if dtype is None or x.dtype == dtype or x.dtype == torch.float64 else x.to(dtype)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+
+
+def to_compute_dtype(x: Tensor) -> Tensor:
+    """`x` in its `compute_dtype`; `x` itself where it has it."""
+    dtype = compute_dtype(x)
+    return x if x.dtype == dtype else x.to(dtype)

@@ -1,8 +1,8 @@
-"""Which implementation of an op runs: what is available, what was asked for, what `auto` takes.
+"""Dispatch: which implementations an op has, which of them run here, and which one a call takes.
 
-`auto` walks the op's `auto_rules` (data, each with the measurement that justifies it) and takes the first that fits the
-device and dtype, is available, and is verified; where none fits it takes the reference. An explicit request never falls
-back: it works or raises `ImplUnavailableError`.
+`impl="auto"` walks the op's `auto_rules` (data, each with its measurement) and takes the first implementation that fits
+the device and dtype, is available and is verified; where none does, the reference. An explicit request never falls
+back: it runs or raises `ImplUnavailableError`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ENVIRONMENT = "BERT_FAST_IMPL"
 
 
 class Availability(NamedTuple):
-    """Whether an implementation can run here, whether a recorded run verified it, and the reason where not."""
+    """Whether an implementation can run here (ok), whether a recorded run verified it, and the reason where not."""
 
     ok: bool
     verified: bool
@@ -31,93 +31,121 @@ AVAILABLE = Availability(True, True, "")
 
 
 class ImplUnavailableError(RuntimeError):
-    """The implementation that was asked for can't run here, or not on this device or dtype."""
+    """The requested implementation does not exist, or can't run here or on this device or dtype."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of an op: what to call, where it works, and whether it can run here."""
+    """One implementation of an op.
+
+    Args:
+        call: takes the arguments of the op's reference, in its order.
+        device: the torch device type of its tensors; None for any.
+        dtypes: the dtypes it takes; None for all that the public function takes.
+        availability: whether it can run here.
+        built_on: other kernels that it only calls, where it has none of its own.
+    """
 
     call: Callable[..., Any]
-    device: str | None  # a torch device type; None = any
-    dtypes: tuple[torch.dtype, ...] | None  # None = any floating dtype
+    device: str | None
+    dtypes: tuple[torch.dtype, ...] | None
     availability: Availability = AVAILABLE
+    built_on: str = ""
 
 
 @dataclass(frozen=True)
 class AutoRule:
-    """One row of an op's `auto` table."""
+    """`impl="auto"` takes `impl` for tensors on `device` of one of `dtypes`."""
 
     impl: str
     device: str
     dtypes: tuple[torch.dtype, ...]
-    measured: str  # what was measured, where and when
-
-
-def not_built(impl: str) -> Implementation:
-    """The slot of an implementation that this version does not have."""
-
-    def call(*_: Any, **__: Any) -> Any:
-        raise AssertionError(f"{impl} is not available and was called all the same")
-
-    return Implementation(
-        call, None, None, Availability(False, False, f"not built yet: this version has no {impl} kernels")
-    )
+    measured: str  # the measurement that justifies the rule, with hardware and date
 
 
 class Op:
-    """An operation and its implementations."""
+    """An op: the implementations that exist and the rules of `impl="auto"`. Creating one registers it in `OPS`."""
 
     def __init__(self, name: str, impls: Mapping[str, Implementation], auto_rules: tuple[AutoRule, ...]) -> None:
         self.name = name
-        self.impls = {impl: impls.get(impl) or not_built(impl) for impl in IMPLS}
+        self.impls = {impl: impls[impl] for impl in IMPLS if impl in impls}
         self.auto_rules = tuple(
-            choice
-            for choice in auto_rules
-            if self.impls[choice.impl].availability.ok and self.impls[choice.impl].availability.verified
+            rule
+            for rule in auto_rules
+            if self.impls[rule.impl].availability.ok and self.impls[rule.impl].availability.verified
         )
         OPS[name] = self
 
     def select(self, impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> Callable[..., Any]:
-        """The callable for `impl` on the device and dtype of `x`; `dtype` where the op computes in another one.
+        """The `call` of an implementation.
 
-        Raises ValueError for an unknown name and ImplUnavailableError for an explicit request that can't be met.
+        Args:
+            impl: "auto" or a name from IMPLS.
+            x: the tensor whose device and dtype decide.
+            dtype: the dtype that the op computes in, where it is not that of `x`.
+
+        Raises:
+            ValueError: `impl` is no such name.
+            ImplUnavailableError: the op has no such implementation, or it can't run here or on this device or dtype.
         """
         dtype = dtype or x.dtype
-        asked = _default[-1] if impl == "auto" else impl
-        if asked == "auto":
-            for choice in self.auto_rules:
-                if choice.device == x.device.type and dtype in choice.dtypes:
-                    return self.impls[choice.impl].call
+        requested = _default[-1] if impl == "auto" else impl
+        if requested == "auto":
+            for rule in self.auto_rules:
+                if rule.device == x.device.type and dtype in rule.dtypes:
+                    return self.impls[rule.impl].call
             return self.impls["reference"].call
-        if asked not in self.impls:
-            raise ValueError(f"impl is {asked!r}; expected one of {', '.join(('auto', *IMPLS))}")
-        chosen = self.impls[asked]
-        if not chosen.availability.ok:
-            raise ImplUnavailableError(f"{self.name}: impl={asked!r} {chosen.availability.reason}. {self._available()}")
-        if chosen.device is not None and chosen.device != x.device.type:
-            raise ImplUnavailableError(
-                f"{self.name}: impl={asked!r} runs on {chosen.device} tensors; the input is on {x.device}. "
-                f"{self._available()}"
-            )
-        if chosen.dtypes is not None and dtype not in chosen.dtypes:
-            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in chosen.dtypes)
-            raise ImplUnavailableError(
-                f"{self.name}: impl={asked!r} takes {supported}; the input is {dtype}. {self._available()}"
-            )
-        return chosen.call
+        if requested not in IMPLS:
+            raise ValueError(f"impl is {requested!r}; expected one of {', '.join(('auto', *IMPLS))}")
+        if requested not in self.impls:
+            raise self._unavailable(requested, f"does not exist; this op has {', '.join(self.impls)}")
+        implementation = self.impls[requested]
+        if not implementation.availability.ok:
+            raise self._unavailable(requested, implementation.availability.reason)
+        if implementation.device is not None and implementation.device != x.device.type:
+            raise self._unavailable(requested, f"runs on {implementation.device} tensors; the input is on {x.device}")
+        if implementation.dtypes is not None and dtype not in implementation.dtypes:
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in implementation.dtypes)
+            raise self._unavailable(requested, f"takes {supported}; the input is {dtype}")
+        return implementation.call
 
-    def _available(self) -> str:
-        names = [impl for impl, found in self.impls.items() if found.availability.ok]
-        return f"Available here: {', '.join(names)} (impl='auto' chooses)."
+    def _unavailable(self, impl: str, reason: str) -> ImplUnavailableError:
+        names = [name for name, implementation in self.impls.items() if implementation.availability.ok]
+        available = f"Available here: {', '.join(names)} (impl='auto' chooses)."
+        return ImplUnavailableError(f"{self.name}: impl={impl!r} {reason}. {available}")
 
 
 OPS: dict[str, Op] = {}
 
 
 def available_impls() -> dict[str, dict[str, Availability]]:
-    """For every op, which implementation can run here, whether it is verified, and why the others can't."""
-    return {name: {impl: found.availability for impl, found in op.impls.items()} for name, op in sorted(OPS.items())}
+    """Whether each implementation of each op can run here, whether it is verified, and the reason where it can't.
+
+    Returns:
+        {op: {impl: Availability}}, with the implementations that exist.
+    """
+    return {
+        name: {impl: implementation.availability for impl, implementation in op.impls.items()}
+        for name, op in sorted(OPS.items())
+    }
+
+
+def implementations_table() -> str:
+    """Markdown table of ops, implementations and dtypes: what exists, whether or not it can run here."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    lines = ["| op | " + " | ".join(IMPLS) + " |", "|---" * (1 + len(IMPLS)) + "|"]
+    for name, op in sorted(OPS.items()):
+        cells = [name]
+        for impl in IMPLS:
+            implementation = op.impls.get(impl)
+            if implementation is None:
+                cells.append("")
+                continue
+            dtypes = implementation.dtypes
+            cell = "any" if dtypes is None else ", ".join(names[dtype] for dtype in dtypes)
+            cells.append(f"{cell} ({implementation.built_on})" if implementation.built_on else cell)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _initial_default() -> str:
@@ -132,9 +160,19 @@ _default = [_initial_default()]
 
 @contextmanager
 def use_impl(impl: str) -> Iterator[None]:
-    """Within the block, `impl="auto"` means `impl`. Process-wide, so set it from one thread.
+    """Context manager within which `impl="auto"` means `impl`, for every op of the process.
 
-    The environment variable BERT_FAST_IMPL, read at import, sets the same default for the whole process.
+    The environment variable BERT_FAST_IMPL, read at import, sets the same default for the whole process. The setting
+    is not thread-local: enter it from one thread.
+
+    Args:
+        impl: "auto", "reference", "triton", "cuda" or "cpu".
+
+    Returns:
+        A context manager. Within it a call of an op that lacks `impl` raises `ImplUnavailableError`.
+
+    Raises:
+        ValueError: `impl` is none of these, on entering the block.
     """
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(('auto', *IMPLS))}")

@@ -1,4 +1,4 @@
-"""Load the compiled kernels (`bert_fast._C`, `bert_fast._CUDA`) once, and keep the reason where they are absent."""
+"""Load the compiled kernels (`bert_fast._C`, `bert_fast._CUDA`) once, and record the reason where they are absent."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-# Files that tests/emulator/build.py made, for tests: the CUDA kernels, on machines without a GPU; the AVX-512 kernels.
+# Modules that tests/emulator/build.py compiles for tests: the CUDA kernels on the CPU, the AVX-512 kernels in AVX2.
 _CUDA_EMULATOR = "BERT_FAST_CUDA_EMULATOR"
 _AVX512_EMULATOR = "BERT_FAST_AVX512_EMULATOR"
 
 
 def build_report(module: str) -> dict[str, Any]:
-    """What setup.py noted of the extension `module`, {} where it noted nothing."""
+    """The entry of the extension `module` in setup.py's build report; {} where there is none."""
     spec = importlib.util.find_spec("bert_fast")
     assert spec is not None
     assert spec.origin is not None
@@ -28,7 +28,7 @@ def build_report(module: str) -> dict[str, Any]:
 
 
 def _load() -> str:
-    """Import the extension, which registers its operators. Returns "" or the reason why there are none."""
+    """Import `bert_fast._C`, which registers its kernels. Returns "" or the reason why it can't."""
     if emulator := os.environ.get(_AVX512_EMULATOR):
         _load_emulator("bert_fast._C", emulator)
         return ""
@@ -43,7 +43,7 @@ def _load() -> str:
 
 
 def _load_emulator(module: str, file: str) -> None:
-    """Import kernels that tests/emulator/build.py compiled in the place of `module`."""
+    """Import `file`, which tests/emulator/build.py compiled, as `module`."""
     spec = importlib.util.spec_from_file_location(module, file)
     assert spec is not None
     assert spec.loader is not None
@@ -52,7 +52,7 @@ def _load_emulator(module: str, file: str) -> None:
 
 
 def _load_cuda() -> str:
-    """Import the CUDA kernels. Returns "" or the reason why there are none."""
+    """Import `bert_fast._CUDA`, which registers its kernels. Returns "" or the reason why it can't."""
     if CUDA_EMULATED:
         _load_emulator("bert_fast._CUDA", os.environ[_CUDA_EMULATOR])
         return ""
@@ -61,7 +61,7 @@ def _load_cuda() -> str:
         return f"not built: {report.get('reason', 'this installation is older than the CUDA kernels; build it again')}"
     if torch.version.cuda is None:
         return "this build of torch has no CUDA"
-    if torch.cuda.device_count() == 0:  # through NVML: leaves the process free to fork
+    if torch.cuda.device_count() == 0:  # counted through NVML, so the process can still fork
         return "no CUDA device was found"
     try:
         importlib.import_module("bert_fast._CUDA")
@@ -76,20 +76,21 @@ def registered(operator: str, dispatch_key: str) -> bool:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the compiled CPU kernels use: generic, avx2, avx512 or avx512bf16.
+    """The instruction set of the compiled CPU kernels: generic, avx2, avx512 or avx512bf16.
 
-    BERT_FAST_CPU_ISA lowers it. "generic" where there are no compiled kernels.
+    BERT_FAST_CPU_ISA lowers it. "generic" without compiled kernels.
     """
     return "generic" if MISSING else str(_extension.cpu_isa())
 
 
-def bf16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 in units of its own: elsewhere torch's products take ten times float32's."""
+def has_bf16_isa() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16; without them torch's bfloat16 product runs at a tenth
+    of float32's rate."""
     return cpu_isa() == "avx512bf16" and torch.cpu._is_avx512_bf16_supported()
 
 
 def fingerprint(address: int, size: int) -> int:
-    """A hash of 64 words spread over `size` bytes at `address`, which have to be there."""
+    """Hash of 64 words spread over the `size` bytes at `address`, which must be readable memory."""
     return int(_extension.fingerprint(address, size))
 
 

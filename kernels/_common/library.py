@@ -1,19 +1,23 @@
-"""Define an operator with torch.library: schema, fake and gradient in Python; the kernels register themselves.
+"""Define operators with torch.library, and describe the implementations that call them.
 
-An operator is defined once for each family of kernels, with one schema, fake and gradient: `bert_fast::name` for the
-compiled CPU kernels, `bert_fast_cuda::name` for the CUDA kernels, `bert_fast_triton::name` for the Triton kernels. So
-all can run in one process on the same device, and which of them runs is decided by the op's door, not by who
-registered last.
+An operator has one definition in Python (schema, fake, gradient) and a namespace for each family of kernels:
+`bert_fast::name` for the compiled CPU kernels, `bert_fast_cuda::name` for the CUDA kernels, `bert_fast_triton::name`
+for the Triton kernels. So all of them can run in one process on the same device, and the op's public function decides
+which one runs. Compiled kernels register themselves when their module is imported.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import re
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bert_fast.kernels._common import extensions, records, triton_support
 from bert_fast.kernels._common.dispatch import AVAILABLE, Availability, Implementation
@@ -24,42 +28,104 @@ NATIVE_CPU_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+INPUTS: dict[str, Callable[..., Any]] = {}  # by operator: the named tuple of its inputs
+
 
 def define(
     name: str,
-    schema: str,
-    *,
     fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
+    *,
+    arguments_of: Callable[..., Any] | None = None,
+    setup_context: Callable[[Any, Any, Any], None] | None = None,
+    backward: Callable[..., dict[str, Tensor | None]] | None = None,
+    symbolic: tuple[str, ...] = (),
+    mutated: tuple[str, ...] = (),
     triton: bool = True,
     cuda: bool = False,
 ) -> None:
-    """Define `name` with `schema` (arguments and returns), its shapes and, where given, its gradient.
+    """Define the operator `name`.
 
-    `backward(ops, ctx, *gradients)` finds the operators that it calls in `ops`, the namespace it is registered for.
-    `triton=False` is for operators that only the compiled kernels have, `cuda=True` for those with CUDA kernels.
+    The schema is inferred from type annotations: the arguments are those of `arguments_of`, then those that only `fake`
+    has; the returns are those of `fake`.
+
+    Args:
+        name: the operator's name, without a namespace.
+        fake: returns outputs without values. Called with every input as a keyword, of which it names those it uses.
+        arguments_of: the op's reference, whose arguments are the operator's; None where `fake` names them all.
+        setup_context: (ctx, inputs, output) saves what `backward` needs; `inputs` is a named tuple.
+        backward: (ops, ctx, *douts) returns the gradients by argument name, those left out being None. `ops` is the
+            namespace of torch.ops that the operator ran in.
+        symbolic: the integer arguments that torch.compile may keep symbolic (SymInt).
+        mutated: the tensor arguments that the operator writes to.
+        triton: whether there are Triton kernels.
+        cuda: whether there are CUDA kernels.
     """
+    prototype = _prototype(fake, arguments_of)
+    arguments = tuple(prototype.__signature__.parameters)
+    INPUTS[name] = namedtuple(f"{name}_inputs", arguments)  # type: ignore[misc]
+    schema = re.sub(
+        r"SymInt(\??) (\w+)",
+        lambda match: match[0] if match[2] in symbolic else f"int{match[1]} {match[2]}",
+        torch.library.infer_schema(prototype, op_name=name, mutates_args=mutated),
+    )
+
+    def fake_by_name(*inputs: Any, **named: Any) -> Any:
+        return fake(**dict(zip(arguments, inputs, strict=False)), **named)
+
+    def setup_context_by_name(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        assert setup_context is not None
+        setup_context(ctx, INPUTS[name](*inputs), output)
+
+    def backward_by_name(ops: Any, ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        assert backward is not None
+        gradients = backward(ops, ctx, *douts)
+        return tuple(gradients.get(argument) for argument in arguments)
+
     for namespace, library in _LIBRARIES.items():
         if (namespace == _TRITON and not triton) or (namespace == _CUDA and not cuda):
             continue
         qualified = f"{namespace}::{name}"
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(qualified, fake, lib=library)
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, fake_by_name, lib=library)
         if backward is not None:
-            gradient = functools.partial(backward, getattr(torch.ops, namespace))
-            torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=library)
+            gradient = functools.partial(backward_by_name, getattr(torch.ops, namespace))
+            torch.library.register_autograd(qualified, gradient, setup_context=setup_context_by_name, lib=library)
+
+
+def _prototype(fake: Callable[..., Any], arguments_of: Callable[..., Any] | None) -> Any:
+    """A function with the operator's signature, for `infer_schema`."""
+    signature = inspect.signature(fake, eval_str=True)
+    parameters = {} if arguments_of is None else dict(inspect.signature(arguments_of, eval_str=True).parameters)
+    for parameter in signature.parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            parameters.setdefault(parameter.name, parameter)
+
+    def prototype() -> None: ...
+
+    prototype.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+    return prototype
 
 
 def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> None:
-    """Register a Python kernel for `bert_fast::name` under `dispatch_key`, for ops whose hot path is partly GEMMs."""
+    """Register a Python kernel for `bert_fast::name` under `dispatch_key`, where the work is mostly a library's."""
     _LIBRARIES[_NATIVE].impl(name, function, dispatch_key)
 
 
-def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
-    """The slot of the compiled CPU kernels: available when `bert_fast._C` registered every one of `operators`.
+def call_operator(name: str) -> Callable[..., Tensor]:
+    """(ops, *inputs) -> the first output of the operator `name` in the namespace `ops`; others are for its gradient."""
 
-    `call(ops, ...)` finds the operators in `ops`.
+    def call(ops: Any, *inputs: Any) -> Tensor:
+        out = getattr(ops, name)(*inputs)
+        first: Tensor = out if isinstance(out, Tensor) else out[0]
+        return first
+
+    return call
+
+
+def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
+    """The compiled CPU kernels: available where `bert_fast._C` registered all of `operators`.
+
+    `call(ops, *inputs)` gets the namespace of the operators.
     """
     missing = [name for name in operators if not extensions.registered(f"{_NATIVE}::{name}", "CPU")]
     if not missing:
@@ -71,9 +137,9 @@ def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
 
 
 def cuda_kernels(call: Callable[..., Any], op: str, *operators: str) -> Implementation:
-    """The slot of the CUDA kernels: available when `bert_fast._CUDA` registered every one of `operators`.
+    """The CUDA kernels of `op`: available where `bert_fast._CUDA` registered all of `operators`.
 
-    Where tests loaded the emulated kernels (csrc/emulator), they are those, on CPU tensors.
+    Where tests loaded the emulated kernels (tests/emulator), these are they, on CPU tensors.
     """
     device = "cpu" if extensions.CUDA_EMULATED else "cuda"
     missing = [name for name in operators if not extensions.registered(f"{_CUDA}::{name}", device.upper())]
@@ -89,12 +155,12 @@ def cuda_kernels(call: Callable[..., Any], op: str, *operators: str) -> Implemen
 
 
 def simulated(impl: str) -> bool:
-    """Whether `impl` runs on CPU tensors in Triton's interpreter or the CUDA kernels' emulator, slowly, for tests."""
+    """Whether `impl` runs in Triton's interpreter or the CUDA emulator: on CPU tensors, slowly, for tests."""
     return (impl == "triton" and triton_support.INTERPRETED) or (impl == "cuda" and extensions.CUDA_EMULATED)
 
 
 def triton_function(op: str, name: str) -> Callable[..., Any]:
-    """The function `name` of the op's `triton` module; the module, and triton with it, is imported when it runs."""
+    """The function `name` of the op's `triton` module, which is imported, and triton with it, at the first call."""
 
     def function(*arguments: Any) -> Any:
         module = importlib.import_module(f"bert_fast.kernels.{op}.triton")
@@ -103,18 +169,18 @@ def triton_function(op: str, name: str) -> Callable[..., Any]:
     return function
 
 
-def triton_slot(call: Callable[..., Any], op: str) -> Implementation:
-    """The slot of `call`, which runs the op's Triton kernels."""
+def triton_implementation(call: Callable[..., Any], op: str) -> Implementation:
+    """`call`, available where the Triton kernels of `op` are."""
     device = "cpu" if triton_support.INTERPRETED else "cuda"
     return Implementation(call, device, TRITON_DTYPES, triton_support.availability(op))
 
 
 def triton_kernels(call: Callable[..., Any], op: str, *operators: str) -> Implementation:
-    """The slot of the Triton kernels: each of `operators` is the function of that name in the op's `triton` module.
+    """The Triton kernels of `op`: each of `operators` is the function of that name in the op's `triton` module.
 
-    `call(ops, ...)` finds the operators in `ops`.
+    `call(ops, *inputs)` gets the namespace of the operators.
     """
     for name in operators:
         for key in ("CUDA", "CPU") if triton_support.INTERPRETED else ("CUDA",):
             _LIBRARIES[_TRITON].impl(name, triton_function(op, name), key)
-    return triton_slot(functools.partial(call, torch.ops.bert_fast_triton), op)
+    return triton_implementation(functools.partial(call, torch.ops.bert_fast_triton), op)

@@ -1,13 +1,14 @@
 """The dropout mask: a pure function of (seed, offset, plane, row, column), the same bits in every implementation.
 
-Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One call makes 128
-bits, which decide 16 neighbouring columns, a byte each:
+Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). One call returns
+128 bits, which decide 16 neighbouring columns, a byte each:
 
     counter = (column // 16, row, plane, offset mod 2^32)      key = (seed mod 2^32, seed >> 32)
     byte    = (word[column % 16 // 4] >> 8 * (column % 4)) & 255
     keep    = byte >= threshold,  threshold = round(256 p)
 
-Kept values are scaled by 256 / (256 - threshold), the probability actually used, so that the mean is exact.
+Kept values are scaled by 256 / (256 - threshold), the inverse of the probability actually used: the expectation is
+exact.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MASK32 = 0xFFFFFFFF
 def new_rng_state(device: torch.device | str, count: int | None = None) -> Tensor:
     """Draw (seed, offset) from torch's generator of `device`: int64 (2,), or (count, 2) for several calls.
 
-    No host synchronisation; reproducible through `torch.manual_seed`.
+    No synchronization with the device; reproducible by `torch.manual_seed`.
     """
     return torch.randint(0, 2**63 - 1, (2,) if count is None else (count, 2), dtype=torch.int64, device=device)
 
@@ -34,7 +35,7 @@ def new_rng_state(device: torch.device | str, count: int | None = None) -> Tenso
 def dropout_threshold(dropout_p: float) -> int:
     """The number of the 256 byte values that drop an element; 0 for no dropout.
 
-    Raises ValueError where `dropout_p` is outside [0, 1) or so near an end that it rounds to none or all.
+    Raises ValueError where `dropout_p` is outside [0, 1) or rounds to dropping none (but 0 itself) or all elements.
     """
     if dropout_p == 0.0:
         return 0
@@ -47,10 +48,10 @@ def dropout_threshold(dropout_p: float) -> int:
 
 
 def dropout_state(dropout_p: float, rng_state: Tensor | None, x: Tensor) -> Tensor | None:
-    """What a door hands on: the checked state, a new one where there is none, None where nothing is dropped.
+    """The state that an implementation gets: `rng_state`, checked; a new one for None; None where nothing is dropped.
 
-    Raises ValueError for a `dropout_p` that `dropout_threshold` refuses or a state of another shape or device than
-    int64 (2,) on the device of `x`, TypeError for another dtype.
+    Raises ValueError where `dropout_threshold` does, or where `rng_state` has another shape than (2,) or another device
+    than `x`; TypeError where its dtype is not int64.
     """
     if rng_state is not None:
         check_rng_state(rng_state, x)
@@ -60,7 +61,7 @@ def dropout_state(dropout_p: float, rng_state: Tensor | None, x: Tensor) -> Tens
 
 
 def _round(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
-    # int64 products wrap modulo 2^64, so their low 64 bits are right; the arithmetic shift is masked back to 32 bits.
+    # int64 products wrap modulo 2^64, so their low 64 bits are exact; the mask undoes the shift's sign extension.
     first, second = counter[0] * _MULTIPLIER[0], counter[2] * _MULTIPLIER[1]
     return [
         ((second >> 32) & _MASK32) ^ counter[1] ^ key[0],
@@ -97,6 +98,6 @@ def multiplier_at(rng_state: Tensor, threshold: int, plane: Tensor, row: Tensor,
         counter = _round(counter, key)
     words = torch.stack(counter, dim=-1)  # (P, R, G, 4)
     shifts = torch.tensor([0, 8, 16, 24], device=rng_state.device)
-    drawn = (words.unsqueeze(-1) >> shifts) & 255  # (P, R, G, 4, 4)
+    random_bytes = (words.unsqueeze(-1) >> shifts) & 255  # (P, R, G, 4, 4)
     scale = 256.0 / (256 - threshold)
-    return ((drawn >= threshold).double() * scale).reshape(*shape[:-1], shape[-1] * 16)
+    return ((random_bytes >= threshold).double() * scale).reshape(*shape[:-1], shape[-1] * 16)

@@ -1,9 +1,9 @@
-"""Records of passing runs of `bert-fast verify --record`: what `auto` may choose on a GPU.
+"""Records of passing runs of `bert-fast verify --record`, which allow `impl="auto"` to choose GPU kernels.
 
-A record names the device, the versions, the commit and the errors of every case, and the hash of the sources that ran.
-It counts as long as the op's sources are the same: a changed kernel is unverified until it ran again. For Triton a
-record of any CUDA device counts. Records are part of the package (`bert_fast/verified/<device>.json`); those that a
-user made are in the user's cache and count on that machine.
+A record has the device, the versions, the commit, the errors of every case and the hash of the sources that ran. It is
+valid while the op's sources are the same: a changed kernel is unverified until it passes again. A record of any CUDA
+device is valid for all. Records are part of the package (`bert_fast/verified/<device>.json`); a user's own are in the
+user's cache, for that machine.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 
 from bert_fast.kernels._common import extensions
 
-RECORDED = ("triton", "cuda")  # the implementations that need a record; the others are tested wherever they run
+RECORDED = ("triton", "cuda")  # the implementations that need a record; tests cover the others wherever they run
 _KERNELS = Path(__file__).resolve().parents[1]
-_UNHEARD = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
-_BLOCKS = (tokenize.INDENT, tokenize.DEDENT)
+_IGNORED = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
+_INDENTATION = (tokenize.INDENT, tokenize.DEDENT)
 
 
 def package_folder() -> Path:
-    """The records that come with the package."""
+    """The folder of the records in the package."""
     spec = importlib.util.find_spec("bert_fast")
     assert spec is not None
     assert spec.origin is not None
@@ -39,16 +39,16 @@ def package_folder() -> Path:
 
 
 def user_folder() -> Path:
-    """The records of this user's machine: $XDG_CACHE_HOME/bert_fast/verified."""
+    """The folder of the user's own records: $XDG_CACHE_HOME/bert_fast/verified."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "bert_fast" / "verified"
 
 
 @functools.cache
 def sources_hash(op: str, impl: str = "triton") -> str:
-    """Hash of the sources that the op runs as `impl`, its own and the shared.
+    """Hash of the sources of the op's kernels, its own and the shared ones.
 
-    Of Triton's, comments and blank lines don't count; the CUDA kernels' was noted when they were built.
+    Comments and blank lines of Triton sources don't count; the hash of CUDA sources is that of the build.
     """
     if impl == "cuda":
         return str(extensions.build_report("_CUDA").get("sources", {}).get(op, "not built"))
@@ -58,15 +58,15 @@ def sources_hash(op: str, impl: str = "triton") -> str:
     ):
         with path.open("rb") as file:
             for token in tokenize.tokenize(file.readline):
-                if token.type not in _UNHEARD:
-                    # Whitespace inside a token is that of a docstring, or of an f-string, which Python 3.12 splits.
+                if token.type not in _IGNORED:
+                    # Only strings have whitespace inside: docstrings, and f-strings, which Python 3.12 splits.
                     digest.update("".join(token.string.split()).encode())
-                    digest.update(tokenize.tok_name[token.type].encode() if token.type in _BLOCKS else b"")
+                    digest.update(tokenize.tok_name[token.type].encode() if token.type in _INDENTATION else b"")
     return digest.hexdigest()[:16]
 
 
 def why_unverified(op: str, impl: str) -> str:
-    """Why no record allows `auto` to choose `impl`, or "" where one does."""
+    """The reason why no record allows `auto` to choose `impl`, or "" where one does."""
     outdated = []
     for folder in (package_folder(), user_folder()):
         for path in sorted(folder.glob("*.json")):
@@ -84,12 +84,12 @@ def why_unverified(op: str, impl: str) -> str:
 def write(
     device: str, capability: tuple[int, int], passed: Mapping[tuple[str, str], list[dict[str, Any]] | None]
 ) -> Path:
-    """Add runs to the record of `device`, in one step; returns the file.
+    """Add runs to the record of `device`, atomically; returns the file.
 
     Args:
         device: the GPU's name.
         capability: its compute capability.
-        passed: for (op, impl) its cases, or None where one failed: then an older entry is struck out.
+        passed: the cases of each (op, impl), or None where one failed, which removes an older entry.
     """
     checkout = package_folder().parents[1]
     folder = package_folder() if (checkout / ".git").exists() else user_folder()
@@ -110,7 +110,7 @@ def write(
 
 
 def _commit(checkout: Path) -> str:
-    """The commit of a checkout, "+changes" where the kernels differ from it; "release" where there is none."""
+    """The commit of a checkout, with "+changes" where the kernels differ from it; "release" without a checkout."""
     if not (checkout / ".git").exists():
         return "release"
 
@@ -122,7 +122,7 @@ def _commit(checkout: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record file, or an empty one where there is none."""
+    """The record in a file, or an empty one where there is no file."""
     if not path.exists():
         return {"device": "", "ops": {}}
     record: dict[str, Any] = json.loads(path.read_text())

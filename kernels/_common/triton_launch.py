@@ -1,7 +1,7 @@
-"""Launch Triton kernels in one place, so that `benchmarks.reports.compile_report` can record what dispatch launches.
+"""The one place that launches Triton kernels, so that `benchmarks.reports.compile_report` can record the launches.
 
-While a recording is on, nothing runs: the operators are called with tensors of the meta device, and every launch is
-noted with its arguments. So the report compiles what the launchers choose, and a configuration can't be forgotten.
+While recording, nothing runs: the launchers are called with tensors on the meta device and every launch is recorded
+with its arguments. So the report compiles exactly the configurations that the launchers choose.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _recorded: list[Launch] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within the block launches are noted in the list and don't run."""
+    """Within the block launches are appended to the list instead of being run."""
     global _recorded
     _recorded = []
     try:
@@ -46,10 +46,10 @@ def launch(
     """Run `kernel` over `grid` on the device of its first tensor argument; an empty grid runs nothing.
 
     Args:
-        kernel: what @triton.jit returned.
-        grid: one to three sizes; the first may pass 2^16, the others must not.
+        kernel: a function decorated with @triton.jit.
+        grid: one to three sizes; only the first may exceed 2^16.
         arguments: the kernel's arguments that are not constexpr, in order.
-        num_warps, num_stages: of a program, and of its software pipelines.
+        num_warps, num_stages: warps of a program, stages of its software pipelining.
         constexprs: by name.
     """
     if 0 in grid:
@@ -72,20 +72,20 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is not below `n`; 1 for 0."""
+    """The smallest power of two that is at least `n`; 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def row_parts(rows: int, smallest: int = 16, most: int = 128) -> tuple[int, int]:
-    """Split `rows` for a sum over rows: (parts, rows of a part), a function of `rows` alone.
+    """Split `rows` for a sum over rows: (parts, rows of a part), which depend on `rows` alone.
 
-    Not of the device: the order of additions, and so the bits of the sum, must not depend on how many multiprocessors
-    there are. 128 parts of several column blocks each fill any of today's GPUs.
+    They don't depend on the device: the order of additions, and so the bits of the sum, must not change with the number
+    of SMs. 128 parts of several column blocks each occupy any current GPU.
     """
     each = max(smallest, ceil_div(rows, most))
     return ceil_div(rows, each), each
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """`x` (T, E) itself where its rows are contiguous, whatever the stride between them; else a copy."""
+    """`x` (T, E) itself where its rows are contiguous, with any stride between them; else a copy."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

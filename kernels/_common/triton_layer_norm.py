@@ -1,4 +1,4 @@
-"""What the ops with a LayerNorm share in Triton: statistics of rows, the gradient through them, sums over parts."""
+"""LayerNorm in Triton, for two ops: row statistics, the gradient through them, launch choices and sums over parts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bert_fast.kernels._common.triton_launch import ceil_div, launch, next_power
 def row_statistics(s, columns, E, eps):
     """mean and 1 / sqrt(variance + eps) of each row of `s` (ROWS, BLOCK_E) float32, which is 0 outside `columns`.
 
-    Two passes over registers: the second works on deviations from the first mean, so nothing large cancels, and its
-    own mean deviation repairs what the first sum lost to rounding. So a constant row has exactly its value as mean.
+    Two-pass variance over registers: the second pass sums deviations from the first mean, so nothing large cancels,
+    and the mean deviation corrects the rounding error of the first sum. So the mean of a constant row is exact.
     """
     first = tl.sum(s, axis=1) / E
     d = tl.where(columns, s - first[:, None], 0.0)
@@ -27,7 +27,7 @@ def row_statistics(s, columns, E, eps):
 @triton.jit
 def layer_norm_grad(g, xhat, rstd, E):
     """rstd (g - mean(g) - xhat mean(g xhat)) of each row, for g = dout * weight; g and xhat are 0 outside the row."""
-    # Both sums in one reduction: half the barriers where a row is shared by several warps.
+    # Both sums in one reduction: half the barriers where several warps share a row.
     mean_g, mean_g_xhat = tl.split(tl.sum(tl.join(g, g * xhat), axis=1) / E)
     return (g - mean_g[:, None] - xhat * mean_g_xhat[:, None]) * rstd[:, None]
 
@@ -37,7 +37,7 @@ def _sum_parts_kernel(
     partial, first, second, third, parts, E,
     COUNT: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, k) adds up columns i BLOCK_E.. of sum k over all parts, in an order that only `parts` decides."""
+    """Program (i, k) sums columns i BLOCK_E.. of sum k over all parts, in an order that depends on `parts` alone."""
     which = tl.program_id(1)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_PARTS, BLOCK_E), tl.float32)
@@ -56,10 +56,10 @@ def _sum_parts_kernel(
 def sum_parts(partial: Tensor) -> tuple[Tensor, ...]:
     """(parts, count, E) float32 -> `count` (2 or 3) tensors (E,) float32, each the sum over its parts.
 
-    One launch where `partial.sum(0)` and the copies out of it are several; the sums don't share memory.
+    One launch, where `partial.sum(0)` and copies of its rows are several; the sums don't share memory.
     """
     parts, count, E = partial.shape
-    # Narrow strips of many parts, for the loads in flight; wide ones where there is little to add.
+    # Many parts: narrow blocks, for more loads in flight. Few parts: wide blocks.
     rows, columns = (128, 32) if parts > 32 else (32, 128)
     sums = tuple(partial.new_empty(E) if parts else partial.new_zeros(E) for _ in range(count))
     if parts:
@@ -71,11 +71,11 @@ def sum_parts(partial: Tensor) -> tuple[Tensor, ...]:
 
 
 def fwd_tile(E: int) -> dict[str, int]:
-    """ROWS, BLOCK_E and num_warps of a forward program: 1024 elements a warp, so 32 a thread.
+    """ROWS, BLOCK_E and num_warps of a forward program: 1024 elements per warp, so 32 per thread.
 
-    Up to E = 1024 a row belongs to one warp: no barrier, the sums over the row are shuffles. 32 elements are four loads
-    of 16 bytes from each input in bf16, 4 KB a warp; with the 16 to 32 programs that fit a multiprocessor that is
-    64 KB and more in flight, where 4.3 TB/s at 0.7 us need 23 KB.
+    Up to E = 1024 one warp has a row: no barrier, the sums over the row are shuffles. 32 elements are four loads of 16
+    bytes from each input in bf16, 4 KB per warp; with 16 to 32 programs on an SM at least 64 KB are in flight, where
+    4.3 TB/s at a latency of 0.7 us need 23 KB.
     """
     block = max(16, next_power_of_2(E))
     return {"ROWS": max(1, min(16, 1024 // block)), "BLOCK_E": block, "num_warps": min(32, max(1, block // 1024))}
@@ -84,9 +84,9 @@ def fwd_tile(E: int) -> dict[str, int]:
 def bwd_tile(E: int) -> dict[str, int]:
     """ROWS, BLOCK_E, STAGES of the loop over rows, and num_warps of a backward program: 1024 elements at a time.
 
-    The sums over rows stay in registers, so a thread must own few columns: eight, 256 a warp. STAGES - 1 steps are on
-    their way to shared memory while one is computed: at E = 1024 in bf16 two rows of three inputs, 12 KB a program and
-    47 KB a multiprocessor. Wider tiles have fewer stages, for the 99 KB of sm_120 and for registers.
+    The sums over rows stay in registers, so a thread owns few columns: eight, 256 per warp. Software pipelining
+    prefetches STAGES - 1 steps to shared memory: at E = 1024 in bf16 two rows of three inputs, 12 KB per program and
+    47 KB per SM. Wider tiles have fewer stages, for sm_120's 99 KB of shared memory and for registers.
     """
     block = max(16, next_power_of_2(E))
     return {
@@ -98,11 +98,11 @@ def bwd_tile(E: int) -> dict[str, int]:
 
 
 def grad_parts(T: int, rows: int, num_warps: int) -> tuple[int, int]:
-    """(parts, rows of a part), the rows a multiple of `rows` and of 8; a function of the shape alone.
+    """(parts, rows of a part), the latter a multiple of `rows` and of 8; depends on the shape alone.
 
-    At most 512 parts: 3.9 programs of 4 warps for each of 132 multiprocessors, in one wave where four of them fit;
-    fewer where a program has more warps. The partial sums of 512 parts, three of 4 bytes for each column, written and
-    read, are 15 % of the bytes of the rows at T = 8192 in bf16, but stay in the second cache level.
+    At most 512 parts: 3.9 programs of 4 warps for each of 132 SMs, one wave where four fit an SM; fewer where a program
+    has more warps. The partial sums of 512 parts, three of 4 bytes for each column, written and read, are 15 % of the
+    bytes of the rows at T = 8192 in bf16, but stay in L2.
     """
     multiple = max(8, rows)
     each = max(1, ceil_div(ceil_div(T, min(512, 2048 // num_warps)), multiple)) * multiple
@@ -110,7 +110,7 @@ def grad_parts(T: int, rows: int, num_warps: int) -> tuple[int, int]:
 
 
 def dropout_arguments(dropout_p: float, rng_state: Tensor | None) -> tuple[Tensor | None, int, float]:
-    """(state or None, threshold, scale of what is kept). Raises ValueError where a state is needed and missing."""
+    """(state or None, threshold, scale of kept elements). Raises ValueError where dropout has no `rng_state`."""
     threshold = dropout_threshold(dropout_p)
     if threshold == 0:
         return None, 0, 1.0

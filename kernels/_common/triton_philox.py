@@ -1,7 +1,7 @@
 """The dropout mask of `_common/philox.py` inside Triton kernels: the same bits.
 
-One call of the generator decides 16 neighbouring columns, so a tile of the mask is made from a sixteenth as many calls
-and spread out: about 3 integer operations an element instead of 60.
+One call of the generator decides 16 neighbouring columns, so a tile of the mask takes a sixteenth as many calls, whose
+bytes are then spread over it: about 3 integer operations per element instead of 60.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def load_rng_state(rng_state):
 def keep_tile(key0, key1, offset, plane, rows, first_group, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Which elements of a tile are kept: bool (ROWS, COLS), COLS a multiple of 16.
 
-    rows: (ROWS,) integers, the row of each; first_group: the tile's first column / 16; plane: a scalar; threshold: 1 to
-    255, elements whose byte is below it are dropped.
+    rows: (ROWS,) integers, the index of each row; first_group: the tile's first column / 16; plane: a scalar;
+    threshold: 1 to 255, elements whose byte is below it are dropped.
     """
     GROUPS: tl.constexpr = COLS // 16
     group = (first_group + tl.arange(0, GROUPS)).to(tl.uint32)
@@ -44,8 +44,8 @@ def keep_tile(key0, key1, offset, plane, rows, first_group, threshold, ROWS: tl.
         c3 = low0
         key0 += 0x9E3779B9
         key1 += 0xBB67AE85
-    # (ROWS, GROUPS, 2, 2), the last two indices those of word 2 a + b; then the four bytes of each word.
+    # (ROWS, GROUPS, 2, 2), where the last two indices a, b are of word 2 a + b; then the four bytes of each word.
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3)).reshape(ROWS, GROUPS * 4)
     shifts = (8 * tl.arange(0, 4)).to(tl.uint32)
-    drawn = (words[:, :, None] >> shifts[None, None, :]) & 255
-    return (drawn >= threshold).reshape(ROWS, COLS)
+    random_bytes = (words[:, :, None] >> shifts[None, None, :]) & 255
+    return (random_bytes >= threshold).reshape(ROWS, COLS)

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run here, and whether a recorded run verified them. Imports no triton."""
+"""Whether the Triton kernels can run here and whether a recorded run verified them. Doesn't import triton."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bert_fast.kernels._common import records
 from bert_fast.kernels._common.dispatch import Availability
 
 OLDEST = (3, 6)
-# Triton reads the variable when a kernel is defined, so it holds for the whole process.
+# Triton reads the variable when a kernel is defined, so it applies to the whole process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _missing() -> str:
-    """Why Triton kernels can't run in this process, or ""."""
+    """The reason why Triton kernels can't run in this process, or ""."""
     try:
         installed = importlib.util.find_spec("triton") is not None
     except ImportError:
@@ -31,7 +31,7 @@ def _missing() -> str:
         return ""
     if torch.version.cuda is None:
         return "this build of torch has no CUDA (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
-    # Counts through NVML: unlike torch.cuda.is_available() it leaves the process free to fork.
+    # Counted through NVML: unlike after torch.cuda.is_available() the process can still fork.
     if torch.cuda.device_count() == 0:
         return "no CUDA device was found (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
     return ""
@@ -41,7 +41,7 @@ _MISSING = _missing()
 
 
 def availability(op: str) -> Availability:
-    """The state of the op's Triton kernels in this process."""
+    """The availability of the op's Triton kernels in this process."""
     if _MISSING:
         return Availability(False, False, _MISSING)
     if INTERPRETED:

@@ -1,4 +1,4 @@
-"""LayerNorm(residual + dropout(x + x_bias)) in one pass, all its gradients in one more."""
+"""LayerNorm(residual + dropout(x + x_bias)) in one pass, all of its gradients in another."""
 
 from bert_fast.kernels.add_layer_norm.api import add_layer_norm
 

@@ -1,4 +1,4 @@
-"""Operators of add_layer_norm: schema, fake, gradient. The kernels register themselves for the dispatch keys."""
+"""Operators of add_layer_norm: fake, gradient, implementations and auto rules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
     NATIVE_CPU_DTYPES,
     TRITON_DTYPES,
+    call_operator,
     cuda_kernels,
     define,
     native_cpu,
@@ -20,18 +21,10 @@ from bert_fast.kernels._common.library import (
 from bert_fast.kernels.add_layer_norm.reference import add_layer_norm_reference
 
 
-def _fwd_fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    rng_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+def _fwd_fake(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """out, mean, rstd."""
+    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), mean, rstd
 
 
 def _bwd_fake(
@@ -45,78 +38,50 @@ def _bwd_fake(
     dropout_p: float,
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, dweight, dbias, dx_bias, the last empty without `x_bias`."""
     dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     dx_bias = x.new_empty(0 if x_bias is None else x.shape[1], dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape), dweight, dbias, dx_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, weight, bias, x_bias, ctx.dropout_p, _, rng_state = inputs
+def _setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, mean, rstd = output
-    ctx.bias_dtype = bias.dtype
+    ctx.dropout_p, ctx.bias_dtype = inputs.dropout_p, inputs.bias.dtype
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, residual, weight, x_bias, mean, rstd, rng_state)
+    ctx.save_for_backward(inputs.x, inputs.residual, inputs.weight, inputs.x_bias, mean, rstd, inputs.rng_state)
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
-    x, residual, weight, x_bias, mean, rstd, rng_state = ctx.saved_tensors
-    dx, dresidual, dweight, dbias, dx_bias = ops.add_layer_norm_bwd(
-        dout, x, residual, weight, x_bias, mean, rstd, ctx.dropout_p, rng_state
-    )
-    return (
-        dx,
-        dresidual,
-        dweight.to(weight.dtype),
-        dbias.to(ctx.bias_dtype),
-        None if x_bias is None else dx_bias.to(x_bias.dtype),
-        None,
-        None,
-        None,
-    )
+def _backward(ops: Any, ctx: Any, dout: Tensor, _dmean: Tensor, _drstd: Tensor) -> dict[str, Tensor | None]:
+    *tensors, rng_state = ctx.saved_tensors
+    _, _, weight, x_bias, _, _ = tensors
+    dx, dresidual, dweight, dbias, dx_bias = ops.add_layer_norm_bwd(dout, *tensors, ctx.dropout_p, rng_state)
+    return {
+        "x": dx,
+        "residual": dresidual,
+        "weight": dweight.to(weight.dtype),
+        "bias": dbias.to(ctx.bias_dtype),
+        "x_bias": None if x_bias is None else dx_bias.to(x_bias.dtype),
+    }
 
 
-# dx_bias is empty where there is no x_bias.
-define(
-    "add_layer_norm_bwd",
-    "(Tensor dout, Tensor x, Tensor residual, Tensor weight, Tensor? x_bias, Tensor mean, Tensor rstd, "
-    "float dropout_p, Tensor? rng_state) "
-    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias)",
-    fake=_bwd_fake,
-    cuda=True,
-)
+define("add_layer_norm_bwd", _bwd_fake, cuda=True)
 define(
     "add_layer_norm_fwd",
-    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? x_bias, float dropout_p, float eps, "
-    "Tensor? rng_state) -> (Tensor out, Tensor mean, Tensor rstd)",
-    fake=_fwd_fake,
+    _fwd_fake,
+    arguments_of=add_layer_norm_reference,
     setup_context=_setup_context,
     backward=_backward,
     cuda=True,
 )
-
-
-def _run(
-    ops: Any,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    rng_state: Tensor | None,
-) -> Tensor:
-    out: Tensor = ops.add_layer_norm_fwd(x, residual, weight, bias, x_bias, dropout_p, eps, rng_state)[0]
-    return out
-
-
+_OPERATORS = ("add_layer_norm_fwd", "add_layer_norm_bwd")
+_call = call_operator("add_layer_norm_fwd")
 OP = Op(
     "add_layer_norm",
     {
         "reference": Implementation(add_layer_norm_reference, None, None),
-        "triton": triton_kernels(_run, "add_layer_norm", "add_layer_norm_fwd", "add_layer_norm_bwd"),
-        "cuda": cuda_kernels(_run, "add_layer_norm", "add_layer_norm_fwd", "add_layer_norm_bwd"),
-        "cpu": native_cpu(_run, "add_layer_norm_fwd", "add_layer_norm_bwd"),
+        "triton": triton_kernels(_call, "add_layer_norm", *_OPERATORS),
+        "cuda": cuda_kernels(_call, "add_layer_norm", *_OPERATORS),
+        "cpu": native_cpu(_call, *_OPERATORS),
     },
     auto_rules=(
         AutoRule(

@@ -1,6 +1,6 @@
-"""add_layer_norm in Triton: one pass forward; one pass backward with the sums over rows in registers, and a small sum.
+"""add_layer_norm in Triton: one pass forward; one pass backward with the sums over rows in registers, then their sum.
 
-Bytes: forward 3 T E elements, backward 5 T E, and 24 E for each part of the rows, which stay in the second cache level.
+Bytes: forward 3 T E elements, backward 5 T E, and 24 E bytes for each part of the rows, which stay in L2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bert_fast.kernels._common.triton_layer_norm import (
 )
 from bert_fast.kernels._common.triton_philox import keep_tile, load_rng_state
 
-# From this BLOCK_E on the registers of a program hold two sums over rows and no parameter.
+# From this BLOCK_E on a backward program has registers for two sums over rows and for no parameter.
 WIDE = 8192
 COLUMN_ROWS, COLUMNS = 8, 512
 
@@ -45,8 +45,8 @@ def _fwd_kernel(
         s += tl.load(x_bias + e, mask=columns, other=0.0).to(tl.float32)
     if rng_state is not None:
         key0, key1, offset = load_rng_state(rng_state)
-        kept = keep_tile(key0, key1, offset, tl.full((), 0, tl.int32), t, 0, threshold, ROWS, BLOCK_E)
-        s = tl.where(kept, s * scale, 0.0)
+        keep = keep_tile(key0, key1, offset, tl.full((), 0, tl.int32), t, 0, threshold, ROWS, BLOCK_E)
+        s = tl.where(keep, s * scale, 0.0)
     s += r
     m, rs = row_statistics(s, columns, E, eps)
     w = tl.load(weight + e, mask=columns, other=0.0).to(tl.float32)
@@ -64,9 +64,9 @@ def _bwd_kernel(
     SUMS: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
     HELD: tl.constexpr,
 ):  # fmt: skip
-    """A program owns `rows` rows, a multiple of ROWS, and so one of `partial`: dweight, dbias and, for SUMS 3, dx_bias.
+    """A program owns `rows` rows, a multiple of ROWS, and a row of `partial`: dweight, dbias and, with SUMS 3, dx_bias.
 
-    The parameters are HELD in registers, or each row reads them again, from the cache.
+    The parameters stay in registers if HELD, else every step of the loop reads them again, from cache.
     """
     e = tl.arange(0, BLOCK_E)[None, :]
     columns = e < E
@@ -93,8 +93,8 @@ def _bwd_kernel(
                 b = tl.load(x_bias + e, mask=columns, other=0.0).to(tl.float32)
             s += b
         if rng_state is not None:
-            kept = keep_tile(key0, key1, offset, tl.full((), 0, tl.int32), t, 0, threshold, ROWS, BLOCK_E)
-            s = tl.where(kept, s * scale, 0.0)
+            keep = keep_tile(key0, key1, offset, tl.full((), 0, tl.int32), t, 0, threshold, ROWS, BLOCK_E)
+            s = tl.where(keep, s * scale, 0.0)
         xhat = tl.where(columns, (s + r - m[:, None]) * rs[:, None], 0.0)
         d = tl.load(dout + t[:, None] * stride_dout + e, mask=inside, other=0.0).to(tl.float32)
         dweight += tl.sum(d * xhat, axis=0, keep_dims=True)
@@ -104,15 +104,15 @@ def _bwd_kernel(
         ds = layer_norm_grad(d * w, xhat, rs, E)
         tl.store(dresidual + t[:, None] * E + e, ds.to(dresidual.dtype.element_ty), mask=inside)
         if rng_state is not None:
-            ds = tl.where(kept, ds * scale, 0.0)
+            ds = tl.where(keep, ds * scale, 0.0)
         tl.store(dx + t[:, None] * E + e, ds.to(dx.dtype.element_ty), mask=inside)
         if SUMS == 3:
             dx_bias += tl.sum(ds, axis=0, keep_dims=True)
-    mine = partial + tl.program_id(0).to(tl.int64) * stride_partial + e
-    tl.store(mine, dweight, mask=columns)
-    tl.store(mine + E, dbias, mask=columns)
+    sums = partial + tl.program_id(0).to(tl.int64) * stride_partial + e
+    tl.store(sums, dweight, mask=columns)
+    tl.store(sums + E, dbias, mask=columns)
     if SUMS == 3:
-        tl.store(mine + 2 * E, dx_bias, mask=columns)
+        tl.store(sums + 2 * E, dx_bias, mask=columns)
 
 
 @triton.jit
@@ -170,14 +170,14 @@ def add_layer_norm_bwd(
     dx, dresidual = x.new_empty(x.shape), x.new_empty(x.shape)
     partial = x.new_empty((parts, 2 if x_bias is None else 3, E), dtype=torch.float32)
     held = tile["BLOCK_E"] < WIDE
-    apart = x_bias is not None and not held
+    separate_dx_bias = x_bias is not None and not held
     launch(
         _bwd_kernel, (parts,),
         dout, x, residual, weight.contiguous(), None if x_bias is None else x_bias.contiguous(), mean, rstd, state,
         dx, dresidual, partial, T, dout.stride(0), x.stride(0), residual.stride(0), partial.stride(0), threshold,
-        scale, rows, SUMS=2 if apart else partial.shape[1], HELD=held, E=E, **tile,
+        scale, rows, SUMS=2 if separate_dx_bias else partial.shape[1], HELD=held, E=E, **tile,
     )  # fmt: skip
-    if apart:
+    if separate_dx_bias:
         launch(
             _column_sum_kernel, (parts, ceil_div(E, COLUMNS)), dx, partial[:, 2], T, rows, partial.stride(0),
             E=E, ROWS=COLUMN_ROWS, BLOCK_E=COLUMNS,

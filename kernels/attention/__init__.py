@@ -1,4 +1,4 @@
-"""softmax(scale Q K^T) V of every sequence of a packed batch, with the QKV bias and dropout inside."""
+"""Self-attention in each sequence of a packed batch, softmax(scale Q K^T) V, fused with QKV bias and dropout."""
 
 from bert_fast.kernels.attention.api import attention
 

@@ -1,4 +1,4 @@
-"""The door of attention: checks, then the chosen implementation."""
+"""Public function of attention: validates the arguments, dispatches to an implementation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 from torch import Tensor
 
 from bert_fast.kernels._common.checks import (
-    autocast,
     check_cu_seqlens,
     check_floating,
     check_same_device,
+    to_compute_dtype,
 )
 from bert_fast.kernels._common.philox import dropout_state
 from bert_fast.kernels.attention.op import OP
@@ -29,19 +29,19 @@ def attention(
 ) -> Tensor:
     """Bidirectional self-attention inside each sequence of a packed batch: dropout(softmax(scale Q K^T)) V.
 
-    Q, K, V = (qkv + bias)[:, 0], [:, 1], [:, 2]; a token sees the tokens of its own sequence and no others.
+    Q, K, V = (qkv + bias)[:, 0], [:, 1], [:, 2]; a token attends to the tokens of its own sequence only.
 
     Args:
         qkv: (T, 3, N, D) float32, bfloat16, float16 or float64, any strides: queries, keys and values of the T tokens,
             the sequences one after the other.
         cu_seqlens: (B+1,) int32 on the device of `qkv`; sequence b is the tokens cu_seqlens[b] to cu_seqlens[b+1] - 1.
             A sequence may be empty.
-        max_seqlen: no sequence is longer; the implementations may size their work by it.
+        max_seqlen: at least the length of the longest sequence; implementations may size their work by it.
         bias: (3, N, D), the dtype of `qkv` or float32; None for none.
-        softmax_scale: what the scores are multiplied by; None for 1 / sqrt(D).
+        softmax_scale: factor of the scores; None for 1 / sqrt(D).
         dropout_p: probability of dropping an attention probability, 0 or in [1/512, 511/512] (steps of 1/256).
         rng_state: int64 (2,), seed and offset of the dropout mask (see `_common/philox.py`: plane = head, row = the
-            query's index in the pack, column = the key's position in its sequence); drawn where None.
+            query's token, column = the key's position in its sequence); drawn from torch's generator where None.
         impl: "auto", "reference", "triton", "cuda" or "cpu".
 
     Returns:
@@ -49,9 +49,10 @@ def attention(
 
     Raises:
         TypeError: a tensor is not floating point, or cu_seqlens not int32.
-        ValueError: a shape, a device, `dropout_p`, `max_seqlen` or `impl` is none of the above; the values of
-            cu_seqlens don't start at 0, fall, don't end at T or hold a sequence longer than max_seqlen.
-        ImplUnavailableError: the `impl` asked for can't run here.
+        ValueError: a shape, a device, `dropout_p`, `max_seqlen` or `impl` is none of these; or, where values are read
+            (CPU tensors; on CUDA under BERT_FAST_CHECK=1), cu_seqlens doesn't rise from 0 to T in steps of at most
+            max_seqlen.
+        ImplUnavailableError: the requested `impl` can't run here.
 
     Source: Vaswani et al., "Attention is all you need", 2017, section 3.2; Dao et al., "FlashAttention", 2022.
     """
@@ -67,6 +68,6 @@ def attention(
     rng_state = dropout_state(dropout_p, rng_state, qkv)
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(qkv.shape[3])
-    qkv = autocast(qkv)
+    qkv = to_compute_dtype(qkv)
     out: Tensor = OP.select(impl, qkv)(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
     return out

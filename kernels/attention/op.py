@@ -1,4 +1,4 @@
-"""Operators of attention: schema, fake, gradient. The kernels register themselves for the dispatch keys."""
+"""Operators of attention: fake, gradient, implementations and auto rules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
     NATIVE_CPU_DTYPES,
     TRITON_DTYPES,
+    call_operator,
     cuda_kernels,
     define,
     native_cpu,
@@ -22,75 +23,71 @@ from bert_fast.kernels.attention.reference import attention_reference
 LARGEST_CUDA_D = 256  # kMaxDim of csrc/attention/cuda/common.h
 
 
-def _fwd_fake(
+def _fwd_fake(qkv: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    """out, lse."""
+    total, _, heads, dim = qkv.shape
+    return qkv.new_empty(total, heads, dim), qkv.new_empty(heads, total, dtype=torch.float32)
+
+
+def _bwd_fake(
+    dout: Tensor,
     qkv: Tensor,
     bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     softmax_scale: float,
     dropout_p: float,
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    total, _, heads, dim = qkv.shape
-    return qkv.new_empty(total, heads, dim), qkv.new_empty(heads, total, dtype=torch.float32)
-
-
-def _bwd_fake(dout: Tensor, qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """dqkv, dbias; without `bias` dbias is zeros."""
     return qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[1:], dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias, cu_seqlens, ctx.max_seqlen, ctx.softmax_scale, ctx.dropout_p, rng_state = inputs
-    ctx.save_for_backward(qkv, bias, *output, cu_seqlens, rng_state)
+def _setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+    ctx.settings = inputs.max_seqlen, inputs.softmax_scale, inputs.dropout_p
+    ctx.save_for_backward(inputs.qkv, inputs.bias, *output, inputs.cu_seqlens, inputs.rng_state)
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    # dlse is dropped: lse is there for the backward pass, and the door doesn't hand it out.
-    qkv, bias, out, lse, cu_seqlens, rng_state = ctx.saved_tensors
-    dqkv, dbias = ops.attention_bwd(
-        dout, qkv, bias, out, lse, cu_seqlens, ctx.max_seqlen, ctx.softmax_scale, ctx.dropout_p, rng_state
-    )
-    return dqkv, None if bias is None else dbias.to(bias.dtype), None, None, None, None, None
+def _backward(ops: Any, ctx: Any, dout: Tensor, _dlse: Tensor | None) -> dict[str, Tensor | None]:
+    # lse is saved for this pass only: the public function doesn't return it, so it has no gradient.
+    *tensors, rng_state = ctx.saved_tensors
+    bias = tensors[1]
+    dqkv, dbias = ops.attention_bwd(dout, *tensors, *ctx.settings, rng_state)
+    return {"qkv": dqkv, "bias": None if bias is None else dbias.to(bias.dtype)}
 
 
-_REST = "Tensor cu_seqlens, SymInt max_seqlen, float softmax_scale, float dropout_p, Tensor? rng_state"
-define(
-    "attention_bwd",
-    f"(Tensor dout, Tensor qkv, Tensor? bias, Tensor out, Tensor lse, {_REST}) -> (Tensor dqkv, Tensor dbias)",
-    fake=_bwd_fake,
-    cuda=True,
-)
+define("attention_bwd", _bwd_fake, symbolic=("max_seqlen",), cuda=True)
 define(
     "attention_fwd",
-    f"(Tensor qkv, Tensor? bias, {_REST}) -> (Tensor out, Tensor lse)",
-    fake=_fwd_fake,
+    _fwd_fake,
+    arguments_of=attention_reference,
     setup_context=_setup_context,
     backward=_backward,
+    symbolic=("max_seqlen",),
     cuda=True,
 )
+_OPERATORS = ("attention_fwd", "attention_bwd")
+_call = call_operator("attention_fwd")
 
 
-def _run(ops: Any, *arguments: Any) -> Tensor:
-    out: Tensor = ops.attention_fwd(*arguments)[0]
-    return out
-
-
-def _run_cuda(ops: Any, qkv: Tensor, *arguments: Any) -> Tensor:
+def _call_cuda(ops: Any, qkv: Tensor, *inputs: Any) -> Tensor:
     if qkv.shape[3] > LARGEST_CUDA_D:
         raise ValueError(
             f"qkv has a head dimension D of {qkv.shape[3]}; the CUDA kernels take at most {LARGEST_CUDA_D}: "
             "use impl='reference'"
         )
-    return _run(ops, qkv, *arguments)
+    return _call(ops, qkv, *inputs)
 
 
 OP = Op(
     "attention",
     {
         "reference": Implementation(attention_reference, None, None),
-        "triton": triton_kernels(_run, "attention", "attention_fwd", "attention_bwd"),
-        "cuda": cuda_kernels(_run_cuda, "attention", "attention_fwd", "attention_bwd"),
-        "cpu": native_cpu(_run, "attention_fwd", "attention_bwd"),
+        "triton": triton_kernels(_call, "attention", *_OPERATORS),
+        "cuda": cuda_kernels(_call_cuda, "attention", *_OPERATORS),
+        "cpu": native_cpu(_call, *_OPERATORS),
     },
     auto_rules=(
         AutoRule(

@@ -1,7 +1,7 @@
 """Attention over a packed batch in eager PyTorch: the definition.
 
-Gathers to (B, S), takes the dense softmax there and gathers back; shapes depend on B and max_seqlen alone, so that it
-traces whole.
+Gathers to (B, S), takes the dense softmax there and gathers back. Shapes depend on B, T and max_seqlen alone, so that
+torch.compile traces it without a graph break.
 """
 
 from __future__ import annotations
@@ -21,25 +21,43 @@ def attention_reference(
     dropout_p: float,
     rng_state: Tensor | None,
 ) -> Tensor:
+    """out = dropout(softmax(softmax_scale Q K^T)) V inside each sequence; Q, K, V = (qkv + bias).unbind(1).
+
+    These are the arguments, in order, of the operator `attention_fwd` and of every implementation; the encoder's fast
+    path passes them by position.
+
+    Args:
+        qkv: (T, 3, N, D) floating point; its dtype is that of the computation and of the result.
+        bias: (3, N, D), cast to the dtype of `qkv`, or None.
+        cu_seqlens: int32 (B+1,); sequence b is the tokens cu_seqlens[b] to cu_seqlens[b+1] - 1.
+        max_seqlen: at least the length of the longest sequence.
+        softmax_scale: factor of the scores.
+        dropout_p: probability of dropping an attention probability, 0 for none.
+        rng_state: int64 (2,), seed and offset of the mask (plane = head, row = the query's token, column = the key's
+            position in its sequence); None where dropout_p is 0.
+
+    Returns:
+        (T, N, D) in the dtype of `qkv`.
+    """
     total, _, heads, dim = qkv.shape
     if bias is not None:
         qkv = qkv + bias.to(qkv.dtype)
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     position = torch.arange(max_seqlen, device=qkv.device)
     valid = position < (ends - starts).unsqueeze(1)  # (B, S)
-    # Padding reads one row of zeros behind the last token: so no sequence ever sees another's NaN, not even times 0.
+    # Padding reads a row of zeros after the last token: no sequence sees another's NaN, not even multiplied by 0.
     token = (starts.unsqueeze(1) + position).masked_fill(~valid, total)  # (B, S)
     padded = torch.cat([qkv, qkv.new_zeros(1, 3, heads, dim)])[token]  # (B, S, 3, N, D)
     query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, S, D)
 
     scores = torch.matmul(query, key.transpose(2, 3)) * softmax_scale  # (B, N, S, S)
-    # The lowest finite number, not -inf: the rows of an empty sequence, which nobody reads, then stay free of NaN.
+    # The lowest finite number, not -inf: the rows of an empty sequence, which are not read, stay free of NaN.
     scores = scores.masked_fill(~valid[:, None, None, :], torch.finfo(scores.dtype).min)
     probs = torch.softmax(scores, dim=-1)
     threshold = dropout_threshold(dropout_p)
     if threshold:
         assert rng_state is not None
-        keep = _kept(rng_state, threshold, token, heads)
+        keep = _keep_mask(rng_state, threshold, token, heads)
         probs = probs.masked_fill(~keep, 0.0) * (256.0 / (256 - threshold))
     out = torch.matmul(probs, value).transpose(1, 2).flatten(0, 1)  # (B S, N, D)
 
@@ -47,8 +65,8 @@ def attention_reference(
     return out[sequence * max_seqlen + torch.arange(total, device=qkv.device) - starts[sequence]]
 
 
-def _kept(rng_state: Tensor, threshold: int, token: Tensor, heads: int) -> Tensor:
-    """Which probabilities dropout keeps: bool (B, N, S, S). One head at a time: Philox needs 40 times the memory."""
+def _keep_mask(rng_state: Tensor, threshold: int, token: Tensor, heads: int) -> Tensor:
+    """Which probabilities dropout keeps: bool (B, N, S, S). By head, since Philox needs 40 times the mask's memory."""
     batch, seqlen = token.shape
     group = torch.arange((seqlen + 15) // 16, device=token.device).view(1, 1, -1)
     planes = []

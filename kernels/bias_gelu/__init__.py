@@ -1,4 +1,4 @@
-"""gelu(x + bias) in one pass, its gradient with dbias in one more."""
+"""gelu(x + bias) in one pass, its gradients in another."""
 
 from bert_fast.kernels.bias_gelu.api import bias_gelu
 

@@ -1,17 +1,17 @@
-"""The door of bias_gelu: checks, then the chosen implementation."""
+"""Public function of bias_gelu: validates the arguments, dispatches to an implementation."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from bert_fast.kernels._common.checks import autocast, check_floating
+from bert_fast.kernels._common.checks import check_floating, to_compute_dtype
 from bert_fast.kernels.bias_gelu.op import OP
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str = "auto") -> Tensor:
-    """GeLU of a biased matrix product: out = gelu(x + bias).
+    """GeLU of a sum with a bias: out = gelu(x + bias).
 
-    gelu(u) = u Phi(u) with the exact normal distribution function (erf), or with its tanh approximation.
+    gelu(u) = u Phi(u), Phi the normal distribution function by erf, or its tanh approximation.
 
     Args:
         x: (T, F) float32, bfloat16, float16 or float64; the matrix product without its bias.
@@ -24,8 +24,8 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str =
 
     Raises:
         TypeError: a tensor is not floating point.
-        ValueError: a shape, a device, `approximate` or `impl` is none of the above.
-        ImplUnavailableError: the `impl` asked for can't run here.
+        ValueError: a shape, a device, `approximate` or `impl` is none of these.
+        ImplUnavailableError: the requested `impl` can't run here.
 
     Source: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
     """
@@ -33,6 +33,6 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str =
     check_floating("bias", bias, x.shape[1:], x)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate is {approximate!r}; expected 'none' or 'tanh'")
-    x = autocast(x)
+    x = to_compute_dtype(x)
     out: Tensor = OP.select(impl, x)(x, bias, approximate == "tanh")
     return out

@@ -1,4 +1,4 @@
-"""Operators of bias_gelu: schema, fake, gradient. The kernels register themselves for the dispatch keys."""
+"""Operators of bias_gelu: fake, gradient, implementations and auto rules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
     NATIVE_CPU_DTYPES,
     TRITON_DTYPES,
+    call_operator,
     cuda_kernels,
     define,
     native_cpu,
@@ -20,53 +21,44 @@ from bert_fast.kernels._common.library import (
 from bert_fast.kernels.bias_gelu.reference import bias_gelu_reference
 
 
-def _fwd_fake(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+def _fwd_fake(x: Tensor, **_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _bwd_fake(dout: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    """dx, dbias."""
     return x.new_empty(x.shape), x.new_empty(bias.shape, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, ctx.tanh = inputs
-    ctx.save_for_backward(x, bias)
+def _setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.tanh = inputs.tanh
+    ctx.save_for_backward(inputs.x, inputs.bias)
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+def _backward(ops: Any, ctx: Any, dout: Tensor) -> dict[str, Tensor | None]:
     x, bias = ctx.saved_tensors
     dx, dbias = ops.bias_gelu_bwd(dout, x, bias, ctx.tanh)
-    return dx, dbias.to(bias.dtype), None
+    return {"x": dx, "bias": dbias.to(bias.dtype)}
 
 
-define(
-    "bias_gelu_bwd",
-    "(Tensor dout, Tensor x, Tensor bias, bool tanh) -> (Tensor, Tensor)",
-    fake=_bwd_fake,
-    cuda=True,
-)
+define("bias_gelu_bwd", _bwd_fake, cuda=True)
 define(
     "bias_gelu_fwd",
-    "(Tensor x, Tensor bias, bool tanh) -> Tensor",
-    fake=_fwd_fake,
+    _fwd_fake,
+    arguments_of=bias_gelu_reference,
     setup_context=_setup_context,
     backward=_backward,
     cuda=True,
 )
-
-
-def _run(ops: Any, x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
-    out: Tensor = ops.bias_gelu_fwd(x, bias, tanh)
-    return out
-
-
+_OPERATORS = ("bias_gelu_fwd", "bias_gelu_bwd")
+_call = call_operator("bias_gelu_fwd")
 OP = Op(
     "bias_gelu",
     {
         "reference": Implementation(bias_gelu_reference, None, None),
-        "triton": triton_kernels(_run, "bias_gelu", "bias_gelu_fwd", "bias_gelu_bwd"),
-        "cuda": cuda_kernels(_run, "bias_gelu", "bias_gelu_fwd", "bias_gelu_bwd"),
-        "cpu": native_cpu(_run, "bias_gelu_fwd", "bias_gelu_bwd"),
+        "triton": triton_kernels(_call, "bias_gelu", *_OPERATORS),
+        "cuda": cuda_kernels(_call, "bias_gelu", *_OPERATORS),
+        "cpu": native_cpu(_call, *_OPERATORS),
     },
     auto_rules=(
         AutoRule(

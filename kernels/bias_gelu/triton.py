@@ -1,4 +1,4 @@
-"""bias_gelu in Triton: one pass forward; backward one pass that computes GeLU's slope again, and a small sum for dbias.
+"""bias_gelu in Triton: one pass forward; one pass backward that recomputes GeLU's derivative, then the sum for dbias.
 
 Bytes: forward 2 T F elements, backward 3 T F; dbias adds (parts, F) float32, under 1 % of that at T = 8192.
 """
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from bert_fast.kernels._common.triton_launch import ceil_div, launch, row_parts, rows_contiguous
 
-# Rows and columns of a tile: 2048 elements by 4 warps are two 16-byte loads of bf16 a thread, enough in flight to hide
-# the erf. A choice by count of bytes and registers, not measured on a GPU yet.
+# Rows and columns of a tile: 2048 elements on 4 warps are two 16-byte loads of bf16 per thread, enough in flight to
+# hide the erf. Chosen by counting bytes and registers, not measured on a GPU yet.
 BLOCK_T, BLOCK_F = 4, 512
 
 
 @triton.jit
 def _sigmoid_2y(u):
-    """sigmoid(2 y) = 0.5 (1 + tanh(y)) for the tanh approximation's y, and its slope in 2 y without cancellation."""
+    """sigmoid(2 y) = 0.5 (1 + tanh(y)) of the tanh approximation and its derivative in 2 y, without cancellation."""
     z = 1.5957691216057308 * (u + 0.044715 * u * u * u)
     q = tl.exp(-tl.abs(z))
     r = 1.0 / (1.0 + q)
@@ -35,10 +35,10 @@ def _gelu(u, TANH: tl.constexpr):
 
 
 @triton.jit
-def _gelu_slope(u, TANH: tl.constexpr):
+def _gelu_derivative(u, TANH: tl.constexpr):
     if TANH:
-        s, slope = _sigmoid_2y(u)
-        return s + u * slope * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
+        s, ds = _sigmoid_2y(u)
+        return s + u * ds * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
     return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
 
 
@@ -57,7 +57,7 @@ def _bwd_kernel(
     dout, x, bias, dx, partial, T, F, stride_dout, stride_x, rows,
     TANH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_F columns of `rows` rows, and so one row of `partial`, the sums of its dx."""
+    """A program owns BLOCK_F columns of `rows` rows and writes the sums of its dx to a row of `partial`."""
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     b = tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
     first = tl.program_id(0).to(tl.int64) * rows
@@ -68,7 +68,7 @@ def _bwd_kernel(
         inside = ((row < rows) & (t < T))[:, None] & (f < F)[None, :]
         u = tl.load(x + t[:, None] * stride_x + f[None, :], mask=inside, other=0.0).to(tl.float32) + b
         d = tl.load(dout + t[:, None] * stride_dout + f[None, :], mask=inside, other=0.0).to(tl.float32)
-        d *= _gelu_slope(u, TANH)
+        d *= _gelu_derivative(u, TANH)
         tl.store(dx + t[:, None] * F + f[None, :], d.to(dx.dtype.element_ty), mask=inside)
         total += d
     tl.store(partial + tl.program_id(0) * F + f, tl.sum(total, axis=0), mask=f < F)

@@ -1,4 +1,4 @@
-"""The embeddings in one pass: three gathers, LayerNorm, dropout; the scatter-add of the gradient is deterministic."""
+"""BERT's embeddings in one pass: three gathers, LayerNorm, dropout; deterministic gradients of the tables."""
 
 from bert_fast.kernels.embedding_layer_norm.api import embedding_layer_norm
 

@@ -1,4 +1,4 @@
-"""The door of embedding_layer_norm: checks, then the chosen implementation."""
+"""Public function of embedding_layer_norm: validates the arguments, dispatches to an implementation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.checks import (
-    autocast_dtype,
     check_eps,
     check_floating,
     check_integer,
@@ -14,6 +13,7 @@ from bert_fast.kernels._common.checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    compute_dtype,
 )
 from bert_fast.kernels._common.philox import dropout_state
 from bert_fast.kernels.embedding_layer_norm.op import OP
@@ -38,29 +38,29 @@ def embedding_layer_norm(
     """BERT's embeddings: out = dropout(LayerNorm(word[id] + position[position id] + token_type[type id])).
 
     LayerNorm(s) = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias over each row, with the biased variance. The
-    gradients of the tables are added up in float32 in an order that depends on the ids alone.
+    gradients of the tables are summed in float32 in an order that depends on the ids alone.
 
     Args:
         input_ids, token_type_ids, position_ids: int64 or int32 (T,), rows of `word`, `token_type` and `position`.
         word: (V, E) float32, bfloat16, float16 or float64.
-        token_type: (K, E) in the dtype of `word`, one row a segment type.
+        token_type: (K, E) in the dtype of `word`, a row for each segment type.
         position: (P, E) in the dtype of `word`.
         weight, bias: (E,), the dtype of `word` or float32.
-        dropout_p: probability with which an element of the result is dropped, in steps of 1/256; 0 for none.
+        dropout_p: probability of dropping an element of the result, in steps of 1/256; 0 for none.
         eps: added to the variance.
         padding_idx: a row of `word` that gets no gradient, as in torch.nn.Embedding, or None.
-        rng_state: int64 (2,), seed and offset of the dropout mask (plane 0, row t, column e); None draws one from
-            torch's generator.
-        impl: "auto", "reference", "triton", "cuda" or "cpu".
+        rng_state: int64 (2,), seed and offset of the dropout mask (plane 0, row t, column e); drawn from torch's
+            generator where None.
+        impl: "auto", "reference", "triton" or "cpu".
 
     Returns:
         (T, E) in the dtype of `word`, under autocast in autocast's; the tables are read as they are.
 
     Raises:
         TypeError: ids are not integers, a table or parameter is not floating point, the tables differ in dtype.
-        ValueError: a shape, a device, `dropout_p`, `eps`, `padding_idx` or `impl` is none of the above, or an id is
-            outside its table (for CUDA tensors checked under BERT_FAST_CHECK=1 only).
-        ImplUnavailableError: the `impl` asked for can't run here.
+        ValueError: a shape, a device, `dropout_p`, `eps`, `padding_idx` or `impl` is none of these, or an id is outside
+            its table (on CUDA checked under BERT_FAST_CHECK=1 only).
+        ImplUnavailableError: the requested `impl` does not exist or can't run here.
 
     Source: Devlin et al., "BERT: pre-training of deep bidirectional transformers", 2019, section 3.
     """
@@ -82,8 +82,8 @@ def embedding_layer_norm(
     rng_state = dropout_state(dropout_p, rng_state, word)
 
     # A float32 table is rounded once, on the way out; others keep their dtype in the kernel.
-    wanted = (autocast_dtype(word) or word.dtype) if word.dtype != torch.float64 else word.dtype
-    out_dtype = wanted if word.dtype == torch.float32 else word.dtype
+    dtype = compute_dtype(word)
+    out_dtype = dtype if word.dtype == torch.float32 else word.dtype
     out: Tensor = OP.select(impl, word, out_dtype)(
         input_ids,
         token_type_ids,
@@ -99,4 +99,4 @@ def embedding_layer_norm(
         rng_state,
         out_dtype,
     )
-    return out.to(wanted)
+    return out.to(dtype)

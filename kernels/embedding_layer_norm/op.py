@@ -1,4 +1,4 @@
-"""Operators of embedding_layer_norm: schema, fake, gradient. The kernels register themselves for the dispatch keys."""
+"""Operators of embedding_layer_norm: fake, gradient, implementations and auto rules."""
 
 from __future__ import annotations
 
@@ -8,28 +8,21 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
-from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, TRITON_DTYPES, define, native_cpu, triton_kernels
+from bert_fast.kernels._common.library import (
+    NATIVE_CPU_DTYPES,
+    TRITON_DTYPES,
+    call_operator,
+    define,
+    native_cpu,
+    triton_kernels,
+)
 from bert_fast.kernels.embedding_layer_norm.reference import embedding_layer_norm_reference
 
 
-def _fwd_fake(
-    input_ids: Tensor,
-    token_type_ids: Tensor,
-    position_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor,
-    position: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dropout_p: float,
-    eps: float,
-    padding_idx: int | None,
-    rng_state: Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = word.new_empty(input_ids.shape[0], dtype=torch.float32)
-    out = word.new_empty((input_ids.shape[0], word.shape[1]), dtype=out_dtype)
-    return out, statistics, torch.empty_like(statistics)
+def _fwd_fake(input_ids: Tensor, word: Tensor, out_dtype: torch.dtype, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """out, mean, rstd."""
+    mean, rstd = (word.new_empty(input_ids.shape[0], dtype=torch.float32) for _ in range(2))
+    return word.new_empty((input_ids.shape[0], word.shape[1]), dtype=out_dtype), mean, rstd
 
 
 def _bwd_fake(
@@ -47,60 +40,55 @@ def _bwd_fake(
     padding_idx: int | None,
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dword, dtoken_type, dposition, dweight, dbias.
+
+    The gradients of the tables have the tables' dtype: they are summed in float32 and rounded once, without a second
+    pass over the largest of them for a cast.
+    """
     dweight, dbias = (word.new_empty(word.shape[1], dtype=torch.float32) for _ in range(2))
     return word.new_empty(word.shape), word.new_empty(token_type.shape), word.new_empty(position.shape), dweight, dbias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *indices_tables_weight, bias, ctx.dropout_p, _, ctx.padding_idx, rng_state, _ = inputs
+def _setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, mean, rstd = output
-    ctx.bias_dtype = bias.dtype
+    ctx.dropout_p, ctx.padding_idx, ctx.bias_dtype = inputs.dropout_p, inputs.padding_idx, inputs.bias.dtype
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(*indices_tables_weight, mean, rstd, rng_state)
+    ids = (inputs.input_ids, inputs.token_type_ids, inputs.position_ids)
+    tables = (inputs.word, inputs.token_type, inputs.position)
+    ctx.save_for_backward(*ids, *tables, inputs.weight, mean, rstd, inputs.rng_state)
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, rng_state = ctx.saved_tensors
-    weight = saved[6]
+def _backward(ops: Any, ctx: Any, dout: Tensor, _dmean: Tensor, _drstd: Tensor) -> dict[str, Tensor | None]:
+    *tensors, rng_state = ctx.saved_tensors
+    weight = tensors[6]
     dword, dtoken_type, dposition, dweight, dbias = ops.embedding_layer_norm_bwd(
-        dout, *saved, ctx.dropout_p, ctx.padding_idx, rng_state
+        dout, *tensors, ctx.dropout_p, ctx.padding_idx, rng_state
     )
-    none_for_ids = (None, None, None)
-    parameters = (dweight.to(weight.dtype), dbias.to(ctx.bias_dtype))
-    return (*none_for_ids, dword, dtoken_type, dposition, *parameters, None, None, None, None, None)
+    return {
+        "word": dword,
+        "token_type": dtoken_type,
+        "position": dposition,
+        "weight": dweight.to(weight.dtype),
+        "bias": dbias.to(ctx.bias_dtype),
+    }
 
 
-# The gradients of the tables have the tables' dtype: they are added up in float32 and rounded once, and the largest of
-# them is not written a second time for a cast.
-define(
-    "embedding_layer_norm_bwd",
-    "(Tensor dout, Tensor input_ids, Tensor token_type_ids, Tensor position_ids, Tensor word, Tensor token_type, "
-    "Tensor position, Tensor weight, Tensor mean, Tensor rstd, float dropout_p, int? padding_idx, Tensor? rng_state) "
-    "-> (Tensor dword, Tensor dtoken_type, Tensor dposition, Tensor dweight, Tensor dbias)",
-    fake=_bwd_fake,
-)
+define("embedding_layer_norm_bwd", _bwd_fake)
 define(
     "embedding_layer_norm_fwd",
-    "(Tensor input_ids, Tensor token_type_ids, Tensor position_ids, Tensor word, Tensor token_type, Tensor position, "
-    "Tensor weight, Tensor bias, float dropout_p, float eps, int? padding_idx, Tensor? rng_state, "
-    "ScalarType out_dtype) -> (Tensor out, Tensor mean, Tensor rstd)",
-    fake=_fwd_fake,
+    _fwd_fake,
+    arguments_of=embedding_layer_norm_reference,
     setup_context=_setup_context,
     backward=_backward,
 )
-
-
-def _run(ops: Any, *inputs: Any) -> Tensor:
-    out: Tensor = ops.embedding_layer_norm_fwd(*inputs)[0]
-    return out
-
-
+_OPERATORS = ("embedding_layer_norm_fwd", "embedding_layer_norm_bwd")
+_call = call_operator("embedding_layer_norm_fwd")
 OP = Op(
     "embedding_layer_norm",
     {
         "reference": Implementation(embedding_layer_norm_reference, None, None),
-        "triton": triton_kernels(_run, "embedding_layer_norm", "embedding_layer_norm_fwd", "embedding_layer_norm_bwd"),
-        "cpu": native_cpu(_run, "embedding_layer_norm_fwd", "embedding_layer_norm_bwd"),
+        "triton": triton_kernels(_call, "embedding_layer_norm", *_OPERATORS),
+        "cpu": native_cpu(_call, *_OPERATORS),
     },
     auto_rules=(
         AutoRule(

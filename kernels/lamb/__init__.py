@@ -1,4 +1,4 @@
-"""One LAMB step for many tensors, and the factor that clips their gradients' global norm."""
+"""A LAMB step of many tensors, and the factor that clips the global norm of their gradients."""
 
 from bert_fast.kernels.lamb.api import ClipScale, clip_scale, lamb_step
 

@@ -1,4 +1,4 @@
-"""The door of lamb: checks, then the chosen implementation."""
+"""Public functions of lamb: validate the arguments, dispatch to an implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bert_fast.kernels.lamb.op import OP
 
 
 class ClipScale(NamedTuple):
-    """The global norm of the gradients, and the factor that brings it down to the largest allowed."""
+    """The global norm of the gradients and the factor that clips it."""
 
     norm: Tensor  # () float32
     scale: Tensor  # () float32, min(1, max_norm / norm)
@@ -22,23 +22,27 @@ class ClipScale(NamedTuple):
 
 @torch.no_grad()
 def clip_scale(grads: Sequence[Tensor], max_norm: float, *, impl: str = "auto") -> ClipScale:
-    """Norm of all gradients taken as one vector, and the factor min(1, max_norm / norm); neither waits for the device.
+    """Global norm of the gradients and the factor that clips it: scale = min(1, max_norm / norm).
 
-    Pass `scale` to `lamb_step` as `grad_scale` instead of writing clipped gradients back to memory.
+    The norm is the 2-norm of all gradients taken as one vector. Pass `scale` to `lamb_step` as `grad_scale` instead of
+    writing clipped gradients back to memory. There is no synchronization with the device.
 
     Args:
-        grads: at least one floating-point tensor, any shapes, dtypes and devices.
+        grads: at least one floating-point tensor, of any shapes, dtypes and devices.
         max_norm: the largest norm allowed, above 0.
-        impl: "auto", "reference", "triton", "cuda" or "cpu"; gradients on several devices go to the reference.
+        impl: "auto", "reference" or "triton"; "auto" takes the reference for gradients on several devices.
 
     Returns:
-        norm and scale, () float32 (float64 for float64 gradients) on the device of the first gradient. A norm that is
+        norm and scale, () float32 (float64 for float64 gradients), on the device of the first gradient. A norm that is
         NaN makes the scale NaN.
 
     Raises:
         TypeError: a gradient is not a floating-point tensor.
-        ValueError: there is no gradient, or `max_norm` is not above 0.
-        ImplUnavailableError: the `impl` asked for can't run here.
+        ValueError: there is no gradient, `max_norm` is not above 0, `impl` is none of the above, or with
+            impl="triton" the gradients are on several devices.
+        ImplUnavailableError: the requested `impl` does not exist or can't run here.
+
+    Source: Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, section 3.2.
     """
     if not grads:
         raise ValueError("grads is empty; expected at least one tensor")
@@ -50,7 +54,7 @@ def clip_scale(grads: Sequence[Tensor], max_norm: float, *, impl: str = "auto") 
         impl = "reference"
     for index, grad in enumerate(grads) if impl == "triton" else ():
         check_same_device(grads[0], **{f"grads[{index}]": grad})
-    return ClipScale(*OP.select(impl, grads[0], _rarest_dtype(grads))().clip_scale(list(grads), max_norm))
+    return ClipScale(*OP.select(impl, grads[0], _deciding_dtype(grads))().clip_scale(list(grads), max_norm))
 
 
 @torch.no_grad()
@@ -78,21 +82,22 @@ def lamb_step(
 
     Args:
         params: floating-point tensors on one device.
-        grads: one a parameter, its shape; left as they are.
-        exp_avgs, exp_avg_sqs: the moments m and v, one a parameter, its shape; the step computes in their dtype, the
-            Triton kernels in float32 at least.
-        step: how many steps have been taken with this one; an int, or a () tensor on the device.
+        grads: one for each parameter, of its shape; left as they are.
+        exp_avgs, exp_avg_sqs: the moments m and v, one for each parameter, of its shape. The reference computes in
+            their dtype, the Triton kernels in float32.
+        step: t, the number of steps including this one; an int, or a () tensor on the device.
         lr: learning rate; a float, or a () tensor on the device.
         betas: decay of the two moments, each in [0, 1).
-        eps: added to the root of v, above 0 or 0.
-        weight_decay: strength of the decay, which the trust ratio r sees.
+        eps: added to the root of v, at least 0.
+        weight_decay: weight decay, at least 0; part of u and so of the trust ratio r.
         grad_scale: factor of the gradients, e.g. `clip_scale(...).scale`; a float, or a () tensor on the device.
-        impl: "auto", "reference", "triton", "cuda" or "cpu".
+        impl: "auto", "reference" or "triton".
 
     Raises:
         TypeError: a tensor is not floating point.
-        ValueError: the lists have different lengths, shapes or devices, or a number is outside its range.
-        ImplUnavailableError: the `impl` asked for can't run here.
+        ValueError: the lists have different lengths, shapes or devices, a number is outside its range, or `impl` is
+            none of the above.
+        ImplUnavailableError: the requested `impl` does not exist or can't run here.
 
     Source: You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", ICLR 2020,
     algorithm 2 (with bias correction; the scaling function phi is the identity).
@@ -103,18 +108,18 @@ def lamb_step(
             raise ValueError(f"{name} has {len(tensors)} tensors; expected {len(params)}, one a parameter")
     _check_numbers(step, betas, eps, weight_decay)
     for index, param in enumerate(params):
-        check_floating(f"params[{index}]", param, beside=params[0])
+        check_floating(f"params[{index}]", param, device_of=params[0])
         for name, tensors in lists.items():
             check_floating(f"{name}[{index}]", tensors[index], param.shape, param)
     if params:
-        dtype = _rarest_dtype([*params, *grads, *exp_avgs, *exp_avg_sqs])
+        dtype = _deciding_dtype([*params, *grads, *exp_avgs, *exp_avg_sqs])
         OP.select(impl, params[0], dtype)().lamb_step(
             list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), step, lr, betas, eps, weight_decay, grad_scale
         )
 
 
-def _rarest_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype that decides which implementation can take tensors of several: one that only the reference takes."""
+def _deciding_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype to select an implementation by: the first that only the reference takes, or that of `tensors[0]`."""
     return next((x.dtype for x in tensors if x.dtype not in TRITON_DTYPES), tensors[0].dtype)
 
 

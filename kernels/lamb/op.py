@@ -1,4 +1,4 @@
-"""The implementations of lamb: plain functions on lists of tensors, which need no operator of their own."""
+"""Implementations of lamb and auto rules: plain functions on lists of tensors, not operators."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
-from bert_fast.kernels._common.library import TRITON_DTYPES, triton_function, triton_slot
+from bert_fast.kernels._common.library import TRITON_DTYPES, triton_function, triton_implementation
 from bert_fast.kernels.lamb.reference import clip_scale_reference, lamb_step_reference
 
 
 class Functions(NamedTuple):
-    """What an implementation of this op consists of; the reference documents each."""
+    """The functions of an implementation of this op; reference.py documents each."""
 
-    clip_scale: Callable[[list[Tensor], float], tuple[Tensor, Tensor]]
+    clip_scale: Callable[..., tuple[Tensor, Tensor]]
     lamb_step: Callable[..., None]
 
 
@@ -32,7 +32,7 @@ def _triton() -> Functions:
 
 OP = Op(
     "lamb",
-    {"reference": Implementation(_reference, None, None), "triton": triton_slot(_triton, "lamb")},
+    {"reference": Implementation(_reference, None, None), "triton": triton_implementation(_triton, "lamb")},
     auto_rules=(
         AutoRule(
             "triton",

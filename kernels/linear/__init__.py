@@ -1,4 +1,4 @@
-"""Matrix product with a weight, bias and GeLU, and its gradients."""
+"""Linear layer with an optional GeLU in its epilogue."""
 
 from bert_fast.kernels.linear.api import linear
 

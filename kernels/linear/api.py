@@ -1,4 +1,4 @@
-"""The door of linear: checks, then the chosen implementation."""
+"""Public function of linear: validates the arguments, dispatches to an implementation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bert_fast.kernels._common.checks import autocast, check_floating
+from bert_fast.kernels._common.activation import check_activation
+from bert_fast.kernels._common.checks import check_floating, to_compute_dtype
 from bert_fast.kernels.linear.op import OP
-
-_ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
 
 def linear(
@@ -20,18 +19,18 @@ def linear(
     activation: str | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """A linear layer, and GeLU behind it on request: out = act(x weight^T + bias).
+    """Linear layer with an optional GeLU: out = act(x weight^T + bias).
 
-    On the CPU a weight that is not being trained is packed once (or, where bfloat16 has no units, kept in float32) and
-    the packed copy is used again until the weight changes or dies: README.md says how a change is seen. On a GPU the
-    product is cuBLAS's, with bias_gelu behind it.
+    On the CPU the weight of a call without gradients is packed once (float32 where the CPU has no bfloat16
+    instructions) and the packed copy is reused until the weight changes or is deleted; README.md says which changes are
+    detected. On a GPU the product is cuBLAS's and bias_gelu its epilogue.
 
     Args:
         x: (T, K) float32, bfloat16, float16 or float64.
-        weight: (N, K), the dtype of `x` or float32; or several of them, (N1, K), (N2, K) ..., that lie beneath each
-            other in one weight of N = N1 + N2 + ... rows.
+        weight: (N, K), the dtype of `x` or float32; or several, (N1, K), (N2, K) ..., that are concatenated along dim 0
+            to N = N1 + N2 + ... rows.
         bias: (N,), the dtype of `x` or float32, or None.
-        activation: None, "gelu" (with erf) or "gelu_tanh".
+        activation: None, "gelu" (erf) or "gelu_tanh", its tanh approximation.
         impl: "auto", "reference", "triton", "cuda" or "cpu".
 
     Returns:
@@ -39,8 +38,10 @@ def linear(
 
     Raises:
         TypeError: a tensor is not floating point.
-        ValueError: a shape, a device, `activation` or `impl` is none of the above.
-        ImplUnavailableError: the `impl` asked for can't run here.
+        ValueError: a shape, a device, `activation` or `impl` is none of these, or `weight` is empty.
+        ImplUnavailableError: the requested `impl` can't run here.
+
+    Source: Hendrycks and Gimpel, "Gaussian error linear units", 2016, for the activations.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     check_floating("x", x, ("T", "K"))
@@ -50,8 +51,7 @@ def linear(
         check_floating("weight" if len(weights) == 1 else f"weight[{index}]", part, ("N", x.shape[1]), x)
     if bias is not None:
         check_floating("bias", bias, (sum(part.shape[0] for part in weights),), x)
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected None, 'gelu' or 'gelu_tanh'")
-    x = autocast(x)
+    check_activation(activation)
+    x = to_compute_dtype(x)
     out: Tensor = OP.select(impl, x)(x, weights, bias, activation)
     return out

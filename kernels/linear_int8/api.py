@@ -1,4 +1,4 @@
-"""The doors of linear_int8: checks, then the chosen implementation."""
+"""Public functions of linear_int8: validate the arguments, dispatch to an implementation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.checks import autocast, check_floating, check_integer, check_same_device, check_shape
+from bert_fast.kernels._common.activation import check_activation
+from bert_fast.kernels._common.checks import (
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_shape,
+    to_compute_dtype,
+)
 from bert_fast.kernels.linear_int8 import cpu_backends
 from bert_fast.kernels.linear_int8.op import FEED_FORWARD, OP
 
 
 class Int8Weight(NamedTuple):
-    """A weight in 8 bits: row n is scale[n] values[n]."""
+    """An INT8 weight, quantized symmetrically by output channel: row n is scale[n] values[n]."""
 
     values: Tensor  # (N, K) int8
     scale: Tensor  # (N,) float32
@@ -21,16 +28,25 @@ class Int8Weight(NamedTuple):
 
 
 def quantize_weight(weight: Tensor, *, limit: int | None = None) -> Int8Weight:
-    """A weight in 8 bits, symmetric and by output channel: values = round(weight / scale), scale = max |row| / limit.
+    """Quantize a weight to INT8: values = round(weight / scale), scale[n] = max |weight[n]| / limit.
+
+    Symmetric, with one scale for each output channel (row).
 
     Args:
         weight: (N, K) floating point.
-        limit: the largest magnitude of a value, 1 to 127; None for what this CPU multiplies without saturation: 127
-            with VNNI, else 64 (README.md).
+        limit: the largest magnitude of a value, 1 to 127. None for the largest that this CPU multiplies without
+            saturation: 127 with VNNI, else 64 (README.md).
+
+    Returns:
+        `Int8Weight`: values (N, K) int8, scale (N,) float32, sums (N,) float32, on the device of `weight`.
 
     Raises:
         TypeError: `weight` is not floating point.
-        ValueError: its shape is not (N, K), it is empty, or it has values that are not finite.
+        ValueError: its shape is not (N, K), it is empty, it has values that are not finite, or `limit` is out of range.
+
+    Source: Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
+    inference", 2018; per-channel scales: Krishnamoorthi, "Quantizing deep convolutional networks for efficient
+    inference", 2018.
     """
     check_floating("weight", weight, ("N", "K"))
     if not weight.numel() or not bool(weight.isfinite().all()):
@@ -53,18 +69,18 @@ def linear_int8(
     input_range: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """A linear layer with operands of 8 bits: out = act(x' weight'^T + bias), without a gradient.
+    """Linear layer on INT8 operands, for inference: out = act(x' weight'^T + bias).
 
-    x' = scale_t u_t + low_t with u_t = round((x_t - low_t) / scale_t) from 0 to 255: by token, low_t and
-    low_t + 255 scale_t being the row's smallest and largest value, or with `input_range` the same for every token.
-    A row with a value that is not finite gives NaN.
+    x' = scale u + low with u = round((x - low) / scale) from 0 to 255. By token, low and low + 255 scale are the row's
+    smallest and largest value; with `input_range` they are the same for every token. A row with a value that is not
+    finite gives NaN.
 
     Args:
-        x: (T, K) float32, bfloat16, float16 or float64.
-        weight: what `quantize_weight` made of (N, K).
+        x: (T, K) float32, bfloat16, float16 or float64, without a gradient.
+        weight: of (N, K), from `quantize_weight`.
         bias: (N,) floating point, or None.
-        activation: None, "gelu" (with erf) or "gelu_tanh".
-        input_range: (2,) float32, the lowest and the highest value of x, which is clipped to them; None for by token.
+        activation: None, "gelu" (erf) or "gelu_tanh", its tanh approximation.
+        input_range: (2,) float32, the smallest and the largest value of x, which is clipped to them; None for by token.
         impl: "auto", "reference" or "cpu".
 
     Returns:
@@ -72,10 +88,17 @@ def linear_int8(
 
     Raises:
         TypeError: a tensor has another dtype.
-        ValueError: a shape, a device or `activation` does not fit, or `x` asks for a gradient.
-        ImplUnavailableError: the `impl` asked for can't run here.
+        ValueError: a shape or a device does not fit, `activation` or `impl` has another value, x.requires_grad is True
+            while gradients are enabled, or the weight was quantized for a CPU with VNNI and this one has none.
+        ImplUnavailableError: the requested `impl` can't run here.
+
+    Source: Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
+    inference", 2018, section 2.
     """
-    x = _checked(x, weight, bias, activation, input_range)
+    _check_input(x, input_range)
+    _check_weight(weight, bias, x.shape[1], x)
+    check_activation(activation)
+    x = to_compute_dtype(x)
     out: Tensor = OP.select(impl, x)(x, tuple(weight), bias, activation, input_range)
     return out
 
@@ -91,48 +114,57 @@ def feed_forward_int8(
     down_range: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """BERT's feed-forward block in 8 bits: act(x up^T + up_bias) down^T, without the second bias.
+    """BERT's feed-forward block on INT8 operands, for inference: out = act(x up^T + up_bias) down^T.
 
-    What `linear_int8` computes twice; between the two the rows are quantized before they are written to memory.
+    Two `linear_int8`, the second without its bias (add_layer_norm adds it); the activations between them are quantized
+    before they are written to memory.
 
     Args:
-        x: (T, K); up: of (F, K); up_bias: (F,) or None; down: of (N, F).
-        activation: "gelu" or "gelu_tanh".
-        up_range, down_range: see `linear_int8`; of x, and of the activations.
+        x: (T, K) float32, bfloat16, float16 or float64, without a gradient.
+        up: of (F, K), from `quantize_weight`.
+        up_bias: (F,) floating point, or None.
+        down: of (N, F), from `quantize_weight`.
+        activation: "gelu" (erf) or "gelu_tanh", its tanh approximation.
+        up_range: (2,) float32, the range of x, as `input_range` of `linear_int8`; None for by token.
+        down_range: (2,) float32, the range of the activations; None for by token.
         impl: "auto", "reference" or "cpu".
 
-    Returns and raises: (T, N); as `linear_int8`.
+    Returns:
+        (T, N) in the dtype of `x`, under autocast in autocast's.
+
+    Raises:
+        TypeError: a tensor has another dtype.
+        ValueError: as `linear_int8`, or `activation` is None.
+        ImplUnavailableError: the requested `impl` can't run here.
+
+    Source: Devlin et al., "BERT", 2019, section 3, for the block; as `linear_int8` for the quantization.
     """
-    x = _checked(x, up, up_bias, activation, up_range)
+    _check_input(x, up_range)
+    _check_weight(up, up_bias, x.shape[1], x)
     if activation is None:
         raise ValueError("activation is None; expected 'gelu' or 'gelu_tanh'")
-    _check_weight(down, up.values.shape[0], x)
+    check_activation(activation)
+    _check_weight(down, None, up.values.shape[0], x)
     _check_range(down_range, x)
+    x = to_compute_dtype(x)
     call = FEED_FORWARD[OP.select(impl, x)]
     out: Tensor = call(x, tuple(up), up_bias, tuple(down), activation, up_range, down_range)
     return out
 
 
-def _checked(
-    x: Tensor, weight: Int8Weight, bias: Tensor | None, activation: str | None, input_range: Tensor | None
-) -> Tensor:
-    """`x` in autocast's dtype, once everything fits."""
+def _check_input(x: Tensor, input_range: Tensor | None) -> None:
     check_floating("x", x, ("T", "K"))
-    _check_weight(weight, x.shape[1], x)
-    if bias is not None:
-        check_floating("bias", bias, weight.values.shape[:1], x)
     _check_range(input_range, x)
-    if activation not in (None, "gelu", "gelu_tanh"):
-        raise ValueError(f"activation is {activation!r}; expected None, 'gelu' or 'gelu_tanh'")
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("x asks for a gradient, and linear_int8 has none; run it under torch.no_grad()")
-    return autocast(x)
+        raise ValueError("x.requires_grad is True, and linear_int8 has no gradient; run it under torch.no_grad()")
 
 
-def _check_weight(weight: Int8Weight, width: int, x: Tensor) -> None:
+def _check_weight(weight: Int8Weight, bias: Tensor | None, width: int, x: Tensor) -> None:
     check_integer("weight.values", weight.values, (torch.int8,))
     check_shape("weight.values", weight.values, ("N", width))
     check_same_device(x, **{"weight.values": weight.values})
+    if bias is not None:
+        check_floating("bias", bias, weight.values.shape[:1], x)
 
 
 def _check_range(input_range: Tensor | None, x: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""linear_int8 on the CPU: products of unsigned and signed bytes, our kernels before and behind them.
+"""Backends of linear_int8 on the CPU: products of uint8 rows and int8 weights; the quantization is ours in both.
 
-"tiles"  our own product, with what stands behind it inside (csrc/linear_int8).
-"onednn" oneDNN's product, which uses VNNI where the CPU has it; what stands behind it is a pass of its own.
+"tiles"  our product, with the epilogue inside (csrc/linear_int8).
+"onednn" oneDNN's product, which uses VNNI where the CPU has it; the epilogue is a pass of its own.
 
 Both compute the same bits: the sums are integers.
 """
@@ -14,39 +14,39 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common import extensions
+from bert_fast.kernels._common.activation import ACTIVATIONS
 from bert_fast.kernels._common.library import implement
 from bert_fast.kernels._common.row_buckets import pad_rows
 from bert_fast.kernels._common.weight_cache import cached_weight
 
-# oneDNN chooses a packed layout for a number of rows; one number, so that bits don't depend on who called first.
+# oneDNN chooses a packed layout by the number of rows: a constant, so that bits don't depend on the first caller's.
 _PACKED_ROWS = 256
-_CODES = {None: 0, "gelu": 1, "gelu_tanh": 2}
 # GOP/s of two threads of an AMD EPYC with AVX2, 2026-11-22, with GeLU, tiles and oneDNN: 1,024 rows 270 to 320 and 241
-# to 282, 32 rows 229 to 314 and 106 to 205. Elsewhere tiles were never timed.
+# to 282, 32 rows 229 to 314 and 106 to 205. Not timed on other instruction sets.
 BACKEND = "tiles" if extensions.cpu_isa() == "avx2" else "onednn"
 
 
 def weight_limit() -> int:
-    """The largest magnitude of a weight: 127 where the CPU has VNNI, else 64.
+    """The largest magnitude of a quantized weight: 127 where the CPU has VNNI, else 64.
 
-    Without VNNI two products are added up in 16 bits, which 2 * 255 * 64 = 32640 doesn't leave and 2 * 255 * 127 does.
+    Without VNNI two products are added in INT16, where 2 * 255 * 64 = 32640 fits and 2 * 255 * 127 saturates.
     """
     return 127 if extensions.cpu_isa().startswith("avx512") and torch.cpu._is_vnni_supported() else 64
 
 
 def missing() -> str:
-    """Why this torch can't multiply bytes, or ""."""
+    """Why this build of torch has no INT8 product, or ""."""
     absent = [name for name in ("prepack", "pointwise") if not hasattr(torch.ops.onednn, f"qlinear_{name}")]
     if absent or not torch.backends.mkldnn.is_available():
-        return "this build of torch has no oneDNN operators for bytes (onednn::qlinear_pointwise)"
+        return "this build of torch has no oneDNN INT8 operators (onednn::qlinear_pointwise)"
     return ""
 
 
 def _product(u: Tensor, values: Tensor) -> Tensor:
-    """The operator linear_int8_product: u (T, K) uint8 times values (N, K) int8, the integers as float32 (T, N).
+    """The operator linear_int8_product: u values^T, u (T, K) uint8, values (N, K) int8; the integers as float32 (T, N).
 
     Raises:
-        ValueError: `values` are larger than this CPU multiplies without saturation.
+        ValueError: a value is too large for this CPU to multiply without saturation.
     """
     if not u.shape[0]:
         return u.new_empty(0, values.shape[0], dtype=torch.float32)
@@ -78,8 +78,8 @@ def _pack_tiles(values: Tensor) -> Tensor:
     return packed
 
 
-def _by_tiles() -> bool:
-    return BACKEND == "tiles" and not torch.compiler.is_compiling()  # a trace has no weights to pack
+def _use_tiles() -> bool:
+    return BACKEND == "tiles" and not torch.compiler.is_compiling()  # a traced weight can't be packed ahead
 
 
 def _layer(
@@ -90,15 +90,16 @@ def _layer(
     activation: str | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """act(x weight^T + bias) of quantized rows: u (T, K), scale (T,), low (T,)."""
+    """act(x weight^T + bias) in `dtype`, of quantized rows of x: u (T, K), scale (T,), low (T,)."""
     values, *scale_and_sums = weight
-    behind = (*scale_and_sums, bias, _CODES[activation], dtype == torch.bfloat16)
+    u, *scale_and_low = rows
+    epilogue = (*scale_and_low, *scale_and_sums, bias, ACTIVATIONS[activation].code, dtype == torch.bfloat16)
     out: Tensor
-    if _by_tiles():
+    if _use_tiles():
         packed = cached_weight("int8 tiles", (values.contiguous(),), _pack_tiles)
-        out = ops.linear_int8_tiles(rows[0], packed, values.shape[0], *rows[1:], *behind)
+        out = ops.linear_int8_tiles(u, packed, values.shape[0], *epilogue)
     else:
-        out = ops.linear_int8_epilogue(ops.linear_int8_product(rows[0], values), *rows[1:], *behind)
+        out = ops.linear_int8_epilogue(ops.linear_int8_product(u, values), *epilogue)
     return out
 
 
@@ -110,7 +111,7 @@ def run(
     activation: str | None,
     input_range: Tensor | None,
 ) -> Tensor:
-    """act(x weight^T + bias), x (T, K) float32 or bfloat16; weight: values, scale, sums."""
+    """`linear_int8_reference` of float32 or bfloat16 x. `ops` is torch.ops.bert_fast."""
     return _layer(ops, ops.linear_int8_quantize(x, input_range), weight, bias, activation, x.dtype)
 
 
@@ -124,18 +125,18 @@ def run_feed_forward(
     up_range: Tensor | None,
     down_range: Tensor | None,
 ) -> Tensor:
-    """act(x up^T + up_bias) down^T; what stands between the products is float32, and quantized as such."""
+    """`feed_forward_int8_reference` of float32 or bfloat16 x."""
     rows = ops.linear_int8_quantize(x, up_range)
-    if _by_tiles():
-        between = ops.linear_int8_quantize(_layer(ops, rows, up, up_bias, activation, torch.float32), down_range)
+    if _use_tiles():
+        activations = ops.linear_int8_quantize(_layer(ops, rows, up, up_bias, activation, torch.float32), down_range)
     else:
         product = ops.linear_int8_product(rows[0], up[0])
-        between = ops.linear_int8_epilogue_quantize(
-            product, *rows[1:], up[1], up[2], up_bias, _CODES[activation], down_range
+        activations = ops.linear_int8_epilogue_quantize(
+            product, *rows[1:], *up[1:], up_bias, ACTIVATIONS[activation].code, down_range
         )
-    return _layer(ops, between, down, None, None, x.dtype)
+    return _layer(ops, activations, down, None, None, x.dtype)
 
 
 def register() -> None:
-    """Register the product, which is a library's."""
+    """Register the operator that calls a library."""
     implement("linear_int8_product", "CPU", _product)

@@ -1,4 +1,4 @@
-"""The door of masked_lm_loss: checks, then the chosen implementation."""
+"""Public function of masked_lm_loss: validates the arguments, dispatches to an implementation."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.checks import (
-    autocast,
     check_floating,
     check_integer,
     check_same_device,
     check_shape,
+    to_compute_dtype,
     values_are_checked,
 )
 from bert_fast.kernels.masked_lm_loss.op import OP
 
 
 class MaskedLMLoss(NamedTuple):
-    """Mean loss over the masked positions, how many of them the largest logit gets right, and how many there are."""
+    """Mean loss over the labelled rows, the number of them that the largest logit predicts, and their number."""
 
     loss: Tensor  # () float32
     correct: Tensor  # () int64
@@ -51,32 +51,30 @@ def masked_lm_loss(
 
     Args:
         hidden: (T, E) float32, bfloat16, float16 or float64; the encoder's output.
-        labels: (T,) int64; the token to predict, or `ignore_index` for rows that take no part.
-        dense_weight: (E, E), with dense_bias (E,): the transform before GeLU (erf) and LayerNorm.
-        norm_weight: (E,), with norm_bias (E,).
-        decoder_weight: (V, E), often the word embedding itself, with decoder_bias (V,).
+        labels: (T,) int64; the token to predict, or `ignore_index` for rows without a loss.
+        dense_weight, dense_bias: (E, E) and (E,), the transform before GeLU (erf) and LayerNorm.
+        norm_weight, norm_bias: (E,), LayerNorm's.
+        decoder_weight, decoder_bias: (V, E), often the word embedding itself, and (V,).
         eps: added to LayerNorm's variance.
-        ignore_index: the label of rows that take no part.
-        label_smoothing: how much of each target is spread evenly over the vocabulary, 0 <= s < 1, as in
+        ignore_index: the label of rows without a loss.
+        label_smoothing: share of each target that is spread evenly over the vocabulary, 0 <= s < 1, as in
             torch.nn.functional.cross_entropy.
-        z_loss: weight of lse^2, >= 0, which keeps the logits from drifting; PaLM took 1e-4.
-        impl: "auto", "reference", "triton", "cuda" or "cpu".
+        z_loss: weight of lse^2, >= 0, which keeps the logits from drifting; PaLM uses 1e-4.
+        impl: "auto", "reference", "triton" or "cpu".
 
         The parameters have the dtype of `hidden` or float32; under autocast the matrix products run in its dtype.
 
     Returns:
-        loss () float32 (float64 for float64 input), the only differentiable one; correct () int64, the rows whose
-        largest logit (the first of equals) is the label's; count () int64, the labelled rows. With no labelled row
+        loss () float32 (float64 for float64 input), the only differentiable output; correct () int64, the rows whose
+        largest logit (the first of equals) is the label's; count () int64, the labelled rows. Without labelled rows
         the loss is 0 and every gradient is zero.
-
-        A label that is neither `ignore_index` nor in [0, V) is an error. The labels of CUDA tensors are not read at
-        the door (BERT_FAST_CHECK=1 does): there the Triton kernels leave such a row out, and don't count it.
 
     Raises:
         TypeError: a tensor is not floating point, or `labels` is not int64.
-        ValueError: a shape or a device does not fit, `label_smoothing` or `z_loss` is out of range, or a label is
-            neither `ignore_index` nor in [0, V).
-        ImplUnavailableError: the `impl` asked for can't run here.
+        ValueError: a shape or a device does not fit, `label_smoothing` or `z_loss` is out of range, `impl` is none of
+            the above, or a label is neither `ignore_index` nor in [0, V). Labels on CUDA are read only under
+            BERT_FAST_CHECK=1; otherwise the Triton kernels treat a row with such a label as unlabelled.
+        ImplUnavailableError: the requested `impl` does not exist or can't run here.
 
     Source: Devlin et al., "BERT", 2019, section 3.1 and appendix A.2; label smoothing: Szegedy et al., "Rethinking the
     Inception architecture", 2016, section 7; z-loss: Chowdhery et al., "PaLM", 2022, section 5.
@@ -104,11 +102,11 @@ def masked_lm_loss(
     if not 0.0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss is {z_loss}; expected a number that is not negative, such as 1e-4")
     _check_labels(labels, decoder_weight.shape[0], ignore_index)
-    hidden = autocast(hidden)
+    hidden = to_compute_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         call = OP.select(impl, hidden)
-        found = call(hidden, labels, *parameters.values(), eps, ignore_index, label_smoothing, z_loss)
-        return MaskedLMLoss(*found)
+        outputs = call(hidden, labels, *parameters.values(), eps, ignore_index, label_smoothing, z_loss)
+        return MaskedLMLoss(*outputs)
 
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:

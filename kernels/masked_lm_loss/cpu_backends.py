@@ -1,59 +1,52 @@
-"""masked_lm_loss on the CPU: matrix products by torch's BLAS, a chunk of masked rows at a time; the rest compiled."""
+"""masked_lm_loss on the CPU: products by torch's BLAS, a chunk of labelled rows at a time; the rest is compiled."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bert_fast.kernels._common import extensions
-from bert_fast.kernels._common.library import implement
+from bert_fast.kernels._common.library import INPUTS, implement
 
-CHUNK_BYTES = 32 << 20  # logits that are there at once; README.md has the measurement
+CHUNK_BYTES = 32 << 20  # logits in memory at once; README.md has the measurement
 
-# bfloat16 products where the CPU has units for them; elsewhere they run at a tenth of float32's rate (README.md).
+# bfloat16 products where the CPU has instructions for them; without, they run at a tenth of float32's rate (README.md).
 GEMM_DTYPE = {
     torch.float32: torch.float32,
-    torch.bfloat16: torch.bfloat16 if extensions.bf16_units() else torch.float32,
+    torch.bfloat16: torch.bfloat16 if extensions.has_bf16_isa() else torch.float32,
 }
 
 
-def _fwd(
-    hidden: Tensor,
-    labels: Tensor,
-    dense_weight: Tensor,
-    dense_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    decoder_weight: Tensor,
-    decoder_bias: Tensor,
-    eps: float,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The operator masked_lm_loss_fwd."""
+    args = INPUTS["masked_lm_loss_fwd"](*inputs)
+    hidden, dense_bias = args.hidden, args.dense_bias
     dtype = GEMM_DTYPE[hidden.dtype]
     width = hidden.shape[1]
     with torch.autocast("cpu", enabled=False):
-        rows = (labels != ignore_index).nonzero().squeeze(1)
+        rows = (args.labels != args.ignore_index).nonzero().squeeze(1)
         count = torch.tensor(rows.shape[0])
-        x, dense = hidden[rows].to(dtype), dense_weight.to(dtype)  # (M, E), M masked rows
-        scale, shift = norm_weight.float(), norm_bias.float()
+        x, dense = hidden[rows].to(dtype), args.dense_weight.to(dtype)  # (M, E), M labelled rows
+        norm_weight, norm_bias = args.norm_weight.float(), args.norm_bias.float()
         product = torch.mm(x, dense.T).float()
-        activated = torch.ops.bert_fast.bias_gelu_fwd(product, dense_bias, False)
-        normed, mean, rstd = torch.native_layer_norm(activated, [width], scale, shift, eps)
-        decoder = decoder_weight.to(dtype), decoder_bias
-        loss, correct, ddecoder = _decode(normed, labels[rows], *decoder, label_smoothing, z_loss, needs_grad)
-        if not needs_grad:
+        activations = torch.ops.bert_fast.bias_gelu_fwd(product, dense_bias, False)
+        normed, mean, rstd = torch.native_layer_norm(activations, [width], norm_weight, norm_bias, args.eps)
+        decoder = args.decoder_weight.to(dtype), args.decoder_bias
+        loss, correct, ddecoder = _decode(
+            normed, args.labels[rows], *decoder, args.label_smoothing, args.z_loss, args.needs_grad
+        )
+        if not args.needs_grad:
             return loss, correct, count, []
 
         dnormed, ddecoder_weight, ddecoder_bias = ddecoder
-        dactivated, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dnormed, activated, [width], mean, rstd, scale, shift, [True, False, False]
+        dactivations, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dnormed, activations, [width], mean, rstd, norm_weight, norm_bias, [True, False, False]
         )
         # Not from native_layer_norm_backward: its sums over the rows depend on the number of threads.
-        dnorm_weight, dnorm_bias = (dnormed * (activated - mean) * rstd).sum(0), dnormed.sum(0)
-        dproduct, ddense_bias = torch.ops.bert_fast.bias_gelu_bwd(dactivated, product, dense_bias, False)
+        dnorm_weight, dnorm_bias = (dnormed * (activations - mean) * rstd).sum(0), dnormed.sum(0)
+        dproduct, ddense_bias = torch.ops.bert_fast.bias_gelu_bwd(dactivations, product, dense_bias, False)
         dproduct = dproduct.to(dtype)
         ddense_weight = torch.mm(dproduct.T, x).float()
         dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype)
@@ -71,7 +64,7 @@ def _decode(
     z_loss: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Mean loss and hits of rows `normed` (M, E) float32; with `needs_grad` also dnormed, dweight, dbias in float32."""
+    """Mean loss and correct rows of `normed` (M, E) float32; with `needs_grad` float32 dnormed, dweight, dbias too."""
     count, vocabulary = normed.shape[0], weight.shape[0]
     total, correct = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
     dnormed = torch.empty_like(normed) if needs_grad else normed.new_empty(0)
@@ -85,12 +78,12 @@ def _decode(
     for start in range(0, count, step):
         chunk = normed[start : start + step].to(weight.dtype)  # (C, E)
         logits = torch.mm(chunk, weight.T, out=buffer[: chunk.shape[0]])  # (C, V)
-        chunk_loss, hits = torch.ops.bert_fast.masked_lm_loss_rows(
+        chunk_loss, chunk_correct = torch.ops.bert_fast.masked_lm_loss_rows(
             logits, labels[start : start + step], bias, dbias, 1.0 / count, label_smoothing, z_loss, needs_grad
         )
         total += chunk_loss
-        correct += hits
-        if needs_grad:  # the logits are their own gradient now
+        correct += chunk_correct
+        if needs_grad:  # the logits hold their gradient now
             dnormed[start : start + step] = torch.mm(logits, weight)
             _accumulate(dweight, logits.T, chunk, first=start == 0)
     return (total / count).float(), correct, (dnormed, dweight, dbias)
@@ -101,7 +94,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a b in float32; on the `first` call total = a b, which spares filling it with zeros."""
+    """total += a b in float32; with `first` total = a b, which saves filling it with zeros."""
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif first:
@@ -115,6 +108,6 @@ def _bwd(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
 
 
 def register() -> None:
-    """Register the CPU kernels; they run where the compiled `masked_lm_loss_rows` does."""
+    """Register the operators that call a library; they need the compiled `masked_lm_loss_rows`."""
     implement("masked_lm_loss_fwd", "CPU", _fwd)
     implement("masked_lm_loss_bwd", "CPU", _bwd)

@@ -1,4 +1,4 @@
-"""Real tokens out of a padded batch, and back: any 0/1 mask, holes and left padding too."""
+"""Gather the real tokens of a padded batch and scatter them back, for any 0/1 mask."""
 
 from bert_fast.kernels.padding.api import Unpadded, pad, unpad
 

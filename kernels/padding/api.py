@@ -1,4 +1,4 @@
-"""The door of padding: checks, then the chosen implementation."""
+"""Public functions of padding: validate the arguments, dispatch to an implementation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bert_fast.kernels.padding.op import OP
 
 
 class Unpadded(NamedTuple):
-    """A packed batch: what `unpad` returns.
+    """A packed batch, returned by `unpad`.
 
-    x: (T, ...), the real tokens, the sequences one after the other.
-    indices: (T,) int64, where each token was in the flattened (B, S); what `pad` needs.
-    cu_seqlens: (B+1,) int32, sequence b is the tokens cu_seqlens[b] to cu_seqlens[b+1] - 1.
-    max_seqlen: the length of the longest sequence; while torch.compile traces, S instead, an upper bound that needs no
-        value from the device.
+    x: (T, ...), the real tokens of the sequences, concatenated.
+    indices: (T,) int64, the position of each token in the flattened (B, S), for `pad`.
+    cu_seqlens: (B+1,) int32; sequence b is the tokens cu_seqlens[b] to cu_seqlens[b+1] - 1.
+    max_seqlen: the length of the longest sequence; while torch.compile traces it is S, an upper bound that reads no
+        value of the device.
     """
 
     x: Tensor
@@ -30,20 +30,21 @@ class Unpadded(NamedTuple):
 def unpad(x: Tensor, attention_mask: Tensor, *, impl: str = "auto") -> Unpadded:
     """Gather the real tokens of a padded batch: out.x = x.flatten(0, 1)[out.indices], where the mask is 1.
 
-    Differentiable in `x`: padding gets a zero gradient. On CUDA it waits for the device, since T is a host number.
+    Differentiable in `x`: the gradient of padding is zero. On CUDA it synchronizes, since T is a shape.
 
     Args:
         x: (B, S, ...) of any dtype, token ids as well as hidden states.
         attention_mask: (B, S) bool, integer or floating, 1 for a real token and 0 for padding, anywhere.
-        impl: "auto", "reference", "triton", "cuda" or "cpu".
+        impl: "auto", "reference", "triton" or "cpu".
 
     Returns:
         `Unpadded`.
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: the mask has another shape or device than `x`, or, where values are checked, one other than 0 and 1.
-        ImplUnavailableError: the `impl` asked for can't run here.
+        ValueError: the shape or device of the mask differs from that of `x`, `impl` is none of these, or, where values
+            are read (CPU tensors; on CUDA under BERT_FAST_CHECK=1), the mask has values other than 0 and 1.
+        ImplUnavailableError: the requested `impl` does not exist or can't run here.
     """
     _check_tensor("x", x)
     _check_tensor("attention_mask", attention_mask)
@@ -54,7 +55,7 @@ def unpad(x: Tensor, attention_mask: Tensor, *, impl: str = "auto") -> Unpadded:
     functions = OP.select(impl, x)()
     indices, cu_seqlens = functions.unpad_indices(_as_bool(attention_mask))
     packed = functions.gather_rows(x.flatten(0, 1), indices)
-    return Unpadded(packed, indices, cu_seqlens, _longest(cu_seqlens, x.shape[1]))
+    return Unpadded(packed, indices, cu_seqlens, _max_seqlen(cu_seqlens, x.shape[1]))
 
 
 def pad(x: Tensor, indices: Tensor, batch: int, seqlen: int, *, impl: str = "auto") -> Tensor:
@@ -64,17 +65,18 @@ def pad(x: Tensor, indices: Tensor, batch: int, seqlen: int, *, impl: str = "aut
 
     Args:
         x: (T, ...) of any dtype.
-        indices: (T,) int64, rising, the flat positions in (B, S) that `unpad` returned.
+        indices: (T,) int64, rising: the positions in the flattened (B, S), from `unpad`.
         batch, seqlen: B and S.
-        impl: "auto", "reference", "triton", "cuda" or "cpu".
+        impl: "auto", "reference", "triton" or "cpu".
 
     Returns:
         (B, S, ...) in the dtype of `x`.
 
     Raises:
         TypeError: an argument is not a tensor, or indices not int64.
-        ValueError: a shape or a device does not fit, or, where values are checked, the indices don't rise or pass B S.
-        ImplUnavailableError: the `impl` asked for can't run here.
+        ValueError: a shape or a device does not fit, `impl` is none of these, or, where values are read (as in
+            `unpad`), the indices don't rise strictly or leave the range 0 to B S - 1.
+        ImplUnavailableError: the requested `impl` does not exist or can't run here.
     """
     _check_tensor("x", x)
     check_integer("indices", indices, (torch.int64,))
@@ -118,7 +120,7 @@ def _check_indices(indices: Tensor, batch: int, seqlen: int) -> None:
         )
 
 
-def _longest(cu_seqlens: Tensor, seqlen: int) -> int:
+def _max_seqlen(cu_seqlens: Tensor, seqlen: int) -> int:
     if torch.compiler.is_compiling():
         return seqlen
     if cu_seqlens.shape[0] < 2:

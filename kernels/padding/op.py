@@ -1,4 +1,4 @@
-"""Operators of padding: schema, fake, gradient. The kernels register themselves for the dispatch keys."""
+"""Operators of padding: fakes, gradients, implementations and auto rules."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from bert_fast.kernels.padding.reference import (
 
 
 class Functions(NamedTuple):
-    """What an implementation of this op consists of; the reference documents each."""
+    """The functions of an implementation of this op; reference.py documents each."""
 
-    unpad_indices: Callable[[Tensor], tuple[Tensor, Tensor]]
-    gather_rows: Callable[[Tensor, Tensor], Tensor]
-    scatter_rows: Callable[[Tensor, Tensor, int], Tensor]
+    unpad_indices: Callable[..., tuple[Tensor, Tensor]]
+    gather_rows: Callable[..., Tensor]
+    scatter_rows: Callable[..., Tensor]
 
 
 def _unpad_indices_fake(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """indices, cu_seqlens."""
     total = torch.library.get_ctx().new_dynamic_size()
     return mask.new_empty(total, dtype=torch.int64), mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
 
@@ -35,43 +36,44 @@ def _gather_rows_fake(x: Tensor, indices: Tensor) -> Tensor:
     return x.new_empty(indices.shape[0], *x.shape[1:])
 
 
-def _scatter_rows_fake(x: Tensor, indices: Tensor, rows: int) -> Tensor:
+def _scatter_rows_fake(x: Tensor, rows: int, **_: Any) -> Tensor:
     return x.new_empty(rows, *x.shape[1:])
 
 
-def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.rows = inputs[0].shape[0]
-    ctx.save_for_backward(inputs[1])
+def _gather_setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.rows = inputs.x.shape[0]
+    ctx.save_for_backward(inputs.indices)
 
 
-def _gather_backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+def _gather_backward(ops: Any, ctx: Any, dout: Tensor) -> dict[str, Tensor | None]:
     (indices,) = ctx.saved_tensors
-    return ops.scatter_rows(dout, indices, ctx.rows), None
+    return {"x": ops.scatter_rows(dout, indices, ctx.rows)}
 
 
-def _scatter_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+def _scatter_setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(inputs.indices)
 
 
-def _scatter_backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+def _scatter_backward(ops: Any, ctx: Any, dout: Tensor) -> dict[str, Tensor | None]:
     (indices,) = ctx.saved_tensors
-    return ops.gather_rows(dout, indices), None, None
+    return {"x": ops.gather_rows(dout, indices)}
 
 
-define("unpad_indices", "(Tensor mask) -> (Tensor indices, Tensor cu_seqlens)", fake=_unpad_indices_fake)
+define("unpad_indices", _unpad_indices_fake, arguments_of=unpad_indices_reference)
 define(
     "gather_rows",
-    "(Tensor x, Tensor indices) -> Tensor",
-    fake=_gather_rows_fake,
+    _gather_rows_fake,
+    arguments_of=gather_rows_reference,
     setup_context=_gather_setup_context,
     backward=_gather_backward,
 )
 define(
     "scatter_rows",
-    "(Tensor x, Tensor indices, SymInt rows) -> Tensor",
-    fake=_scatter_rows_fake,
+    _scatter_rows_fake,
+    arguments_of=scatter_rows_reference,
     setup_context=_scatter_setup_context,
     backward=_scatter_backward,
+    symbolic=("rows",),
 )
 
 
@@ -79,8 +81,8 @@ def _reference() -> Functions:
     return Functions(unpad_indices_reference, gather_rows_reference, scatter_rows_reference)
 
 
-def _run(ops: Any) -> Functions:
-    return Functions(ops.unpad_indices, ops.gather_rows, ops.scatter_rows)
+def _operators(ops: Any) -> Functions:
+    return Functions(*(getattr(ops, name) for name in Functions._fields))
 
 
 # The kernels move whole rows of bytes, so they take every dtype.
@@ -88,13 +90,12 @@ _ANY_DTYPE = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
-_OPERATORS = ("unpad_indices", "gather_rows", "scatter_rows")
 OP = Op(
     "padding",
     {
         "reference": Implementation(_reference, None, None),
-        "triton": dataclasses.replace(triton_kernels(_run, "padding", *_OPERATORS), dtypes=None),
-        "cpu": dataclasses.replace(native_cpu(_run, *_OPERATORS), dtypes=None),
+        "triton": dataclasses.replace(triton_kernels(_operators, "padding", *Functions._fields), dtypes=None),
+        "cpu": dataclasses.replace(native_cpu(_operators, *Functions._fields), dtypes=None),
     },
     auto_rules=(
         AutoRule(

@@ -1,8 +1,8 @@
 """padding in Triton: rows are moved as integers of the widest size that fits them, whatever their dtype.
 
-Bytes, r those of a row: indices read the mask twice and write 8 T + 4 B; gather_rows 2 T r; scatter_rows (T + rows) r,
-in one pass that writes zeros and rows alike: a program owns a block of rows of the result and searches the rising
-indices for its first.
+Bytes, with r bytes in a row: unpad_indices reads the mask twice and writes 8 T + 4 B; gather_rows 2 T r; scatter_rows
+(T + rows) r in one pass that writes zeros and rows: a program owns a block of rows of the result and searches the
+rising indices for its first.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from bert_fast.kernels._common.triton_launch import ceil_div, launch, next_power_of_2
 
-# Choices by count of bytes, not measured on a GPU yet. MASK_BLOCK: 8 bytes of the mask a thread of 4 warps.
+# Chosen by counting bytes, not measured on a GPU yet. MASK_BLOCK: 8 bytes of the mask per thread, on 4 warps.
 MASK_BLOCK = 1024
-# GATHER_TILE: elements, 64 bytes a thread. COLUMNS x 8 bytes is what one warp takes in one 16-byte load a lane; every
-# E of 256 and more, in any dtype, is a multiple of it or half of one.
+# GATHER_TILE: elements, 64 bytes per thread. COLUMNS x 8 bytes are one 16-byte load per lane of a warp; rows of any
+# E >= 256 in any dtype are a multiple of it or of its half.
 GATHER_TILE, COLUMNS = 1024, 64
-# Columns of a program of scatter_rows, all that E <= 1024 has: 16 KB of a row, so that the search is paid once.
+# Columns of a program of scatter_rows: 16 KB, whole rows up to E = 1024, so that each block searches once.
 SCATTER_COLUMNS = 2048
-SEARCH = 128  # the search for a program's first row looks at that many indices at once: 2 steps up to T = 2^14
+SEARCH = 128  # indices that a step of the search for a program's first row reads: 2 steps up to T = 2^14
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _count_kernel(mask, counts, S, parts, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write_kernel(mask, ends, indices, T, S, parts, BLOCK: tl.constexpr):
-    """A program writes the flat positions of its part's tokens; ends: tokens up to and with each part."""
+    """A program writes the flat positions of its part's tokens; ends: inclusive running totals of the parts' tokens."""
     program = tl.program_id(0)
     col = (program % parts) * BLOCK + tl.arange(0, BLOCK)
     row = (program // parts).to(tl.int64)
@@ -66,7 +66,7 @@ def _scatter_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     first = (program // column_parts).to(tl.int64) * BLOCK_T
-    # How many indices are below `first`: each step cuts what is left into SEARCH pieces and keeps one.
+    # The number of indices below `first`: each step splits the remaining range into SEARCH pieces and keeps one.
     lane = tl.arange(0, SEARCH).to(tl.int64)
     low = tl.zeros((), tl.int64)
     piece = low + T
@@ -87,7 +87,7 @@ def _scatter_kernel(
 
 
 def count_tokens(mask: Tensor) -> tuple[Tensor, int]:
-    """mask bool (B, S), S above 0 -> tokens up to and with each part of each row, int64 (B parts,); the part's size."""
+    """mask bool (B, S), S > 0 -> inclusive running totals of the parts' tokens, int64 (B parts,); a part's columns."""
     B, S = mask.shape
     block = min(MASK_BLOCK, max(128, next_power_of_2(S)))
     parts = ceil_div(S, block)
@@ -113,7 +113,7 @@ def unpad_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
         return mask.new_empty(0, dtype=torch.int64), cu_seqlens
     mask = mask.contiguous()
     ends, block = count_tokens(mask)
-    total = int(ends[-1])  # the one place of the op that waits for the device
+    total = int(ends[-1])  # the op's only synchronization with the device
     if total >= 2**31:
         raise RuntimeError(f"padding: the mask has {total} tokens; expected fewer than 2^31, as cu_seqlens is int32")
     parts = ceil_div(S, block)
@@ -137,7 +137,7 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
     if not out.numel():
         return out
     if not x.numel():
-        return out.zero_()  # no row to read: indices that point to one are out of range
+        return out.zero_()  # x has no rows, so every index is out of range
     source = _as_integers(x)
     target = out.view(T, -1).view(source.dtype)
     W = source.shape[1]
@@ -172,7 +172,7 @@ def scatter_rows(x: Tensor, indices: Tensor, rows: int) -> Tensor:
 
 
 def _steps(T: int) -> int:
-    """How often T can be divided by SEARCH, rounding up, until 1 is left; at least one step."""
+    """How often T can be divided by SEARCH, rounding up, until it is 1; at least once."""
     steps = 1
     while T > SEARCH:
         T, steps = ceil_div(T, SEARCH), steps + 1

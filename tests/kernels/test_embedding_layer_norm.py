@@ -409,7 +409,7 @@ def test_bad_input_is_named() -> None:
         call(dropout_p=-0.1)
     with pytest.raises(ValueError, match=r"eps is -1\.0; expected a positive number"):
         call(eps=-1.0)
-    with pytest.raises(ImplUnavailableError, match=r"impl='cuda' not built yet.*Available here: reference"):
+    with pytest.raises(ImplUnavailableError, match=r"impl='cuda' does not exist.*Available here: reference"):
         call(impl="cuda")
 
 

@@ -522,7 +522,7 @@ def test_bad_input_is_named() -> None:
         ({"dense_weight": inputs["dense_weight"][:7]}, ValueError, shape("dense_weight", "(7, 8)", "(8, 8)")),
         ({"norm_bias": inputs["norm_bias"][:7]}, ValueError, shape("norm_bias", "(7,)", "(8,)")),
         ({"hidden": inputs["hidden"].long()}, TypeError, "hidden is torch.int64; expected a floating-point tensor"),
-        ({"impl": "cuda"}, ImplUnavailableError, "impl='cuda' not built yet"),
+        ({"impl": "cuda"}, ImplUnavailableError, "impl='cuda' does not exist"),
         *(({"label_smoothing": x}, ValueError, f"is {x}; {smoothing}") for x in (-0.1, 1.0, float("nan"))),
         *(({"z_loss": x}, ValueError, f"z_loss is {x}; expected") for x in (-1e-4, float("inf"), float("nan"))),
     ):

@@ -1,4 +1,4 @@
-"""What is kept of a weight: made once, made again after every kind of change, gone with the weight."""
+"""The packed-weight cache: packed once, again after every kind of change, dropped with the weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bert_fast.kernels.linear import cpu_backends
 
 @pytest.fixture(autouse=True)
 def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """float32 runs on packed weights, as on AVX-512, and nothing is kept from before."""
+    """float32 uses packed weights, as on AVX-512, and the cache is empty."""
     monkeypatch.setitem(cpu_backends.BACKENDS, torch.float32, cpu_backends.Backends("onednn", "onednn"))
     weight_cache.invalidate()
     yield
@@ -30,15 +30,15 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The weights that were packed, in order."""
-    made: list[Tensor] = []
+    weights: list[Tensor] = []
     pack = cpu_backends.pack
 
-    def noted(weight: Tensor) -> Tensor:
-        made.append(weight)
+    def recorded(weight: Tensor) -> Tensor:
+        weights.append(weight)
         return pack(weight)
 
-    monkeypatch.setattr(cpu_backends, "pack", noted)
-    return made
+    monkeypatch.setattr(cpu_backends, "pack", recorded)
+    return weights
 
 
 def layer() -> nn.Linear:
@@ -47,9 +47,9 @@ def layer() -> nn.Linear:
 
 def check(module: nn.Linear, x: Tensor) -> None:
     with torch.no_grad():
-        found = linear(x, module.weight, impl="cpu")
-    expected = x.to(found.dtype).double() @ module.weight.double().T
-    assert torch.allclose(found.double(), expected, atol=0.05 if found.dtype == torch.bfloat16 else 1e-5)
+        out = linear(x, module.weight, impl="cpu")
+    expected = x.to(out.dtype).double() @ module.weight.double().T
+    assert torch.allclose(out.double(), expected, atol=0.05 if out.dtype == torch.bfloat16 else 1e-5)
 
 
 def test_packed_once_while_nothing_changes(packs: list[Tensor]) -> None:
@@ -99,7 +99,7 @@ CHANGES: dict[str, Callable[[nn.Linear], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_every_change_is_seen(change: Callable[[nn.Linear], object]) -> None:
+def test_every_change_is_detected(change: Callable[[nn.Linear], object]) -> None:
     module, x = layer(), torch.randn(5, 48)
     for _ in range(3):
         check(module, x)
@@ -107,7 +107,7 @@ def test_every_change_is_seen(change: Callable[[nn.Linear], object]) -> None:
     check(module, x)
 
 
-def test_another_dtype_of_the_activations_is_another_copy() -> None:
+def test_each_dtype_has_its_own_copy() -> None:
     module, x = layer(), torch.randn(5, 48)
     check(module, x)
     module.bfloat16()
@@ -115,7 +115,7 @@ def test_another_dtype_of_the_activations_is_another_copy() -> None:
     check(module.float(), x)
 
 
-def test_forget_sees_what_no_fingerprint_can(packs: list[Tensor]) -> None:
+def test_invalidate_after_a_write_that_is_not_detected(packs: list[Tensor]) -> None:
     module, x = layer(), torch.randn(5, 48)
     check(module, x)
     module.weight.data[1, 1] = 50.0
@@ -124,7 +124,7 @@ def test_forget_sees_what_no_fingerprint_can(packs: list[Tensor]) -> None:
     assert len(packs) == 2
 
 
-def test_gone_with_the_weight() -> None:
+def test_an_entry_is_dropped_with_its_weight() -> None:
     module = layer()
     check(module, torch.randn(5, 48))
     assert len(weight_cache._entries) == 1
@@ -140,7 +140,7 @@ def test_training_packs_nothing(packs: list[Tensor]) -> None:
     assert not weight_cache._entries
 
 
-def test_copies_and_pickles_have_their_own() -> None:
+def test_copies_and_pickles_are_cached_separately() -> None:
     module, x = layer(), torch.randn(5, 48)
     check(module, x)
     twin = copy.deepcopy(module)
@@ -155,7 +155,7 @@ def test_copies_and_pickles_have_their_own() -> None:
     check(torch.load(file, weights_only=False), x)
 
 
-def test_tied_weights_share_one(packs: list[Tensor]) -> None:
+def test_tied_weights_share_an_entry(packs: list[Tensor]) -> None:
     first, second, x = layer(), layer(), torch.randn(5, 48)
     second.weight = first.weight
     check(first, x)
@@ -167,21 +167,21 @@ def test_tied_weights_share_one(packs: list[Tensor]) -> None:
 
 def test_two_models_and_many_threads() -> None:
     modules, x = [layer() for _ in range(4)], torch.randn(5, 48)
-    wrong: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def work(module: nn.Linear) -> None:
         try:
             for _ in range(50):
                 check(module, x)
         except BaseException as error:
-            wrong.append(error)
+            errors.append(error)
 
     threads = [threading.Thread(target=work, args=(module,)) for module in modules * 2]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not errors
     assert len(weight_cache._entries) == 4
 
 
@@ -190,10 +190,10 @@ def _in_child(module: nn.Linear, x: Tensor, connection: object) -> None:
     check(module, x)
     through_data(module)
     check(module, x)
-    connection.send("right")  # type: ignore[attr-defined]
+    connection.send("done")  # type: ignore[attr-defined]
 
 
-def test_fork_keeps_on_its_own() -> None:
+def test_a_forked_process_packs_for_itself() -> None:
     module, x = layer(), torch.randn(5, 48)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child has none of its parent's OpenMP threads
@@ -203,7 +203,7 @@ def test_fork_keeps_on_its_own() -> None:
     child = context.Process(target=_in_child, args=(module, x, there))
     child.start()
     assert here.poll(60)
-    assert here.recv() == "right"
+    assert here.recv() == "done"
     child.join()
     torch.set_num_threads(threads)
     check(module, x)

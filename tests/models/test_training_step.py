@@ -21,7 +21,7 @@ OPS_OF_A_STEP = {name: op.impls for name, op in OPS.items() if name != "lamb"}
 IMPLS = [
     (impl, OPS_OF_A_STEP["attention"][impl].device)
     for impl in ("triton", "cpu")
-    if all(impls[impl].availability.ok for impls in OPS_OF_A_STEP.values())
+    if all(impl in impls and impls[impl].availability.ok for impls in OPS_OF_A_STEP.values())
 ]
 
 

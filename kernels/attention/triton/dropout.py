@@ -1,8 +1,8 @@
-"""The mask of dropout for tiles that are multiplied: a bit an element until the last moment.
+"""The dropout mask for tiles of scores: packed, one bit for each element, until it is used.
 
-`keep_tile` of `_common/triton_philox.py` makes the same mask; but its bytes would have to change layout, through shared
-memory, to meet a tile of scores. Here the decisions of a group of 16 columns are 16 bits of one integer, which changes
-layout in their place.
+`keep_tile` of `_common/triton_philox.py` computes the same mask, but its bytes would have to be converted to the layout
+of a tile of scores through shared memory. Here a group of 16 columns is 16 bits of one integer, and only these integers
+change layout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bert_fast.kernels._common.triton_philox import load_rng_state
 
 @triton.jit
 def _at_least(word, addend):
-    """Bits 0, 1, 16, 17: whether bytes 0, 1, 2, 3 of the word are at least 256 - addend; a byte's carry tells."""
+    """Bits 0, 1, 16, 17: whether bytes 0, 1, 2, 3 of the word are at least 256 - addend, from the carry of each sum."""
     even = (word & 0x00FF00FF) + addend
     odd = ((word >> 8) & 0x00FF00FF) + addend
     return ((even >> 8) & 0x00010001) | ((odd >> 7) & 0x00020002)

@@ -1,10 +1,10 @@
 """Long regime of attention in Triton: online softmax forward; backward a kernel for dq and one for dk and dv.
 
-A program owns a block of rows of one (sequence, head) and walks over the sequence's other side. No two programs write
-the same number, so there are no atomics and the bits don't depend on the order in which programs run.
+A program owns a block of queries (or of keys) of one (sequence, head) and iterates over the keys (or queries). No two
+programs write the same element, so there are no atomics and the bits don't depend on the order of programs.
 
-Tiles that are read in a loop go from memory to the matrix unit unchanged: the biases of keys and values enter through
-vectors (README, "The bias without touching the tiles"). Names with a 2 at the end are logarithms to base 2.
+Tiles that are loaded in a loop go from memory to the tensor cores unchanged: the biases of keys and values are applied
+through vectors (README, "The bias without touching the tiles"). Names ending in 2 are logarithms to base 2.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def rounded(x, dtype):
-    """x in a dtype of its own or of fewer bits, to the nearest number."""
+    """x in `dtype`, its own or a narrower one, rounded to nearest."""
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
-        # Triton 3.6's interpreter cuts the last 16 bits off; of sums with one sign that bias would stay.
+        # Triton 3.6's interpreter truncates, which biases sums of one sign.
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + ((bits >> 16) & 1) + 0x7FFF) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
@@ -36,7 +36,7 @@ def dot(a, b, acc):
     if b.dtype == tl.float32:
         acc = tl.dot(a, b, acc, input_precision="ieee")  # not rounded to tf32
     elif INTERPRETED:
-        # Triton 3.6's interpreter multiplies the bits of bfloat16 as if they were integers.
+        # Triton 3.6's interpreter multiplies the bits of bfloat16 as integers.
         acc = tl.dot(rounded(a, b.dtype).to(tl.float32), b.to(tl.float32), acc)
     else:
         acc = tl.dot(a.to(b.dtype), b, acc)
@@ -51,7 +51,7 @@ def dot_transposed(a, b):
 
 @triton.jit
 def tile_mask(inside, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, BLOCK_D): the row is inside and the column is one of the D."""
+    """(rows, BLOCK_D): the row is inside and the column is below D."""
     if D == BLOCK_D:
         mask = inside[:, None] & (d >= 0)[None, :]
     else:
@@ -71,9 +71,9 @@ def load_vector(x, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def zero_tail(x, lse, cu_seqlens, B, N, T, index, count, ROW: tl.constexpr):
-    """Zero the rows of `x` (T, ROW) and `lse` (N, T) behind the last sequence; every program a share of them.
+    """Zero the rows of `x` (T, ROW) and `lse` (N, T) after the last sequence; each program takes a share.
 
-    A pack of static shape ends in rows that belong to no sequence. Else the loops do nothing.
+    A packed batch of static shape ends in rows of no sequence. Without such rows the loops do nothing.
     """
     tail = tl.minimum(tl.maximum(tl.load(cu_seqlens + B).to(tl.int64), 0), T)
     lane = tl.arange(0, 256)
@@ -90,9 +90,9 @@ def zero_tail(x, lse, cu_seqlens, B, N, T, index, count, ROW: tl.constexpr):
 
 @triton.jit
 def _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK: tl.constexpr):
-    """(sequence, head, block, its first row, first token, length): what a program owns.
+    """(sequence, head, block, the block's first row, first token, length) of a program.
 
-    Whatever cu_seqlens holds, tokens first to first + length - 1 are within the pack and length within max_seqlen.
+    For any cu_seqlens tokens first to first + length - 1 are within the packed batch and length <= max_seqlen.
     """
     index = tl.program_id(0)
     block = index % blocks
@@ -107,7 +107,7 @@ def _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _tile(x, rows, stride, length, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a sequence, (rows, BLOCK_D); zeros behind its end, where another sequence's NaN may lie."""
+    """Rows of a sequence, (rows, BLOCK_D); zeros past its end, where another sequence may have a NaN."""
     d = tl.arange(0, BLOCK_D)
     pointers = x + rows[:, None] * stride + d[None, :]
     if MASKED:
@@ -131,10 +131,10 @@ def _query_tile(q, bias, n, rows, stride, length, D: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit
 def _fwd_step(
-    m, total, kept, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold, HAS_BIAS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    m, total, kept_sum, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold,
+    HAS_BIAS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the running maximum m, the sums total of P and kept of P M, and acc = (P M) V."""
+    """One block of keys: the running maximum m, the sums total of P and kept_sum of P M, and acc = (P M) V."""
     columns = tl.arange(0, BLOCK_N)
     offset = tl.cast(j, tl.int64) * stride_t
     keys = _tile(k + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
@@ -149,10 +149,10 @@ def _fwd_step(
         keep = keep_scores(rng_state, n, tokens, j // 16, threshold, tokens.shape[0], BLOCK_N, False)
         probs = tl.where(keep, probs, 0.0)
         if HAS_BIAS:
-            kept = kept * decay + tl.sum(probs, axis=1)
+            kept_sum = kept_sum * decay + tl.sum(probs, axis=1)
     values = _tile(v + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
     acc = dot(probs, values, acc * decay[:, None])
-    return new_m, total, kept, acc
+    return new_m, total, kept_sum, acc
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def fwd_kernel(
     scale, sign, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_M queries and walks over the keys."""
+    """A program owns BLOCK_M queries and iterates over the keys."""
     zero_tail(out, lse, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), N * D)
     _, n, _, i, first, length = _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK_M)
     if i >= length:
@@ -174,23 +174,23 @@ def fwd_kernel(
     q = (q.to(tl.float32) * sign).to(q.dtype)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    kept = tl.zeros((BLOCK_M,), tl.float32)
+    kept_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tokens = (first + rows).to(tl.uint32)
     k, v = base + stride_s, base + 2 * stride_s
-    # Blocks of keys that are whole need no mask; but where registers are short one copy of the step is all that fits.
-    WHOLE: tl.constexpr = qkv.dtype.element_ty != tl.float32 and BLOCK_D <= 128
-    whole = length
-    if WHOLE:
-        whole = length // BLOCK_N * BLOCK_N
-    for j in range(0, whole, BLOCK_N):
-        m, total, kept, acc = _fwd_step(
-            m, total, kept, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold,
-            bias is not None, D, BLOCK_D, BLOCK_N, not WHOLE,
+    # Full blocks of keys need no mask; in float32 and at large D registers suffice for one copy of the step only.
+    FULL: tl.constexpr = qkv.dtype.element_ty != tl.float32 and BLOCK_D <= 128
+    full = length
+    if FULL:
+        full = length // BLOCK_N * BLOCK_N
+    for j in range(0, full, BLOCK_N):
+        m, total, kept_sum, acc = _fwd_step(
+            m, total, kept_sum, acc, q, k, v, j, stride_t, length, scale2, rng_state, n, tokens, threshold,
+            bias is not None, D, BLOCK_D, BLOCK_N, not FULL,
         )  # fmt: skip
-    if whole < length:
-        m, total, kept, acc = _fwd_step(
-            m, total, kept, acc, q, k, v, whole, stride_t, length, scale2, rng_state, n, tokens, threshold,
+    if full < length:
+        m, total, kept_sum, acc = _fwd_step(
+            m, total, kept_sum, acc, q, k, v, full, stride_t, length, scale2, rng_state, n, tokens, threshold,
             bias is not None, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
     row_lse = m * scale + tl.log2(total) * LN_2
@@ -200,7 +200,7 @@ def fwd_kernel(
         bias_v = load_vector(bias + (2 * N + n) * D, d, D, BLOCK_D)
         row_lse += tl.sum(q.to(tl.float32) * bias_k[None, :], axis=1) * scale
         if rng_state is not None:
-            acc += (kept * multiplier / total)[:, None] * bias_v[None, :]
+            acc += (kept_sum * multiplier / total)[:, None] * bias_v[None, :]
         else:
             acc += bias_v[None, :]
     at = out + ((first + rows) * N + n)[:, None] * D + d[None, :]
@@ -209,8 +209,8 @@ def fwd_kernel(
 
 
 @triton.jit
-def _slope(probs, dp, shift, dropped, keep, DROPOUT: tl.constexpr):
-    """dZ / multiplier = P (M' dP - delta'), M' the kept ones: shift adds what the tiles lack, dropped is -delta'."""
+def _dz(probs, dp, shift, dropped, keep, DROPOUT: tl.constexpr):
+    """dZ / multiplier = P (M' dP - delta'), M' the keep mask: shift adds the bias terms, dropped is -delta'."""
     if DROPOUT:
         dz = probs * tl.where(keep, dp + shift, dropped)
     else:
@@ -226,7 +226,7 @@ def _dq_step(
 ):  # fmt: skip
     """One block of keys: acc = dZ K; for float32 also the sums total of P and excess of dZ, and weighted = P K.
 
-    Of exact lse and delta total is 1 and excess 0: they tell what the rounding of the two has done.
+    With exact lse and delta, total is 1 and excess 0: their deviations measure the rounding errors of the two.
     """
     columns = tl.arange(0, BLOCK_N)
     offset = tl.cast(j, tl.int64) * stride_t
@@ -239,13 +239,13 @@ def _dq_step(
     dp = dot_transposed(dout, values)
     if rng_state is not None:
         keep = keep_scores(rng_state, n, tokens, j // 16, threshold, tokens.shape[0], BLOCK_N, False)
-        dz = _slope(probs, dp, shift[:, None], dropped[:, None], keep, True)
+        dz = _dz(probs, dp, shift[:, None], dropped[:, None], keep, True)
     else:
-        dz = _slope(probs, dp, shift[:, None], 0.0, 0, False)
+        dz = _dz(probs, dp, shift[:, None], 0.0, 0, False)
     if keys.dtype == tl.float32:
         total += tl.sum(probs, axis=1)
         excess += tl.sum(dz, axis=1)
-        weighted = tl.dot(probs, keys, weighted, input_precision="tf32")  # excess is some eps: 11 bits will do
+        weighted = tl.dot(probs, keys, weighted, input_precision="tf32")  # excess is a few eps, so 11 bits suffice
     return dot(dz, keys, acc), total, excess, weighted
 
 
@@ -255,11 +255,10 @@ def dq_kernel(
     B, N, T, max_seqlen, blocks, stride_t, stride_s, stride_n, scale, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_M queries and walks over the keys.
+    """A program owns BLOCK_M queries and iterates over the keys.
 
-    It also writes what the other kernel needs of each query: q + bias to `biased_q` (T, N, D), and to `statistics`
-    (N, 4, T) float32: lse2 without the bias of the keys, the two vectors of `_slope`, and for float32 what P
-    has to be multiplied with to sum to 1.
+    For `dkv_kernel` it also writes q + bias to `biased_q` (T, N, D), and to `statistics` (N, 4, T) float32: lse2
+    without the bias of the keys, the two vectors of `_dz`, and for float32 the factor that makes the sum of P 1.
     """
     zero_tail(dqkv, None, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), 3 * N * D)
     b, n, block, i, first, length = _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK_M)
@@ -278,7 +277,7 @@ def dq_kernel(
     o = _tile(out + packed, local, N * D, length - i, D, BLOCK_D, True)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1) / multiplier
     shift = -delta
-    # Probabilities of rows behind the end become 0.
+    # Probabilities of rows past the end are 0.
     lse2 = tl.load(lse + n.to(tl.int64) * T + first + rows, mask=inside, other=float("inf")) * LOG2_E
     scale2 = scale * LOG2_E
     if bias is not None:
@@ -294,37 +293,37 @@ def dq_kernel(
     weighted = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     tokens = (first + rows).to(tl.uint32)
     k, v = base + stride_s, base + 2 * stride_s
-    WHOLE: tl.constexpr = qkv.dtype.element_ty != tl.float32 and BLOCK_D <= 128
-    whole = length
-    if WHOLE:
-        whole = length // BLOCK_N * BLOCK_N
-    for j in range(0, whole, BLOCK_N):
+    FULL: tl.constexpr = qkv.dtype.element_ty != tl.float32 and BLOCK_D <= 128
+    full = length
+    if FULL:
+        full = length // BLOCK_N * BLOCK_N
+    for j in range(0, full, BLOCK_N):
         acc, total, excess, weighted = _dq_step(
             acc, total, excess, weighted, q, do, k, v, j, stride_t, length, scale2, lse2, shift, -delta, rng_state, n,
-            tokens, threshold, D, BLOCK_D, BLOCK_N, not WHOLE,
+            tokens, threshold, D, BLOCK_D, BLOCK_N, not FULL,
         )  # fmt: skip
-    if whole < length:
+    if full < length:
         acc, total, excess, weighted = _dq_step(
-            acc, total, excess, weighted, q, do, k, v, whole, stride_t, length, scale2, lse2, shift, -delta, rng_state,
+            acc, total, excess, weighted, q, do, k, v, full, stride_t, length, scale2, lse2, shift, -delta, rng_state,
             n, tokens, threshold, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
-    own = statistics + 4 * n.to(tl.int64) * T + first + rows
+    row_statistics = statistics + 4 * n.to(tl.int64) * T + first + rows
     if dqkv.dtype.element_ty == tl.float32:
         normal = 1.0 / tl.where(inside, total, 1.0)
         excess *= normal
         acc = (acc - excess[:, None] * weighted) * normal[:, None]
         shift -= excess
         delta += excess
-        tl.store(own + 3 * tl.cast(T, tl.int64), normal, mask=inside)
-    tl.store(own, lse2, mask=inside)
-    tl.store(own + T, shift, mask=inside)
+        tl.store(row_statistics + 3 * tl.cast(T, tl.int64), normal, mask=inside)
+    tl.store(row_statistics, lse2, mask=inside)
+    tl.store(row_statistics + T, shift, mask=inside)
     if rng_state is not None:
-        tl.store(own + 2 * tl.cast(T, tl.int64), -delta, mask=inside)
+        tl.store(row_statistics + 2 * tl.cast(T, tl.int64), -delta, mask=inside)
     acc *= scale * multiplier
     at = dqkv + ((first + rows) * 3 * N + n)[:, None] * D + d[None, :]
     tl.store(at, rounded(acc, dqkv.dtype.element_ty), mask=tile_mask(inside, d, D, BLOCK_D))
     if sums is not None:
-        tl.store(sums + d, tl.sum(acc, axis=0), mask=d < D)  # rows behind the end hold zeros
+        tl.store(sums + d, tl.sum(acc, axis=0), mask=d < D)  # rows past the end hold zeros
 
 
 @triton.jit
@@ -334,7 +333,7 @@ def dkv_kernel(
     scale, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_N keys and walks over the queries; its tiles are transposed, a row a key.
+    """A program owns BLOCK_N keys and iterates over the queries; its tiles are transposed, a row for each key.
 
     `query` holds q + bias: `biased_q` of `dq_kernel`, or without a bias `qkv`.
     """
@@ -347,9 +346,9 @@ def dkv_kernel(
             tl.store(sums + N * D + d, tl.zeros((BLOCK_D,), tl.float32), mask=d < D)
         return
     base = qkv + first * stride_t + n.to(tl.int64) * stride_n
-    own, local = base + tl.cast(j, tl.int64) * stride_t, tl.arange(0, BLOCK_N)
-    k = _tile(own + stride_s, local, stride_t, length - j, D, BLOCK_D, True)
-    v = _tile(own + 2 * stride_s, local, stride_t, length - j, D, BLOCK_D, True)
+    keys, local = base + tl.cast(j, tl.int64) * stride_t, tl.arange(0, BLOCK_N)
+    k = _tile(keys + stride_s, local, stride_t, length - j, D, BLOCK_D, True)
+    v = _tile(keys + 2 * stride_s, local, stride_t, length - j, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     scale2 = scale * LOG2_E
@@ -358,7 +357,7 @@ def dkv_kernel(
         inside = queries < length - i
         token = first + i + queries
         at = statistics + 4 * n.to(tl.int64) * T + token
-        # Behind the end: probabilities of 0, whatever the rest.
+        # Past the end probabilities are 0, whatever the other values.
         lse2 = tl.load(at, mask=inside, other=float("inf"))
         shift = tl.load(at + T, mask=inside, other=0.0)
         q = _tile(
@@ -375,10 +374,10 @@ def dkv_kernel(
             keep = keep_scores(rng_state, n, token, j // 16, threshold, BLOCK_M, BLOCK_N, True)
             dropped = tl.load(at + 2 * tl.cast(T, tl.int64), mask=inside, other=0.0)
             dv = dot(tl.where(keep, probs, 0.0), do, dv)
-            dz = _slope(probs, dp, shift[None, :], dropped[None, :], keep, True)
+            dz = _dz(probs, dp, shift[None, :], dropped[None, :], keep, True)
         else:
             dv = dot(probs, do, dv)
-            dz = _slope(probs, dp, shift[None, :], 0.0, 0, False)
+            dz = _dz(probs, dp, shift[None, :], 0.0, 0, False)
         dk = dot(dz, q, dk)
     dk *= scale * multiplier
     dv *= multiplier

@@ -1,12 +1,13 @@
-"""attention in Triton: the operators, and which kernel in which tiles they launch.
+"""attention in Triton: the launchers, with their choice of kernel and tiles.
 
-Up to 128 tokens a sequence `triton_short.py` takes all keys at once, one kernel forward and one backward; above it, and
-in float32, `triton_long.py` walks over blocks of keys: one kernel forward, two backward.
+For sequences of up to 128 tokens the kernels of short.py take all keys at once, one kernel forward and one backward;
+for longer ones, and in float32, those of long.py iterate over blocks of keys: one kernel forward, two backward.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from bert_fast.kernels.attention.triton import long as triton_long
 from bert_fast.kernels.attention.triton import short as triton_short
 
 LARGEST_D = 256
-# Addresses within a tile are 32-bit: 128 rows of a stride below 2^24.
+# Offsets within a tile are 32-bit: 128 rows of a stride below 2^24.
 LARGEST_STRIDE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A kernel's tile of scores, queries by keys, and how many warps and pipeline stages work on it."""
+    """A kernel's tile of scores, queries by keys, its warps and its software pipelining stages."""
 
     queries: int
     keys: int
@@ -40,8 +41,8 @@ class LongLaunch:
     dkv: Tiles
 
 
-# By (bytes of an element, D padded). No row is measured on a GPU yet: chosen for Hopper, where 16 bits compile without
-# a spill (float32's dQ has 8 bytes of it at 64, 136 at 256); 64 rows for 4 warps are the least that HGMMA takes.
+# By (bytes of an element, padded D). Not measured on a GPU yet: chosen for Hopper, where 16-bit dtypes compile without
+# spills (float32's dq kernel spills 8 bytes at D 64, 136 at 256); 64 rows on 4 warps are the least that wgmma takes.
 LONG = {
     (2, 16): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
     (2, 32): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
@@ -58,10 +59,11 @@ LONG = {
 
 @dataclass(frozen=True)
 class ShortLaunch:
-    """The short regime: the largest padded D, rows that a sequence has of a tile, the forward kernel's tile and warps.
+    """A launch of the short regime.
 
-    `chunk`: the queries that the backward kernel takes at a time, a program a sequence; 0 for the kernel of several
-    sequences, whose tile is the forward kernel's.
+    largest_d: the largest padded D; block_s: rows of a tile for each sequence; tile: rows of the forward kernel's tile;
+    chunk: queries that the backward kernel of one sequence takes at a time, or 0 for the kernel of several sequences,
+    which uses `tile`.
     """
 
     largest_d: int
@@ -72,8 +74,8 @@ class ShortLaunch:
     chunk: int
 
 
-# By the longest sequence and the largest D that fit. Not measured on a GPU yet: tiles of 64 rows are the least that
-# HGMMA takes, so shorter sequences share one; 128 rows need twice the warps for the same registers a thread.
+# Ordered by the longest sequence and the largest D. Not measured on a GPU yet: tiles of 64 rows are the least that
+# wgmma takes, so shorter sequences share one; 128 rows need twice the warps for the same registers per thread.
 SHORT = (
     ShortLaunch(64, 16, 64, 4, 4, 0),
     ShortLaunch(64, 32, 64, 4, 4, 32),
@@ -86,7 +88,7 @@ SHORT = (
 def short_launch(qkv: Tensor, block_d: int, max_seqlen: int) -> ShortLaunch | None:
     """The first launch of SHORT that takes `max_seqlen` and D; None for the long regime.
 
-    float32 has no matrix instructions of its own precision: there large tiles gain nothing.
+    float32 always takes the long regime: without tensor cores of its precision large tiles gain nothing.
     """
     if qkv.element_size() == 4:
         return None
@@ -94,7 +96,7 @@ def short_launch(qkv: Tensor, block_d: int, max_seqlen: int) -> ShortLaunch | No
 
 
 class _Call:
-    """What every launch of one call needs: the checked input, the sizes, dropout and scale as the kernels take them."""
+    """The arguments of `attention_reference` as the kernels take them."""
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class _Call:
         bias: Tensor | None,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        scale: float,
+        softmax_scale: float,
         dropout_p: float,
         rng_state: Tensor | None,
     ) -> None:
@@ -118,7 +120,7 @@ class _Call:
             qkv = qkv.contiguous()
         self.qkv, self.cu_seqlens = qkv, cu_seqlens.contiguous()
         self.bias = None if bias is None else bias.contiguous()
-        self.scale = scale
+        self.scale = softmax_scale
         self.threshold = dropout_threshold(dropout_p)
         self.multiplier = 256 / (256 - self.threshold)
         self.rng_state = rng_state if self.threshold else None
@@ -127,7 +129,7 @@ class _Call:
         self.long = LONG[qkv.element_size(), self.block_d]
 
     @property
-    def nothing(self) -> bool:
+    def empty(self) -> bool:
         return not (self.B and self.max_seqlen and self.N)
 
     @property
@@ -138,23 +140,15 @@ class _Call:
         return (self.B, self.N, self.T, self.max_seqlen, *(() if blocks is None else (blocks,)), *self.strides)
 
 
-def attention_fwd(
-    qkv: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    c = _Call(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
-    out = qkv.new_empty(c.T, c.N, c.D)
-    lse = qkv.new_empty(c.N, c.T, dtype=torch.float32)
-    if c.nothing:
+def attention_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
+    c = _Call(*inputs)
+    out = c.qkv.new_empty(c.T, c.N, c.D)
+    lse = c.qkv.new_empty(c.N, c.T, dtype=torch.float32)
+    if c.empty:
         return out.zero_(), lse.zero_()
-    # The running maximum wants a scale above 0: its sign, or a 0, goes into the queries.
-    sign = (softmax_scale > 0) - (softmax_scale < 0)
-    scaling = (abs(softmax_scale) or 1.0, float(sign), c.threshold, c.multiplier)
+    # The running maximum needs a positive scale: its sign, or 0, is multiplied into the queries.
+    sign = (c.scale > 0) - (c.scale < 0)
+    scaling = (abs(c.scale) or 1.0, float(sign), c.threshold, c.multiplier)
     tensors = (c.qkv, c.bias, c.cu_seqlens, c.rng_state, out, lse)
     if c.short:
         launch(
@@ -174,34 +168,25 @@ def attention_fwd(
 
 
 def attention_bwd(
-    dout: Tensor,
-    qkv: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
+    dout: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    c = _Call(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
+    c = _Call(qkv, bias, *settings)
     dqkv = qkv.new_empty(qkv.shape)
-    if c.nothing:
+    if c.empty:
         return dqkv.zero_(), qkv.new_zeros(qkv.shape[1:], dtype=torch.float32)
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
     run = _short_bwd if c.short else _long_bwd
     return dqkv, run(c, dout, out, lse, dqkv)
 
 
-def _sum_of_parts(c: _Call, shape: tuple[int, ...]) -> Tensor | None:
+def _new_partial(c: _Call, shape: tuple[int, ...]) -> Tensor | None:
     return None if c.bias is None else c.qkv.new_empty(shape, dtype=torch.float32)
 
 
 def _short_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> Tensor:
     assert c.short
     groups = c.B if c.short.chunk else ceil_div(c.B, c.short.tile // c.short.block_s)
-    partial = _sum_of_parts(c, (groups, 3, c.N, c.D))
+    partial = _new_partial(c, (groups, 3, c.N, c.D))
     tensors = (dout, c.qkv, c.bias, lse, c.cu_seqlens, c.rng_state, dqkv, partial)
     rest = (*c.sizes(), c.scale, c.threshold, c.multiplier)
     if c.short.chunk:
@@ -215,13 +200,13 @@ def _short_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -
 def _long_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> Tensor:
     statistics = lse.new_empty(c.N, 4, c.T)
     biased_q = None if c.bias is None else c.qkv.new_empty(out.shape)
-    query = c.qkv if biased_q is None else biased_q  # of qkv the queries come first
+    query = c.qkv if biased_q is None else biased_q  # the queries are the first third of qkv
     query_strides = (query.stride(0), query.stride(-2))
     scaling = (c.scale, c.threshold, c.multiplier)
 
     tiles = c.long.dq
     blocks = ceil_div(c.max_seqlen, tiles.queries)
-    dq_partial = _sum_of_parts(c, (c.B * blocks, 1, c.N, c.D))
+    dq_partial = _new_partial(c, (c.B * blocks, 1, c.N, c.D))
     launch(
         triton_long.dq_kernel, (blocks * c.N * c.B,),
         dout, c.qkv, c.bias, out, lse, c.cu_seqlens, c.rng_state, dqkv, dq_partial, statistics, biased_q,
@@ -232,7 +217,7 @@ def _long_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) ->
 
     tiles = c.long.dkv
     blocks = ceil_div(c.max_seqlen, tiles.keys)
-    dkv_partial = _sum_of_parts(c, (c.B * blocks, 2, c.N, c.D))
+    dkv_partial = _new_partial(c, (c.B * blocks, 2, c.N, c.D))
     launch(
         triton_long.dkv_kernel, (blocks * c.N * c.B,),
         dout, query, c.qkv, c.cu_seqlens, c.rng_state, dqkv, dkv_partial, statistics,

@@ -1,9 +1,9 @@
 """Short regime of attention in Triton: all keys of a sequence at once.
 
-A program owns a head of one sequence of up to 128 tokens, or of several neighbouring ones of up to 16 or 32: row r of
-its tile is position r % BLOCK_S of sequence first + r // BLOCK_S. Several sequences are multiplied as a batch, each
-with itself, so that none ever meets another's NaN. The softmax needs no running maximum, and one program makes dq, dk
-and dv of its sequences from one recomputed P.
+A program owns one head of a sequence of up to 128 tokens, or of several neighbouring sequences of up to 16 or 32: row r
+of its tile is position r % BLOCK_S of sequence first + r // BLOCK_S. Products of several sequences are batched, so that
+no sequence reads another's NaN. The softmax needs no running maximum, and one program computes dq, dk and dv of its
+sequences from one recomputed P.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bert_fast.kernels.attention.triton.long import (
 
 @triton.jit
 def _rows(cu_seqlens, first, B, T, max_seqlen, TILE: tl.constexpr, BLOCK_S: tl.constexpr):
-    """(TILE,) packed token of each row, and whether there is one; within the pack whatever cu_seqlens holds."""
+    """(TILE,) the token of each row and whether it exists; within the packed batch for any cu_seqlens."""
     r = tl.arange(0, TILE)
     b = first + r // BLOCK_S
     start = tl.load(cu_seqlens + b, mask=b < B, other=0).to(tl.int64)
@@ -37,7 +37,7 @@ def _rows(cu_seqlens, first, B, T, max_seqlen, TILE: tl.constexpr, BLOCK_S: tl.c
 
 @triton.jit
 def _split(x, TILE: tl.constexpr, BLOCK_S: tl.constexpr):
-    """(TILE, ...) as it is for one sequence, for several (sequences, BLOCK_S, ...)."""
+    """(TILE, ...) unchanged for one sequence; (sequences, BLOCK_S, ...) for several."""
     if BLOCK_S < TILE:
         if len(x.shape) == 1:
             x = x.reshape(TILE // BLOCK_S, BLOCK_S)
@@ -58,7 +58,7 @@ def _tile(x, bias, token, inside, stride, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def _transpose(x):
-    """The last two dimensions change places."""
+    """Swaps the last two dimensions."""
     if len(x.shape) == 3:
         x = tl.permute(x, (0, 2, 1))
     else:
@@ -95,7 +95,7 @@ def fwd_kernel(
     v = _tile(base + 2 * stride_s, bias_v, token, inside, stride_t, D, BLOCK_D, BLOCK_S)
     real = _split(inside, TILE, BLOCK_S)
     scores = _scores(q, k) * sign
-    scores = tl.where(tl.expand_dims(real, -2), scores, -1e38)  # finite: a row may have no key
+    scores = tl.where(tl.expand_dims(real, -2), scores, -1e38)  # not -inf: a row may have no key
     m = tl.max(scores, axis=-1)
     probs = tl.exp2((scores - tl.expand_dims(m, -1)) * (scale * LOG2_E))
     total = tl.sum(probs, axis=-1)
@@ -116,10 +116,10 @@ def bwd_one_kernel(
     B, N, T, max_seqlen, stride_t, stride_s, stride_n, scale, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One sequence a program: it keeps the keys and their dk and dv, and walks over the queries, CHUNK at a time.
+    """A program owns one sequence: it holds the keys, dk and dv and iterates over the queries, CHUNK at a time.
 
-    Tiles of scores are transposed, a row a key: so that P and dZ go from registers into the products for dv and dk.
-    delta is the sum of P M dP over the keys, all at hand: exact for a sequence of one token, and `out` isn't read.
+    Tiles of scores are transposed, a row for each key, so that P and dZ are register operands of the products for dv
+    and dk. delta is the sum of P M dP over the keys, all in the tile: exact for one token, and `out` isn't read.
     """
     zero_tail(dqkv, None, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), 3 * N * D)
     n = tl.program_id(0) % N
@@ -138,11 +138,11 @@ def bwd_one_kernel(
     d = tl.arange(0, BLOCK_D)
     for i in range(0, length, CHUNK):
         query = i + tl.arange(0, CHUNK)
-        row, asked = first + query, query < length
-        q = _tile(base, bias_q, row, asked, stride_t, D, BLOCK_D, CHUNK)
-        do = _tile(dout + n * D, None, row, asked, N * D, D, BLOCK_D, CHUNK)
-        # Probabilities of rows without a token become 0, by the mask as keys and by lse as queries.
-        lse2 = tl.load(lse + n.to(tl.int64) * T + row, mask=asked, other=float("inf")) * LOG2_E
+        row, query_inside = first + query, query < length
+        q = _tile(base, bias_q, row, query_inside, stride_t, D, BLOCK_D, CHUNK)
+        do = _tile(dout + n * D, None, row, query_inside, N * D, D, BLOCK_D, CHUNK)
+        # Probabilities of rows without a token are 0: by the mask as keys, by lse as queries.
+        lse2 = tl.load(lse + n.to(tl.int64) * T + row, mask=query_inside, other=float("inf")) * LOG2_E
         probs = tl.exp2(_scores(k, q) * (scale * LOG2_E) - lse2[None, :])
         probs = tl.where(inside[:, None], probs, 0.0)
         dp = _scores(v, do)
@@ -157,7 +157,7 @@ def bwd_one_kernel(
         dk = dot(dz, q, dk)
         dq = dot(tl.trans(dz), k, None) * (scale * multiplier)
         at = dqkv + (row * 3 * N + n)[:, None] * D + d[None, :]
-        tl.store(at, rounded(dq, dqkv.dtype.element_ty), mask=tile_mask(asked, d, D, BLOCK_D))
+        tl.store(at, rounded(dq, dqkv.dtype.element_ty), mask=tile_mask(query_inside, d, D, BLOCK_D))
         dbias_q += tl.sum(dq, axis=0)  # rows without a token hold zeros, here and below
     dk *= scale * multiplier
     dv *= multiplier
@@ -178,7 +178,7 @@ def bwd_several_kernel(
     B, N, T, max_seqlen, stride_t, stride_s, stride_n, scale, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Several sequences a program, all queries at once; else as `bwd_one_kernel`."""
+    """As `bwd_one_kernel`, with several sequences per program and all queries at once."""
     zero_tail(dqkv, None, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), 3 * N * D)
     n = tl.program_id(0) % N
     group = tl.program_id(0) // N
@@ -196,12 +196,12 @@ def bwd_several_kernel(
     real = tl.expand_dims(_split(inside, TILE, BLOCK_S), -1)
     probs = tl.where(real, tl.exp2(_scores(k, q) * (scale * LOG2_E) - lse2), 0.0)
     dp = _scores(v, do)
-    kept = probs
+    masked = probs
     if rng_state is not None:
         keep = _transpose(_keep(rng_state, n, token, threshold, TILE, BLOCK_S))
-        kept = tl.where(keep, probs, 0.0)
+        masked = tl.where(keep, probs, 0.0)
         dp = tl.where(keep, dp, 0.0)
-    dv = dot(kept, do, None) * multiplier
+    dv = dot(masked, do, None) * multiplier
     delta = tl.expand_dims(tl.sum(probs * dp, axis=-2), -2)
     dz = rounded(probs * (dp - delta), q.dtype)
     dk = dot(dz, q, None) * (scale * multiplier)

@@ -1,5 +1,5 @@
 """embedding_layer_norm in Triton: gathers, LayerNorm and dropout in one pass; backward one pass over the tokens for the
-gradient of their sums, then the sums over the tokens of each table row (triton_segments.py).
+gradient ds of their sums, then the sums of ds over the tokens of each table row (segments.py).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bert_fast.kernels._common.triton_layer_norm import (
 from bert_fast.kernels._common.triton_philox import keep_tile, load_rng_state
 from bert_fast.kernels.embedding_layer_norm.triton.segments import key_dtype, table_gradients
 
-# From this BLOCK_E on the registers of a program of the backward pass hold two sums over rows and no parameter.
+# From this BLOCK_E on a backward program has registers for two sums over rows and for no parameter.
 WIDE = 8192
 
 
 @triton.jit
 def _ids(ids, t, T, rows):
-    """Rows of a table to read, inside it whatever the ids are."""
+    """Rows of a table to read, clamped to it."""
     return tl.minimum(tl.maximum(tl.load(ids + t, mask=t < T, other=0), 0), rows - 1).to(tl.int32)
 
 
@@ -58,8 +58,8 @@ def _fwd_kernel(
     y = (s - m[:, None]) * rs[:, None] * w + b
     if rng_state is not None:
         key0, key1, offset = load_rng_state(rng_state)
-        kept = keep_tile(key0, key1, offset, tl.full((), 0, tl.int32), t, 0, threshold, ROWS, BLOCK_E)
-        y = tl.where(kept, y * scale, 0.0)
+        keep = keep_tile(key0, key1, offset, tl.full((), 0, tl.int32), t, 0, threshold, ROWS, BLOCK_E)
+        y = tl.where(keep, y * scale, 0.0)
     tl.store(out + t[:, None] * E + e, y.to(out.dtype.element_ty), mask=inside)
     tl.store(mean + t, m, mask=t < T)
     tl.store(rstd + t, rs, mask=t < T)
@@ -72,9 +72,9 @@ def _bwd_kernel(
     T, words, types, positions, stride_dout, stride_word, stride_type, stride_position, threshold, scale, rows,
     E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """A program owns `rows` tokens, a multiple of ROWS: their ds and keys, and one (2, E) of `partial`: dweight, dbias.
+    """A program owns `rows` tokens, a multiple of ROWS: their ds and keys, and in `partial` a dweight and a dbias.
 
-    The weight is HELD in registers, or each row reads it again, from the cache.
+    The weight stays in registers if HELD, else every step of the loop reads it again, from cache.
     """
     e = tl.arange(0, BLOCK_E)[None, :]
     columns = e < E
@@ -91,7 +91,7 @@ def _bwd_kernel(
         id = _ids(input_ids, t, T, words)
         type_id = _ids(token_type_ids, t, T, types)
         position_id = _ids(position_ids, t, T, positions)
-        # The tables behind each other as one.
+        # A key is a row of the three tables, concatenated.
         tl.store(keys + t, id.to(keys.dtype.element_ty), mask=t < T)
         tl.store(keys + T + t, (words + type_id).to(keys.dtype.element_ty), mask=t < T)
         tl.store(keys + 2 * T + t, (words + types + position_id).to(keys.dtype.element_ty), mask=t < T)
@@ -102,8 +102,8 @@ def _bwd_kernel(
         m = tl.load(mean + t, mask=t < T, other=0.0)
         rs = tl.load(rstd + t, mask=t < T, other=0.0)
         if rng_state is not None:
-            kept = keep_tile(key0, key1, offset, tl.full((), 0, tl.int32), t, 0, threshold, ROWS, BLOCK_E)
-            d = tl.where(kept, d * scale, 0.0)
+            keep = keep_tile(key0, key1, offset, tl.full((), 0, tl.int32), t, 0, threshold, ROWS, BLOCK_E)
+            d = tl.where(keep, d * scale, 0.0)
         xhat = tl.where(columns, (s - m[:, None]) * rs[:, None], 0.0)
         if not HELD:
             w = tl.load(weight + e, mask=columns, other=0.0).to(tl.float32)
@@ -111,9 +111,9 @@ def _bwd_kernel(
         dbias += tl.sum(d, axis=0, keep_dims=True)
         dsum = layer_norm_grad(d * w, xhat, rs, E)
         tl.store(ds + t[:, None] * E + e, dsum.to(ds.dtype.element_ty), mask=inside)
-    mine = partial + tl.program_id(0).to(tl.int64) * 2 * E + e
-    tl.store(mine, dweight, mask=columns)
-    tl.store(mine + E, dbias, mask=columns)
+    sums = partial + tl.program_id(0).to(tl.int64) * 2 * E + e
+    tl.store(sums, dweight, mask=columns)
+    tl.store(sums + E, dbias, mask=columns)
 
 
 def embedding_layer_norm_fwd(
@@ -167,7 +167,7 @@ def embedding_layer_norm_bwd(
     T, E = dout.shape
     sizes = [table.shape[0] for table in tables]
     tile = bwd_tile(E)
-    tile["ROWS"] = max(1, tile["ROWS"] // 2)  # four inputs, and pointers of rows that are anywhere
+    tile["ROWS"] = max(1, tile["ROWS"] // 2)  # four inputs, and pointers of gathered rows
     parts, rows = grad_parts(T, tile["ROWS"], tile["num_warps"])
     ds, keys = word.new_empty((T, E)), input_ids.new_empty(3 * T, dtype=key_dtype(sum(sizes)))
     partial = word.new_empty((parts, 2, E), dtype=torch.float32)
@@ -183,7 +183,7 @@ def embedding_layer_norm_bwd(
 
 
 def _inputs(ids: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Contiguous ids, and tables with contiguous rows. Raises ValueError where there are tokens and an empty table."""
+    """Contiguous ids, and tables with contiguous rows. Raises ValueError for tokens and an empty table."""
     if ids[0].shape[0] and not all(table.shape[0] for table in tables):
         raise ValueError(f"the tables have {[table.shape[0] for table in tables]} rows; expected at least one each")
     return [index.contiguous() for index in ids], [rows_contiguous(table) for table in tables]

@@ -1,10 +1,10 @@
-"""The gradients of the tables: sums of rows of ds over the tokens that read one table row, in a fixed order.
+"""Gradients of the tables: a segmented reduction of the rows of ds over the tokens of each table row, in a fixed order.
 
-A stable sort by key puts the tokens of a table row together. The sorted positions are cut into chunks of a fixed
-length, one program a chunk (and column block), whatever the ids are: a table row whose tokens lie inside one chunk is
-written by it; the sums of the first and the last table row of a chunk, where these go on outside, are entries of the
-next level, two a chunk. There the same kernel runs again, until one chunk is left. So a row that all tokens read is as
-parallel as rows that one token reads, no float is added by two programs in a race, and all shapes depend on T alone.
+A stable sort by key groups the tokens of each table row (a segment). The sorted positions are cut into chunks of fixed
+length, a program for each chunk and column block. A segment inside one chunk is written by its program; partial sums of
+the first and the last segment, where these continue outside the chunk, become entries of the next level, two for each
+chunk. There the same kernel runs again, until one chunk is left. So a row that all tokens read is as parallel as rows
+that one token reads, there are no atomics, and all shapes depend on T alone.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from bert_fast.kernels._common.triton_launch import ceil_div, launch
 
-# A program of one warp: eight columns a lane in 16 bits, and eight rows at a time where as many belong together. 16
-# positions a chunk: the tokens of rare words are added one after the other, and 16 loads in a row (about 1 us each) are
-# as long as a program should take. Upwards rows are few and belong together: longer chunks, fewer levels.
+# A program of one warp: 16-byte loads of eight columns per lane in 16-bit dtypes, and up to eight rows of a segment at
+# once. 16 positions per chunk: segments of one token are serial, and 16 dependent loads (about 1 us each) are as long
+# as a program should take. Higher levels have few entries in long segments: longer chunks, fewer levels.
 BLOCK_E, TILE = 256, 8
 CHUNK, UPPER_CHUNK = 16, 32
 
 
 @triton.jit
 def _key(raw):
-    """An entry below zero has no value and the key -1 - entry."""
+    """A negative entry has no value; its key is -1 - entry."""
     return tl.where(raw < 0, -1 - raw, raw)
 
 
@@ -36,10 +36,10 @@ def _segment_kernel(
     keys, order, rows, dword, dtoken_type, dposition, upper_keys, upper_rows, N, T, words, types, skipped, dead, E,
     CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Program (c, b): entries c CHUNK.. of `keys`, columns b BLOCK_E..; on the lowest level `order` tells their rows.
+    """Program (c, b): entries c CHUNK.. of `keys`, columns b BLOCK_E..; on the lowest level `order` has their rows.
 
-    The key `skipped` gets no gradient. `dead` is the key of what has none or is written already: a segment that ended,
-    and the end of the list. No two entries of one segment have it between them.
+    The key `skipped` gets no gradient. `dead` is the key of entries past the end and of segments that are written
+    already; it never separates two entries of one segment.
     """
     c = tl.program_id(0)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
@@ -71,8 +71,8 @@ def _segment_kernel(
                 tile = tl.load(rows + row[:, None] * E + e, mask=live[:, None] & (e < E), other=0.0)
                 total += tl.sum(tile.to(tl.float32), axis=0, keep_dims=True)
             from_before = (start == 0) & (before == k)
-            goes_on = (end == CHUNK) & (after == k)
-            if from_before | goes_on:
+            continues = (end == CHUNK) & (after == k)
+            if from_before | continues:
                 slot = 2 * c.to(tl.int64)
                 if start == 0:
                     low = k
@@ -96,7 +96,7 @@ def _segment_kernel(
 
 
 def key_dtype(rows: int) -> torch.dtype:
-    """Of keys up to `rows`, which is none: a radix sort passes once for each byte; BERT's vocabulary fits into two."""
+    """The dtype of keys 0 to `rows`: a radix sort makes a pass for each byte, and BERT's vocabulary fits into two."""
     return torch.int16 if rows < 2**15 else torch.int32
 
 
@@ -107,9 +107,9 @@ def table_gradients(
 
     Args:
         ds: (T, E), gradient of each token's sum.
-        keys: (3 T,), which row of the tables of `sizes` rows, one behind the other, each token reads of each.
+        keys: (3 T,), for each table the row that each token reads, in the concatenated tables.
         sizes: rows of the three tables.
-        padding_idx: a row of the first that stays zero.
+        padding_idx: a row of the first table whose gradient stays zero.
     """
     T, E = ds.shape
     gradients = tuple(ds.new_zeros((size, E)) for size in sizes)
@@ -126,6 +126,6 @@ def table_gradients(
             -1 if padding_idx is None else padding_idx, sum(sizes), E,
             CHUNK=chunk, TILE=TILE, BLOCK_E=BLOCK_E, num_warps=1,
         )  # fmt: skip
-        # Where one chunk is left every segment ended in it.
+        # When one chunk is left, every segment ends in it.
         keys, order, rows, entries, chunk = upper_keys, None, upper_rows, 2 * chunks if chunks > 1 else 0, UPPER_CHUNK
     return gradients[0], gradients[1], gradients[2]

@@ -1,8 +1,8 @@
-"""LAMB in Triton: every tensor of a call in three launches, whatever their number, and one for the global norm.
+"""LAMB in Triton: multi-tensor kernels, three launches for any number of tensors, and one for the global norm.
 
-The first pass updates the moments and adds up |w|^2 and |u|^2 chunk by chunk, a small kernel makes each tensor's step
-size of them, and the last pass computes u again and writes w. Bytes a parameter in float32: 24 and 16, where storing u
-would move as many and take 4 more of memory. Nothing waits for the device.
+The first pass updates the moments and sums |w|^2 and |u|^2 of each chunk; a small kernel computes each tensor's step
+size from them; the last pass recomputes u and writes w. Bytes for each float32 parameter: 24 and 16; storing u would
+move as many and take 4 more bytes of memory. There is no synchronization with the device.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 from bert_fast.kernels._common.triton_launch import launch
 from bert_fast.kernels.lamb.triton.tables import CHUNK, Tables, groups, same_dense_memory
 
-# Elements in flight: 8 a thread of 4 warps, two 16-byte loads of each of four tensors in float32. By count of bytes and
-# registers, not measured on a GPU yet.
+# Elements of a step: 8 per thread on 4 warps, two 16-byte loads from each of four float32 tensors. Chosen by counting
+# bytes and registers, not measured on a GPU yet.
 BLOCK = 1024
-# Numbers that Triton would otherwise compile again for, where they are 1 or a multiple of 16.
+# Not specialized: Triton would compile again where they are 1 or a multiple of 16.
 _COUNTS = ["tensors", "chunks"]
-_GRADS = 1  # which of the four lists is only read
+_GRADS = 1  # the list that is read only
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
 def _number(x):
-    """A number that is an argument (in the interpreter a Python float), or in a () tensor."""
+    """The value of a scalar argument (in the interpreter a Python float) or of a () tensor."""
     if isinstance(x, tl.tensor) and x.dtype.is_ptr():
         return tl.load(x)
     else:
@@ -35,7 +35,7 @@ def _number(x):
 
 @triton.jit
 def _chunk(layout, tensors, CHUNK: tl.constexpr):
-    """Which tensor the program's chunk is of, where in it the chunk begins, and how many elements it has."""
+    """The tensor of the program's chunk, the chunk's first element in it, and its number of elements."""
     program = tl.program_id(0)
     tensor = tl.load(layout + 2 * tensors + program)
     begin = (program - tl.load(layout + tensors + tensor)) * CHUNK
@@ -44,7 +44,7 @@ def _chunk(layout, tensors, CHUNK: tl.constexpr):
 
 @triton.jit
 def _memory(pointers, row, tensors, tensor, begin, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The chunk's first element in the tensor whose address is in `row` of `pointers`."""
+    """Pointer to the chunk in the tensor whose address is in `row` of `pointers`."""
     address = tl.load(pointers + row * tensors + tensor).to(tl.pointer_type(TYPE))
     if ALIGNED:
         address = tl.multiple_of(address, 16)
@@ -52,17 +52,17 @@ def _memory(pointers, row, tensors, tensor, begin, TYPE: tl.constexpr, ALIGNED: 
 
 
 @triton.jit
-def _load(chunk, place, count, WHOLE: tl.constexpr):
-    """In float32. A whole block needs no mask, which would keep it from loads of 16 bytes."""
-    if WHOLE:
+def _load(chunk, place, count, FULL: tl.constexpr):
+    """A block in float32. A FULL block is loaded without a mask, which would prevent 16-byte loads."""
+    if FULL:
         return tl.load(chunk + place).to(tl.float32)
     else:
         return tl.load(chunk + place, mask=place < count, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(chunk, place, count, x, WHOLE: tl.constexpr):
-    if WHOLE:
+def _store(chunk, place, count, x, FULL: tl.constexpr):
+    if FULL:
         tl.store(chunk + place, x)
     else:
         tl.store(chunk + place, x, mask=place < count)
@@ -77,18 +77,18 @@ def _update(w, m, v, inverse, inverse_sq, eps, weight_decay):
 def _moments_block(
     w_chunk, g_chunk, m_chunk, v_chunk, place, count,
     scale, inverse, inverse_sq, beta1, rest1, beta2, rest2, eps, weight_decay,
-    M: tl.constexpr, V: tl.constexpr, WHOLE: tl.constexpr,
+    M: tl.constexpr, V: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """m and v of a block in place; w^2 and u^2."""
-    w = _load(w_chunk, place, count, WHOLE)
-    g = _load(g_chunk, place, count, WHOLE) * scale
-    # Rounded to what is stored, so that the last pass computes the u whose norm this is.
-    m = (beta1 * _load(m_chunk, place, count, WHOLE) + rest1 * g).to(M)
-    v = (beta2 * _load(v_chunk, place, count, WHOLE) + rest2 * g * g).to(V)
-    _store(m_chunk, place, count, m, WHOLE)
-    _store(v_chunk, place, count, v, WHOLE)
+    """Updates m and v of a block in place; returns w^2 and u^2."""
+    w = _load(w_chunk, place, count, FULL)
+    g = _load(g_chunk, place, count, FULL) * scale
+    # Rounded as stored, so that the last pass recomputes the u of this norm.
+    m = (beta1 * _load(m_chunk, place, count, FULL) + rest1 * g).to(M)
+    v = (beta2 * _load(v_chunk, place, count, FULL) + rest2 * g * g).to(V)
+    _store(m_chunk, place, count, m, FULL)
+    _store(v_chunk, place, count, v, FULL)
     u = _update(w, m.to(tl.float32), v.to(tl.float32), inverse, inverse_sq, eps, weight_decay)
-    if not WHOLE:
+    if not FULL:
         u = tl.where(place < count, u, 0.0)
     return w * w, u * u
 
@@ -100,7 +100,7 @@ def _moments_kernel(
     W: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """m and v of a chunk in place, its sums of w^2 and u^2 to `partial` (2, chunks). rest1, rest2: 1 - beta."""
+    """Updates m and v of a chunk in place, writes its sums of w^2 and u^2 to `partial` (2, chunks). rest: 1 - beta."""
     tensor, begin, count = _chunk(layout, tensors, CHUNK)
     w_chunk = _memory(pointers, 0, tensors, tensor, begin, W, ALIGNED)
     g_chunk = _memory(pointers, 1, tensors, tensor, begin, G, ALIGNED)
@@ -112,17 +112,17 @@ def _moments_kernel(
     w_squares = tl.zeros((BLOCK,), tl.float32)
     u_squares = tl.zeros((BLOCK,), tl.float32)
     place = tl.arange(0, BLOCK)
-    whole = count // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    full = count // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
         w2, u2 = _moments_block(
             w_chunk, g_chunk, m_chunk, v_chunk, start + place, count,
             scale, inverse, inverse_sq, beta1, rest1, beta2, rest2, eps, weight_decay, M, V, True,
         )  # fmt: skip
         w_squares += w2
         u_squares += u2
-    if whole < count:
+    if full < count:
         w2, u2 = _moments_block(
-            w_chunk, g_chunk, m_chunk, v_chunk, whole + place, count,
+            w_chunk, g_chunk, m_chunk, v_chunk, full + place, count,
             scale, inverse, inverse_sq, beta1, rest1, beta2, rest2, eps, weight_decay, M, V, False,
         )  # fmt: skip
         w_squares += w2
@@ -133,7 +133,7 @@ def _moments_kernel(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _ratio_kernel(layout, partial, step_sizes, tensors, chunks, lr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """A program adds up the chunks of one tensor, in their order: step_sizes[tensor] = lr |w| / |u|."""
+    """A program sums the chunks of one tensor, in order: step_sizes[tensor] = lr |w| / |u|."""
     tensor = tl.program_id(0)
     first = tl.load(layout + tensors + tensor)
     count = ((tl.load(layout + tensor) + CHUNK - 1) // CHUNK).to(tl.int32)
@@ -143,22 +143,22 @@ def _ratio_kernel(layout, partial, step_sizes, tensors, chunks, lr, CHUNK: tl.co
         chunk = start + tl.arange(0, BLOCK)
         w_squares += tl.load(partial + first + chunk, mask=chunk < count, other=0.0)
         u_squares += tl.load(partial + chunks + first + chunk, mask=chunk < count, other=0.0)
-    size = tl.sqrt_rn(tl.sum(w_squares))
-    length = tl.sqrt_rn(tl.sum(u_squares))
-    ratio = tl.where((size > 0) & (length > 0), size / length, 1.0)
+    w_norm = tl.sqrt_rn(tl.sum(w_squares))
+    u_norm = tl.sqrt_rn(tl.sum(u_squares))
+    ratio = tl.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
     tl.store(step_sizes + tensor, ratio * _number(lr).to(tl.float32))
 
 
 @triton.jit
 def _weights_block(
     w_chunk, m_chunk, v_chunk, place, count, step_size, inverse, inverse_sq, eps, weight_decay,
-    W: tl.constexpr, WHOLE: tl.constexpr,
+    W: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    w = _load(w_chunk, place, count, WHOLE)
-    m = _load(m_chunk, place, count, WHOLE)
-    v = _load(v_chunk, place, count, WHOLE)
+    w = _load(w_chunk, place, count, FULL)
+    m = _load(m_chunk, place, count, FULL)
+    v = _load(v_chunk, place, count, FULL)
     w -= step_size * _update(w, m, v, inverse, inverse_sq, eps, weight_decay)
-    _store(w_chunk, place, count, w.to(W), WHOLE)
+    _store(w_chunk, place, count, w.to(W), FULL)
 
 
 @triton.jit(do_not_specialize=_COUNTS[:1])
@@ -175,15 +175,15 @@ def _weights_kernel(
     inverse = (1.0 / _number(correction)).to(tl.float32)
     inverse_sq = (1.0 / _number(correction_sq)).to(tl.float32)
     place = tl.arange(0, BLOCK)
-    whole = count // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    full = count // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
         _weights_block(
             w_chunk, m_chunk, v_chunk, start + place, count,
             step_size, inverse, inverse_sq, eps, weight_decay, W, True,
         )  # fmt: skip
-    if whole < count:
+    if full < count:
         _weights_block(
-            w_chunk, m_chunk, v_chunk, whole + place, count,
+            w_chunk, m_chunk, v_chunk, full + place, count,
             step_size, inverse, inverse_sq, eps, weight_decay, W, False,
         )  # fmt: skip
 
@@ -198,20 +198,20 @@ def _squares_kernel(
     chunk = _memory(pointers, 0, tensors, tensor, begin, G, ALIGNED)
     squares = tl.zeros((BLOCK,), tl.float32)
     place = tl.arange(0, BLOCK)
-    whole = count // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    full = count // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
         x = _load(chunk, start + place, count, True)
         squares += x * x
-    if whole < count:
-        x = _load(chunk, whole + place, count, False)
+    if full < count:
+        x = _load(chunk, full + place, count, False)
         squares += x * x
     tl.store(partial + tl.program_id(0), tl.sum(squares))
 
 
-@torch.compiler.disable  # it reads addresses, which a trace has none of
+@torch.compiler.disable  # reads addresses, which traced tensors don't have
 def clip_scale(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     grads = [grad if same_dense_memory([grad]) else grad.contiguous() for grad in grads]
-    found = [grads[0].new_zeros(1, dtype=torch.float32)]
+    partial_sums = [grads[0].new_zeros(1, dtype=torch.float32)]
     for group in groups([grads]):
         layout, pointers, tensors, chunks, aligned = Tables.of(group.lists)
         partial = layout.new_empty(chunks, dtype=torch.float32)
@@ -219,8 +219,8 @@ def clip_scale(grads: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
             _squares_kernel, (chunks,), layout, pointers, partial, tensors,
             G=_TYPES[group.dtypes[0]], ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK,
         )  # fmt: skip
-        found.append(partial)
-    norm = torch.cat(found).sum().sqrt()
+        partial_sums.append(partial)
+    norm = torch.cat(partial_sums).sum().sqrt()
     return norm, max_norm / norm.clamp(min=max_norm)
 
 
@@ -239,7 +239,7 @@ def lamb_step(
 ) -> None:
     device = params[0].device
     steps = step.double() if isinstance(step, Tensor) else float(step)
-    # 1 - 0.999 has three digits left in float32: the corrections are computed in float64.
+    # In float32 1 - 0.999 keeps three significant digits, so the bias corrections are computed in float64.
     correction, correction_sq = (_argument(1 - beta**steps, device) for beta in betas)
     rates = [float(x) for beta in betas for x in (beta, 1 - beta)]
     lr, grad_scale = _argument(lr, device), _argument(grad_scale, device)
@@ -265,12 +265,12 @@ def lamb_step(
 
 
 def _argument(number: float | Tensor, device: torch.device) -> float | Tensor:
-    """A number on the host is an argument of the kernels, one on the device is read by them."""
+    """A number for the kernels: on the host a scalar argument, on the device a tensor that they read."""
     return number if isinstance(number, Tensor) and number.device == device else float(number)
 
 
 def _dense(lists: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """The lists with contiguous copies where memory is not dense in one order; (original, copy) of what is written."""
+    """The lists, with copies of tensors whose strides differ or have gaps; (original, copy) of those written."""
     lists = [list(tensors) for tensors in lists]
     copied = []
     for index, tensors in enumerate(zip(*lists, strict=True)):

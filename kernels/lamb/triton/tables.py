@@ -1,9 +1,8 @@
-"""Where the tensors of a multi-tensor call are, for kernels that find them by themselves.
+"""Tables on the device with which a multi-tensor kernel finds its tensors.
 
-`layout` says how each tensor is cut into chunks and follows from the sizes alone, `pointers` holds the addresses. Both
-are int64 tensors on the device, built once for each set of sizes and of addresses and kept: the key is all that the
-table is made of, so a kept table is never a wrong one. Building one copies from the host, which a CUDA graph must not
-capture.
+`layout` has the chunks of each tensor and depends on the sizes alone, `pointers` has the addresses. Both are int64
+tensors on the device, built once for each set of sizes or addresses and cached: the key is the whole contents, so a
+cached table is never stale. Building one copies from the host, which a CUDA graph must not capture.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 8192  # elements of one program; a multiple of the block that it works through
-_MOST_TABLES = 1024  # of each kind; a table of addresses takes 32 bytes a tensor, a layout 16 and 8 more a chunk
+CHUNK = 8192  # elements of one program; a multiple of BLOCK in operators.py
+_MAX_TABLES = 1024  # of each kind; pointers take 32 bytes per tensor, a layout 16 per tensor and 8 per chunk
 
 
-class _Kept:
-    """Tables by what they are made of: the most recently used, and all that a CUDA graph has captured."""
+class _TableCache:
+    """Tables by their contents: the most recently used, and all that a CUDA graph has captured."""
 
     def __init__(self) -> None:
         self.recent: OrderedDict[Hashable, Tensor] = OrderedDict()
@@ -38,14 +37,14 @@ class _Kept:
                 )
             host = build()
             table = host.to(device) if blocking or device.type != "cuda" else _from_pinned(host, device)
-        if capturing:  # a replay reads the table at this address, however much later
+        if capturing:  # replays read the table at this address for as long as the graph exists
             self.captured[key] = table
         else:
             self.recent[key] = table
             self.recent.move_to_end(key)
-            if len(self.recent) > _MOST_TABLES:
+            if len(self.recent) > _MAX_TABLES:
                 self.recent.popitem(last=False)
-            if device.type == "cuda":  # it may be freed while a stream other than its own still reads it
+            if device.type == "cuda":  # it may be freed while another stream still reads it
                 table.record_stream(torch.cuda.current_stream(device))
         return table
 
@@ -54,11 +53,11 @@ def _from_pinned(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-_layouts, _pointers = _Kept(), _Kept()
+_layouts, _pointers = _TableCache(), _TableCache()
 
 
 class Tables(NamedTuple):
-    """What a launch over `chunks` programs needs to find its tensors.
+    """The tables of a launch over `chunks` programs.
 
     layout: int64, the number of elements of each tensor, its first chunk, then the tensor of each chunk.
     pointers: int64 (lists, tensors), addresses.
@@ -72,12 +71,12 @@ class Tables(NamedTuple):
 
     @staticmethod
     def of(lists: Sequence[Sequence[Tensor]]) -> Tables:
-        """The tables of lists of tensors, of the same sizes in each list, dense and none of them empty."""
+        """The tables of lists of tensors, dense, not empty, and of the same sizes in each list."""
         device = lists[0][0].device
         sizes = tuple(x.numel() for x in lists[0])
         addresses = tuple(x.data_ptr() for tensors in lists for x in tensors)
-        # The layout may serve two streams that know nothing of each other, so the host waits for its copy, once. The
-        # addresses serve those who write these tensors, and they wait for each other anyway.
+        # Unsynchronized streams may share a layout, so the host waits for its copy, once. Pointers are shared only by
+        # steps on the same tensors, which must be synchronized anyway.
         layout = _layouts.get((device, sizes), device, lambda: _layout(sizes), blocking=True)
         pointers = _pointers.get(
             (device, addresses), device, lambda: torch.tensor(addresses, dtype=torch.int64), blocking=False
@@ -94,7 +93,7 @@ def _layout(sizes: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that one launch can take: lists as they came, with one dtype a list."""
+    """Tensors of one launch: the lists of the call, one dtype in each list."""
 
     lists: tuple[tuple[Tensor, ...], ...]
 
@@ -104,17 +103,17 @@ class Group:
 
 
 def groups(lists: Sequence[Sequence[Tensor]]) -> Iterator[Group]:
-    """The tensors of `lists`, without the empty ones, by the dtypes that they have in each list."""
-    together: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
+    """The tensors of `lists`, without empty ones, grouped by their dtypes in each list."""
+    by_dtypes: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
     for tensors in zip(*lists, strict=True):
         if tensors[0].numel():
-            together.setdefault(tuple(x.dtype for x in tensors), []).append(tensors)
-    for found in together.values():
-        yield Group(tuple(zip(*found, strict=True)))
+            by_dtypes.setdefault(tuple(x.dtype for x in tensors), []).append(tensors)
+    for rows in by_dtypes.values():
+        yield Group(tuple(zip(*rows, strict=True)))
 
 
 def same_dense_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether the n-th element in memory is the same one in each, with nothing between the elements."""
+    """Whether all have the same strides and no gaps between elements."""
     if all(x.is_contiguous() for x in tensors):
         return True
     first = tensors[0]

@@ -1,8 +1,8 @@
-"""The matrix product of masked_lm_loss in Triton: how many rows take part is a number on the device.
+"""The GEMM of masked_lm_loss in Triton: the number of rows is read on the device.
 
-cuBLAS takes its sizes from the host, which would have to wait for the count of labelled rows, or would multiply all T.
-Here every launch is sized for the worst case, and a program takes every P-th tile of those that the count leaves: so
-launches are the same whatever the labels, can be captured in a CUDA graph, and cost little where no row is left.
+cuBLAS takes its sizes from the host, which would have to synchronize for the number of labelled rows, or to multiply
+all T rows. Here every launch has a persistent loop: P programs, sized for the worst case, each take every P-th tile
+of the labelled rows. So launches don't depend on the labels and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from torch import Tensor
 from bert_fast.kernels._common import triton_support
 from bert_fast.kernels._common.triton_launch import ceil_div, launch
 
-# Tiles. 16 bits: two warp groups of 64 x 128 by Hopper's matrix instruction, three stages of 32 KiB, under the 99 KiB
-# of sm_120. The narrow one is for an (E, E) result, which has too few 128 x 128 tiles to fill a GPU. float32: exact
-# products without matrix units. By counts of registers and bytes, not measured yet.
+# Tiles. 16-bit dtypes: two warp groups of 64 x 128 by Hopper's wgmma, three stages of 32 KiB, within sm_120's 99 KiB.
+# NARROW is for an (E, E) result, whose 128 x 128 tiles are too few to fill a GPU. EXACT is for float32: IEEE products
+# without tensor cores. Chosen by counting registers and bytes, not measured yet.
 WIDE: dict[str, int] = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 NARROW: dict[str, int] = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 EXACT: dict[str, int] = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
 
-# Tiles go down the rows in bands of this height, so that those in flight together share rows of a and columns of b: 8
-# by 33 tiles in flight read 41 strips where 1 by 264 would read 265, and find them in the second-level cache.
+# Swizzle: tiles are ordered down bands of this height, so that concurrent tiles share rows of a and columns of b in L2:
+# 8 by 33 tiles in flight read 41 strips, 1 by 264 would read 265.
 BAND = 8
 INTERPRETED = tl.constexpr(triton_support.INTERPRETED)
 
 
 def programs(device: torch.device, each: int) -> int:
-    """`each` programs a multiprocessor. Results don't depend on it: a tile or a row is computed by one program."""
-    if device.type != "cuda":  # the interpreter, where a program costs a millisecond
+    """`each` programs for each SM. Results don't depend on it: one program computes a tile or a row."""
+    if device.type != "cuda":  # the interpreter, where a program takes a millisecond
         return each
     return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
 def rows_left(count, start, rows):
-    """How many of `rows` rows from `start` on are labelled ones."""
+    """The number of labelled rows among `rows` rows from `start` on."""
     return tl.maximum(tl.minimum(tl.load(count) - start, rows), 0).to(tl.int32)
 
 
 @triton.jit
 def per_row(count):
-    """1 / count, the weight of a row in the mean; 1 without a row."""
+    """1 / count, the weight of a row in the mean; 1 without rows."""
     return 1.0 / tl.maximum(tl.load(count), 1).to(tl.float32)
 
 
 @triton.jit
 def _load_a(place, inside_m, k, left, FORM: tl.constexpr, TAIL: tl.constexpr):
-    """A tile of a (BLOCK_M, BLOCK_K), of which `left` columns are there in the TAIL and all of them before."""
+    """A tile (BLOCK_M, BLOCK_K) of a; in the TAIL of the K loop only `left` columns exist."""
     if FORM == "TN":
         inside = inside_m[:, None] & (k < left)[None, :] if TAIL else inside_m[:, None]
         return tl.load(place, mask=inside, other=0.0)
@@ -68,9 +68,9 @@ def _load_b(place, inside_n, k, left, FORM: tl.constexpr, TAIL: tl.constexpr):
 
 @triton.jit
 def rounded(x, pointer):
-    """float32 `x` in the dtype that `pointer` points to."""
+    """float32 `x`, rounded to the dtype that `pointer` points to."""
     dtype: tl.constexpr = pointer.dtype.element_ty
-    if INTERPRETED and dtype == tl.bfloat16:  # which would cut the lower half off, where a GPU rounds to nearest even
+    if INTERPRETED and dtype == tl.bfloat16:  # it truncates, where a GPU rounds to nearest even
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
     return x.to(dtype)
@@ -78,7 +78,7 @@ def rounded(x, pointer):
 
 @triton.jit
 def _dot(x, y, total):
-    if INTERPRETED:  # whose tl.dot takes bfloat16's bits for integers
+    if INTERPRETED:  # its tl.dot multiplies the bits of bfloat16 as integers
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, total, input_precision="ieee")
 
@@ -89,7 +89,7 @@ def _gemm_kernel(
     FORM: tl.constexpr, INDEXED: tl.constexpr, SCALED: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """See `gemm`. In memory a is (rows, cols_a) and b (rows_b, ...); of the rows only the labelled ones are read."""
+    """See `gemm`. In memory a is (rows, cols_a) and b (rows_b, ...); only labelled rows are read."""
     rows = rows_left(count, start, rows)
     M = cols_a if FORM == "TN" else rows
     K = rows if FORM == "TN" else tl.minimum(cols_a, rows_b) if FORM == "NN" else cols_a
@@ -104,8 +104,8 @@ def _gemm_kernel(
         first_m = (top + inside_band % height) * BLOCK_M
         first_n = inside_band // height * BLOCK_N
         m, n, k = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-        # A 64-bit start that moves, and places within the tile that don't. Rows beyond the last are the last one again,
-        # since they are not stored: no mask in the loop, whose predicates would take more registers than the places.
+        # A 64-bit base advances; 32-bit offsets within the tile are loop-invariant. Rows past the last repeat the last,
+        # since they are not stored: without a mask, whose predicates would take more registers than the offsets.
         if FORM == "TN":
             a_start, a_step = a + first_m, tl.cast(stride_a, tl.int64) * BLOCK_K
             a_place = tl.arange(0, BLOCK_M)[:, None] + k[None, :] * stride_a
@@ -123,24 +123,24 @@ def _gemm_kernel(
             b_start, b_step = b + first_n, tl.cast(stride_b, tl.int64) * BLOCK_K
             b_place = k[:, None] * stride_b + tl.arange(0, BLOCK_N)[None, :]
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        whole = K // BLOCK_K * BLOCK_K
-        for done in range(0, whole, BLOCK_K):
+        full_k = K // BLOCK_K * BLOCK_K
+        for start_k in range(0, full_k, BLOCK_K):
             x = _load_a(a_start + a_place, m < M, k, 0, FORM, False)
             if INDEXED == "b":
-                k_b = tl.load(index + done + k)[:, None].to(tl.int64)
+                k_b = tl.load(index + start_k + k)[:, None].to(tl.int64)
                 y = _load_b(b + k_b * stride_b + n[None, :], n < N, k, 0, FORM, False)
             else:
                 y = _load_b(b_start + b_place, n < N, k, 0, FORM, False)
             total = _dot(x, y, total)
             a_start += a_step
             b_start += b_step
-        if whole < K:
-            x = _load_a(a_start + a_place, m < M, k, K - whole, FORM, True)
+        if full_k < K:
+            x = _load_a(a_start + a_place, m < M, k, K - full_k, FORM, True)
             if INDEXED == "b":
-                k_b = tl.load(index + whole + k, mask=k < K - whole, other=0)[:, None].to(tl.int64)
-                y = _load_b(b + k_b * stride_b + n[None, :], n < N, k, K - whole, FORM, True)
+                k_b = tl.load(index + full_k + k, mask=k < K - full_k, other=0)[:, None].to(tl.int64)
+                y = _load_b(b + k_b * stride_b + n[None, :], n < N, k, K - full_k, FORM, True)
             else:
-                y = _load_b(b_start + b_place, n < N, k, K - whole, FORM, True)
+                y = _load_b(b_start + b_place, n < N, k, K - full_k, FORM, True)
             total = _dot(x, y, total)
         if SCALED:
             total *= per_row(count)
@@ -166,17 +166,17 @@ def gemm(
     accumulate: bool = False,
     narrow: bool = False,
 ) -> None:
-    """out = a b^T ("NT"), a b ("NN") or a^T b ("TN"), of those rows whose number is below `count`, summed in float32.
+    """out = a b^T ("NT"), a b ("NN") or a^T b ("TN") of the rows numbered below `count`, accumulated in float32.
 
     Args:
-        a: its first row has the number `start`. Rows of `a` ("TN": rows of `a` and `b`) from `count` on are not read.
-        b: may have fewer rows than out has columns ("NT") or a has columns ("NN"): what is missing counts as zero.
-        out: written up to the row `count` ("TN": all of it).
+        a: its first row has the number `start`. Rows of `a` ("TN": of `a` and `b`) from `count` on are not read.
+        b: may have fewer rows than out has columns ("NT") or a has columns ("NN"): missing rows count as zero.
+        out: written up to row `count` ("TN": all rows).
         count: int64 (), on the device.
-        index: int32; where the row is in that one of "a", "b" and "out" which `indexed` names.
+        index: int32; the rows gathered from "a" or "b" or scattered to "out", whichever `indexed` names.
         scaled: multiply by 1 / max(count, 1).
-        accumulate: add to what is in `out`.
-        narrow: smaller tiles, for a result that has few.
+        accumulate: add to the contents of `out`.
+        narrow: smaller tiles, for a small result.
     """
     tile: dict[str, Any] = EXACT if a.dtype == torch.float32 else NARROW if narrow else WIDE
     rows, cols_a = (out if indexed == "a" else a).shape[0], a.shape[1]

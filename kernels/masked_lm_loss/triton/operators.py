@@ -1,9 +1,9 @@
-"""masked_lm_loss in Triton: the labelled rows alone, a chunk of logits at a time, and never a word with the host.
+"""masked_lm_loss in Triton: labelled rows only, a chunk of logits at a time, no synchronization with the host.
 
-M, the number of labelled rows, stays on the device (triton_gemm.py). Their indices are gathered in rising order; a
-chunk of C rows goes through the vocabulary, its gradient is written over its logits, and the products with it follow
-while it is there. Every gradient is kept for a sum over the rows and multiplied by 1 / M where it leaves the last
-kernel: in float16 a softmax over 30522 words divided by M would round to zero.
+M, the number of labelled rows, stays on the device (gemm.py). Their indices are compacted in rising order. For a chunk
+of C rows the logits are computed, overwritten with their gradient and multiplied into the other gradients while they
+are in memory. Gradients are those of a sum over the rows up to the last kernel, which multiplies by 1 / M: divided by M
+earlier, a softmax over 30522 words would underflow in float16.
 
 FLOPs: 3 x 2 M E (V + E). Bytes: README.md.
 """
@@ -25,20 +25,20 @@ from bert_fast.kernels.masked_lm_loss.triton.rows import (
     transform_kernel,
 )
 
-# Logits that are there at once. Enough rows (4352 of 30522 in 16 bits) for the labelled ones of 28000 tokens at 15 % in
-# one chunk, so that the (V, E) gradient is written once and not read; little beside the activations of such a batch.
+# Logits in memory at once: 4352 rows of 30522 in 16-bit dtypes, the labelled ones of 28000 tokens at 15 %, so that the
+# (V, E) gradient is written once and not read. Small compared with the activations of such a batch.
 CHUNK_BYTES = 256 << 20
 CHUNK_ROWS = 128  # chunks are whole tiles
-VOCABULARY_MULTIPLE = 64  # logits' rows are padded to it: 16-byte loads, which rows of 30522 would not allow
+VOCABULARY_MULTIPLE = 64  # rows of logits are padded to it for 16-byte loads, which rows of 30522 don't allow
 SCAN_BLOCK = 1024
-LOSS_BLOCK = 2048  # logits of a program at a time: 4 a thread, since with 8 the three sums over a row spill
-# Sums over rows are split in this many parts: the order of additions, and so the bits, must not depend on the device. A
-# part has every 256th block of rows, since the labelled rows are the first M and the parts should have as many each.
+LOSS_BLOCK = 2048  # logits of a program at a time: 4 per thread; with 8 the three sums over a row spill
+# Sums over rows are split into a constant number of parts: the order of additions, and so the bits, must not depend on
+# the device. A part takes every 256th block of rows, which balances the parts whatever M is.
 PARTS = 256
 
 
 def _labelled_rows(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """index int32 (T,), whose first `count` are the labelled rows in rising order; count int64 ()."""
+    """index int32 (T,), whose first `count` entries are the labelled rows in rising order; count int64 ()."""
     T = labels.shape[0]
     index = labels.new_empty(T, dtype=torch.int32)
     if not T:
@@ -82,12 +82,12 @@ def masked_lm_loss_fwd(
         product, dense_bias, norm_weight, norm_bias, normed, count, T, E, eps, **transform,
     )  # fmt: skip
     decoder = decoder_weight.to(dtype).contiguous()
-    losses, hits, ddecoder = _decode(
+    losses, correct_rows, ddecoder = _decode(
         normed, decoder, decoder_bias.contiguous(), labels.contiguous(), index, count,
         label_smoothing, z_loss, needs_grad,
     )  # fmt: skip
     loss = (losses.sum(dtype=torch.float64) / count.clamp(min=1)).float()
-    correct = hits.sum()
+    correct = correct_rows.sum()
     if not needs_grad:
         return loss, correct, count, []
 
@@ -117,20 +117,20 @@ def _decode(
     z_loss: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Losses (T,) and hits (T,) of the first `count` rows of `normed`, zeros after them.
+    """The losses (T,) of the first `count` rows of `normed` and whether each is correct (T,), then zeros.
 
-    With `needs_grad` also dnormed in `normed`'s dtype, for a sum over the rows, and the mean's dweight and dbias.
+    With `needs_grad` also dnormed, of the sum over rows, in the dtype of `normed`, and the mean's dweight and dbias.
     """
     (T, E), V = normed.shape, decoder.shape[0]
     padded = ceil_div(V, VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     most = max(1, CHUNK_BYTES // (padded * normed.element_size()) // CHUNK_ROWS) * CHUNK_ROWS
     logits = normed.new_empty(min(most, T), padded)
     block = min(LOSS_BLOCK, next_power_of_2(padded))
-    together = LOSS_BLOCK // block  # rows of a program
+    rows = LOSS_BLOCK // block  # of a program
     losses = normed.new_zeros(T, dtype=torch.float32)
-    hits = labels.new_zeros(T, dtype=torch.int32)
+    correct = labels.new_zeros(T, dtype=torch.int32)
     dnormed = normed.new_empty(T if needs_grad else 0, E)
-    # With rows for the padding, which they get zeros in and are cut off.
+    # The rows of the padding become zeros and are cut off.
     dweight = normed.new_empty((padded if needs_grad else 0, E), dtype=torch.float32)
     dbias = normed.new_empty(padded if needs_grad else 0, dtype=torch.float32)
     for start in range(0, max(T, 1), most):
@@ -138,18 +138,18 @@ def _decode(
         z = logits[: chunk.shape[0]]
         gemm("NT", chunk, decoder, z, count, start=start)
         launch(
-            loss_kernel, (min(ceil_div(z.shape[0], together), programs(z.device, 4)),),
-            z, bias, labels, index, losses, hits, count, start, z.shape[0], V, padded, label_smoothing, z_loss,
-            GRAD=needs_grad, BLOCK_R=together, BLOCK_V=block, num_warps=16,
+            loss_kernel, (min(ceil_div(z.shape[0], rows), programs(z.device, 4)),),
+            z, bias, labels, index, losses, correct, count, start, z.shape[0], V, padded, label_smoothing, z_loss,
+            GRAD=needs_grad, BLOCK_R=rows, BLOCK_V=block, num_warps=16,
         )  # fmt: skip
-        if needs_grad:  # the logits are their own gradient now
+        if needs_grad:  # the logits hold their gradient now
             gemm("NN", z, decoder, dnormed[start : start + most], count, start=start)
             gemm("TN", z, chunk, dweight, count, start=start, scaled=True, accumulate=start > 0)
             launch(
                 column_sum_kernel, (ceil_div(padded, 64),),
                 z, dbias, count, start, z.shape[0], padded, ACCUMULATE=start > 0, BLOCK_C=64, BLOCK_V=64,
             )  # fmt: skip
-    return losses, hits, (dnormed, dweight[:V], dbias[:V])
+    return losses, correct, (dnormed, dweight[:V], dbias[:V])
 
 
 def masked_lm_loss_bwd(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
-"""The kernels of masked_lm_loss that go by rows: which have a label, GeLU and LayerNorm, the softmax, sums of columns.
+"""The row-wise kernels of masked_lm_loss: labelled rows, GeLU and LayerNorm, the loss, column sums.
 
-As in triton_gemm.py the number of rows is read on the device: a program takes every P-th row below it.
+As in gemm.py the number of rows is read on the device, and each of P programs takes every P-th block of rows.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def index_kernel(labels, ends, index, T, V, ignore_index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _activated(product, dense_bias, places, inside, e, E, eps):
-    """Of some rows: u = product + bias, gelu(u) normalised, and 1 / its standard deviation (rows, 1)."""
+def _normalized_gelu(product, dense_bias, places, inside, e, E, eps):
+    """u = product + bias, xhat = gelu(u) normalized, and rstd (rows, 1), of a block of rows."""
     u = tl.load(product + places, mask=inside, other=0.0).to(tl.float32)
     u += tl.load(dense_bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-    activated = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
-    centred = tl.where((e < E)[None, :], activated - (tl.sum(activated, axis=1) / E)[:, None], 0.0)
+    gelu = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+    centred = tl.where((e < E)[None, :], gelu - (tl.sum(gelu, axis=1) / E)[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / E + eps)[:, None]
     return u, centred * rstd, rstd
 
@@ -58,8 +58,8 @@ def transform_kernel(
         row = first + tl.arange(0, BLOCK_R)
         places = row[:, None].to(tl.int64) * E + e[None, :]
         inside = (row < rows)[:, None] & (e < E)[None, :]
-        _, unit, _ = _activated(product, dense_bias, places, inside, e, E, eps)
-        tl.store(normed + places, rounded(unit * weight + bias, normed), mask=inside)
+        _, xhat, _ = _normalized_gelu(product, dense_bias, places, inside, e, E, eps)
+        tl.store(normed + places, rounded(xhat * weight + bias, normed), mask=inside)
 
 
 @triton.jit
@@ -67,9 +67,9 @@ def transform_bwd_kernel(
     gradient, product, dense_bias, norm_weight, partial, count, rows, E, eps,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """`gradient` holds dnormed and becomes dproduct.
+    """Overwrites dnormed in `gradient` with dproduct.
 
-    partial (programs, 3, E): the sums over each program's rows of what makes dnorm_weight, dnorm_bias and ddense_bias.
+    partial (programs, 3, E): the terms of dnorm_weight, dnorm_bias and ddense_bias, summed over each program's rows.
     """
     e = tl.arange(0, BLOCK_E)
     weight = tl.load(norm_weight + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
@@ -81,15 +81,15 @@ def transform_bwd_kernel(
         row = first + tl.arange(0, BLOCK_R)
         places = row[:, None].to(tl.int64) * E + e[None, :]
         inside = (row < rows)[:, None] & (e < E)[None, :]
-        u, unit, rstd = _activated(product, dense_bias, places, inside, e, E, eps)
+        u, xhat, rstd = _normalized_gelu(product, dense_bias, places, inside, e, E, eps)
         dnormed = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32)
-        dweight += tl.sum(dnormed * unit, axis=0)
+        dweight += tl.sum(dnormed * xhat, axis=0)
         dbias += tl.sum(dnormed, axis=0)
-        dunit = dnormed * weight
-        mean, along = tl.sum(dunit, axis=1) / E, tl.sum(dunit * unit, axis=1) / E
-        dactivated = rstd * (dunit - mean[:, None] - unit * along[:, None])
-        slope = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
-        dproduct = tl.where(inside, dactivated * slope, 0.0)
+        dxhat = dnormed * weight
+        mean, mean_xhat = tl.sum(dxhat, axis=1) / E, tl.sum(dxhat * xhat, axis=1) / E
+        dgelu = rstd * (dxhat - mean[:, None] - xhat * mean_xhat[:, None])
+        derivative = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
+        dproduct = tl.where(inside, dgelu * derivative, 0.0)
         ddense_bias += tl.sum(dproduct, axis=0)
         tl.store(gradient + places, rounded(dproduct, gradient), mask=inside)
     scale = per_row(count)
@@ -101,8 +101,7 @@ def transform_bwd_kernel(
 
 @triton.jit
 def _biased(lines, bias, labelled, v, V, VP):
-    """Logits v of some rows with their bias; minus infinity from V on. A mask at VP, the padded width, keeps loads
-    wide."""
+    """Logits v of a block of rows with their bias, -inf from V on. Masking at the padded width VP keeps loads wide."""
     z = tl.load(lines + v[None, :], mask=labelled[:, None] & (v < VP)[None, :], other=0.0).to(tl.float32)
     z += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
     return tl.where((v < V)[None, :], z, -float("inf"))
@@ -113,10 +112,10 @@ def loss_kernel(
     logits, bias, labels, index, losses, hits, count, start, rows, V, VP, label_smoothing, z_loss,
     GRAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Loss and hit of each row of `logits` (rows, VP); with GRAD the logits become the gradient of the row's loss.
+    """Loss of each row of `logits` (rows, VP) and whether the label is predicted; with GRAD logits becomes dlogits.
 
-    Three passes over a row, of which the second and third find it in cache: the largest logit first, so that every
-    exponential is taken once in the sum and once in the gradient and no running sum has to be rescaled.
+    Three passes over a row, the second and third from cache: the maximum first, so that each exponential is computed
+    once for the sum and once for the gradient, and no running sum is rescaled.
     """
     rows = rows_left(count, start, rows)
     for first in range(tl.program_id(0) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
@@ -124,8 +123,8 @@ def loss_kernel(
         labelled = row < rows
         lines = logits + row[:, None].to(tl.int64) * VP
         label = tl.load(labels + tl.load(index + start + row, mask=labelled, other=0), mask=labelled, other=0)[:, None]
-        wanted = tl.load(lines + label, mask=labelled[:, None], other=0.0).to(tl.float32)
-        wanted += tl.load(bias + label, mask=labelled[:, None], other=0.0).to(tl.float32)
+        label_logit = tl.load(lines + label, mask=labelled[:, None], other=0.0).to(tl.float32)
+        label_logit += tl.load(bias + label, mask=labelled[:, None], other=0.0).to(tl.float32)
 
         highest = tl.full((BLOCK_R, BLOCK_V), -float("inf"), tl.float32)
         for begin in range(0, V, BLOCK_V):
@@ -143,15 +142,15 @@ def loss_kernel(
             earlier += ((z == top) & (v[None, :] < label)).to(tl.int32)
         total = tl.sum(exps, axis=1)[:, None]
         lse = tl.log(total) + top
-        loss = tl.log(total) - (1.0 - label_smoothing) * (wanted - top) + z_loss * lse * lse
-        # Not with 0 times the mean: a logit of minus infinity would make it NaN.
+        loss = tl.log(total) - (1.0 - label_smoothing) * (label_logit - top) + z_loss * lse * lse
+        # Selected, not multiplied by 0: with a logit of -inf the product would be NaN.
         loss -= tl.where(label_smoothing > 0.0, label_smoothing * (tl.sum(below, axis=1)[:, None] / V), 0.0)
-        hit = (wanted == top) & (tl.sum(earlier, axis=1)[:, None] == 0)
+        hit = (label_logit == top) & (tl.sum(earlier, axis=1)[:, None] == 0)
         tl.store(losses + start + row[:, None], loss, mask=labelled[:, None])
         tl.store(hits + start + row[:, None], hit.to(tl.int32), mask=labelled[:, None])
 
         if GRAD:
-            # `wanted` is read before anything is overwritten: the sums above wait for all threads.
+            # The label's logits are read before they are overwritten: the reductions above synchronize all threads.
             factor = (1.0 + 2.0 * z_loss * lse) / total
             for begin in range(0, V, BLOCK_V):
                 v = begin + tl.arange(0, BLOCK_V)
@@ -164,7 +163,7 @@ def loss_kernel(
 def column_sum_kernel(
     dlogits, dbias, count, start, rows, VP, ACCUMULATE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """dbias (VP,) = the mean over all labelled rows, of which `dlogits` (rows, VP) has some; a program owns columns."""
+    """dbias (VP,) is the mean over all labelled rows, of which `dlogits` (rows, VP) has a chunk."""
     rows = rows_left(count, start, rows)
     if ACCUMULATE and rows == 0:
         return
@@ -182,7 +181,7 @@ def column_sum_kernel(
 
 @triton.jit
 def multiply_kernel(x, factor, out, size, BLOCK: tl.constexpr):
-    """out = factor x in float32; both of `size` elements, factor one on the device."""
+    """out = factor x, computed in float32; x and out have `size` elements, factor is one number on the device."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     product = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32) * tl.load(factor)
     tl.store(out + i, rounded(product, out), mask=i < size)
