@@ -12,7 +12,7 @@ from bert_fast.integrations import bert as fused_bert
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fused_bert, "_said", set())
+    monkeypatch.setattr(fused_bert, "_warned", set())
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

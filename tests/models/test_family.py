@@ -21,7 +21,7 @@ import bert_fast
 from bert_fast import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, BertModel
 from bert_fast.integrations.bert import is_fused
 from bert_fast.models import from_hf, to_hf
-from bert_fast.models.family import ARCHITECTURES, FOR_ALL
+from bert_fast.models.family import ARCHITECTURES, COMMON_MODELS
 
 BATCH, SEQLEN, PAD = 3, 13, 1
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -42,7 +42,7 @@ OWN = {
     "electra": {"embedding_size": 32},
 }
 NO_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-CASES = [(model_type, head) for model_type in OWN for head in FOR_ALL]
+CASES = [(model_type, head) for model_type in OWN for head in COMMON_MODELS]
 CASES.append(("electra", "ElectraForPreTraining"))
 LABELS = {"ForSequenceClassification": 3, "ForTokenClassification": 3}
 

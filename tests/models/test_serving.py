@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from bert_fast.models import BertConfig, BertModel
-from bert_fast.models.embedding import packed
+from bert_fast.models.embedding import pack
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 MODEL = f"""
 import gc, multiprocessing, os, random, sys
 import torch
 from bert_fast.models import BertConfig, BertModel
-from bert_fast.models.embedding import packed
+from bert_fast.models.embedding import pack
 
 def model_of(seed):
     torch.manual_seed(seed)
@@ -27,7 +27,7 @@ def model_of(seed):
 
 def run(model, lengths):
     with torch.inference_mode():
-        return model(**packed([[5 + i % 45 for i in range(length)] for length in lengths])).last_hidden_state
+        return model(**pack([[5 + i % 45 for i in range(length)] for length in lengths])).last_hidden_state
 """
 # MB. If each batch kept a tensor of one element, it would be 4.4 (tried); it is 0.0, or a page or two.
 GROWTH = 1.0
@@ -101,7 +101,7 @@ def test_a_process_started_beside_running_threads_computes_the_same(method: str,
 def test_threads_that_share_a_model_get_the_same_bits() -> None:
     torch.manual_seed(0)
     models = [BertModel(BertConfig(vocab_size=50, **SIZES)).eval() for _ in range(2)]
-    batches = [packed([[5 + i % 45 for i in range(3 + 7 * k)] for k in range(1 + n)]) for n in range(6)]
+    batches = [pack([[5 + i % 45 for i in range(3 + 7 * k)] for k in range(1 + n)]) for n in range(6)]
 
     def run(number: int) -> torch.Tensor:
         with torch.inference_mode():
