@@ -1,4 +1,4 @@
-"""One thread, and nothing said yet of calls that run transformers' own forward."""
+"""One thread, and no warning given yet about calls that run transformers' own forward."""
 
 from __future__ import annotations
 

@@ -117,8 +117,8 @@ def test_outputs_losses_and_gradients_in_float64(pair: Pair, name: str) -> None:
         )
 
 
-# Units in the last place. Eager PyTorch's error of a loss, a single number, may be tiny by chance, unlike the maximum over
-# a tensor; after a whole model its rounding is several units.
+# Units in the last place. Eager PyTorch's error of a loss, a single number, may be tiny by chance, unlike the maximum
+# over a tensor; after a whole model its rounding is several units.
 FLOOR = 4.0
 
 

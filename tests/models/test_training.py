@@ -114,9 +114,7 @@ def test_gradient_checkpointing_changes_nothing_dropout_included() -> None:
 
 
 @pytest.mark.parametrize("model_class", [BertForPreTraining, BertForMaskedLM])
-def test_in_training_the_heads_compute_only_the_loss(
-    model_class: type[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_training_the_heads_compute_only_the_loss(model_class: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_class(WITHOUT_DROPOUT)
     inputs = batch()
     if model_class is BertForMaskedLM:
