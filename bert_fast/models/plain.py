@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 # output of the word embedding (see `requires_input_gradient`).
 _RECORDING = "transformers.utils.output_capturing"
 _INPUT_GRADIENT = "make_inputs_require_grads"
-_TENSORS = (torch.Tensor, nn.Parameter)
+_TENSORS = frozenset((torch.Tensor, nn.Parameter, type(None)))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -40,12 +40,12 @@ def requires_input_gradient(embedding: nn.Module) -> bool:
 
 def is_plain(module: object, *types: type[M]) -> TypeGuard[M]:
     """Whether calling `module` runs the forward of one of `types` on its own tensors, and nothing else."""
-    if type(module) not in types or "forward" in module.__dict__ or has_hooks(module):  # type: ignore[arg-type]
-        return False
-    for x in module._parameters.values():  # type: ignore[attr-defined]
-        if x is not None and type(x) not in _TENSORS:
-            return False
-    return True
+    return (
+        type(module) in types
+        and "forward" not in module.__dict__
+        and not has_hooks(module)  # type: ignore[arg-type]
+        and _TENSORS.issuperset(map(type, module._parameters.values()))  # type: ignore[attr-defined]
+    )
 
 
 def is_plain_norm(module: object) -> bool:
