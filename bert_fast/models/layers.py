@@ -59,7 +59,7 @@ def add_norm(
     x: Tensor,
     x_bias: Tensor | None,
     residual: Tensor,
-    norm: nn.Module,
+    norm: nn.LayerNorm,
     *,
     dropout_p: float,
     rng_state: Tensor | None,
@@ -330,7 +330,7 @@ class BertLayer(nn.Module):
         hidden = self.attention(hidden, cu_seqlens, max_seqlen, states[:2], output_rows)
         feed_forward = self._int8_feed_forward(hidden)
         if feed_forward is None:
-            return self.output(self.intermediate(hidden), hidden, states[2])  # type: ignore[no-any-return]
+            return self.output(self.intermediate(hidden), hidden, states[2])
         down, norm, dropout_p = self.output.dense, self.output.LayerNorm, self.output.dropout_p
         return add_norm(feed_forward, down.bias, hidden, norm, dropout_p=dropout_p, rng_state=states[2])
 
