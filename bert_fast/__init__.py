@@ -1,4 +1,7 @@
-"""bert_fast: a BERT encoder on kernels of its own. See README.md for the map of the house."""
+"""bert_fast: a BERT encoder on custom kernels, for inference, pretraining and fine-tuning, and `fuse` for transformers.
+
+The models and `fuse`, `unfuse` and `quantize` are exported here; the kernels are in `bert_fast.kernels`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -41,6 +44,10 @@ _INTEGRATIONS = ("fuse", "quantize", "unfuse")
 def __getattr__(name: str) -> Any:
     # The models import torch, which takes a second that `bert-fast --help` need not wait for.
     if name in __all__:
-        home = "bert_fast.integrations" if name in _INTEGRATIONS else "bert_fast.models"
-        return getattr(import_module(home), name)
+        package = "bert_fast.integrations" if name in _INTEGRATIONS else "bert_fast.models"
+        return getattr(import_module(package), name)
     raise AttributeError(f"module 'bert_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -43,8 +43,7 @@ from benchmarks.runner.devices import Cpu
 from benchmarks.runner.lengths import evenly_spaced
 from benchmarks.runner.runner import PRECISIONS, Case, Plan, Variant, arguments, prepare_compiler, run, warm, write
 from bert_fast.models import BertConfig, BertModel
-from bert_fast.models.checkpoint import load
-from bert_fast.models.embedding import packed
+from bert_fast.models.embedding import pack
 
 MODELS = {"base": Size("BERT-base", 12, 768, 3072), "minilm": Size("MiniLM", 6, 384, 1536)}
 CASES = {"1x32": (1, 32), "8x128": (8, 128), "2x512": (2, 512), "8x512-half": (8, 512)}
@@ -71,7 +70,7 @@ class Batch:
         mask = (torch.arange(seqlen) < torch.tensor(lengths)[:, None]).long()
         ids = torch.randint(5, vocabulary, mask.shape) * mask
         sequences = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
-        return cls(ids, mask, packed(sequences))
+        return cls(ids, mask, pack(sequences))
 
     def real(self, hidden: Tensor) -> Tensor:
         """(B, S, E) or (T, E) -> (T, E)."""
@@ -184,7 +183,7 @@ def settings_of(model: Any) -> BertConfig:
 def ours_of(model: Any, precisions: tuple[str, ...]) -> dict[str, nn.Module]:
     """bert_fast's BertModel with the same weights, by precision."""
     fp32 = BertModel(settings_of(model)).eval()
-    load(fp32, model.state_dict())
+    fp32.load_hf(model.state_dict())
     makers: dict[str, Callable[[], nn.Module]] = {
         "fp32": lambda: fp32,
         "bf16": lambda: copy.deepcopy(fp32).to(torch.bfloat16),

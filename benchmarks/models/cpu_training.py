@@ -37,7 +37,6 @@ from benchmarks.runner.lengths import evenly_spaced
 from benchmarks.runner.runner import Case, Plan, Variant, run, warm
 from bert_fast.data import PackedBatch
 from bert_fast.models import BertForMaskedLM
-from bert_fast.models.checkpoint import load
 
 BASE = Size("BERT-base", 12, 768, 3072, batch=8, seqlen=128)
 SMOKE = Size("tiny", 2, 64, 128, heads=2, vocabulary=100, batch=3, seqlen=12)
@@ -81,7 +80,7 @@ def variants_of(size: Size, compiled: bool) -> dict[str, Side]:
     torch.manual_seed(0)
     theirs = model_of(size, "BertForMaskedLM")
     ours = BertForMaskedLM(settings_of(theirs))
-    load(ours, theirs.state_dict())
+    ours.load_hf(theirs.state_dict())
     found: dict[str, Side] = {"transformers": theirs_of(theirs)}
     if compiled:
         found["transformers, torch.compile"] = theirs_of(theirs, torch.compile(theirs, dynamic=False))

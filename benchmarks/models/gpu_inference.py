@@ -37,7 +37,6 @@ from bert_fast import fuse
 from bert_fast.data import PackedBatch
 from bert_fast.kernels import available_impls, use_impl
 from bert_fast.models import BertConfig, BertForPreTraining
-from bert_fast.models.checkpoint import load
 from bert_fast.pretrain.cuda_graph import OPS_OF_A_STEP
 from bert_fast.pretrain.passes import forward
 
@@ -171,7 +170,7 @@ def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[
     with device:
         theirs = transformers.BertForPreTraining(settings)
         mine = BertForPreTraining(config)
-    load(mine, theirs.state_dict())
+    mine.load_hf(theirs.state_dict())
     theirs, mine = theirs.to(device), mine.to(device)
     found: dict[str, Theirs | Mine] = {"transformers": Theirs(theirs)}
     if compiled:

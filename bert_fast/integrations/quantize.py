@@ -1,4 +1,4 @@
-"""Turn the linear layers of an encoder into 8-bit ones, in place."""
+"""Replace the linear layers of an encoder by INT8 ones, in place."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bert_fast.integrations.fuse import described
+from bert_fast.integrations.fuse import describe
 from bert_fast.integrations.layouts import layouts
-from bert_fast.integrations.reasons import plain_linear
 from bert_fast.models.encoder import BertEncoder
 from bert_fast.models.int8 import Int8Linear
+from bert_fast.models.plain import is_plain
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def quantize(model: M, dtype: str = "int8", *, calibration: Iterable[Any] | None = None) -> M:
-    """Make the encoder layers of `model` compute their matrix products in 8 bits, in place, for inference on the CPU.
+    """Compute the matrix products of the encoder layers in INT8, in place, for inference on the CPU.
 
-    Weights are rounded by output channel. Activations are rounded by token, each within its own smallest and largest
-    value; with `calibration`, within the smallest and largest value that each layer saw there, which is faster and
-    less precise. Embeddings, attention, LayerNorm, pooler and heads stay what they are.
+    Weights are quantized by output channel. Activations are quantized by token, within the token's minimum and maximum;
+    with `calibration`, within each layer's minimum and maximum over the calibration inputs, which is faster and less
+    precise. Embeddings, attention, LayerNorm, pooler and heads are not quantized.
 
     A quantized model has no float weights in its encoder: `train()`, `state_dict()` and `save_pretrained` raise.
-    Keep the checkpoint, or a copy.deepcopy. Pickle and deepcopy work. The encoder's other parameters ask for no
-    gradients any more.
+    Keep the checkpoint, or a copy.deepcopy. Pickle and deepcopy work. requires_grad of the encoder's other parameters
+    becomes False.
 
     Args:
-        model: one of our models, in eval mode, or a module with a transformers model inside that `fuse` has changed.
+        model: a bert_fast model in eval mode, or a module that contains a transformers model changed by `fuse`.
         dtype: "int8".
         calibration: batches of typical inputs: mappings of keyword arguments, tuples of positional ones, or tensors.
 
     Returns:
-        `model`. A model that is quantized already is left as it is.
+        `model`. Layers that are quantized already are not changed.
 
     Raises:
-        TypeError: `model` has no encoder of ours and no fused one, or a linear layer in it was replaced (LoRA).
+        TypeError: `model` contains no bert_fast encoder and no fused one, or a linear layer in it was replaced (LoRA).
         ValueError: `dtype` is another, the model is in training mode, or a weight is not finite.
     """
     if dtype != "int8":
@@ -46,39 +46,41 @@ def quantize(model: M, dtype: str = "int8", *, calibration: Iterable[Any] | None
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first: a quantized model can't be trained")
-    layers, encoders = _layers(model)
-    if not layers:
+    groups, encoders = _linears(model)
+    if not groups:
         raise TypeError(
-            f"{described(model)}; expected a model of bert_fast, or one with a transformers model inside that "
-            "bert_fast.fuse has changed"
+            f"{describe(model)}; expected a bert_fast model, or a module that contains a transformers model changed by "
+            "bert_fast.fuse"
         )
-    made = [(group, _made(group)) for group in layers if not all(isinstance(dense, Int8Linear) for dense in group)]
-    for group, whole in made:  # nothing was changed until here, where nothing can fail any more
-        _put(model, group, whole)
+    float_groups = [group for group in groups if not all(isinstance(dense, Int8Linear) for dense in group)]
+    quantized = [_quantized(group) for group in float_groups]  # may raise; nothing is changed before
+    for group, int8 in zip(float_groups, quantized, strict=True):
+        _replace_group(model, group, int8)
     for encoder in encoders:
         encoder.requires_grad_(False)
-    if calibration is not None and made:
-        _calibrate(model, [whole for _, whole in made], calibration)
+    if calibration is not None and quantized:
+        _calibrate(model, quantized, calibration)
     return model
 
 
-def _layers(model: nn.Module) -> tuple[list[tuple[Any, ...]], list[nn.Module]]:
-    """The linear layers that read one input, in groups, and the modules whose parameters train no more."""
+def _linears(model: nn.Module) -> tuple[list[tuple[Any, ...]], list[nn.Module]]:
+    """The linear layers, grouped by those that read the same input, and the modules that become untrainable."""
     groups: list[tuple[Any, ...]] = []
     encoders: list[nn.Module] = []
     for module in model.modules():
-        found: Any = module
         if isinstance(module, BertEncoder):
-            for layer in found.layer:
+            layers: Any = module.layer
+            for layer in layers:
                 groups += [(layer.attention.self.qkv,), (layer.attention.output.dense,)]
                 groups += [(layer.intermediate.dense,), (layer.output.dense,)]
         if any(isinstance(child, BertEncoder) for child in module.children()):
             encoders.append(module)
         elif _is_fused_encoder(module):
             encoders.append(module)
-            for layer in getattr(found, found.layout.stack).layer:
-                parts = found.layout.parts_of(layer)
-                groups += [parts.qkv, (parts.attended.dense,), (parts.up,), (parts.down.dense,)]
+            layout: Any = module.layout
+            for layer in layout.layers(module):
+                parts = layout.parts_of(layer)
+                groups += [parts.qkv, (parts.attention_output.dense,), (parts.intermediate,), (parts.output.dense,)]
     return groups, encoders
 
 
@@ -90,27 +92,27 @@ def _is_fused_encoder(module: Any) -> bool:
     return is_fused(module) and isinstance(module, module.layout.model)
 
 
-def _made(group: tuple[Any, ...]) -> Int8Linear:
+def _quantized(group: tuple[Any, ...]) -> Int8Linear:
     for dense in group:
-        if not plain_linear(dense):
+        if not is_plain(dense, nn.Linear) or dense.bias is None:
             raise TypeError(
                 f"a linear layer of the encoder is {type(dense).__name__}; expected torch.nn.Linear with a bias and "
                 "no hooks (merge adapters such as LoRA first)"
             )
-    return Int8Linear.of(group).eval()
+    return Int8Linear.from_linears(group).eval()
 
 
-def _put(model: nn.Module, group: tuple[Any, ...], whole: Int8Linear) -> None:
-    """Put an Int8Linear in the place of each of the group; `whole` computes all of them at once."""
+def _replace_group(model: nn.Module, group: tuple[Any, ...], int8: Int8Linear) -> None:
+    """Replace each layer of the group by its part of `int8`, which computes all of them at once."""
     if len(group) == 1:
-        _replace(model, group[0], whole)
+        _replace(model, group[0], int8)
         return
-    first = 0
+    start = 0
     for index, dense in enumerate(group):
-        part = whole.part(first, first + dense.out_features).eval()
-        first += dense.out_features
+        part = int8.slice_outputs(start, start + dense.out_features).eval()
+        start += dense.out_features
         if index == 0:
-            part.whole = whole  # where the three are computed at once
+            part.concatenated = int8
         _replace(model, dense, part)
 
 
@@ -123,7 +125,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _calibrate(model: nn.Module, layers: list[Int8Linear], batches: Iterable[Any]) -> None:
     for layer in layers:
-        layer.observe()
+        layer.begin_calibration()
     try:
         with torch.no_grad():
             for batch in batches:
@@ -135,4 +137,4 @@ def _calibrate(model: nn.Module, layers: list[Int8Linear], batches: Iterable[Any
                     model(*batch)
     finally:
         for layer in layers:
-            layer.calibrated()
+            layer.end_calibration()

@@ -1,4 +1,4 @@
-"""BertConfig: what a model is made of, under transformers' names and with its defaults."""
+"""BertConfig: the settings of a model, with transformers' names and defaults."""
 
 from __future__ import annotations
 
@@ -8,21 +8,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bert_fast.models.family import ARCHITECTURES, Architecture, rename
-from bert_fast.models.files import CONFIG_NAME, find_file, write_text
+from bert_fast._io import write_text
+from bert_fast.models.activations import ACTIVATIONS
+from bert_fast.models.family import ARCHITECTURES, Architecture, rename_keys
+from bert_fast.models.files import CONFIG_NAME, find_file
 
-# hidden_act -> the `activation` argument of linear; the others are computed by PyTorch.
-GELU_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-EAGER_ACTIVATIONS = ("relu", "silu", "swish", "tanh")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# name: (layers, hidden size); heads have 64 dimensions, the intermediate size is four times the hidden size.
+# name -> (layers, hidden size); the head size is 64, the intermediate size four times the hidden size.
 # Turc et al., "Well-read students learn better", 2019, table 1; base and large: Devlin et al., 2018.
 SIZES = {
     "tiny": (2, 128),
@@ -33,7 +26,7 @@ SIZES = {
     "large": (24, 1024),
 }
 
-# Settings of a config.json that change what is computed and that this encoder does not have: (key, accepted values).
+# Settings of a config.json that change the computation and are not supported: (name, accepted values).
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("is_decoder", (False, None)),
     ("add_cross_attention", (False, None)),
@@ -49,13 +42,14 @@ _POSITIVE = (
     "intermediate_size",
     "max_position_embeddings",
 )
-_NOT_KEPT = ("transformers_version", "_name_or_path", "torch_dtype")
+_DROPPED = ("transformers_version", "_name_or_path", "torch_dtype")
 
 
 def longest_input(config: Any) -> int:
-    """The most tokens of a sequence: max_position_embeddings, less the rows that RoBERTa never gives to one.
+    """The maximum length of a sequence: max_position_embeddings, less the rows that RoBERTa never uses.
 
-    `config` may be transformers', of any of the architectures.
+    Args:
+        config: a BertConfig, or transformers' configuration of any supported architecture.
     """
     architecture = ARCHITECTURES.get(config.model_type)
     first = config.pad_token_id + 1 if architecture is not None and architecture.positions_after_padding else 0
@@ -65,12 +59,12 @@ def longest_input(config: Any) -> int:
 
 @dataclass(kw_only=True)
 class BertConfig:
-    """The settings of a model. Names and defaults are those of transformers' `BertConfig`.
+    """The settings of a model, with the names and defaults of transformers' `BertConfig`.
 
-    `from_dict` and `from_pretrained` read those of the other architectures too, with their names and defaults.
+    `from_dict` and `from_pretrained` also read the other architectures' settings, with their names and defaults.
 
     Attributes:
-        model_type: bert, or another architecture of `bert_fast.models.family`.
+        model_type: a key of `bert_fast.models.family.ARCHITECTURES`.
         vocab_size: V, rows of the word embedding.
         hidden_size: E. `num_attention_heads` N must divide it.
         num_hidden_layers: L.
@@ -79,12 +73,12 @@ class BertConfig:
             relu, silu, swish, tanh.
         pad_token_id: the row of the word embedding that starts at zero and gets no gradient; None for no such row.
         classifier_dropout: before a classifier; None for `hidden_dropout_prob`.
-        num_labels, id2label, label2id: the classes of the heads; each follows from the others where it is None.
+        num_labels, id2label, label2id: the classes of the heads; one that is None follows from the others.
         problem_type: loss of `BertForSequenceClassification`; None to infer it from the labels, as transformers does.
-        extra: settings of a config.json that have no meaning here; written back by `save_pretrained`.
+        extra: settings of a config.json that are not used here; `save_pretrained` writes them back.
 
     Raises:
-        ValueError: a setting is out of range, or two contradict each other; the message names them.
+        ValueError: a setting is out of range, or two settings contradict each other; the message names them.
     """
 
     model_type: str = "bert"
@@ -124,18 +118,18 @@ class BertConfig:
 
     @property
     def architecture(self) -> Architecture:
-        """What `model_type` stands for."""
+        """The architecture called `model_type`."""
         return ARCHITECTURES[self.model_type]
 
     @property
     def input_size(self) -> int:
-        """The width of the embeddings: hidden_size, but for ELECTRA's embedding_size."""
+        """The width of the embeddings: hidden_size, or ELECTRA's embedding_size."""
         size: int = self.hidden_size
         return self.extra.get("embedding_size", size) if "embedding_size" in self.architecture.defaults else size
 
     @property
     def first_position(self) -> int:
-        """The row of the position embedding for the first token of a sequence; see `bert_fast.models.inputs.Sizes`."""
+        """The row of the position embedding of a sequence's first token; see `bert_fast.models.inputs.Sizes`."""
         if not self.architecture.positions_after_padding:
             return 0
         assert self.pad_token_id is not None
@@ -143,7 +137,7 @@ class BertConfig:
 
     @property
     def head_size(self) -> int:
-        """D, the dimensions of one attention head."""
+        """D, the size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     def _complete_labels(self) -> None:
@@ -160,7 +154,7 @@ class BertConfig:
             self.label2id = {label: index for index, label in self.id2label.items()}
 
     def validate(self) -> None:
-        """ValueError where a setting is out of range or two contradict each other."""
+        """Raise ValueError where a setting is out of range, or two settings contradict each other."""
         for name in _POSITIVE:
             self._check_count(name, 1)
         for name in ("num_hidden_layers", "num_labels"):
@@ -172,9 +166,8 @@ class BertConfig:
                 f"hidden_size is {self.hidden_size} and num_attention_heads is {self.num_attention_heads}; "
                 "expected hidden_size to be a multiple of num_attention_heads"
             )
-        if self.hidden_act not in (*GELU_ACTIVATIONS, *EAGER_ACTIVATIONS):
-            known = ", ".join((*GELU_ACTIVATIONS, *EAGER_ACTIVATIONS))
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {known}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < 1.0:
@@ -197,14 +190,14 @@ class BertConfig:
         if self.pad_token_id is None or self.max_position_embeddings <= self.first_position:
             raise ValueError(
                 f"pad_token_id is {self.pad_token_id} and max_position_embeddings is {self.max_position_embeddings}; "
-                f"the positions of {self.model_type} start at pad_token_id + 1, so expected it below "
+                f"the positions of {self.model_type} start at pad_token_id + 1: expected pad_token_id below "
                 "max_position_embeddings - 1"
             )
 
-    def _check_count(self, name: str, low: int) -> None:
+    def _check_count(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} is {value!r}; expected an integer of at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least {minimum}")
 
     def _check_labels(self) -> None:
         assert self.id2label is not None
@@ -214,8 +207,8 @@ class BertConfig:
             )
         if len(self.id2label) != self.num_labels:
             raise ValueError(
-                f"num_labels is {self.num_labels} and id2label has {len(self.id2label)} entries; expected as many "
-                "(give only one of the two, and the other follows)"
+                f"num_labels is {self.num_labels} and id2label has {len(self.id2label)} entries; expected the same "
+                "number (give only one of the two, and the other follows)"
             )
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError(
@@ -225,7 +218,15 @@ class BertConfig:
 
     @classmethod
     def size(cls, name: str, **overrides: Any) -> BertConfig:
-        """The configuration of a published size: tiny, mini, small, medium, base or large."""
+        """The configuration of a published size.
+
+        Args:
+            name: tiny, mini, small, medium, base or large.
+            overrides: settings that replace those of the size.
+
+        Raises:
+            ValueError: there is no size of that name, or an override is wrong.
+        """
         if name not in SIZES:
             raise ValueError(f"the size is {name!r}; expected one of {', '.join(SIZES)}")
         layers, hidden = SIZES[name]
@@ -239,54 +240,59 @@ class BertConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> BertConfig:
-        """Read the mapping of a transformers config.json; unknown keys are kept in `extra`.
+        """The configuration that a transformers config.json describes.
 
-        Raises ValueError where the file describes something else than this encoder (a decoder, relative positions,
-        pruned heads, a quantised model, another model type).
+        Args:
+            settings: the file's content; unknown keys are kept in `extra`.
+            overrides: settings that replace those of the file.
+
+        Raises:
+            ValueError: it describes an unsupported model (a decoder, relative positions, pruned heads, a quantized
+                model, another model type).
         """
         architecture = ARCHITECTURES.get({**settings, **overrides}.get("model_type", "bert"), ARCHITECTURES["bert"])
         to_ours = [(theirs, ours) for ours, theirs in architecture.settings.items()]
-        settings, overrides = rename(settings, to_ours), rename(overrides, to_ours)
+        settings, overrides = rename_keys(settings, to_ours), rename_keys(overrides, to_ours)
         merged = {**architecture.defaults, **settings, **overrides}
         if "num_labels" in overrides and not {"id2label", "label2id"} & overrides.keys():
-            named = settings.get("id2label")
-            if named is None or len(named) != overrides["num_labels"]:
+            id2label = settings.get("id2label")
+            if id2label is None or len(id2label) != overrides["num_labels"]:
                 merged.pop("id2label", None)
                 merged.pop("label2id", None)
         for name, accepted in _UNSUPPORTED:
             if name in merged and merged[name] not in accepted:
-                raise ValueError(
-                    f"{name} is {merged[name]!r}, which this encoder does not have; expected {accepted[0]!r}"
-                )
+                raise ValueError(f"{name} is {merged[name]!r}, which is not supported; expected {accepted[0]!r}")
         if merged.get("dtype") is None:
             merged["dtype"] = merged.get("torch_dtype")
         known = {item.name for item in fields(cls)}
-        extra = {name: value for name, value in merged.items() if name not in known and name not in _NOT_KEPT}
-        given = {name: value for name, value in merged.items() if name in known and name != "extra"}
-        return cls(**given, extra={**merged.get("extra", {}), **extra})
+        extra = {name: value for name, value in merged.items() if name not in known and name not in _DROPPED}
+        fields_given = {name: value for name, value in merged.items() if name in known and name != "extra"}
+        return cls(**fields_given, extra={**merged.get("extra", {}), **extra})
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a config.json that transformers reads."""
+        """The content of config.json, as transformers reads it."""
         assert self.id2label is not None
-        left_out = {"extra", *self.architecture.fixed}
-        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
+        omitted = {"extra", *self.architecture.fixed}
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in omitted}
         if settings.pop("num_labels") == 2 and self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:
             settings.pop("id2label")
             settings.pop("label2id")
         else:
             settings["id2label"] = {str(index): label for index, label in self.id2label.items()}
-        return {**self.extra, **rename(settings, self.architecture.settings.items())}
+        return {**self.extra, **rename_keys(settings, self.architecture.settings.items())}
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, **overrides: Any) -> BertConfig:
-        """Read config.json from a folder, or from the hub by the name of a repository.
+        """Read config.json.
 
         Args:
+            name_or_path: a folder, or the name of a hub repository.
+            revision: branch, tag or commit of the repository.
             overrides: settings that replace those of the file, for example `num_labels=3`.
 
         Raises:
             FileNotFoundError: there is no such folder, repository or file.
-            ValueError: the file is not JSON, or describes something else than this encoder.
+            ValueError: the file is not JSON, or describes an unsupported model.
         """
         path = find_file(name_or_path, CONFIG_NAME, revision=revision)
         if path is None:
@@ -300,7 +306,7 @@ class BertConfig:
         return cls.from_dict(settings, **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json to `folder`, under a temporary name first."""
+        """Write config.json to `folder`, atomically."""
         write_text(Path(folder) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
     def replace(self, **changes: Any) -> BertConfig:

@@ -1,4 +1,4 @@
-"""Texts to vectors: tokenised a window at a time, in packed batches of like length, without padding, any pooling."""
+"""Text embeddings: tokenize in windows, pack texts of similar length without padding, pool."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bert_fast.models.bert import BertModel
-from bert_fast.models.config import longest_input
+from bert_fast.models.config import BertConfig, longest_input
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 POOLINGS = ("cls", "mean", "max", "pooler")
-WINDOW = 4096  # texts that are tokenised at once: what bounds the memory beside the result
+WINDOW = 4096  # texts tokenized at once; bounds the memory
 
 
-def packed(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Token ids (of single segments) as the packed input of a model: keywords for its forward.
+def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Pack token ids of single segments.
+
+    Args:
+        sequences: B sequences of token ids.
+        device: of the result.
 
     Returns:
-        input_ids, token_type_ids int64 (T,), cu_seqlens int32 (B+1,), max_seqlen.
+        Keywords for a model's forward: input_ids and token_type_ids int64 (T,), cu_seqlens int32 (B+1,), max_seqlen.
     """
     lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
     cu_seqlens = torch.zeros(len(sequences) + 1, dtype=torch.int32)
@@ -38,16 +41,19 @@ def packed(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu
 
 
 def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str, pooler_output: Tensor | None = None) -> Tensor:
-    """One vector a sequence from packed hidden states, in fp32.
+    """Pool packed hidden states to one vector per sequence, in float32.
 
     Args:
-        hidden: (T, E).
+        hidden: (T, E) floating point.
         cu_seqlens: int32 (B+1,); no sequence is empty.
-        pooling: cls takes the first token, mean and max go over all tokens, pooler takes `pooler_output`.
+        pooling: "cls" takes the first token, "mean" and "max" reduce all tokens, "pooler" takes `pooler_output`.
         pooler_output: (B, E), for pooling="pooler".
 
     Returns:
         (B, E) float32.
+
+    Raises:
+        ValueError: `pooling` is unknown, or it is "pooler" and `pooler_output` is None.
     """
     if pooling == "pooler":
         if pooler_output is None:
@@ -61,7 +67,7 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str, pooler_output: Tensor
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `batch_tokens` tokens, longest first; a longer text is a batch of its own."""
+    """Group indices to batches of at most `batch_tokens` tokens, longest first; a longer text is a batch by itself."""
     batch: list[int] = []
     total = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -86,54 +92,56 @@ def encode(
     batch_tokens: int = 8192,
     show_progress_bar: bool = False,
 ) -> Tensor:
-    """The vector of each text. `BertModel.encode` is this with the model's own tokenizer.
+    """Embed texts. `BertModel.encode` calls this with the model's tokenizer.
 
-    Texts are tokenised `WINDOW` at a time, sorted by length and packed, so that the memory beside the result does not
-    grow with their number. May run in several threads on one model and tokenizer at once.
+    Texts are tokenized `WINDOW` at a time, sorted by length and packed: apart from the result, peak memory is
+    independent of their number. Several threads may share one model and tokenizer.
 
     Args:
         model: a BertModel in eval mode, or transformers' (fused or not) that returns last_hidden_state; runs on its
             device.
-        tokenizer: as `bert_fast.data.load_tokenizer` gives it.
-        texts: any number; the order of the result is theirs.
-        pooling: cls, mean, max or pooler, see `pool`.
+        tokenizer: as `bert_fast.data.load_tokenizer` returns it.
+        texts: any number of strings.
+        pooling: "cls", "mean", "max" or "pooler", see `pool`.
         normalize: scale each vector to length 1.
-        max_seqlen: longer texts are cut to so many tokens; the model's maximum if None.
-        batch_tokens: texts of like length are packed up to this; a longer one is a batch of its own.
-        show_progress_bar: on stderr, by tqdm.
+        max_seqlen: longer texts are truncated to this number of tokens; None for the model's maximum.
+        batch_tokens: texts of similar length are packed up to this; a longer text is a batch by itself.
+        show_progress_bar: on stderr, with tqdm.
 
     Returns:
-        (len(texts), E) float32 on the CPU; its `.numpy()` shares the memory.
+        (len(texts), E) float32 on the CPU, in the order of `texts`; its `.numpy()` shares the memory.
 
     Raises:
         TypeError: `texts` is one string.
-        ValueError: the pooling is unknown, `batch_tokens` is less than 1, `max_seqlen` is over the model's maximum, or
-            the tokenizer pads or cuts by itself.
-        ImportError: a progress bar is asked for and tqdm is not installed.
+        ValueError: `pooling` is unknown, `batch_tokens` is less than 1, `max_seqlen` exceeds the model's maximum, or
+            the tokenizer pads or truncates.
+        ImportError: `show_progress_bar` is True and tqdm is not installed.
     """
     config: Any = model.config
-    longest = _checked(config, tokenizer, texts, pooling, max_seqlen, batch_tokens)
-    ending = _special_behind(tokenizer)
+    longest = _check_arguments(config, tokenizer, texts, pooling, max_seqlen, batch_tokens)
+    num_trailing = _num_trailing_special(tokenizer)
     vectors = torch.empty(len(texts), config.hidden_size)
     with progress_bar(len(texts), show_progress_bar) as advance:
         for start in range(0, len(texts), WINDOW):
             window = list(texts[start : start + WINDOW])
-            ids = [_cut(found.ids, longest, ending) for found in tokenizer.encode_batch_fast(window)]
+            encodings = tokenizer.encode_batch_fast(window)
+            ids = [_truncate(encoding.ids, longest, num_trailing) for encoding in encodings]
             for indices in batches_by_length([len(sequence) for sequence in ids], batch_tokens):
-                found = pool(*_hidden(model, [ids[index] for index in indices], pooling))
+                hidden, cu_seqlens, pooler_output = _forward(model, [ids[index] for index in indices])
+                pooled = pool(hidden, cu_seqlens, pooling, pooler_output)
                 if normalize:
-                    found = torch.nn.functional.normalize(found, dim=-1)
-                vectors[torch.tensor(indices) + start] = found.cpu()
+                    pooled = torch.nn.functional.normalize(pooled, dim=-1)
+                vectors[torch.tensor(indices) + start] = pooled.cpu()
                 advance(len(indices))
     return vectors
 
 
-def _checked(
+def _check_arguments(
     config: Any, tokenizer: Tokenizer, texts: Sequence[str], pooling: str, max_seqlen: int | None, batch_tokens: int
 ) -> int:
-    """The most tokens of a text; raises where an argument of `encode` is wrong."""
+    """The maximum number of tokens of a text; raises where an argument of `encode` is wrong."""
     if isinstance(texts, str):
-        raise TypeError(f"texts is one str ({texts[:20]!r}); expected a sequence of them: [text]")
+        raise TypeError(f"texts is one str ({texts[:20]!r}); expected a sequence of str: [text]")
     if pooling not in POOLINGS:
         raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}")
     if batch_tokens < 1:
@@ -142,41 +150,44 @@ def _checked(
     if max_seqlen is not None and not 2 <= max_seqlen <= longest:
         raise ValueError(f"max_seqlen is {max_seqlen}; expected 2 to {longest}, the model's maximum")
     if tokenizer.padding is not None or tokenizer.truncation is not None:
-        raise ValueError("the tokenizer pads or cuts; call its no_padding() and no_truncation(), max_seqlen cuts here")
+        raise ValueError(
+            "the tokenizer pads or truncates; call its no_padding() and no_truncation(), use max_seqlen"
+        )
     return max_seqlen or longest
 
 
-def _special_behind(tokenizer: Tokenizer) -> int:
-    """How many special tokens the tokenizer puts behind a text."""
+def _num_trailing_special(tokenizer: Tokenizer) -> int:
+    """The number of special tokens that the tokenizer appends to a text."""
     mask = tokenizer.encode("a").special_tokens_mask
     return mask[::-1].index(0) if 0 in mask else 1
 
 
-def _cut(ids: list[int], longest: int, ending: int) -> list[int]:
-    """At most `longest` tokens, of which the last `ending` stay. A tokenizer that is told to cut serves one thread."""
-    return ids if len(ids) <= longest else ids[: longest - ending] + ids[len(ids) - ending :]
+def _truncate(ids: list[int], longest: int, num_trailing: int) -> list[int]:
+    """At most `longest` tokens, the last `num_trailing` among them."""
+    # The tokenizer's own truncation is a state of the tokenizer, which threads share.
+    return ids if len(ids) <= longest else ids[: longest - num_trailing] + ids[len(ids) - num_trailing :]
 
 
-def _hidden(model: nn.Module, sequences: list[list[int]], pooling: str) -> tuple[Tensor, Tensor, str, Tensor | None]:
-    """The arguments of `pool` for one batch."""
-    inputs = packed(sequences, next(model.parameters()).device)
-    ends = inputs["cu_seqlens"]
-    if isinstance(model, BertModel):
+def _forward(model: nn.Module, sequences: list[list[int]]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden (T, E), cu_seqlens and pooler_output of one batch."""
+    inputs = pack(sequences, next(model.parameters()).device)
+    cu_seqlens = inputs["cu_seqlens"]
+    if isinstance(model.config, BertConfig):  # ours: takes packed input
         out = model(**inputs, return_dict=True)
         hidden = out.last_hidden_state
     else:
-        mask = torch.arange(inputs["max_seqlen"], device=ends.device) < ends.diff().unsqueeze(1)
+        mask = torch.arange(inputs["max_seqlen"], device=cu_seqlens.device) < cu_seqlens.diff().unsqueeze(1)
         ids = torch.zeros_like(mask, dtype=torch.int64).masked_scatter_(mask, inputs["input_ids"])
         out = model(input_ids=ids, attention_mask=mask.long(), return_dict=True)
         hidden = out.last_hidden_state[mask]
-    return hidden, ends, pooling, getattr(out, "pooler_output", None)
+    return hidden, cu_seqlens, getattr(out, "pooler_output", None)
 
 
 @contextmanager
 def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
-    """What to call with the number of texts that are done."""
+    """A tqdm bar that counts texts; yields the function that advances it. ImportError where tqdm is not installed."""
     if not shown:
-        yield lambda done: None
+        yield lambda count: None
         return
     try:
         from tqdm import tqdm

@@ -1,9 +1,10 @@
-"""The architectures that the encoder computes, as data: what each calls things, and where it differs from BERT.
+"""The supported architectures, as data: their names for tensors and settings, and where they differ from BERT.
 
-Inside, every model has BERT's names and mathematics. An architecture says how its checkpoints and its config.json name
-them, what it leaves out, which row of the position embedding comes first, and how its heads make one vector of a
-sequence. Sources: Liu et al., "RoBERTa", 2019; Conneau et al., "Unsupervised cross-lingual representation learning at
-scale", 2020; Martin et al., "CamemBERT", 2020; Sanh et al., "DistilBERT", 2019; Clark et al., "ELECTRA", 2020.
+Every model here has BERT's names and computation. An architecture describes how its checkpoints and its config.json
+name things, what it lacks, which row of the position embedding comes first, and how its heads pool a sequence.
+
+Sources: Liu et al., "RoBERTa", 2019; Conneau et al., "Unsupervised cross-lingual representation learning at scale",
+2020; Martin et al., "CamemBERT", 2020; Sanh et al., "DistilBERT", 2019; Clark et al., "ELECTRA", 2020.
 """
 
 from __future__ import annotations
@@ -13,52 +14,52 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-Names = tuple[tuple[str, str], ...]  # (ours, transformers'), in the order in which ours are replaced
+NamePairs = tuple[tuple[str, str], ...]  # (ours, transformers'), in the order in which ours are replaced
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """One vector of a sequence, made by a head itself: dropout(activation(dense(dropout(first token)))).
+    """The pooling of a head that does not use the encoder's pooler: dropout(act(dense(dropout(first token)))).
 
     Attributes:
-        activation: its name in a configuration.
-        before, after: the settings with the probabilities of the dropouts; "classifier" is classifier_dropout, or
-            hidden_dropout_prob where that is None; "" is no dropout.
-        names: of the tensors of this head.
-        needs: settings with the only values that are computed here.
+        activation: as `BertConfig.hidden_act`.
+        input_dropout, output_dropout: the settings with the dropout probabilities; "classifier" is classifier_dropout,
+            or hidden_dropout_prob where that is None; "" is no dropout.
+        names: of the head's tensors.
+        required: settings, and the only value of each that is supported.
     """
 
     activation: str
-    before: str
-    after: str
-    names: Names
-    needs: tuple[tuple[str, Any], ...] = ()
+    input_dropout: str
+    output_dropout: str
+    names: NamePairs
+    required: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is the architecture's own.
+    """How an architecture differs from BERT.
 
     Attributes:
         model_type: its name in config.json.
         prefix: of transformers' class names.
-        base: the encoder's name inside a model with a head.
+        base: the attribute of a model with a head that holds the encoder.
         names: of the tensors.
         settings: names in config.json, ours to transformers'.
-        defaults: where a config.json is silent and BERT's don't hold.
-        fixed: settings that it does not have, and what they are; they are not written.
+        defaults: of settings that config.json lacks, where they differ from BERT's.
+        fixed: settings that the architecture does not have, and their values; they are not written.
         pooler: whether the encoder has a pooler.
-        positions_after_padding: whether positions count from pad_token_id + 1, over the tokens that are not padding.
-        lm_activation: of the masked language model's head; None for the encoder's.
-        lm_bias: whether that head has a bias beside the decoder's own.
-        pooling: of the heads that don't use the encoder's pooler, by the end of their class names.
-        choice_dropout: the setting with the dropout before the classifier of multiple choice, as in `Pooling`.
+        positions_after_padding: whether positions start at pad_token_id + 1 and skip padding tokens.
+        lm_activation: of the masked-LM head; None for the encoder's.
+        lm_bias: whether that head has a bias in addition to the decoder's.
+        pooling: of the heads that don't use the encoder's pooler, by class name suffix.
+        choice_dropout: the setting with the dropout before the multiple-choice classifier, as in `Pooling`.
     """
 
     model_type: str
     prefix: str
     base: str
-    names: Names = ()
+    names: NamePairs = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -69,39 +70,39 @@ class Architecture:
     pooling: Mapping[str, Pooling] = field(default_factory=dict)
     choice_dropout: str = "classifier"
 
-    def names_of(self, head: str) -> Names:
-        """The names of a model's tensors; `head` is the end of its class name, as "ForMaskedLM"."""
-        own = self.pooling[head].names if head in self.pooling else ()
-        return (("bert.", f"{self.base}."), *self.names, *own)
+    def tensor_names(self, head: str) -> NamePairs:
+        """The names of a model's tensors; `head` is its class name's suffix, such as "ForMaskedLM"."""
+        head_names = self.pooling[head].names if head in self.pooling else ()
+        return (("bert.", f"{self.base}."), *self.names, *head_names)
 
 
-def to_theirs(name: str, names: Names) -> str:
-    """Our name of a tensor in transformers' words."""
+def to_hf_name(name: str, names: NamePairs) -> str:
+    """Our name of a tensor to transformers'."""
     for ours, theirs in names:
         name = _replace(name, ours, theirs)
     return name
 
 
-def to_ours(name: str, names: Names) -> str:
-    """Transformers' name of a tensor in ours."""
+def from_hf_name(name: str, names: NamePairs) -> str:
+    """Transformers' name of a tensor to ours."""
     for ours, theirs in reversed(names):
         name = _replace(name, theirs, ours)
     return name
 
 
 def _replace(name: str, old: str, new: str) -> str:
-    """`new` in place of `old` where that starts at a dot, or at the beginning."""
+    """Replace `old` by `new` where it starts at a dot or at the beginning."""
     return re.sub(rf"(?<![^.]){re.escape(old)}", new, name)
 
 
-def rename(settings: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """`settings` with each first name of `pairs` replaced by the second."""
-    changed = dict(pairs)
-    return {changed.get(name, name): value for name, value in settings.items()}
+def rename_keys(values: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """`values` with each first name of `pairs` replaced by the second."""
+    new_names = dict(pairs)
+    return {new_names.get(name, name): value for name, value in values.items()}
 
 
 # The models that every architecture has.
-FOR_ALL = (
+COMMON_MODELS = (
     "BertModel",
     "BertForMaskedLM",
     "BertForSequenceClassification",
@@ -186,7 +187,7 @@ _ELECTRA = Architecture(
             "summary_first_dropout",
             "summary_last_dropout",
             names=(("pre_classifier.", "sequence_summary.summary."),),
-            needs=(
+            required=(
                 ("summary_type", "first"),
                 ("summary_use_proj", True),
                 ("summary_activation", "gelu"),

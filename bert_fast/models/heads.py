@@ -1,4 +1,4 @@
-"""The models of fine-tuning: sequences, tokens, answers and choices."""
+"""The models for fine-tuning: sequence and token classification, question answering, multiple choice."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast.kernels._common.checks import check_integer, check_same_device, check_shape
-from bert_fast.models.bert import BertHeadModel, Encoded, Options
+from bert_fast.models.bert import BertHeadModel, EncoderOptions, PackedOutput
 from bert_fast.models.config import BertConfig
-from bert_fast.models.encoder import activated
+from bert_fast.models.layers import linear_activation
 from bert_fast.models.losses import class_labels, mean_binary_cross_entropy, mean_cross_entropy, mean_squared_error
 from bert_fast.models.outputs import (
     MultipleChoiceModelOutput,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _dropout(config: BertConfig, name: str) -> nn.Dropout:
-    """With the probability of the setting `name`; see `Pooling`."""
+    """Dropout with the probability of the setting `name`; see `Pooling`."""
     if name == "classifier":
         name = "hidden_dropout_prob" if config.classifier_dropout is None else "classifier_dropout"
     return nn.Dropout(getattr(config, name) if hasattr(config, name) else config.extra.get(name, 0.0))
@@ -34,15 +34,15 @@ _REDUCTIONS = {"cls": (), "mean": ("mean",), "max": ("max",), "mean_max": ("mean
 
 
 def _reductions(config: BertConfig) -> tuple[str, ...]:
-    """How all tokens become the classifier's input, from the setting classifier_pooling; () for the first token's."""
+    """The reductions over all tokens that the setting classifier_pooling names; () for the first token's state."""
     name = config.extra.get("classifier_pooling", "cls")
     if name not in _REDUCTIONS:
         raise ValueError(f"classifier_pooling is {name!r}; expected one of {', '.join(_REDUCTIONS)}")
     return _REDUCTIONS[name]
 
 
-class _SequenceModel(BertHeadModel):
-    """Base of the models with a linear layer on one vector of a sequence: the encoder's pooled one, or their own."""
+class _SequenceHeadModel(BertHeadModel):
+    """Base class of the models that classify a pooled sequence: by the encoder's pooler, or by pooling of their own."""
 
     def __init__(self, config: BertConfig, classes: int, dropout: str) -> None:
         pooling = config.architecture.pooling.get(self.head)
@@ -51,37 +51,37 @@ class _SequenceModel(BertHeadModel):
             pooling = None
         super().__init__(config, add_pooling_layer=pooling is None and not self.reductions)
         if pooling is not None:
-            for name, value in pooling.needs:
+            for name, value in pooling.required:
                 if config.extra.get(name, value) != value:
-                    raise ValueError(f"{name} is {config.extra[name]!r}; {self.hf_class} is here with {value!r} only")
+                    raise ValueError(f"{name} is {config.extra[name]!r}; {self.hf_class} supports only {value!r}")
             self.pre_classifier = nn.Linear(config.hidden_size, config.hidden_size)
-            self.pre_dropout = _dropout(config, pooling.before)
-            dropout = pooling.after
+            self.pre_dropout = _dropout(config, pooling.input_dropout)
+            dropout = pooling.output_dropout
         self.pooling = pooling
         self.dropout = _dropout(config, dropout)
         self.classifier = nn.Linear(config.hidden_size * max(len(self.reductions), 1), classes)
-        self.finish()
+        self.post_init()
 
-    def classify(self, encoded: Encoded) -> Tensor:
+    def classify(self, encoded: PackedOutput) -> Tensor:
         """The logits of every sequence: (B, classes)."""
         pooled = encoded.pooled
         if self.reductions:
             lengths, hidden = encoded.tokens.cu_seqlens.long().diff(), encoded.hidden
-            # Past the real tokens there is nothing to reduce: an empty sequence gives zeros, as in `Tokens.first`.
-            found = [torch.segment_reduce(hidden.float(), name, lengths=lengths) for name in self.reductions]
-            pooled = torch.cat(found, 1).masked_fill((lengths == 0).unsqueeze(1), 0.0).to(hidden.dtype)
+            # An empty sequence has nothing to reduce: it gives zeros, as in `Tokens.first`.
+            reduced = [torch.segment_reduce(hidden.float(), name, lengths=lengths) for name in self.reductions]
+            pooled = torch.cat(reduced, 1).masked_fill((lengths == 0).unsqueeze(1), 0.0).to(hidden.dtype)
         if self.pooling is not None:
             first = self.pre_dropout(encoded.tokens.first(encoded.hidden))
-            pooled = activated(first, self.pre_classifier, self.pooling.activation)
+            pooled = linear_activation(first, self.pre_classifier, self.pooling.activation)
         logits: Tensor = self.classifier(self.dropout(pooled))
         return logits
 
 
-class BertForSequenceClassification(_SequenceModel):
-    """BERT with a linear layer on the pooled output: one class, several classes, or regression.
+class BertForSequenceClassification(_SequenceHeadModel):
+    """BERT with a linear layer on the pooled output, for one class, several classes or regression.
 
-    With a setting `classifier_pooling` of mean, max or mean_max in the configuration, which transformers does not know,
-    the linear layer reads that of all tokens, and there is no pooler.
+    The setting `classifier_pooling` (in `BertConfig.extra`; unknown to transformers) may be mean, max or mean_max: the
+    linear layer then reads that reduction of all tokens, and there is no pooler.
     """
 
     head = "ForSequenceClassification"
@@ -101,17 +101,26 @@ class BertForSequenceClassification(_SequenceModel):
         labels: Tensor | None = None,
         *,
         return_dict: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[EncoderOptions],
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        """logits (B, num_labels), and the loss of the configuration's problem_type where labels are given.
+        """Classify each sequence.
 
-        Without a problem_type it follows from the labels: regression for one class, one class for integer labels (B,),
-        several classes for floating-point labels (B, num_labels).
+        Args:
+            input_ids ... inputs_embeds, options: see `BertModel.forward`.
+            labels: int64 (B,), or floating point (B, num_labels) for several classes or regression. The loss is that of
+                `BertConfig.problem_type`; where that is None, regression if num_labels is 1, one class for integer
+                labels, several classes otherwise.
+
+        Returns:
+            logits (B, num_labels); loss where labels are given.
+
+        Raises:
+            TypeError, ValueError: as `BertModel.forward`, or the labels do not fit.
         """
         encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         logits = self.classify(encoded)
         loss = None if labels is None else self._loss(logits, labels)
-        return self.finished(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.states), return_dict)
+        return self.format_output(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.states), return_dict)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         problem = self.config.problem_type
@@ -127,7 +136,7 @@ class BertForSequenceClassification(_SequenceModel):
 
 
 class BertForTokenClassification(BertHeadModel):
-    """BERT with a linear layer on every token."""
+    """BERT with a linear layer on every token, for tagging."""
 
     head = "ForTokenClassification"
 
@@ -137,7 +146,7 @@ class BertForTokenClassification(BertHeadModel):
         self.num_labels = config.num_labels
         self.dropout = _dropout(config, "classifier")
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
-        self.finish()
+        self.post_init()
 
     def forward(
         self,
@@ -149,11 +158,19 @@ class BertForTokenClassification(BertHeadModel):
         labels: Tensor | None = None,
         *,
         return_dict: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[EncoderOptions],
     ) -> TokenClassifierOutput | tuple[Any, ...]:
-        """logits (B, S, num_labels), zeros at padding, and the loss where labels are given.
+        """Classify each token.
 
-        labels: int64, shape of input_ids; -100 for tokens that take no part. Labels at padding are left out.
+        Args:
+            input_ids ... inputs_embeds, options: see `BertModel.forward`.
+            labels: int64, the shape of input_ids; -100 is ignored, and so are labels at padding.
+
+        Returns:
+            logits (B, S, num_labels), zeros at padding, for packed input (T, num_labels); loss where labels are given.
+
+        Raises:
+            TypeError, ValueError: as `BertModel.forward`, or the labels do not fit.
         """
         encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         logits = self.classifier(self.dropout(encoded.hidden))
@@ -161,11 +178,11 @@ class BertForTokenClassification(BertHeadModel):
         if labels is not None:
             loss = mean_cross_entropy(logits, encoded.tokens.select_labels("labels", labels, self.num_labels))
         output = TokenClassifierOutput(loss=loss, logits=encoded.tokens.restore(logits), **encoded.states)
-        return self.finished(output, return_dict)
+        return self.format_output(output, return_dict)
 
 
 class BertForQuestionAnswering(BertHeadModel):
-    """BERT that finds where an answer starts and ends."""
+    """BERT that predicts the start and the end of an answer."""
 
     head = "ForQuestionAnswering"
 
@@ -175,9 +192,9 @@ class BertForQuestionAnswering(BertHeadModel):
                 f"num_labels is {config.num_labels}; expected 2, a score for the start and one for the end"
             )
         super().__init__(config, add_pooling_layer=False)
-        self.dropout = _dropout(config, "qa_dropout")  # of DistilBERT
+        self.dropout = _dropout(config, "qa_dropout")  # a setting of DistilBERT
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.finish()
+        self.post_init()
 
     def forward(
         self,
@@ -190,24 +207,30 @@ class BertForQuestionAnswering(BertHeadModel):
         end_positions: Tensor | None = None,
         *,
         return_dict: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[EncoderOptions],
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
-        """start_logits and end_logits (B, S), or (T,) for packed input, and the mean of both losses.
-
-        Padding takes no part: its logits are the lowest finite value. A position past the end, or at padding, is left
-        out of the loss.
+        """Score each token as the start and as the end of an answer.
 
         Args:
-            start_positions, end_positions: int64 (B,), columns of input_ids; in packed input from the sequence's start.
+            input_ids ... inputs_embeds, options: see `BertModel.forward`.
+            start_positions, end_positions: int64 (B,), columns of input_ids; for packed input, positions in the
+                sequence. A position past the end or at padding is ignored in the loss.
+
+        Returns:
+            start_logits and end_logits (B, S), the lowest finite value at padding, for packed input (T,); loss, the
+            mean of both cross entropies, where both positions are given.
+
+        Raises:
+            TypeError, ValueError: as `BertModel.forward`, or the positions do not fit.
         """
         encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         tokens = encoded.tokens
         scores = self.qa_outputs(self.dropout(encoded.hidden))  # (T, 2)
-        places = tokens.places()
-        start, end = (tokens.scatter(part, places, torch.finfo(scores.dtype).min) for part in scores.unbind(1))
+        indices = tokens.table_indices()
+        start, end = (tokens.scatter(part, indices, torch.finfo(scores.dtype).min) for part in scores.unbind(1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            real = tokens.scatter(torch.ones_like(places, dtype=torch.bool), places, False)
+            real = tokens.scatter(torch.ones_like(indices, dtype=torch.bool), indices, False)
             losses = [
                 _answer_loss(name, logits, real, positions)
                 for name, logits, positions in (
@@ -219,7 +242,7 @@ class BertForQuestionAnswering(BertHeadModel):
         if tokens.shape is None:
             start, end = scores.unbind(1)
         output = QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **encoded.states)
-        return self.finished(output, return_dict)
+        return self.format_output(output, return_dict)
 
 
 def _answer_loss(name: str, logits: Tensor, real: Tensor, positions: Tensor) -> Tensor:
@@ -236,8 +259,8 @@ def _answer_loss(name: str, logits: Tensor, real: Tensor, positions: Tensor) -> 
     return mean_cross_entropy(logits, torch.where(inside, positions, width), ignore_index=width)
 
 
-class BertForMultipleChoice(_SequenceModel):
-    """BERT that chooses one of several continuations."""
+class BertForMultipleChoice(_SequenceHeadModel):
+    """BERT that scores several continuations of each example."""
 
     head = "ForMultipleChoice"
 
@@ -255,11 +278,20 @@ class BertForMultipleChoice(_SequenceModel):
         *,
         num_choices: int | None = None,
         return_dict: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[EncoderOptions],
     ) -> MultipleChoiceModelOutput | tuple[Any, ...]:
-        """logits (B, choices) for input_ids (B, choices, S), and the loss where labels int64 (B,) are given.
+        """Score the choices of each example.
 
-        num_choices: for packed input, where the choices of an example are sequences that follow each other.
+        Args:
+            input_ids ... inputs_embeds: padded (B, choices, S) or packed; see `BertModel.forward`, also for `options`.
+            labels: int64 (B,), the right choice.
+            num_choices: for packed input, where the choices of an example are consecutive sequences.
+
+        Returns:
+            logits (B, choices); loss where labels are given.
+
+        Raises:
+            TypeError, ValueError: as `BertModel.forward`, or the labels or num_choices do not fit.
         """
         inputs: tuple[Tensor | None, ...] = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if options.get("cu_seqlens") is None:
@@ -267,23 +299,22 @@ class BertForMultipleChoice(_SequenceModel):
         elif num_choices is None:
             raise ValueError("cu_seqlens came without num_choices; expected the number of choices of each example")
         encoded = self.run_encoder(*inputs, **options)
-        if num_choices < 1 or encoded.tokens.batch % num_choices:
+        if num_choices < 1 or encoded.tokens.batch_size % num_choices:
             raise ValueError(
-                f"there are {encoded.tokens.batch} sequences and {num_choices} choices; expected a multiple of these"
+                f"num_choices is {num_choices} and there are {encoded.tokens.batch_size} sequences; expected a divisor"
             )
         logits = self.classify(encoded).view(-1, num_choices)
         loss = None if labels is None else mean_cross_entropy(logits, class_labels("labels", labels, logits))
-        return self.finished(MultipleChoiceModelOutput(loss=loss, logits=logits, **encoded.states), return_dict)
+        return self.format_output(MultipleChoiceModelOutput(loss=loss, logits=logits, **encoded.states), return_dict)
 
 
 def _flatten_choices(*inputs: Tensor | None) -> tuple[int, tuple[Tensor | None, ...]]:
-    """The number of choices, and (B, choices, ...) as (B * choices, ...)."""
-    given = inputs[0] if inputs[0] is not None else inputs[-1]
-    if given is None:
+    """The number of choices, and each input (B, choices, ...) as (B * choices, ...)."""
+    main_input = inputs[0] if inputs[0] is not None else inputs[-1]
+    if main_input is None:
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
-    if given.dim() < 3:
-        raise ValueError(
-            f"the input has shape {tuple(given.shape)}; expected (B, choices, S), or with E for embeddings"
-        )
+    if main_input.dim() < 3:
+        shape = tuple(main_input.shape)
+        raise ValueError(f"the input has shape {shape}; expected (B, choices, S), or (B, choices, S, E) of embeddings")
     flat = tuple(x.flatten(0, 1) if x is not None and x.dim() > 2 else x for x in inputs)
-    return given.shape[1], flat
+    return main_input.shape[1], flat

@@ -1,4 +1,4 @@
-"""From what the user gives to what the encoder takes: checks, and padding removed once, before the embeddings."""
+"""Check the inputs of a model and remove padding, once, before the embeddings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _INTEGERS = (torch.int64, torch.int32)
 
 
 class Sizes(Protocol):
-    """What the checks need to know of a model: `BertConfig` has it."""
+    """The sizes of a model that the checks read; `BertConfig` has them."""
 
     @property
     def vocab_size(self) -> int:
@@ -40,7 +40,7 @@ class Sizes(Protocol):
 
     @property
     def type_vocab_size(self) -> int:
-        """Rows of the token type embedding; 0 for none, and then token types are not looked at."""
+        """Rows of the token type embedding; 0 for none: token types are then ignored."""
 
     @property
     def max_position_embeddings(self) -> int:
@@ -48,23 +48,22 @@ class Sizes(Protocol):
 
     @property
     def first_position(self) -> int:
-        """The row for the first token of a sequence: 0, or 1 + the padding token's id, as in RoBERTa.
+        """The row of the position embedding for a sequence's first token: 0, or 1 + the padding token's id in RoBERTa.
 
-        In the second case rows count the tokens that are not the padding token; the padding token itself has the row
-        of its id.
+        RoBERTa's positions count the tokens other than the padding token, whose own position is its id.
         """
 
 
 class Inputs(TypedDict, total=False):
-    """The tensors that describe a batch, as every model's forward takes them.
+    """A batch, as every model's forward takes it. Ids are int64 or int32.
 
-    Padded: input_ids (B, S) and attention_mask (B, S), 1 for real tokens, 0 for padding, anywhere in a row; without a
-    mask every token is real. token_type_ids default to zeros, position_ids to the column (padding included) or, where
-    `Sizes.first_position` is not 0, to that and the number of tokens before that are not the padding token, as in
-    transformers; both (B, S) or (1, S). inputs_embeds (B, S, E) stand in for input_ids.
+    Padded: input_ids (B, S) and attention_mask (B, S), 1 for real tokens and 0 for padding, anywhere in a row; with no
+    mask every token is real. token_type_ids default to zeros. position_ids default to the column, padding included, or,
+    where `Sizes.first_position` is not 0, to that plus the number of preceding tokens other than the padding token, as
+    in transformers. Both are (B, S) or (1, S). inputs_embeds (B, S, E) replace input_ids.
 
-    Packed: input_ids (T,), token_type_ids (T,), position_ids (T,) (default: counted anew in every sequence), cu_seqlens
-    int32 (B+1,) and max_seqlen; no attention_mask. inputs_embeds (T, E) stand in for input_ids.
+    Packed: input_ids, token_type_ids and position_ids (T,), cu_seqlens int32 (B+1,) and max_seqlen; no attention_mask.
+    position_ids default to the position in the sequence. inputs_embeds (T, E) replace input_ids.
     """
 
     input_ids: Tensor | None
@@ -78,15 +77,15 @@ class Inputs(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Tokens:
-    """The real tokens of a batch, one after the other, and the way back to the padded shape.
+    """The real tokens of a batch, packed, and what restores the padded shape.
 
     Attributes:
-        input_ids: int64 (T,), or None where inputs_embeds (T, E) stand in.
+        input_ids: int64 (T,), or None where there are inputs_embeds (T, E).
         token_type_ids, position_ids: int64 (T,).
-        cu_seqlens: int32 (B+1,), where each sequence starts; the last is T.
+        cu_seqlens: int32 (B+1,), the start of each sequence; the last element is T.
         max_seqlen: at least the length of the longest sequence.
         shape: (B, S) of padded input, None for packed input.
-        indices: int64 (T,), places in the flattened (B * S); None where there is no padding to put back.
+        indices: int64 (T,) into the flattened (B * S); None where there is no padding to restore.
     """
 
     input_ids: Tensor | None
@@ -99,17 +98,19 @@ class Tokens:
     indices: Tensor | None
 
     @classmethod
-    def of(cls, sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
-        """Check `inputs` and take their real tokens. Raises ValueError or TypeError as the checks name.
+    def from_inputs(cls, sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
+        """Check the inputs of a forward pass and select their real tokens.
 
-        Every forward of ours begins here.
+        Raises:
+            TypeError: an input has another type or dtype.
+            ValueError: a shape, a device or a value is wrong, or inputs contradict each other.
         """
         if not torch.compiler.is_compiling():
             settle_after_fork()
         if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        packed = inputs.get("cu_seqlens") is not None
-        tokens = _packed(sizes, **inputs) if packed else _padded(sizes, **inputs)
+        is_packed = inputs.get("cu_seqlens") is not None
+        tokens = _from_packed(sizes, **inputs) if is_packed else _from_padded(sizes, **inputs)
         if tokens.input_ids is not None:
             check_range("input_ids", tokens.input_ids, sizes.vocab_size, "vocab_size")
         if sizes.type_vocab_size:
@@ -118,12 +119,12 @@ class Tokens:
         return tokens
 
     @property
-    def batch(self) -> int:
+    def batch_size(self) -> int:
         """B, the number of sequences."""
         return self.cu_seqlens.shape[0] - 1
 
-    def arguments(self) -> dict[str, Any]:
-        """The keywords that give these tokens to a model as packed input."""
+    def as_inputs(self) -> dict[str, Any]:
+        """These tokens as packed input: keywords for a model's forward."""
         return {
             "input_ids": self.input_ids,
             "inputs_embeds": self.inputs_embeds,
@@ -134,7 +135,7 @@ class Tokens:
         }
 
     def restore(self, x: Tensor) -> Tensor:
-        """(T, ...) in the shape of the input: (B, S, ...) with zeros at padding; `x` itself for packed input."""
+        """(T, ...) to the shape of the input: (B, S, ...) with zeros at padding; packed input: `x` itself."""
         if self.shape is None:
             return x
         if self.indices is None:
@@ -142,7 +143,7 @@ class Tokens:
         return pad(x, self.indices, *self.shape)
 
     def restore_attentions(self, probabilities: Tensor) -> Tensor:
-        """(B, N, max_seqlen, max_seqlen) in the columns of the padded input: (B, N, S, S), zeros at padding."""
+        """(B, N, max_seqlen, max_seqlen) to the columns of the padded input: (B, N, S, S), zeros at padding."""
         if self.shape is None or self.indices is None:
             return probabilities
         B, S = self.shape
@@ -152,8 +153,8 @@ class Tokens:
             out[b, :, columns.unsqueeze(1), columns] = probabilities[b, :, :n, :n]
         return out
 
-    def places(self) -> Tensor:
-        """Where each token sits in a table of a row for every sequence, flattened: int64 (T,).
+    def table_indices(self) -> Tensor:
+        """The index of each token in a flattened table with one row a sequence: int64 (T,).
 
         The table is (B, S) for padded input, (B, max_seqlen) for packed input.
         """
@@ -164,18 +165,18 @@ class Tokens:
         if self.shape is not None:
             return tokens
         return tokens + torch.repeat_interleave(
-            torch.arange(self.batch, device=tokens.device) * self.max_seqlen - self.cu_seqlens[:-1].long(),
+            torch.arange(self.batch_size, device=tokens.device) * self.max_seqlen - self.cu_seqlens[:-1].long(),
             self.cu_seqlens.diff().long(),
             output_size=T,
         )
 
-    def scatter(self, x: Tensor, places: Tensor, fill: float) -> Tensor:
-        """(T,) in that table, `fill` where there is no token."""
-        B, width = self.shape or (self.batch, self.max_seqlen)
-        return x.new_full((B * width,), fill).index_copy(0, places, x).view(B, width)
+    def scatter(self, x: Tensor, table_indices: Tensor, fill: float) -> Tensor:
+        """(T,) to that table, `fill` where there is no token."""
+        B, width = self.shape or (self.batch_size, self.max_seqlen)
+        return x.new_full((B * width,), fill).index_copy(0, table_indices, x).view(B, width)
 
     def select(self, name: str, x: Tensor) -> Tensor:
-        """The values of `x`, in the shape of the input's ids, at the real tokens: (T,)."""
+        """`x`, in the shape of the input's ids, at the real tokens: (T,). ValueError for another shape."""
         if self.shape is None:
             check_shape(name, x, (self.token_type_ids.shape[0],))
             return x
@@ -184,24 +185,27 @@ class Tokens:
         return flat if self.indices is None else flat.index_select(0, self.indices)
 
     def select_labels(self, name: str, labels: Tensor, classes: int) -> Tensor:
-        """Class labels at the real tokens: int64 (T,). Those of padding tokens, which have no logits, are left out."""
+        """Class labels, in the shape of the input's ids, at the real tokens: int64 (T,).
+
+        TypeError or ValueError where dtype, device or shape is wrong, or a label is neither in [0, classes) nor -100.
+        """
         check_integer(name, labels, _INTEGERS)
         check_same_device(self.cu_seqlens, **{name: labels})
-        chosen = self.select(name, labels).long()
-        check_labels(name, chosen, classes)
-        return chosen
+        selected = self.select(name, labels).long()
+        check_labels(name, selected, classes)
+        return selected
 
     def first(self, x: Tensor) -> Tensor:
-        """The row of each sequence's first token, [CLS]: (T, E) -> (B, E), zeros for an empty sequence."""
+        """The row of each sequence's first token, [CLS]: (T, E) -> (B, E); zeros for an empty sequence."""
         if not torch.compiler.is_compiling() and not x.shape[0]:
-            return x.new_zeros(self.batch, *x.shape[1:])
+            return x.new_zeros(self.batch_size, *x.shape[1:])
         starts, ends = self.cu_seqlens[:-1], self.cu_seqlens[1:]
         rows = x.index_select(0, starts.clamp(max=x.shape[0] - 1))
         return rows.masked_fill((starts == ends).unsqueeze(1), 0.0)
 
 
 def check_labels(name: str, labels: Tensor, classes: int) -> None:
-    """ValueError unless every label is in [0, classes) or is the ignored -100."""
+    """Raise ValueError unless every label is in [0, classes) or -100."""
     if values_are_checked(labels) and labels.numel():
         wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= classes))
         if wrong.any():
@@ -211,7 +215,7 @@ def check_labels(name: str, labels: Tensor, classes: int) -> None:
 
 
 def _ids(name: str, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """`x` as int64 in `shape`; (1, S) stands for every row, as in transformers."""
+    """`x` as int64 in `shape`; (1, S) is expanded to every row, as in transformers."""
     if x is None:
         return None
     check_integer(name, x, _INTEGERS)
@@ -222,14 +226,14 @@ def _ids(name: str, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> T
     return x.long()
 
 
-def _types(sizes: Sizes, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`x` as int64 in `shape`; zeros where there is none, or no embedding of token types."""
-    found = _ids("token_type_ids", x, like, shape) if sizes.type_vocab_size else None
-    return torch.zeros(shape, dtype=torch.int64, device=like.device) if found is None else found
+def _token_types(sizes: Sizes, x: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`x` as int64 in `shape`; zeros where it is None, or where the model has no token types."""
+    ids = _ids("token_type_ids", x, like, shape) if sizes.type_vocab_size else None
+    return torch.zeros(shape, dtype=torch.int64, device=like.device) if ids is None else ids
 
 
-def _given(sizes: Sizes, names: tuple[str, ...], **inputs: Unpack[Inputs]) -> tuple[Tensor, tuple[int, ...]]:
-    """The tensor that carries the tokens, checked, and the shape of their ids; `names` are that shape's letters."""
+def _main_input(sizes: Sizes, names: tuple[str, ...], **inputs: Unpack[Inputs]) -> tuple[Tensor, tuple[int, ...]]:
+    """input_ids or inputs_embeds, checked, and the shape of the ids; `names` are that shape's letters."""
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if ids is not None:
         check_integer("input_ids", ids, _INTEGERS)
@@ -240,55 +244,55 @@ def _given(sizes: Sizes, names: tuple[str, ...], **inputs: Unpack[Inputs]) -> tu
     return embeds, tuple(embeds.shape[:-1])
 
 
-def _packed(sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
-    given, shape = _given(sizes, ("T",), **inputs)
+def _from_packed(sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
+    x, shape = _main_input(sizes, ("T",), **inputs)
     cu_seqlens, max_seqlen = inputs["cu_seqlens"], inputs.get("max_seqlen")
     assert cu_seqlens is not None
     if max_seqlen is None:
-        raise ValueError("cu_seqlens came without max_seqlen; expected the length of the longest sequence beside it")
+        raise ValueError("cu_seqlens came without max_seqlen; expected the length of the longest sequence as well")
     if inputs.get("attention_mask") is not None:
-        raise ValueError("attention_mask came with cu_seqlens; packed input has no padding, so leave the mask out")
-    check_same_device(given, cu_seqlens=cu_seqlens)
+        raise ValueError("attention_mask came with cu_seqlens; packed input has no padding: pass no mask")
+    check_same_device(x, cu_seqlens=cu_seqlens)
     check_cu_seqlens(cu_seqlens, shape[0], max_seqlen)
-    input_ids = _ids("input_ids", inputs.get("input_ids"), given, shape)
-    position_ids = _ids("position_ids", inputs.get("position_ids"), given, shape)
+    input_ids = _ids("input_ids", inputs.get("input_ids"), x, shape)
+    position_ids = _ids("position_ids", inputs.get("position_ids"), x, shape)
     if position_ids is None:
         _check_length(sizes, max_seqlen)
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
         if sizes.first_position and input_ids is not None:
-            counted = (input_ids != sizes.first_position - 1).long()
-            before = torch.cat([counted.new_zeros(1), counted.cumsum(0)])
-            starts = before[starts.clamp(0, shape[0])]
-            places = (before[1:] - torch.repeat_interleave(starts, lengths, output_size=shape[0])) * counted - 1
+            is_counted = (input_ids != sizes.first_position - 1).long()
+            counts = torch.cat([is_counted.new_zeros(1), is_counted.cumsum(0)])
+            starts = counts[starts.clamp(0, shape[0])]
+            positions = (counts[1:] - torch.repeat_interleave(starts, lengths, output_size=shape[0])) * is_counted - 1
         else:
-            first = torch.repeat_interleave(starts, lengths, output_size=shape[0])
-            places = torch.arange(shape[0], device=given.device) - first
-        position_ids = places + sizes.first_position
-    token_type_ids = _types(sizes, inputs.get("token_type_ids"), given, shape)
+            starts = torch.repeat_interleave(starts, lengths, output_size=shape[0])
+            positions = torch.arange(shape[0], device=x.device) - starts
+        position_ids = positions + sizes.first_position
+    token_type_ids = _token_types(sizes, inputs.get("token_type_ids"), x, shape)
     return Tokens(
         input_ids, inputs.get("inputs_embeds"), token_type_ids, position_ids, cu_seqlens, max_seqlen, None, None
     )
 
 
-def _padded(sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
+def _from_padded(sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
     if inputs.get("max_seqlen") is not None:
         raise ValueError("max_seqlen came without cu_seqlens; expected both, for packed input, or neither")
-    given, shape = _given(sizes, ("B", "S"), **inputs)
+    x, shape = _main_input(sizes, ("B", "S"), **inputs)
     B, S = shape
-    input_ids = _ids("input_ids", inputs.get("input_ids"), given, shape)
-    token_type_ids = _types(sizes, inputs.get("token_type_ids"), given, shape)
-    position_ids = _ids("position_ids", inputs.get("position_ids"), given, shape)
-    by_token = bool(sizes.first_position) and position_ids is None and input_ids is not None
-    if not by_token:  # else the columns of padding need no row of their own
+    input_ids = _ids("input_ids", inputs.get("input_ids"), x, shape)
+    token_type_ids = _token_types(sizes, inputs.get("token_type_ids"), x, shape)
+    position_ids = _ids("position_ids", inputs.get("position_ids"), x, shape)
+    counts_tokens = bool(sizes.first_position) and position_ids is None and input_ids is not None
+    if not counts_tokens:  # otherwise padding takes no position
         _check_length(sizes, S)
-    cu_seqlens, max_seqlen, indices = _sequences(given, inputs.get("attention_mask"), (B, S))
-    if by_token:
+    cu_seqlens, max_seqlen, indices = _sequences(x, inputs.get("attention_mask"), (B, S))
+    if counts_tokens:
         assert input_ids is not None
         _check_length(sizes, max_seqlen)
-        counted = (input_ids != sizes.first_position - 1).long()
-        position_ids = counted.cumsum(1) * counted + sizes.first_position - 1
+        is_counted = (input_ids != sizes.first_position - 1).long()
+        position_ids = is_counted.cumsum(1) * is_counted + sizes.first_position - 1
     elif position_ids is None:
-        position_ids = (torch.arange(S, device=given.device) + sizes.first_position).expand(B, S)
+        position_ids = (torch.arange(S, device=x.device) + sizes.first_position).expand(B, S)
     embeds = inputs.get("inputs_embeds")
     return Tokens(
         None if input_ids is None else _gather(input_ids, indices),
@@ -302,18 +306,17 @@ def _padded(sizes: Sizes, **inputs: Unpack[Inputs]) -> Tokens:
     )
 
 
-def _sequences(given: Tensor, mask: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, int, Tensor | None]:
-    """cu_seqlens, max_seqlen and the places of the real tokens, None where all are real."""
+def _sequences(x: Tensor, mask: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, int, Tensor | None]:
+    """cu_seqlens, max_seqlen and the indices of the real tokens, None where all are real."""
     B, S = shape
     if mask is None:
-        return torch.arange(B + 1, dtype=torch.int32, device=given.device) * S, S, None
+        return torch.arange(B + 1, dtype=torch.int32, device=x.device) * S, S, None
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask is {type(mask).__name__}; expected a torch.Tensor")
-    check_same_device(given, attention_mask=mask)
+    check_same_device(x, attention_mask=mask)
     check_shape("attention_mask", mask, shape)
-    places = torch.arange(B * S, device=given.device).view(B, S)
-    indices, _, cu_seqlens, max_seqlen = unpad(places, mask)
-    # While tracing, the number of real tokens is not known, and putting back none is putting back.
+    indices, _, cu_seqlens, max_seqlen = unpad(torch.arange(B * S, device=x.device).view(B, S), mask)
+    # While tracing, the number of real tokens is unknown, and the indices are kept.
     full = not torch.compiler.is_compiling() and indices.shape[0] == B * S
     return cu_seqlens, max_seqlen, None if full else indices
 
@@ -328,5 +331,5 @@ def _check_length(sizes: Sizes, length: int) -> None:
         first = f" - {sizes.first_position}" if sizes.first_position else ""
         raise ValueError(
             f"the sequences have {length} tokens; expected at most max_position_embeddings{first} = "
-            f"{sizes.max_position_embeddings - sizes.first_position}: truncate them, or split them"
+            f"{sizes.max_position_embeddings - sizes.first_position}: truncate or split them"
         )

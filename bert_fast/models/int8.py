@@ -1,4 +1,4 @@
-"""A linear layer of a quantized model."""
+"""The linear layer of a quantized model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bert_fast.kernels import Int8Weight, feed_forward_int8, linear_int8, quanti
 
 
 class Int8Linear(nn.Module):
-    """An nn.Linear with weights of 8 bits, for inference on the CPU.
+    """An nn.Linear with INT8 weights, for inference on the CPU.
 
-    Activations are quantized by token, or within `input_range` (2,) once `calibrated` has set it.
+    Activations are quantized by token, or within `input_range` (2,) once a calibration has set it.
     """
 
     values: Tensor
@@ -29,18 +29,19 @@ class Int8Linear(nn.Module):
             self.register_buffer(name, x, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("input_range", None, persistent=False)
-        self.observed: tuple[float, float] | None = None  # what calibration has seen; None where none is running
+        self.observed_range: tuple[float, float] | None = None  # of the inputs, during a calibration
+        self.concatenated: Int8Linear | None = None  # on the first of several that read the same input: all in one
 
     @classmethod
-    def of(cls, denses: Sequence[nn.Linear]) -> Int8Linear:
-        """The layer of one nn.Linear, or of several that read the same input, beneath each other."""
+    def from_linears(cls, linears: Sequence[nn.Linear]) -> Int8Linear:
+        """Quantize one nn.Linear, or several that read the same input, concatenated along the output features."""
         with torch.no_grad():
-            bias = torch.cat([dense.bias for dense in denses])
-            return cls(quantize_weight(torch.cat([dense.weight for dense in denses])), bias)
+            bias = torch.cat([linear.bias for linear in linears])
+            return cls(quantize_weight(torch.cat([linear.weight for linear in linears])), bias)
 
-    def part(self, first: int, last: int) -> Int8Linear:
-        """The layer of the outputs from `first` to below `last`; the memory is shared."""
-        return Int8Linear(Int8Weight(*(x[first:last] for x in self._weight())), self.bias[first:last])
+    def slice_outputs(self, start: int, stop: int) -> Int8Linear:
+        """The layer of the output features from `start` to below `stop`; the memory is shared."""
+        return Int8Linear(Int8Weight(*(x[start:stop] for x in self._weight())), self.bias[start:stop])
 
     @property
     def in_features(self) -> int:
@@ -54,19 +55,22 @@ class Int8Linear(nn.Module):
         return Int8Weight(self.values, self.scale, self.sums)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N), with the bias."""
+        """x weight^T + bias: (..., K) -> (..., N)."""
         return self.run(x.flatten(0, -2), self.bias).unflatten(0, x.shape[:-1])
 
     def run(self, x: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-        """(T, K) -> (T, N): act(x weight^T + bias)."""
-        self._observe(x)
+        """act(x weight^T + bias): (T, K) -> (T, N)."""
+        self._check_eval()
+        if self.observed_range is not None and x.numel():
+            low, high = (float(bound) for bound in torch.aminmax(x.detach()))
+            self.observed_range = min(low, self.observed_range[0]), max(high, self.observed_range[1])
         return linear_int8(x, self._weight(), bias, activation=activation, input_range=self.input_range)
 
     def feed_forward(self, x: Tensor, down: Int8Linear, activation: str) -> Tensor:
-        """(T, K) -> (T, down.out_features): act(x weight^T + bias) down^T, without the bias of `down`."""
-        if self.observed is not None:
+        """act(x weight^T + bias) down^T, without the bias of `down`: (T, K) -> (T, down.out_features)."""
+        if self.observed_range is not None:
             return down.run(self.run(x, self.bias, activation), None)
-        self._check()
+        self._check_eval()
         return feed_forward_int8(
             x,
             self._weight(),
@@ -77,31 +81,25 @@ class Int8Linear(nn.Module):
             down_range=down.input_range,
         )
 
-    def _check(self) -> None:
+    def _check_eval(self) -> None:
         if self.training:
-            raise ValueError("the model's linear layers are int8 and can't be trained; call model.eval() first")
+            raise ValueError("the model's linear layers are INT8 and can't be trained; call model.eval() first")
 
-    def _observe(self, x: Tensor) -> None:
-        self._check()
-        if self.observed is not None and x.numel():
-            low, high = (float(bound) for bound in torch.aminmax(x.detach()))
-            self.observed = min(low, self.observed[0]), max(high, self.observed[1])
+    def begin_calibration(self) -> None:
+        """Record the range of the inputs from now on."""
+        self.observed_range, self.input_range = (float("inf"), -float("inf")), None
 
-    def observe(self) -> None:
-        """Begin to note the smallest and the largest input."""
-        self.observed, self.input_range = (float("inf"), -float("inf")), None
-
-    def calibrated(self) -> None:
-        """Quantize inputs within what was noted from now on; by token as before where nothing was."""
-        assert self.observed is not None
-        low, high = self.observed
+    def end_calibration(self) -> None:
+        """Quantize inputs within the recorded range from now on; by token where no input came."""
+        assert self.observed_range is not None
+        low, high = self.observed_range
         self.input_range = torch.tensor([low, high], device=self.values.device) if low <= high else None
-        self.observed = None
+        self.observed_range = None
 
     def _save_to_state_dict(self, *_: Any) -> None:
         raise ValueError(
-            "the model's linear layers are int8 and no longer have the float weights that a checkpoint holds; save the "
-            "model before bert_fast.quantize and quantize it after loading, which takes a second"
+            "the model's linear layers are INT8 and have no float weights, which a checkpoint holds; save the model "
+            "before bert_fast.quantize and quantize it after loading, which takes a second"
         )
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""The losses of the heads, as transformers defines them, but 0 instead of NaN where there is nothing to average."""
+"""The losses of the heads, as transformers defines them, except that the mean of nothing is 0 instead of NaN."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from bert_fast.kernels._common.checks import check_integer, check_same_device, c
 from bert_fast.models.inputs import IGNORE_INDEX, check_labels
 
 
-def _wide(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 def class_labels(name: str, labels: Tensor, logits: Tensor) -> Tensor:
-    """`labels`, (M,) or (M, 1), as int64 (M,) for logits (M, C). ValueError or TypeError where they don't fit."""
+    """Check class labels, int64 or int32 (M,) or (M, 1), against logits (M, C).
+
+    Returns:
+        int64 (M,).
+
+    Raises:
+        TypeError: `labels` is not an integer tensor.
+        ValueError: its shape or device is wrong, or a label is neither in [0, C) nor -100.
+    """
     check_integer(name, labels)
     check_same_device(logits, **{name: labels})
     flat = labels.reshape(-1)
@@ -27,24 +35,24 @@ def class_labels(name: str, labels: Tensor, logits: Tensor) -> Tensor:
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Mean cross entropy over the labels that are not `ignore_index`; logits (M, C), labels int64 (M,)."""
-    total = F.cross_entropy(_wide(logits), labels, ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(_upcast(logits), labels, ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1)
 
 
 def mean_squared_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of (logits - labels)^2; labels have as many elements as logits (M, C)."""
+    """Mean of (logits - labels)^2; logits (M, C), labels (M, C), or (M,) where C is 1."""
     check_same_device(logits, labels=labels)
     if logits.shape[1] == 1:
         labels = labels.reshape(-1, 1)
     check_shape("labels", labels, tuple(logits.shape))
-    wide = _wide(logits)
-    return F.mse_loss(wide, labels.to(wide.dtype), reduction="sum") / max(logits.numel(), 1)
+    upcast = _upcast(logits)
+    return F.mse_loss(upcast, labels.to(upcast.dtype), reduction="sum") / max(logits.numel(), 1)
 
 
 def mean_binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean binary cross entropy of every class on its own; logits (M, C), labels (M, C) in [0, 1]."""
+    """Mean binary cross entropy over all classes; logits (M, C), labels (M, C) in [0, 1]."""
     check_same_device(logits, labels=labels)
     check_shape("labels", labels, tuple(logits.shape))
-    wide = _wide(logits)
-    total = F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype), reduction="sum")
+    upcast = _upcast(logits)
+    total = F.binary_cross_entropy_with_logits(upcast, labels.to(upcast.dtype), reduction="sum")
     return total / max(logits.numel(), 1)

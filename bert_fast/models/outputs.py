@@ -1,4 +1,4 @@
-"""What the models return: transformers' fields, by attribute, by key and, without the absent ones, by index."""
+"""The models' outputs, with transformers' fields: read by attribute, by key or by index."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree
 
-# Fields that transformers does not have are read by name only, so that tuples unpack as with transformers.
-_BESIDE = {"beside": True}
+# Fields that transformers does not have are not in the tuple, so that it unpacks as with transformers.
+_NAME_ONLY = {"name_only": True}
 
 
 @dataclass
 class ModelOutput:
-    """Base of the outputs: `out.loss`, `out["loss"]`, `out[0]`, `out[:2]`, `out.to_tuple()`.
+    """Base class of the outputs: `out.loss`, `out["loss"]`, `out[0]`, `out[:2]`, `out.to_tuple()`.
 
-    Fields that are None are left out of the keys and of the tuple.
+    The keys and the tuple are without the fields that are None.
     """
 
     def __init_subclass__(cls) -> None:
@@ -29,25 +29,25 @@ class ModelOutput:
         )
 
     def keys(self) -> list[str]:
-        """The names of the fields that are there."""
+        """The names of the fields that are not None."""
         return [item.name for item in fields(self) if getattr(self, item.name) is not None]
 
     def values(self) -> list[Any]:
-        """The fields that are there."""
+        """The fields that are not None."""
         return [getattr(self, name) for name in self.keys()]
 
     def items(self) -> list[tuple[str, Any]]:
-        """The names and the fields that are there."""
+        """The names and values of the fields that are not None."""
         return [(name, getattr(self, name)) for name in self.keys()]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field `name`, `default` where it is absent."""
+        """The field `name`, or `default` where it is None."""
         return getattr(self, name) if name in self.keys() else default
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that transformers' output of this name has, without those that are None."""
-        listed = [getattr(self, item.name) for item in fields(self) if not item.metadata.get("beside")]
-        return tuple(value for value in listed if value is not None)
+        """The fields of transformers' output of this name that are not None."""
+        values = [getattr(self, item.name) for item in fields(self) if not item.metadata.get("name_only")]
+        return tuple(value for value in values if value is not None)
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if not isinstance(key, str):
@@ -71,7 +71,7 @@ States = tuple[Tensor, ...]
 
 @dataclass
 class BaseModelOutputWithPooling(ModelOutput):
-    """Of `BertModel`. last_hidden_state (B, S, E), zeros at padding, or (T, E) where packed; pooler_output (B, E)."""
+    """Output of `BertModel`. last_hidden_state (B, S, E), zeros at padding, or (T, E); pooler_output (B, E)."""
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
@@ -81,10 +81,10 @@ class BaseModelOutputWithPooling(ModelOutput):
 
 @dataclass
 class BertForPreTrainingOutput(ModelOutput):
-    """Of `BertForPreTraining`. loss = mlm_loss + next_sentence_loss; prediction_logits (B, S, V) or (T, V).
+    """Output of `BertForPreTraining`. loss = mlm_loss + next_sentence_loss; prediction_logits (B, S, V) or (T, V).
 
-    mlm_loss, next_sentence_loss, mlm_correct and mlm_count (masked tokens predicted rightly, and all of them) are read
-    by name only.
+    mlm_loss, next_sentence_loss, mlm_correct and mlm_count (of the masked tokens, those predicted correctly, and all)
+    are not in the tuple.
     """
 
     loss: Tensor | None = None
@@ -92,27 +92,27 @@ class BertForPreTrainingOutput(ModelOutput):
     seq_relationship_logits: Tensor | None = None
     hidden_states: States | None = None
     attentions: States | None = None
-    mlm_loss: Tensor | None = field(default=None, metadata=_BESIDE)
-    next_sentence_loss: Tensor | None = field(default=None, metadata=_BESIDE)
-    mlm_correct: Tensor | None = field(default=None, metadata=_BESIDE)
-    mlm_count: Tensor | None = field(default=None, metadata=_BESIDE)
+    mlm_loss: Tensor | None = field(default=None, metadata=_NAME_ONLY)
+    next_sentence_loss: Tensor | None = field(default=None, metadata=_NAME_ONLY)
+    mlm_correct: Tensor | None = field(default=None, metadata=_NAME_ONLY)
+    mlm_count: Tensor | None = field(default=None, metadata=_NAME_ONLY)
 
 
 @dataclass
 class MaskedLMOutput(ModelOutput):
-    """Of `BertForMaskedLM`. logits (B, S, V) or (T, V); mlm_correct and mlm_count are read by name only."""
+    """Output of `BertForMaskedLM`. logits (B, S, V) or (T, V); mlm_correct and mlm_count are not in the tuple."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     hidden_states: States | None = None
     attentions: States | None = None
-    mlm_correct: Tensor | None = field(default=None, metadata=_BESIDE)
-    mlm_count: Tensor | None = field(default=None, metadata=_BESIDE)
+    mlm_correct: Tensor | None = field(default=None, metadata=_NAME_ONLY)
+    mlm_count: Tensor | None = field(default=None, metadata=_NAME_ONLY)
 
 
 @dataclass
 class ElectraForPreTrainingOutput(ModelOutput):
-    """Of `ElectraForPreTraining`. logits (B, S), zeros at padding, or (T,): above 0 where a word was replaced."""
+    """Output of `ElectraForPreTraining`. logits (B, S), zeros at padding, or (T,); above 0 for a replaced token."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -122,7 +122,7 @@ class ElectraForPreTrainingOutput(ModelOutput):
 
 @dataclass
 class NextSentencePredictorOutput(ModelOutput):
-    """Of `BertForNextSentencePrediction`. logits (B, 2)."""
+    """Output of `BertForNextSentencePrediction`. logits (B, 2)."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -132,7 +132,7 @@ class NextSentencePredictorOutput(ModelOutput):
 
 @dataclass
 class SequenceClassifierOutput(ModelOutput):
-    """Of `BertForSequenceClassification`. logits (B, num_labels)."""
+    """Output of `BertForSequenceClassification`. logits (B, num_labels)."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -142,7 +142,7 @@ class SequenceClassifierOutput(ModelOutput):
 
 @dataclass
 class TokenClassifierOutput(ModelOutput):
-    """Of `BertForTokenClassification`. logits (B, S, num_labels), zeros at padding, or (T, num_labels)."""
+    """Output of `BertForTokenClassification`. logits (B, S, num_labels), zeros at padding, or (T, num_labels)."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -152,7 +152,7 @@ class TokenClassifierOutput(ModelOutput):
 
 @dataclass
 class QuestionAnsweringModelOutput(ModelOutput):
-    """Of `BertForQuestionAnswering`. start_logits and end_logits (B, S), the lowest finite value at padding."""
+    """Output of `BertForQuestionAnswering`. start_logits and end_logits (B, S), the lowest finite value at padding."""
 
     loss: Tensor | None = None
     start_logits: Tensor | None = None
@@ -163,7 +163,7 @@ class QuestionAnsweringModelOutput(ModelOutput):
 
 @dataclass
 class MultipleChoiceModelOutput(ModelOutput):
-    """Of `BertForMultipleChoice`. logits (B, choices)."""
+    """Output of `BertForMultipleChoice`. logits (B, choices)."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The models of pretraining: masked words, next sentences, both, and ELECTRA's replaced words."""
+"""The models for pretraining: masked LM, next sentence prediction, both, and ELECTRA's discriminator."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from bert_fast.kernels import masked_lm_loss
 from bert_fast.kernels.masked_lm_loss import MaskedLMLoss
-from bert_fast.models.bert import BertHeadModel, Options
-from bert_fast.models.config import GELU_ACTIVATIONS, BertConfig
-from bert_fast.models.encoder import activated
-from bert_fast.models.inputs import IGNORE_INDEX, Tokens
+from bert_fast.models.activations import GELU_ACTIVATIONS
+from bert_fast.models.bert import BertHeadModel, EncoderOptions, PackedOutput
+from bert_fast.models.checkpoint import DECODER, DECODER_BIAS
+from bert_fast.models.config import BertConfig
+from bert_fast.models.inputs import IGNORE_INDEX
+from bert_fast.models.layers import linear_activation
 from bert_fast.models.losses import class_labels, mean_binary_cross_entropy, mean_cross_entropy
 from bert_fast.models.outputs import (
     BertForPreTrainingOutput,
@@ -20,13 +22,14 @@ from bert_fast.models.outputs import (
     MaskedLMOutput,
     NextSentencePredictorOutput,
 )
+from bert_fast.models.plain import is_plain, is_plain_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
 class BertPredictionHeadTransform(nn.Module):
-    """Projection, activation and LayerNorm before the vocabulary."""
+    """LayerNorm(act(dense(x))), before the decoder."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -36,13 +39,12 @@ class BertPredictionHeadTransform(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(M, E) -> (M, config.input_size), the width of the word embedding."""
-        x = activated(hidden, self.dense, self.hidden_act)
-        out: Tensor = self.LayerNorm(x)
+        out: Tensor = self.LayerNorm(linear_activation(hidden, self.dense, self.hidden_act))
         return out
 
 
 class BertLMPredictionHead(nn.Module):
-    """Scores of every word of the vocabulary, and their loss at the masked tokens."""
+    """The logits of the vocabulary, and the loss at the masked tokens."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -53,14 +55,14 @@ class BertLMPredictionHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(M, E) -> (M, V)."""
-        scores: Tensor = self.decoder(self.transform(hidden))
-        return scores
+        logits: Tensor = self.decoder(self.transform(hidden))
+        return logits
 
     def loss(self, hidden: Tensor, labels: Tensor) -> MaskedLMLoss:
-        """Mean loss over the rows of hidden (T, E) whose label is not -100; labels int64 (T,)."""
-        dense, norm = self.transform.dense, self.transform.LayerNorm
-        if GELU_ACTIVATIONS.get(self.transform.hidden_act) != "gelu" or dense.in_features != dense.out_features:
+        """Mean cross entropy over the rows of hidden (T, E) whose label is not -100; labels int64 (T,)."""
+        if not self._has_kernel():
             return self._eager_loss(hidden, labels)
+        dense, norm = self.transform.dense, self.transform.LayerNorm
         return masked_lm_loss(
             hidden,
             labels,
@@ -74,17 +76,31 @@ class BertLMPredictionHead(nn.Module):
             ignore_index=IGNORE_INDEX,
         )
 
+    def _has_kernel(self) -> bool:
+        """Whether masked_lm_loss computes this head: plain modules, exact GELU, and no change of width."""
+        transform = self.transform
+        if not (is_plain(self, BertLMPredictionHead) and is_plain(transform, BertPredictionHeadTransform)):
+            return False
+        dense = transform.dense
+        return (
+            is_plain(dense, nn.Linear)
+            and is_plain(self.decoder, nn.Linear)
+            and is_plain_norm(transform.LayerNorm)
+            and GELU_ACTIVATIONS.get(transform.hidden_act) == "gelu"
+            and dense.in_features == dense.out_features
+        )
+
     def _eager_loss(self, hidden: Tensor, labels: Tensor) -> MaskedLMLoss:
-        """The same for the activations and widths that masked_lm_loss does not have."""
+        """`loss` for the heads that have no kernel."""
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         labels = labels[rows]
-        scores = self(hidden[rows])
-        correct = (scores.argmax(dim=-1) == labels).sum() if rows.shape[0] else rows.sum()
-        return MaskedLMLoss(mean_cross_entropy(scores, labels), correct, (labels != IGNORE_INDEX).sum())
+        logits = self(hidden[rows])
+        correct = (logits.argmax(dim=-1) == labels).sum() if rows.shape[0] else rows.sum()
+        return MaskedLMLoss(mean_cross_entropy(logits, labels), correct, (labels != IGNORE_INDEX).sum())
 
 
 class BertOnlyMLMHead(nn.Module):
-    """Holds `predictions`, under transformers' name."""
+    """The container of `predictions`, for transformers' parameter names."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -92,7 +108,7 @@ class BertOnlyMLMHead(nn.Module):
 
 
 class BertOnlyNSPHead(nn.Module):
-    """Holds `seq_relationship`, under transformers' name."""
+    """The container of `seq_relationship`, for transformers' parameter names."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -100,7 +116,7 @@ class BertOnlyNSPHead(nn.Module):
 
 
 class BertPreTrainingHeads(nn.Module):
-    """Both heads."""
+    """The container of both heads."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -108,47 +124,56 @@ class BertPreTrainingHeads(nn.Module):
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
 
-def _tie(model: BertHeadModel, head: BertLMPredictionHead) -> None:
-    """One matrix for words in and words out, and one bias, unless the configuration says otherwise."""
-    if model.config.tie_word_embeddings:
-        head.decoder.weight = model.bert.embeddings.word_embeddings.weight
-        if model.config.architecture.lm_bias:
-            head.decoder.bias = head.bias
+class _MaskedLMModel(BertHeadModel):
+    """Base class of the models with a masked-LM head, whose decoder is tied to the word embedding."""
+
+    cls: BertOnlyMLMHead | BertPreTrainingHeads
+
+    def tie_weights(self) -> None:
+        """Share the decoder's weight with the word embedding, and its bias with `cls.predictions.bias`.
+
+        Unless the configuration's tie_word_embeddings is False.
+        """
+        head = self.cls.predictions
+        if self.config.tie_word_embeddings:
+            head.decoder.weight = self.bert.embeddings.word_embeddings.weight
+            if self.config.architecture.lm_bias:
+                head.decoder.bias = head.bias
+
+    @property
+    def tied_names(self) -> set[str]:
+        """The decoder's parameters, where they are tied."""
+        if not self.config.tie_word_embeddings:
+            return set()
+        return {DECODER, DECODER_BIAS} if self.config.architecture.lm_bias else {DECODER}
+
+    def masked_lm(
+        self, encoded: PackedOutput, labels: Tensor | None, *, output_logits: bool, label_rows: Tensor | None = None
+    ) -> tuple[MaskedLMLoss | None, Tensor | None]:
+        """The loss where there are labels, and the logits in the shape of the input.
+
+        Logits are None in training with labels, unless `output_logits` is True. With `label_rows`, `encoded.hidden` is
+        (M, E) of these tokens.
+        """
+        head, tokens, hidden, loss = self.cls.predictions, encoded.tokens, encoded.hidden, None
+        with_logits = output_logits or labels is None or not self.training
+        if labels is not None:
+            labels = tokens.select_labels("labels", labels, head.decoder.out_features)
+            loss = head.loss(hidden, labels if label_rows is None else labels.index_select(0, label_rows))
+        return loss, tokens.restore(head(hidden)) if with_logits else None
 
 
-def _masked_lm(
-    head: BertLMPredictionHead,
-    tokens: Tokens,
-    hidden: Tensor,
-    labels: Tensor | None,
-    with_logits: bool,
-    rows: Tensor | None = None,
-) -> tuple[MaskedLMLoss | None, Tensor | None]:
-    """The loss where there are labels, the logits (in the shape of the input) where they are wanted.
-
-    `hidden` is (T, E), or (M, E) of the tokens `rows`.
-    """
-    found = None
-    if labels is not None:
-        labels = tokens.select_labels("labels", labels, head.decoder.out_features)
-        found = head.loss(hidden, labels if rows is None else labels.index_select(0, rows))
-    return found, tokens.restore(head(hidden)) if with_logits else None
-
-
-class BertForPreTraining(BertHeadModel):
-    """BERT with the heads of its pretraining: masked words and next sentence."""
+class BertForPreTraining(_MaskedLMModel):
+    """BERT with its pretraining heads: masked LM and next sentence prediction."""
 
     head = "ForPreTraining"
     model_types = ("bert",)
+    cls: BertPreTrainingHeads
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.cls = BertPreTrainingHeads(config)
-        self.finish()
-
-    def tie_weights(self) -> None:
-        """Make the decoder's weight and bias those of the word embedding and of `cls.predictions.bias`."""
-        _tie(self, self.cls.predictions)
+        self.post_init()
 
     def forward(
         self,
@@ -163,55 +188,56 @@ class BertForPreTraining(BertHeadModel):
         label_rows: Tensor | None = None,
         output_logits: bool = False,
         return_dict: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[EncoderOptions],
     ) -> BertForPreTrainingOutput | tuple[Any, ...]:
-        """Scores, and the sum of both losses where both kinds of labels are given.
+        """Predict the masked tokens, and whether the second sentence follows the first.
 
         Args:
             input_ids ... inputs_embeds, options: see `BertModel.forward`.
-            labels: int64, shape of input_ids; the words to predict, -100 elsewhere. Labels at padding are left out.
+            labels: int64, the shape of input_ids; the tokens to predict, -100 elsewhere. Labels at padding are ignored.
             next_sentence_label: int64 (B,); 0 where the second sentence follows the first, 1 where it does not.
-            label_rows: int64 (M,), of packed input: where labels are not -100, each once, and maybe others. The last
-                layer is then computed at these and at the first tokens only, with the same loss, and its dropout (which
-                goes by row) is another; prediction_logits are (M, V).
-            output_logits: in training with labels, where only the loss is computed, return prediction_logits too.
+            label_rows: int64 (M,), for packed input: the rows whose label is not -100, each once, and any others. The
+                last layer is then computed at these and at the first tokens only. The loss is the same, except that
+                dropout, which depends on the row, draws another mask. prediction_logits are (M, V).
+            output_logits: return prediction_logits in training with labels too, where they are otherwise not computed.
+
+        Returns:
+            prediction_logits (B, S, V), for packed input (T, V); seq_relationship_logits (B, 2); mlm_loss,
+            next_sentence_loss, mlm_correct and mlm_count where the labels are given, and loss where both are.
+
+        Raises:
+            TypeError, ValueError: as `BertModel.forward`, or the labels do not fit.
         """
         tensors = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         encoded = self.run_encoder(*tensors, label_rows=label_rows, **options)
-        with_logits = output_logits or labels is None or not self.training
-        head, tokens = self.cls.predictions, encoded.tokens
-        found, logits = _masked_lm(head, tokens, encoded.hidden, labels, with_logits, label_rows)
+        mlm, logits = self.masked_lm(encoded, labels, output_logits=output_logits, label_rows=label_rows)
         relationship = self.cls.seq_relationship(encoded.pooled)
         next_sentence_loss = None
         if next_sentence_label is not None:
             next_sentence_label = class_labels("next_sentence_label", next_sentence_label, relationship)
             next_sentence_loss = mean_cross_entropy(relationship, next_sentence_label)
         output = BertForPreTrainingOutput(
-            loss=None if found is None or next_sentence_loss is None else found.loss + next_sentence_loss,
+            loss=None if mlm is None or next_sentence_loss is None else mlm.loss + next_sentence_loss,
             prediction_logits=logits,
             seq_relationship_logits=relationship,
-            mlm_loss=None if found is None else found.loss,
+            mlm_loss=None if mlm is None else mlm.loss,
             next_sentence_loss=next_sentence_loss,
-            mlm_correct=None if found is None else found.correct,
-            mlm_count=None if found is None else found.count,
+            mlm_correct=None if mlm is None else mlm.correct,
+            mlm_count=None if mlm is None else mlm.count,
             **encoded.states,
         )
-        return self.finished(output, return_dict)
+        return self.format_output(output, return_dict)
 
 
-class BertForMaskedLM(BertHeadModel):
-    """BERT that predicts masked words."""
+class BertForMaskedLM(_MaskedLMModel):
+    """BERT with a masked-LM head."""
 
     head = "ForMaskedLM"
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
-        self.finish()
-
-    def tie_weights(self) -> None:
-        """Make the decoder's weight and bias those of the word embedding and of `cls.predictions.bias`."""
-        _tie(self, self.cls.predictions)
+        self.post_init()
 
     def forward(
         self,
@@ -224,24 +250,34 @@ class BertForMaskedLM(BertHeadModel):
         *,
         output_logits: bool = False,
         return_dict: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[EncoderOptions],
     ) -> MaskedLMOutput | tuple[Any, ...]:
-        """Scores of every word for every token, and the loss where labels are given, as `BertForPreTraining`."""
+        """Predict the masked tokens.
+
+        Args:
+            input_ids ... inputs_embeds, options: see `BertModel.forward`.
+            labels, output_logits: see `BertForPreTraining.forward`.
+
+        Returns:
+            logits (B, S, V), for packed input (T, V); loss, mlm_correct and mlm_count where labels are given.
+
+        Raises:
+            TypeError, ValueError: as `BertModel.forward`, or the labels do not fit.
+        """
         encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
-        with_logits = output_logits or labels is None or not self.training
-        found, logits = _masked_lm(self.cls.predictions, encoded.tokens, encoded.hidden, labels, with_logits)
+        mlm, logits = self.masked_lm(encoded, labels, output_logits=output_logits)
         output = MaskedLMOutput(
-            loss=None if found is None else found.loss,
+            loss=None if mlm is None else mlm.loss,
             logits=logits,
-            mlm_correct=None if found is None else found.correct,
-            mlm_count=None if found is None else found.count,
+            mlm_correct=None if mlm is None else mlm.correct,
+            mlm_count=None if mlm is None else mlm.count,
             **encoded.states,
         )
-        return self.finished(output, return_dict)
+        return self.format_output(output, return_dict)
 
 
 class BertForNextSentencePrediction(BertHeadModel):
-    """BERT that says whether the second sentence follows the first."""
+    """BERT that predicts whether the second sentence follows the first."""
 
     head = "ForNextSentencePrediction"
     model_types = ("bert",)
@@ -249,7 +285,7 @@ class BertForNextSentencePrediction(BertHeadModel):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.cls = BertOnlyNSPHead(config)
-        self.finish()
+        self.post_init()
 
     def forward(
         self,
@@ -261,17 +297,28 @@ class BertForNextSentencePrediction(BertHeadModel):
         labels: Tensor | None = None,
         *,
         return_dict: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[EncoderOptions],
     ) -> NextSentencePredictorOutput | tuple[Any, ...]:
-        """logits (B, 2); labels int64 (B,), 0 where the second sentence follows the first, 1 where it does not."""
+        """Predict whether the second sentence follows the first.
+
+        Args:
+            input_ids ... inputs_embeds, options: see `BertModel.forward`.
+            labels: int64 (B,); 0 where the second sentence follows the first, 1 where it does not.
+
+        Returns:
+            logits (B, 2); loss where labels are given.
+
+        Raises:
+            TypeError, ValueError: as `BertModel.forward`, or the labels do not fit.
+        """
         encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         logits = self.cls.seq_relationship(encoded.pooled)
         loss = None if labels is None else mean_cross_entropy(logits, class_labels("labels", labels, logits))
-        return self.finished(NextSentencePredictorOutput(loss=loss, logits=logits, **encoded.states), return_dict)
+        return self.format_output(NextSentencePredictorOutput(loss=loss, logits=logits, **encoded.states), return_dict)
 
 
 class ElectraDiscriminatorPredictions(nn.Module):
-    """Projection, activation and one score for every token."""
+    """One score for every token: dense_prediction(act(dense(x)))."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -281,13 +328,12 @@ class ElectraDiscriminatorPredictions(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, E) -> (T, 1)."""
-        x = activated(hidden, self.dense, self.hidden_act)
-        scores: Tensor = self.dense_prediction(x)
-        return scores
+        logits: Tensor = self.dense_prediction(linear_activation(hidden, self.dense, self.hidden_act))
+        return logits
 
 
 class ElectraForPreTraining(BertHeadModel):
-    """ELECTRA's discriminator, which says of every token whether it was replaced."""
+    """ELECTRA's discriminator, which predicts of every token whether it was replaced."""
 
     head = "ForPreTraining"
     model_types = ("electra",)
@@ -295,7 +341,7 @@ class ElectraForPreTraining(BertHeadModel):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
         self.discriminator_predictions = ElectraDiscriminatorPredictions(config)
-        self.finish()
+        self.post_init()
 
     def forward(
         self,
@@ -307,15 +353,26 @@ class ElectraForPreTraining(BertHeadModel):
         labels: Tensor | None = None,
         *,
         return_dict: bool | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[EncoderOptions],
     ) -> ElectraForPreTrainingOutput | tuple[Any, ...]:
-        """logits (B, S), zeros at padding; labels int64 (B, S), 1 for a replaced token, 0 for others, -100 for none."""
+        """Predict of every token whether it was replaced.
+
+        Args:
+            input_ids ... inputs_embeds, options: see `BertModel.forward`.
+            labels: int64, the shape of input_ids; 1 for a replaced token, 0 for others, -100 is ignored.
+
+        Returns:
+            logits (B, S), zeros at padding, for packed input (T,); loss where labels are given.
+
+        Raises:
+            TypeError, ValueError: as `BertModel.forward`, or the labels do not fit.
+        """
         encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
-        scores = self.discriminator_predictions(encoded.hidden)
+        token_logits = self.discriminator_predictions(encoded.hidden)
         loss = None
         if labels is not None:
-            chosen = encoded.tokens.select_labels("labels", labels, 2).unsqueeze(1)
-            rows = (chosen != IGNORE_INDEX).nonzero()[:, 0]
-            loss = mean_binary_cross_entropy(scores[rows], chosen[rows])
-        logits = encoded.tokens.restore(scores).squeeze(-1)
-        return self.finished(ElectraForPreTrainingOutput(loss=loss, logits=logits, **encoded.states), return_dict)
+            labels = encoded.tokens.select_labels("labels", labels, 2).unsqueeze(1)
+            rows = (labels != IGNORE_INDEX).nonzero()[:, 0]
+            loss = mean_binary_cross_entropy(token_logits[rows], labels[rows])
+        logits = encoded.tokens.restore(token_logits).squeeze(-1)
+        return self.format_output(ElectraForPreTrainingOutput(loss=loss, logits=logits, **encoded.states), return_dict)

@@ -9,7 +9,7 @@ from torch import nn
 
 from bert_fast.data.tokenizer import mask_token
 from bert_fast.models.config import longest_input
-from bert_fast.models.embedding import packed
+from bert_fast.models.embedding import pack
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,7 +48,7 @@ def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, *, top_k: int =
         raise ValueError(f"the text has {len(encoding.ids)} tokens; the model takes at most {longest}")
     if not 1 <= top_k <= tokenizer.get_vocab_size():
         raise ValueError(f"top_k is {top_k}; expected 1 to {tokenizer.get_vocab_size()}, the size of the vocabulary")
-    logits = model(**packed([encoding.ids], next(model.parameters()).device)).logits[positions].float()
+    logits = model(**pack([encoding.ids], next(model.parameters()).device)).logits[positions].float()
     best = logits.softmax(-1).topk(top_k)
     return [
         [Candidate(str(tokenizer.id_to_token(i)), p) for i, p in zip(ids, probabilities, strict=True)]

@@ -1,4 +1,4 @@
-"""One thread, and nothing said yet of calls that run transformers' own forward."""
+"""One thread, and no warning given yet about calls that run transformers' own forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bert_fast.integrations import bert as fused_bert
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fused_bert, "_said", set())
+    monkeypatch.setattr(fused_bert, "_warned", set())
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

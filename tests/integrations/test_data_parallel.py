@@ -1,6 +1,6 @@
-"""torch.nn.DataParallel over a fused model: its replicas have tensors where the model has Parameters.
+"""torch.nn.DataParallel over a fused model, whose replicas have tensors where the model has Parameters.
 
-Two processes of DistributedDataParallel: tests/distributed.
+DistributedDataParallel with two processes: tests/distributed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HEADS = ["BertForMaskedLM", "BertForQuestionAnswering", "RobertaForSequenceClass
 
 
 def twins(name: str) -> tuple[Any, Any]:
-    """A fused model and its unfused twin, in training."""
+    """A fused model and its unfused twin, in training mode."""
     torch.manual_seed(0)
     config = transformers.RobertaConfig if name.startswith("Roberta") else transformers.BertConfig
     theirs = getattr(transformers, name)(config(**SMALL)).double().train()
@@ -48,16 +48,16 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     mask = (torch.arange(S) < torch.tensor([[13], [4], [9], [1]])).long()
     if name == "BertForMaskedLM":
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    if name == "BertForQuestionAnswering":  # transformers has padding in the softmax
+    if name == "BertForQuestionAnswering":  # transformers' softmax includes padding
         return {"input_ids": ids, "start_positions": ids[:, 0] % S, "end_positions": ids[:, 1] % S}
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 1, 0])}
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_replicas_compute_with_their_own_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What DataParallel does, `replicate` and a thread a replica, but for the copies between devices.
+def test_replicas_read_their_own_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DataParallel's steps, `replicate` and a thread per replica, without the copies between devices.
 
-    The second replica's tensors are 0.7 of the model's, so that one which computed with the model's would be seen.
+    The second replica's tensors are 0.7 of the model's, so that reading the model's would give another loss.
     """
     scales = (1.0, 0.7)
 
@@ -71,11 +71,11 @@ def test_replicas_compute_with_their_own_tensors(name: str, monkeypatch: pytest.
     replicas = replicate(ours, [0, 1])
     assert all(is_fused(replica.base_model) and not list(replica.parameters()) for replica in replicas)
     with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(lambda pair: pair[0](**pair[1]).loss, zip(replicas, halves, strict=True)))
-    sum(found).backward()
+        losses = list(threads.map(lambda pair: pair[0](**pair[1]).loss, zip(replicas, halves, strict=True)))
+    sum(losses).backward()
 
     gradients: dict[str, Tensor] = {}
-    for half, scale, loss in zip(halves, scales, found, strict=True):
+    for half, scale, loss in zip(halves, scales, losses, strict=True):
         other = copy.deepcopy(theirs)
         with torch.no_grad():
             for parameter in other.parameters():
@@ -92,11 +92,11 @@ def test_replicas_compute_with_their_own_tensors(name: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_data_parallel_over_the_devices_that_there_are(name: str) -> None:
+def test_data_parallel_over_the_available_devices(name: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours, theirs = (model.to(device) for model in twins(name))
     inputs = {key: x.to(device) for key, x in inputs_of(name).items()}
-    # One loss a device; each has as many sequences, but masked words are means over other counts of tokens.
-    found = nn.DataParallel(ours)(**inputs)
+    # One loss per device: of masked LM, a mean over that device's tokens.
+    actual = nn.DataParallel(ours)(**inputs)
     expected = nn.DataParallel(theirs)(**inputs)
-    torch.testing.assert_close(found.loss, expected.loss, **EXACT)
+    torch.testing.assert_close(actual.loss, expected.loss, **EXACT)

@@ -1,4 +1,4 @@
-"""A fused transformers model computes what the unfused one does, is saved and copied as before, and comes back."""
+"""A fused transformers model computes what the unfused one does, is saved and copied as before, and can be unfused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 
 def make(name: str = "BertModel", dtype: torch.dtype = torch.float64, *arguments: Any, **settings: Any) -> Any:
-    """A transformers model in eval mode, its weights large enough for every tensor to matter."""
+    """A transformers model in eval mode, with weights so large that every tensor matters."""
     torch.manual_seed(0)
     labels = {"num_labels": 3} if name in ("BertForSequenceClassification", "BertForTokenClassification") else {}
     config = transformers.BertConfig(**{**SMALL, **labels, **settings})
@@ -84,9 +84,9 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     assert mask is not None
     if name == "BertForMultipleChoice":
         mask = torch.stack([mask, mask.roll(1, dims=0)], dim=1)
-    if name == "BertForQuestionAnswering":  # its softmax is over padding too
+    if name == "BertForQuestionAnswering":  # its softmax includes padding
         mask = torch.ones_like(mask)
-    given = {
+    inputs = {
         "input_ids": torch.randint(0, 61, shape, generator=generator),
         "token_type_ids": torch.randint(0, 2, shape, generator=generator),
         "attention_mask": mask,
@@ -104,7 +104,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
         },
         "BertForMultipleChoice": {"labels": torch.tensor([1, 0, 1])},
     }
-    return {**given, **labels.get(name, {})}
+    return {**inputs, **labels.get(name, {})}
 
 
 def results(model: Any, inputs: dict[str, Tensor], **flags: Any) -> dict[str, Tensor]:
@@ -112,22 +112,22 @@ def results(model: Any, inputs: dict[str, Tensor], **flags: Any) -> dict[str, Te
     model.zero_grad()
     out = model(**inputs, **flags)
     mask = inputs["attention_mask"].flatten(0, -2).bool()
-    found = {}
+    outputs = {}
     for key, value in out.items():
         for index, tensor in enumerate(value if isinstance(value, tuple) else (value,)):
             at_tokens = tensor.shape[:2] == mask.shape
-            found[f"{key} {index}"] = tensor[mask] if at_tokens else tensor
-    loss = out["loss"] if "loss" in out else sum(x.square().sum() for x in found.values())
+            outputs[f"{key} {index}"] = tensor[mask] if at_tokens else tensor
+    loss = out["loss"] if "loss" in out else sum(x.square().sum() for x in outputs.values())
     loss.backward()
     gradients = {f"d {key}": p.grad for key, p in model.named_parameters() if p.grad is not None}
-    return {**{key: value.detach() for key, value in found.items()}, **gradients}
+    return {**{key: value.detach() for key, value in outputs.items()}, **gradients}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(
-            found[key], value, **(tolerance or EXACT), msg=lambda text, key=key: f"{key}: {text}"
+            actual[key], value, **(tolerance or EXACT), msg=lambda text, key=key: f"{key}: {text}"
         )
 
 
@@ -146,14 +146,14 @@ def test_masks(kind: str, mode: str) -> None:
     ids, mask = torch.randint(0, 61, (B, S)), mask_of(kind)
     context = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}[mode]
     with context():
-        found = ours(ids, mask).last_hidden_state
+        actual = ours(ids, mask).last_hidden_state
         expected = theirs(ids, mask).last_hidden_state
     real = torch.ones(B, S, dtype=torch.bool) if mask is None else mask.bool()
-    torch.testing.assert_close(found[real], expected[real], **EXACT)
-    assert not found[~real].any()
+    torch.testing.assert_close(actual[real], expected[real], **EXACT)
+    assert not actual[~real].any()
 
 
-def test_embeddings_types_and_positions_as_given() -> None:
+def test_inputs_embeds_token_types_and_positions() -> None:
     ours, theirs = twins()
     embeds = torch.randn(B, S, 48, dtype=torch.float64)
     mask = mask_of("holes")
@@ -175,22 +175,22 @@ def test_embeddings_types_and_positions_as_given() -> None:
 def test_tuples(name: str, states: bool) -> None:
     ours, theirs = twins(name)
     inputs = {**inputs_of(name), "attention_mask": torch.ones(B, S).long()}
-    found, expected = (model(**inputs, return_dict=False, output_hidden_states=states) for model in (ours, theirs))
-    assert type(found) is tuple
-    assert len(found) == len(expected)
-    flat = [[x for y in out for x in (y if isinstance(y, tuple) else (y,))] for out in (found, expected)]
-    for one, other in zip(*flat, strict=True):
-        torch.testing.assert_close(one, other, **EXACT)
+    actual, expected = (model(**inputs, return_dict=False, output_hidden_states=states) for model in (ours, theirs))
+    assert type(actual) is tuple
+    assert len(actual) == len(expected)
+    flat = [[x for y in out for x in (y if isinstance(y, tuple) else (y,))] for out in (actual, expected)]
+    for x, y in zip(*flat, strict=True):
+        torch.testing.assert_close(x, y, **EXACT)
 
 
 def test_tuple_of_a_model_without_a_pooler() -> None:
     ours, theirs = twins("BertModel", torch.float64, False)
     ids = torch.randint(0, 61, (B, S))
-    found, expected = ours(ids, return_dict=False), theirs(ids, return_dict=False)
-    assert [x is None for x in found] == [x is None for x in expected]
+    actual, expected = ours(ids, return_dict=False), theirs(ids, return_dict=False)
+    assert [x is None for x in actual] == [x is None for x in expected]
 
 
-def test_settings_of_the_configuration_count() -> None:
+def test_defaults_from_the_configuration() -> None:
     ours, theirs = twins(output_hidden_states=True, return_dict=False)
     ids = torch.randint(0, 61, (B, S))
     assert [type(x) for x in ours(ids)] == [type(x) for x in theirs(ids)]
@@ -204,7 +204,7 @@ def test_activations_with_and_without_a_kernel(act: str) -> None:
 
 
 def enable_checkpointing(model: Any, arguments: dict[str, Any]) -> None:
-    """Under the name that this transformers has for it."""
+    """The method's name depends on the version of transformers."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     else:
@@ -246,22 +246,22 @@ def test_gradient_checkpointing_repeats_the_dropout() -> None:
     assert_same(results(ours, inputs), expected)
 
 
-def test_dropout_keeps_the_mean_and_follows_the_mode() -> None:
+def test_dropout_has_the_same_distribution_and_follows_the_mode() -> None:
     ours, theirs = twins(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     ids = torch.randint(0, 61, (200, 5))
     torch.testing.assert_close(ours(ids).last_hidden_state, theirs(ids).last_hidden_state, **EXACT)
     ours.train(), theirs.train()
     with torch.no_grad():
-        found, expected = ours(ids.new_full((2000, 5), 7)), theirs(ids.new_full((2000, 5), 7))
-    found, expected = found.last_hidden_state, expected.last_hidden_state
-    # Means and spreads over 2000 equal sequences: 5 standard errors; the spread's own relative error is about 1.6 %.
+        actual, expected = ours(ids.new_full((2000, 5), 7)), theirs(ids.new_full((2000, 5), 7))
+    actual, expected = actual.last_hidden_state, expected.last_hidden_state
+    # Mean and standard deviation over 2000 equal sequences: 5 standard errors; the relative error of the standard
+    # deviation is about 1.6 %.
     spread = expected.std(dim=0)
-    assert ((found.mean(0) - expected.mean(0)).abs() < 5 * spread * (2 / 2000) ** 0.5).all()
-    assert ((found.std(0) / spread) - 1).abs().max() < 0.12
+    assert ((actual.mean(0) - expected.mean(0)).abs() < 5 * spread * (2 / 2000) ** 0.5).all()
+    assert ((actual.std(0) / spread) - 1).abs().max() < 0.12
     ours.eval()
-    ours.encoder.layer[1].output.dropout.train()  # one module alone, as Monte Carlo dropout does
-    one, other = ours(ids).last_hidden_state, ours(ids).last_hidden_state
-    assert not torch.equal(one, other)
+    ours.encoder.layer[1].output.dropout.train()  # a single module, as in Monte Carlo dropout
+    assert not torch.equal(ours(ids).last_hidden_state, ours(ids).last_hidden_state)
 
 
 def test_autocast_has_the_dtypes_of_transformers() -> None:
@@ -270,13 +270,13 @@ def test_autocast_has_the_dtypes_of_transformers() -> None:
     real = inputs["attention_mask"].bool()
     truth = make("BertModel", torch.float64)(**inputs).last_hidden_state[real]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, expected = (model(**inputs, output_hidden_states=True) for model in (ours, theirs))
-    assert found.pooler_output.dtype == expected.pooler_output.dtype
-    assert [x.dtype for x in found.hidden_states] == [x.dtype for x in expected.hidden_states]
-    error, eager = ((x.last_hidden_state[real] - truth).abs().max() for x in (found, expected))
+        actual, expected = (model(**inputs, output_hidden_states=True) for model in (ours, theirs))
+    assert actual.pooler_output.dtype == expected.pooler_output.dtype
+    assert [x.dtype for x in actual.hidden_states] == [x.dtype for x in expected.hidden_states]
+    error, eager = ((x.last_hidden_state[real] - truth).abs().max() for x in (actual, expected))
     # The residual stream is rounded to bfloat16 too: 3 times eager's error, and four units of the largest value.
     assert error < 3 * eager + 4 * 2**-8 * truth.abs().max()
-    found.last_hidden_state.sum().backward()
+    actual.last_hidden_state.sum().backward()
     assert ours.encoder.layer[0].attention.self.query.weight.grad.dtype == torch.float32
 
 
@@ -285,9 +285,9 @@ def test_low_precision(dtype: torch.dtype) -> None:
     ours, theirs = twins("BertForMaskedLM", dtype)
     inputs = inputs_of("BertForMaskedLM")
     truth = results(copy.deepcopy(theirs).double(), inputs)
-    found, eager = results(ours, inputs), results(theirs, inputs)
+    actual, eager = results(ours, inputs), results(theirs, inputs)
     for key, value in truth.items():
-        errors = [(x[key].double() - value).abs().max() for x in (found, eager)]
+        errors = [(x[key].double() - value).abs().max() for x in (actual, eager)]
         assert errors[0] <= 3 * errors[1] + 4 * torch.finfo(dtype).eps * value.abs().max(), key
 
 
@@ -295,8 +295,8 @@ def test_parameters_names_and_optimizer_are_the_same_objects() -> None:
     model = make("BertForMaskedLM", torch.float32)
     names, parameters, keys = dict(model.named_modules()), dict(model.named_parameters()), list(model.state_dict())
     assert bert_fast.fuse(model) is model
-    assert all(found is names[name] for name, found in model.named_modules())
-    assert all(found is parameters[name] for name, found in model.named_parameters())
+    assert all(module is names[name] for name, module in model.named_modules())
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert list(model.state_dict()) == keys
     assert isinstance(model.bert, transformers.BertModel)
     assert type(model.bert).__name__ == "BertModel"
@@ -309,7 +309,7 @@ def test_parameters_names_and_optimizer_are_the_same_objects() -> None:
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    with torch.no_grad():  # the weights are read at every call, even those changed behind autograd's back
+    with torch.no_grad():  # the weights are read at every call, also after a change through `.data`
         before = model(**inputs).loss
         model.bert.encoder.layer[0].attention.self.query.weight.data.mul_(2.0)
         assert not torch.equal(model(**inputs).loss, before)
@@ -318,38 +318,38 @@ def test_parameters_names_and_optimizer_are_the_same_objects() -> None:
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": lambda model: _saved(model),
-    "safetensors": lambda model: _tensors(model),
+    "torch.save": lambda model: _through_torch_save(model),
+    "safetensors": lambda model: _through_safetensors(model),
 }
 
 
-def _saved(model: nn.Module) -> Any:
+def _through_torch_save(model: nn.Module) -> Any:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-def _tensors(model: nn.Module) -> Any:
-    """A new fused model with the tensors of a file, the tied ones under one name."""
-    made = make(type(model).__name__, initializer_range=0.5)
+def _through_safetensors(model: nn.Module) -> Any:
+    """A new fused model with the tensors of a file, where tied ones have one name."""
+    loaded = make(type(model).__name__, initializer_range=0.5)
     with TemporaryDirectory() as folder:
         save_model(model, f"{folder}/tensors")
-        load_model(bert_fast.fuse(made), f"{folder}/tensors")
-    return made
+        load_model(bert_fast.fuse(loaded), f"{folder}/tensors")
+    return loaded
 
 
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_are_fused_and_independent(how: str) -> None:
     ours, _ = twins("BertForMaskedLM")
     inputs = inputs_of("BertForMaskedLM")
-    made = COPIES[how](ours)
-    assert type(made.bert) is type(ours.bert)
-    assert_same(results(made, inputs), results(ours, inputs))
+    copied = COPIES[how](ours)
+    assert type(copied.bert) is type(ours.bert)
+    assert_same(results(copied, inputs), results(ours, inputs))
     with torch.no_grad():
-        made.bert.embeddings.LayerNorm.weight.zero_()
+        copied.bert.embeddings.LayerNorm.weight.zero_()
     assert ours.bert.embeddings.LayerNorm.weight.any()
-    assert type(bert_fast.unfuse(made).bert) is transformers.BertModel
+    assert type(bert_fast.unfuse(copied).bert) is transformers.BertModel
 
 
 def test_save_pretrained_writes_what_it_wrote_before(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_save_pretrained_writes_what_it_wrote_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["BertForPreTraining", "BertForQuestionAnswering"])
-def test_compiles_without_a_break(name: str) -> None:
+def test_compiles_without_a_graph_break(name: str) -> None:
     ours, _ = twins(name, torch.float32, num_hidden_layers=1)
     inputs = inputs_of(name)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
@@ -374,7 +374,7 @@ def test_compiles_without_a_break(name: str) -> None:
 
 
 class LoRA(nn.Module):
-    """What PEFT puts in the place of a Linear."""
+    """An adapter like PEFT's."""
 
     def __init__(self, base: nn.Linear, rank: int = 4) -> None:
         super().__init__()
@@ -411,12 +411,12 @@ def test_wrapped_modules_are_called(wrapped: str) -> None:
     ours = bert_fast.fuse(copy.deepcopy(theirs))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = results(ours, inputs)
-    assert_same(found, results(theirs, inputs))
+        actual = results(ours, inputs)
+    assert_same(actual, results(theirs, inputs))
 
 
 class Sentences(nn.Module):
-    """A sentence encoder as users write it: the model in a list, the mean over the mask."""
+    """A sentence encoder as users write it: the model in a ModuleList, the mean over the mask."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -440,11 +440,11 @@ def test_ddp(tmp_path: Path) -> None:
     ours, theirs = twins("BertForMaskedLM")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        found = results(nn.parallel.DistributedDataParallel(ours), inputs_of("BertForMaskedLM"))
+        actual = results(nn.parallel.DistributedDataParallel(ours), inputs_of("BertForMaskedLM"))
     finally:
         torch.distributed.destroy_process_group()
-    found = {key.replace("module.", ""): value for key, value in found.items()}
-    assert_same(found, results(theirs, inputs_of("BertForMaskedLM")))
+    actual = {key.replace("module.", ""): value for key, value in actual.items()}
+    assert_same(actual, results(theirs, inputs_of("BertForMaskedLM")))
 
 
 def test_unfuse_and_fusing_twice() -> None:
@@ -460,7 +460,7 @@ def test_unfuse_and_fusing_twice() -> None:
     assert bert_fast.unfuse(model) is model
 
 
-def test_a_subclass_without_a_forward_of_its_own_is_fused_one_with_is_left() -> None:
+def test_only_a_subclass_that_does_not_override_forward_is_fused() -> None:
     class Named(transformers.BertModel):
         pass
 
@@ -472,15 +472,15 @@ def test_a_subclass_without_a_forward_of_its_own_is_fused_one_with_is_left() -> 
     named = bert_fast.fuse(Named(config))
     assert isinstance(named, Named)
     assert fused_bert.is_fused(copy.deepcopy(named))
-    with pytest.warns(UserWarning, match="Other has a forward of its own"):
+    with pytest.warns(UserWarning, match="Other overrides forward"):
         other = bert_fast.fuse(Other(config))
     assert type(other) is Other
 
 
-def test_what_can_not_be_fused_says_what_was_found() -> None:
-    with pytest.raises(ValueError, match=r"found no encoder of the family in MPNetModel, but .*'mpnet'.*RobertaModel"):
+def test_a_module_without_a_supported_encoder_is_named() -> None:
+    with pytest.raises(ValueError, match=r"MPNetModel contains no supported encoder, but .*'mpnet'.*RobertaModel"):
         bert_fast.fuse(transformers.MPNetModel(transformers.MPNetConfig(**SMALL)))
-    with pytest.raises(ValueError, match="found no encoder of the family in Sequential, but Sequential, Linear"):
+    with pytest.raises(ValueError, match="Sequential contains no supported encoder, but Sequential, Linear"):
         bert_fast.fuse(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="runs on its kernels already"):
         bert_fast.fuse(bert_fast.BertModel(bert_fast.BertConfig(**SMALL)))
@@ -488,24 +488,24 @@ def test_what_can_not_be_fused_says_what_was_found() -> None:
         bert_fast.fuse("bert-base-uncased")  # type: ignore[type-var]
     model = make()
     model.config.position_embedding_type = "relative_key"
-    with pytest.warns(UserWarning, match="leaves the BertModel as it is, because config.position_embedding_type"):
+    with pytest.warns(UserWarning, match="does not change the BertModel, because config.position_embedding_type"):
         assert bert_fast.fuse(model) is model
     assert type(model) is transformers.BertModel
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForTokenClassification"])
-def test_at_padding_a_head_sees_zeros(name: str) -> None:
+def test_at_padding_a_head_reads_zeros(name: str) -> None:
     ours, theirs = twins(name)
     inputs = {**inputs_of("BertModel"), "attention_mask": mask_of("left")}
     real = inputs["attention_mask"].bool()
     head = ours.cls if name == "BertForMaskedLM" else ours.classifier
-    of_zeros = head(torch.zeros(1, 48, dtype=torch.float64))[0]
-    found, expected = ours(**inputs).logits, theirs(**inputs).logits
-    torch.testing.assert_close(found[real], expected[real], **EXACT)
-    torch.testing.assert_close(found[~real], of_zeros.expand(int((~real).sum()), -1), **EXACT)
+    logits_of_zeros = head(torch.zeros(1, 48, dtype=torch.float64))[0]
+    actual, expected = ours(**inputs).logits, theirs(**inputs).logits
+    torch.testing.assert_close(actual[real], expected[real], **EXACT)
+    torch.testing.assert_close(actual[~real], logits_of_zeros.expand(int((~real).sum()), -1), **EXACT)
 
 
-def test_wrong_arguments_are_refused_as_by_transformers() -> None:
+def test_wrong_arguments_raise_transformers_errors() -> None:
     ours, _ = twins()
     ids = torch.randint(0, 61, (B, S))
     with pytest.raises(TypeError, match="multiple values"):

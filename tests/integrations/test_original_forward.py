@@ -1,4 +1,4 @@
-"""Calls that no kernel takes, and decoders: transformers' own forward answers, to the bit, and it is said once."""
+"""Unsupported calls and decoders run transformers' own forward, to the bit, with one warning per reason."""
 
 from __future__ import annotations
 
@@ -43,19 +43,18 @@ def ids_of(columns: int = S) -> Tensor:
     return torch.randint(0, 61, (B, columns), generator=torch.Generator().manual_seed(3))
 
 
-def quiet(model: Any, **given: Any) -> Any:
-    """The call, which may say nothing."""
+def without_warning(model: Any, **inputs: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        return model(**given)
+        return model(**inputs)
 
 
-def equal(found: Any, expected: Any) -> None:
-    """Of the same parts, equal to the bit; a cache is not looked into."""
-    assert list(found) == list(expected)
+def assert_equal(actual: Any, expected: Any) -> None:
+    """The same fields, equal to the bit; caches are not compared."""
+    assert list(actual) == list(expected)
     for key, value in expected.items():
         if key != "past_key_values":
-            parts = [x if isinstance(x, tuple) else (x,) for x in (found[key], value)]
+            parts = [x if isinstance(x, tuple) else (x,) for x in (actual[key], value)]
             assert all(torch.equal(x, y) for x, y in zip(*parts, strict=True)), key
 
 
@@ -81,45 +80,45 @@ FALLBACKS: dict[str, tuple[dict[str, Any], dict[str, Any], Any, str]] = {
 
 
 @pytest.mark.parametrize("case", FALLBACKS)
-def test_calls_that_no_kernel_takes_run_the_original_and_say_so_once(case: str) -> None:
-    settings, arguments, change, said = FALLBACKS[case]
+def test_unsupported_calls_run_the_original_and_warn_once(case: str) -> None:
+    settings, arguments, change, warning = FALLBACKS[case]
     ours, theirs = twins(**settings)
     for model in (ours, theirs):
         if change is not None:
             change(model)
-    given = {"input_ids": ids_of(), **arguments}
-    with pytest.warns(UserWarning, match=said):
-        found = ours(**given)
-    expected = theirs(**given)
-    equal(found, expected)
-    equal(quiet(ours, **given), expected)
-    # transformers 5 has no head masks and takes a soft mask's values for ones.
+    inputs = {"input_ids": ids_of(), **arguments}
+    with pytest.warns(UserWarning, match=warning):
+        actual = ours(**inputs)
+    expected = theirs(**inputs)
+    assert_equal(actual, expected)
+    assert_equal(without_warning(ours, **inputs), expected)
+    # transformers 5 has no head masks and reads a soft mask's values as ones.
     if case == "mask of every pair" or (FOUR and "mask" in case):
-        assert not torch.allclose(expected[0], theirs(given["input_ids"])[0])
+        assert not torch.allclose(expected[0], theirs(inputs["input_ids"])[0])
 
 
-def test_a_cache_goes_to_the_original() -> None:
+def test_a_cache_is_passed_to_the_original() -> None:
     ours, theirs = twins()
     caches = [transformers.DynamicCache(config=model.config) for model in (ours, theirs)]
     with pytest.warns(UserWarning, match="argument past_key_values"):
-        found = ours(ids_of(), past_key_values=caches[0])
-    equal(found, theirs(ids_of(), past_key_values=caches[1]))
+        actual = ours(ids_of(), past_key_values=caches[0])
+    assert_equal(actual, theirs(ids_of(), past_key_values=caches[1]))
 
 
-def test_a_decoder_with_cross_attention_is_left_and_says_so() -> None:
+def test_a_decoder_with_cross_attention_is_not_fused() -> None:
     settings = {"is_decoder": True, "add_cross_attention": True}
     decoder, theirs = make("BertLMHeadModel", **settings), make("BertLMHeadModel", **settings)
-    with pytest.warns(UserWarning, match="leaves the BertModel at 'bert' as it is, because is_decoder is True"):
+    with pytest.warns(UserWarning, match="does not change the BertModel at 'bert', because is_decoder is True"):
         bert_fast.fuse(decoder)
     assert not is_fused(decoder.bert)
-    given = {"input_ids": ids_of(), "encoder_hidden_states": STATES, "labels": ids_of(), "use_cache": True}
-    equal(quiet(decoder, **given), theirs(**given))
+    inputs = {"input_ids": ids_of(), "encoder_hidden_states": STATES, "labels": ids_of(), "use_cache": True}
+    assert_equal(without_warning(decoder, **inputs), theirs(**inputs))
 
 
-def test_decoding_by_a_model_that_became_a_decoder_after_it_was_fused() -> None:
-    """Cross attention and a cache that grows, in float32: transformers 4 overflows on a float64 cache."""
+def test_a_model_that_becomes_a_decoder_after_fuse_decodes() -> None:
+    """Cross attention and a growing cache, in float32: transformers 4 overflows on a float64 cache."""
 
-    def made(*, fused: bool) -> Any:
+    def build(*, fused: bool) -> Any:
         model = make(is_decoder=True, add_cross_attention=True).float()
         for name in ("is_decoder", "add_cross_attention"):
             setattr(model.config, name, False)
@@ -129,39 +128,39 @@ def test_decoding_by_a_model_that_became_a_decoder_after_it_was_fused() -> None:
             setattr(model.config, name, True)
         return model
 
-    def decoded(model: Any) -> tuple[Tensor, Tensor]:
+    def decode(model: Any) -> tuple[Tensor, Tensor]:
         context = {"encoder_hidden_states": STATES.float(), "encoder_attention_mask": torch.ones(B, 5).long()}
         first = model(ids_of()[:, :9], **context, use_cache=True)
         second = model(ids_of()[:, 9:10], **context, past_key_values=first.past_key_values, use_cache=True)
         return first.last_hidden_state, second.last_hidden_state
 
-    theirs = made(fused=False)
-    with pytest.warns(UserWarning, match="is_decoder is True") as said:
-        found = decoded(made(fused=True))
-    assert len([one for one in said if "bert_fast" in str(one.message)]) == 1
-    expected = decoded(theirs)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    theirs = build(fused=False)
+    with pytest.warns(UserWarning, match="is_decoder is True") as messages:
+        actual = decode(build(fused=True))
+    assert len([message for message in messages if "bert_fast" in str(message.message)]) == 1
+    expected = decode(theirs)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
     assert expected[1].shape == (B, 1, 48)
 
 
 @pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")  # given with every loss
-def test_the_encoder_of_an_encoder_and_decoder_pair_is_fused_alone() -> None:
-    def made() -> Any:
+def test_of_an_encoder_decoder_pair_only_the_encoder_is_fused() -> None:
+    def build() -> Any:
         decoder = make("BertLMHeadModel", is_decoder=True, add_cross_attention=True)
         return transformers.EncoderDecoderModel(encoder=make(), decoder=decoder).eval()
 
-    theirs, ours = made(), made()
-    with pytest.warns(UserWarning, match=r"leaves the BertModel at 'decoder\.bert' as it is"):
+    theirs, ours = build(), build()
+    with pytest.warns(UserWarning, match=r"does not change the BertModel at 'decoder\.bert'"):
         bert_fast.fuse(ours)
     assert is_fused(ours.encoder)
     assert not is_fused(ours.decoder.bert)
     mask = torch.ones(B, S, dtype=torch.int64)
     mask[0, 9:] = 0
     mask[2, 3:] = 0
-    given = {"input_ids": ids_of(), "attention_mask": mask, "decoder_input_ids": ids_of(6), "labels": ids_of(6)}
+    inputs = {"input_ids": ids_of(), "attention_mask": mask, "decoder_input_ids": ids_of(6), "labels": ids_of(6)}
     results = []
-    for run, model in ((quiet, ours), (lambda m, **k: m(**k), theirs)):
-        out = run(model, **given)
+    for run, model in ((without_warning, ours), (lambda m, **k: m(**k), theirs)):
+        out = run(model, **inputs)
         out.loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append({"loss": out.loss.detach(), "logits": out.logits.detach(), **grads})
@@ -170,16 +169,16 @@ def test_the_encoder_of_an_encoder_and_decoder_pair_is_fused_alone() -> None:
         torch.testing.assert_close(results[0][key], value, **EXACT, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_hidden_states_still_come_after_the_original_forward_has_left_its_hooks() -> None:
+def test_hidden_states_after_the_original_forward_installed_its_hooks() -> None:
     ours, theirs = twins(attn_implementation="eager")
     ids = ids_of()
     with pytest.warns(UserWarning, match="output_attentions"):
         ours(ids, output_attentions=True, output_hidden_states=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        found = ours(ids, output_hidden_states=True)
-    for one, other in zip(found.hidden_states, theirs(ids, output_hidden_states=True).hidden_states, strict=True):
-        torch.testing.assert_close(one, other, **EXACT)
+        actual = ours(ids, output_hidden_states=True)
+    for x, y in zip(actual.hidden_states, theirs(ids, output_hidden_states=True).hidden_states, strict=True):
+        torch.testing.assert_close(x, y, **EXACT)
 
 
 def test_export_runs_the_original() -> None:

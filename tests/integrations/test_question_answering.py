@@ -1,4 +1,4 @@
-"""The head whose softmax is over the tokens: padding is left out of it, as the fused encoder leaves it out."""
+"""The question answering head of a fused model: its softmax over the tokens excludes padding."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_padding_takes_no_part_in_the_loss_of_question_answering() -> None:
     mask = (torch.arange(S) < torch.tensor(lengths)[:, None]).long()
     inputs = {**tokens(), "attention_mask": mask}
     out = ours(**inputs, start_positions=torch.tensor(starts), end_positions=torch.tensor(ends))
-    # What transformers gives for each sequence alone, with no padding.
+    # transformers on each sequence by itself, without padding
     alone = [
         theirs(
             inputs["input_ids"][i : i + 1, :n],
@@ -62,38 +62,38 @@ def test_padding_takes_no_part_in_the_loss_of_question_answering() -> None:
         )
         for i, n in enumerate(lengths)
     ]
-    sum(one.loss for one in alone).div(B).backward()
+    sum(output.loss for output in alone).div(B).backward()
     out.loss.backward()
-    torch.testing.assert_close(out.loss, sum(one.loss for one in alone) / B, **EXACT)
+    torch.testing.assert_close(out.loss, sum(output.loss for output in alone) / B, **EXACT)
     for key in ("start_logits", "end_logits"):
-        for row, n, one in zip(out[key], lengths, alone, strict=True):
-            torch.testing.assert_close(row[:n], one[key][0], **EXACT)
+        for row, n, output in zip(out[key], lengths, alone, strict=True):
+            torch.testing.assert_close(row[:n], output[key][0], **EXACT)
             assert (row[n:] == torch.finfo(torch.float64).min).all()
     expected = dict(theirs.named_parameters())
     for key, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[key].grad, msg=key, **EXACT)
-    # An answer at padding, or past the end, is left out.
+    # A position at padding or past the end is ignored.
     for outside in (12, 99):
-        left = ours(
+        ignored = ours(
             **inputs, start_positions=torch.tensor([1, outside, 0]), end_positions=torch.tensor([2, outside, 8])
         )
-        torch.testing.assert_close(left.loss, (alone[0].loss + alone[2].loss) / 2, **EXACT)
+        torch.testing.assert_close(ignored.loss, (alone[0].loss + alone[2].loss) / 2, **EXACT)
     assert all(
         torch.equal(x, y) for x, y in zip(ours(**inputs, return_dict=False), ours(**inputs).values(), strict=True)
     )
 
 
-def test_question_answering_that_runs_the_original_forward_runs_its_head_too() -> None:
+def test_with_the_original_forward_the_original_head_runs_too() -> None:
     ours, theirs = twins(attn_implementation="eager")
     mask = torch.ones(B, S, dtype=torch.int64)
     mask[0, 9:] = 0
     ends = {"start_positions": torch.tensor([1, 3, 0]), "end_positions": torch.tensor([2, 7, 99])}
     inputs = {**tokens(), **ends, "attention_mask": mask, "output_attentions": True}
     with pytest.warns(UserWarning, match="output_attentions"):
-        found = ours(**inputs)
+        actual = ours(**inputs)
     expected = theirs(**inputs)
-    assert torch.equal(found.loss, expected.loss)
-    assert torch.equal(found.start_logits, expected.start_logits)
+    assert torch.equal(actual.loss, expected.loss)
+    assert torch.equal(actual.start_logits, expected.start_logits)
     del inputs["output_attentions"]
     bert_fast.unfuse(ours.bert)
     assert torch.equal(ours(**inputs).loss, theirs(**inputs).loss)

@@ -1,4 +1,4 @@
-"""The libraries around transformers, as they are, give a fused model the losses and answers of an unfused one."""
+"""Libraries built on transformers give the same losses and predictions with a fused model."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    made.post_processor = tokenizers.processors.TemplateProcessing(
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=40, **names)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=40, **names)
 
 
 def library(name: str) -> Any:
-    """The module; requirements.txt has it. A GPU machine with no network has the packages that it has."""
+    """The module. requirements.txt has it; a GPU machine without network may lack it."""
     return pytest.importorskip(name) if torch.cuda.is_available() else importlib.import_module(name)
 
 
 class Counted:
-    """How many calls of a fused encoder ran on our kernels."""
+    """The number of calls of a fused encoder that ran on the kernels."""
 
     calls = 0
 
@@ -89,20 +89,20 @@ def twins(name: str, **settings: Any) -> tuple[Any, Any]:
     return bert_fast.fuse(make(name, **settings)), make(name, **settings)
 
 
-def same(found: Any, expected: Any) -> None:
-    """Equal structure, words and places; numbers that are near."""
+def assert_close(actual: Any, expected: Any) -> None:
+    """The same structure, strings and integers; floats within CLOSE."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
+        assert actual.keys() == expected.keys()
         for key in expected:
-            same(found[key], expected[key])
+            assert_close(actual[key], expected[key])
     elif isinstance(expected, list | tuple) and not all(isinstance(x, float) for x in expected):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            same(one, other)
+        assert len(actual) == len(expected)
+        for x, y in zip(actual, expected, strict=True):
+            assert_close(x, y)
     elif isinstance(expected, str | int):
-        assert found == expected
+        assert actual == expected
     else:
-        np.testing.assert_allclose(found, expected, **CLOSE)
+        np.testing.assert_allclose(actual, expected, **CLOSE)
 
 
 PIPELINES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
@@ -119,7 +119,9 @@ PIPELINES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "feature-extraction": ("BertModel", TEXTS, {}),
 }
-TASKS = [name for name in PIPELINES if name in PIPELINE_REGISTRY.get_supported_tasks()]  # 5 has no question-answering
+TASKS = [
+    name for name in PIPELINES if name in PIPELINE_REGISTRY.get_supported_tasks()
+]  # transformers 5 has no question-answering
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -132,17 +134,17 @@ def test_pipeline(task: str, batch_size: int, tokenizer: Any, counted: Counted) 
         results.append([run(x, **options) for x in inputs] if batch_size == 1 else run(inputs, **options))
     assert counted.calls
     if task == "feature-extraction" and batch_size > 1:
-        # At padding transformers' vectors depend on what fills the batch up; ours are zeros.
+        # At padding transformers' vectors depend on the batch; ours are zeros.
         lengths = [len(tokenizer(text)["input_ids"]) for text in inputs]
         assert not any(np.any(x[0][n:]) for x, n in zip(results[0], lengths, strict=True))
         results = [[x[0][:n] for x, n in zip(result, lengths, strict=True)] for result in results]
-    same(*results)
+    assert_close(*results)
 
 
 def examples(tokenizer: Any, name: str) -> list[dict[str, Any]]:
-    """Tokenised texts of many lengths, with labels."""
+    """Tokenized texts of many lengths, with labels."""
     generator = torch.Generator().manual_seed(4)
-    found = []
+    rows = []
     for index in range(24):
         count = int(torch.randint(2, 20, (1,), generator=generator))
         words = [WORDS[int(i)] for i in torch.randint(0, len(WORDS), (count,), generator=generator)]
@@ -152,11 +154,11 @@ def examples(tokenizer: Any, name: str) -> list[dict[str, Any]]:
         elif name == "BertForTokenClassification":
             encoded["labels"] = [i % 3 for i in encoded["input_ids"]]
         elif name == "BertForQuestionAnswering":
-            places = range(1, len(encoded["input_ids"]) - 1)
-            encoded["start_positions"] = min(places, key=lambda i: encoded["input_ids"][i])
-            encoded["end_positions"] = max(places, key=lambda i: encoded["input_ids"][i])
-        found.append(encoded)
-    return found
+            positions = range(1, len(encoded["input_ids"]) - 1)
+            encoded["start_positions"] = min(positions, key=lambda i: encoded["input_ids"][i])
+            encoded["end_positions"] = max(positions, key=lambda i: encoded["input_ids"][i])
+        rows.append(encoded)
+    return rows
 
 
 def collator(tokenizer: Any, name: str) -> Any:
@@ -168,7 +170,7 @@ def collator(tokenizer: Any, name: str) -> Any:
 
 
 def losses(model: Any, tokenizer: Any, name: str, folder: Path, **settings: Any) -> list[float]:
-    """Of each training step of a real Trainer, and of its evaluation."""
+    """The losses of a real Trainer's steps, and of its evaluation."""
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=8,
@@ -208,10 +210,10 @@ TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def leave_padding_out(model: Any) -> None:
-    """Of the softmax of transformers' question answering, as our fused head does."""
+def exclude_padding(model: Any) -> None:
+    """From the softmax of transformers' question answering, as the fused head does."""
     masks: list[Any] = []
-    model.register_forward_pre_hook(lambda _m, _args, given: masks.append(given["attention_mask"]), with_kwargs=True)
+    model.register_forward_pre_hook(lambda _m, _args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
     model.qa_outputs.register_forward_hook(
         lambda _m, _args, scores: scores.masked_fill(masks.pop()[:, :, None] == 0, torch.finfo(scores.dtype).min)
     )
@@ -223,15 +225,15 @@ def test_trainer_has_the_same_losses(case: str, tokenizer: Any, tmp_path: Path, 
     labels = {} if name in ("BertForMaskedLM", "BertForQuestionAnswering") else {"num_labels": 3}
     ours, theirs = twins(name, **labels)
     if case == "answers":
-        leave_padding_out(theirs)
-    found = losses(ours, tokenizer, name, tmp_path / "ours", **settings)
+        exclude_padding(theirs)
+    actual = losses(ours, tokenizer, name, tmp_path / "ours", **settings)
     steps = counted.calls
     expected = losses(theirs, tokenizer, name, tmp_path / "theirs", **settings)
     assert counted.calls == steps >= 9
-    assert len(found) == 9
+    assert len(actual) == 9
     assert abs(expected[0] - expected[7]) > 0.02  # it trains
-    # float32's differences grow over the steps of AdamW, to 3e-6 here; transformers 4 rounds losses to four decimals.
-    np.testing.assert_allclose(found, expected, rtol=3e-5, atol=0 if transformers.__version__ >= "5" else 1e-4)
+    # float32 differences grow over the steps of AdamW, to 3e-6 here; transformers 4 rounds losses to four decimals.
+    np.testing.assert_allclose(actual, expected, rtol=3e-5, atol=0 if transformers.__version__ >= "5" else 1e-4)
     loaded = getattr(transformers, name).from_pretrained(tmp_path / "ours" / "saved").eval()
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     mask = batch["attention_mask"].bool()
@@ -252,7 +254,7 @@ def minilm() -> Path:
 def test_sentence_transformers_with_real_weights(minilm: Path, counted: Counted) -> None:
     sentences = [
         "A man is eating food.",
-        "Someone has a meal at a table while it rains outside, and nobody in the room says a word about the weather.",
+        "Someone has a meal at a table while it rains outside, and nobody there says a word about the weather.",
         "The quadratic formula gives both roots.",
         "Yes.",
     ]
@@ -262,10 +264,10 @@ def test_sentence_transformers_with_real_weights(minilm: Path, counted: Counted)
     assert counted.calls == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        found = model.encode(sentences, show_progress_bar=False)
+        vectors = model.encode(sentences, show_progress_bar=False)
     assert counted.calls == 1
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)  # vectors of length 1
-    assert np.argmax(found[0] @ found[1:].T) == 0
+    np.testing.assert_allclose(vectors, expected, rtol=0, atol=2e-6)  # vectors of length 1
+    assert np.argmax(vectors[0] @ vectors[1:].T) == 0
     bert_fast.unfuse(model)
     assert np.array_equal(model.encode(sentences, show_progress_bar=False), expected)
 
@@ -274,7 +276,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], "lora_dro
 
 
 def adapted(order: str, model: Any) -> Any:
-    """`model` with LoRA on query and value, fused before or after, or not at all."""
+    """`model` with LoRA on query and value; fused before, after or not at all."""
     model = bert_fast.fuse(model) if order == "fused, then LoRA" else model
     peft = library("peft")
     torch.manual_seed(1)
@@ -284,7 +286,7 @@ def adapted(order: str, model: Any) -> Any:
 
 @pytest.mark.parametrize("order", ["fused, then LoRA", "LoRA, then fused"])
 def test_lora_on_query_and_value(order: str, tokenizer: Any, tmp_path: Path, counted: Counted) -> None:
-    ours, theirs = (adapted(kind, make("BertForSequenceClassification", num_labels=3)) for kind in (order, "neither"))
+    ours, theirs = (adapted(kind, make("BertForSequenceClassification", num_labels=3)) for kind in (order, "not fused"))
     batch = {**tokenizer(TEXTS, padding=True, return_tensors="pt"), "labels": torch.tensor([2, 0, 1, 1])}
     gradients = []
     for model in (ours, theirs):
@@ -308,7 +310,7 @@ def test_lora_on_query_and_value(order: str, tokenizer: Any, tmp_path: Path, cou
 
 @pytest.mark.parametrize("dynamo", [False, True], ids=["traced", "exported"])
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_export_has_transformers_own_graph(dynamo: bool, tmp_path: Path, counted: Counted) -> None:
+def test_onnx_export_is_transformers_graph(dynamo: bool, tmp_path: Path, counted: Counted) -> None:
     ours, theirs = twins("BertForSequenceClassification")
     ids, mask = torch.randint(0, SIZES["vocab_size"], (2, 9)), torch.ones(2, 9, dtype=torch.int64)
     mask[1, 5:] = 0
@@ -318,5 +320,5 @@ def test_onnx_export_has_transformers_own_graph(dynamo: bool, tmp_path: Path, co
     torch.onnx.export(ours, (ids, mask), path, dynamo=dynamo, input_names=names, output_names=["logits"], verbose=False)
     assert counted.calls == 0
     inputs = dict(zip(names, (ids.numpy(), mask.numpy()), strict=True))
-    (found,) = onnx.ReferenceEvaluator(path).run(["logits"], inputs)
-    np.testing.assert_allclose(found, theirs(ids, mask).logits.detach().numpy(), **CLOSE)
+    (logits,) = onnx.ReferenceEvaluator(path).run(["logits"], inputs)
+    np.testing.assert_allclose(logits, theirs(ids, mask).logits.detach().numpy(), **CLOSE)

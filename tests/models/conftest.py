@@ -1,4 +1,4 @@
-"""Small models in pairs: transformers' and ours, with the same random weights."""
+"""Pairs of small models, ours and transformers', with the same random weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = {
 
 
 def randomise(model: nn.Module) -> None:
-    """Weights large enough for every tensor to matter: the usual 0.02 leaves attention nearly uniform."""
+    """Draw weights so large that every tensor matters: with the usual 0.02 attention is nearly uniform."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,7 +36,7 @@ def randomise(model: nn.Module) -> None:
 
 @pytest.fixture
 def pair() -> Callable[..., tuple[Any, Any]]:
-    """`pair(name, dtype, **settings)`: ours and transformers' model of that class in eval mode."""
+    """`pair(name, dtype, **settings)`: our model and transformers' of that class, in eval mode."""
 
     def make(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[Any, Any]:
         config = {**SMALL, **settings}
@@ -52,7 +52,7 @@ def pair() -> Callable[..., tuple[Any, Any]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Small models are faster on one thread; the kernels' own tests compare numbers of threads."""
+    """Small models are faster on one thread; the kernels' tests cover several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Checkpoints: transformers loads ours, we load its, and a file that does not fit is named tensor by tensor."""
+"""Checkpoints: transformers loads ours, we load its, and tensors that do not fit are named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from torch import Tensor
 import bert_fast
 from bert_fast import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 from bert_fast.models import from_hf, to_hf
-from bert_fast.models.files import write_file
 
 Pair = Callable[..., tuple[Any, Any]]
 MODELS = [name for name in bert_fast.__all__ if name.startswith("Bert") and name != "BertConfig"]
@@ -33,11 +32,11 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def same(found: Any, expected: Any, mask: Tensor) -> None:
+def assert_same(outputs: Any, expected: Any, mask: Tensor) -> None:
     for key, value in expected.items():
         real = (slice(None),) if value.shape[:2] != mask.shape else (mask.bool(),)
         torch.testing.assert_close(
-            found[key][real], value[real], rtol=1e-11, atol=1e-11, msg=lambda text, key=key: key + text
+            outputs[key][real], value[real], rtol=1e-11, atol=1e-11, msg=lambda text, key=key: key + text
         )
 
 
@@ -66,7 +65,7 @@ def test_round_trip_through_both_libraries(saved: Any, tmp_path: Path, name: str
     assert not ours.training
     assert ours.dtype == torch.float64
     inputs = inputs_of(name)
-    same(ours(**inputs), theirs(**inputs), inputs["attention_mask"])
+    assert_same(ours(**inputs), theirs(**inputs), inputs["attention_mask"])
     ours.save_pretrained(tmp_path / "ours")
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
     back, report = getattr(transformers, name).from_pretrained(
@@ -105,15 +104,15 @@ def test_old_names_and_stored_positions_are_read(saved: Any) -> None:
     edit(folder, age)
     inputs = inputs_of("BertForMaskedLM")
     ours = BertForMaskedLM.from_pretrained(folder, dtype="auto")
-    same(ours(**inputs), theirs(**inputs), inputs["attention_mask"])
+    assert_same(ours(**inputs), theirs(**inputs), inputs["attention_mask"])
 
 
 def test_a_base_checkpoint_in_a_head_model_names_the_new_head(saved: Any, caplog: pytest.LogCaptureFixture) -> None:
     theirs, folder = saved("BertModel")
     with caplog.at_level(logging.WARNING, logger="bert_fast"):
         model = BertForSequenceClassification.from_pretrained(folder, dtype="auto", num_labels=3)
-    assert caplog.messages == ["not in the checkpoint, initialised anew: classifier.bias, classifier.weight"]
-    same(
+    assert caplog.messages == ["newly initialized, because not in the checkpoint: classifier.bias, classifier.weight"]
+    assert_same(
         model.bert(**inputs_of("BertModel")), theirs(**inputs_of("BertModel")), inputs_of("BertModel")["attention_mask"]
     )
     assert model.classifier.weight.shape == (3, 48)
@@ -121,8 +120,8 @@ def test_a_base_checkpoint_in_a_head_model_names_the_new_head(saved: Any, caplog
     assert not model.classifier.bias.any()
 
 
-def test_a_head_of_another_shape_or_kind_is_made_anew_whole(saved: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Of a head that reads two poolings the bias fits, but is no more worth keeping than the weight that does not."""
+def test_a_head_of_another_shape_or_kind_is_newly_initialized(saved: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the classifier reads two poolings, its bias fits but is initialized with the weight, which does not."""
     _, folder = saved("BertForSequenceClassification")
     wide = {"extra": {"classifier_pooling": "mean_max"}}
     config = BertConfig.from_pretrained(folder)
@@ -131,7 +130,10 @@ def test_a_head_of_another_shape_or_kind_is_made_anew_whole(saved: Any, caplog: 
         model = BertForSequenceClassification.from_pretrained(
             folder, config=config.replace(**wide), ignore_mismatched_sizes=True
         )
-    assert "of another shape in the checkpoint, initialised anew: classifier.weight was (2, 48)" in caplog.messages
+    assert (
+        "newly initialized, because the shape in the checkpoint differs: classifier.weight was (2, 48)"
+        in caplog.messages
+    )
     assert model.classifier.weight.shape == (config.num_labels, 2 * config.hidden_size)
     assert before.classifier.bias.any()
     assert not model.classifier.bias.any()
@@ -142,21 +144,21 @@ def test_a_head_of_another_shape_or_kind_is_made_anew_whole(saved: Any, caplog: 
         BertForSequenceClassification.from_pretrained(folder, config=config.replace(**wide))
 
 
-def test_a_head_checkpoint_in_the_base_model_names_what_it_leaves_out(
+def test_a_head_checkpoint_in_the_base_model_names_what_it_does_not_use(
     saved: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     theirs, folder = saved("BertForMaskedLM")
     with caplog.at_level(logging.WARNING, logger="bert_fast"):
         model = BertModel.from_pretrained(folder, dtype="auto", add_pooling_layer=False)
     (message,) = caplog.messages
-    assert message.startswith("in the checkpoint and left out: cls.predictions.bias, cls.predictions.transform.")
-    found = model(**inputs_of("BertModel"))
-    assert found.pooler_output is None
-    same(found, theirs.bert(**inputs_of("BertModel")), inputs_of("BertModel")["attention_mask"])
+    assert message.startswith("in the checkpoint and not used: cls.predictions.bias, cls.predictions.transform.")
+    outputs = model(**inputs_of("BertModel"))
+    assert outputs.pooler_output is None
+    assert_same(outputs, theirs.bert(**inputs_of("BertModel")), inputs_of("BertModel")["attention_mask"])
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="bert_fast"):
         BertModel.from_pretrained(folder)
-    assert "initialised anew: pooler.dense.bias, pooler.dense.weight" in caplog.text
+    assert "not in the checkpoint: pooler.dense.bias, pooler.dense.weight" in caplog.text
 
 
 def test_a_tensor_missing_from_the_encoder_is_named(saved: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -170,12 +172,12 @@ def test_a_tensor_missing_from_the_encoder_is_named(saved: Any, caplog: pytest.L
     with pytest.raises(ValueError, match=f"lacks {bias}"):
         BertModel.from_pretrained(folder)
     model = BertModel.from_pretrained(folder, strict=False, dtype="auto")
-    assert f"initialised anew: {bias}" in caplog.text
+    assert f"not in the checkpoint: {bias}" in caplog.text
     assert not model.encoder.layer[1].output.dense.bias.any()
     assert torch.equal(model.encoder.layer[1].output.dense.weight, theirs.encoder.layer[1].output.dense.weight)
 
 
-def test_half_a_head_is_an_error(saved: Any) -> None:
+def test_an_incomplete_head_is_an_error(saved: Any) -> None:
     _, folder = saved("BertForSequenceClassification")
     edit(folder, lambda tensors: {key: x for key, x in tensors.items() if key != "classifier.bias"})
     with pytest.raises(ValueError, match=r"lacks classifier\.bias"):
@@ -188,12 +190,12 @@ def test_an_unexpected_tensor_is_named(saved: Any, caplog: pytest.LogCaptureFixt
     with pytest.raises(ValueError, match=r"unexpected encoder\.adapter\.weight"):
         BertModel.from_pretrained(folder)
     BertModel.from_pretrained(folder, strict=False)
-    assert "left out: encoder.adapter.weight" in caplog.text
+    assert "not used: encoder.adapter.weight" in caplog.text
 
 
-def test_wrong_shapes_are_named_and_a_head_can_be_made_anew(saved: Any) -> None:
+def test_wrong_shapes_are_named_and_a_head_can_be_newly_initialized(saved: Any) -> None:
     theirs, folder = saved("BertForSequenceClassification", num_labels=3)
-    message = r"classifier.bias is \(3,\), expected \(5,\); classifier.weight is \(3, 48\), expected \(5, 48\).*anew"
+    message = r"classifier.bias is \(3,\), expected \(5,\); classifier.weight .* expected \(5, 48\).*ignore_mismatched"
     with pytest.raises(ValueError, match=message):
         BertForSequenceClassification.from_pretrained(folder, num_labels=5)
     model = BertForSequenceClassification.from_pretrained(
@@ -212,20 +214,24 @@ def test_shards_are_read_and_a_missing_one_is_named(saved: Any, pair: Pair) -> N
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 1
     ours = BertModel.from_pretrained(folder, dtype="auto")
-    same(ours(**inputs_of("BertModel")), theirs(**inputs_of("BertModel")), inputs_of("BertModel")["attention_mask"])
+    assert_same(
+        ours(**inputs_of("BertModel")), theirs(**inputs_of("BertModel")), inputs_of("BertModel")["attention_mask"]
+    )
     shards[0].unlink()
-    with pytest.raises(ValueError, match=f"names {shards[0].name}, which is not beside it"):
+    with pytest.raises(ValueError, match=f"names {shards[0].name}, which is not in the same folder"):
         BertModel.from_pretrained(folder)
 
 
-def test_pickled_weights_need_to_be_asked_for(saved: Any) -> None:
+def test_pickled_weights_need_allow_pickle(saved: Any) -> None:
     theirs, folder = saved("BertModel")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="allow_pickle=True"):
         BertModel.from_pretrained(folder)
     ours = BertModel.from_pretrained(folder, allow_pickle=True, dtype="auto")
-    same(ours(**inputs_of("BertModel")), theirs(**inputs_of("BertModel")), inputs_of("BertModel")["attention_mask"])
+    assert_same(
+        ours(**inputs_of("BertModel")), theirs(**inputs_of("BertModel")), inputs_of("BertModel")["attention_mask"]
+    )
 
 
 def test_a_pickle_that_would_run_code_is_refused(saved: Any) -> None:
@@ -247,20 +253,22 @@ def test_a_damaged_file_is_named(saved: Any) -> None:
         BertModel.from_pretrained(folder)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
+def test_a_save_that_fails_leaves_the_old_files(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = saved("BertModel")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
+    def fail(tensors: dict[str, Tensor], path: Path, **_: Any) -> None:
+        path.write_text("half")
         raise OSError("disk full")
 
+    model = BertModel.from_pretrained(folder)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_file(path, fail)
-    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("file", "old")]
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_dtypes_and_a_config_of_ones_own(saved: Any) -> None:
+def test_dtypes_and_a_given_config(saved: Any) -> None:
     _, folder = saved("BertModel")
     assert BertModel.from_pretrained(folder).dtype == torch.float32
     assert BertModel.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -271,7 +279,7 @@ def test_dtypes_and_a_config_of_ones_own(saved: Any) -> None:
 
 
 class FakeHub(types.ModuleType):
-    """Stands in for huggingface_hub: a repository "someone/model" that lives in a folder."""
+    """A fake huggingface_hub: the repository "someone/model" is a folder."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__("huggingface_hub")
@@ -298,7 +306,9 @@ def test_hub_names(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", hub.errors)
     ours = BertModel.from_pretrained("someone/model", revision="v1", dtype="auto")
-    same(ours(**inputs_of("BertModel")), theirs(**inputs_of("BertModel")), inputs_of("BertModel")["attention_mask"])
+    assert_same(
+        ours(**inputs_of("BertModel")), theirs(**inputs_of("BertModel")), inputs_of("BertModel")["attention_mask"]
+    )
     with pytest.raises(FileNotFoundError, match="the hub has no repository of that name"):
         BertModel.from_pretrained("someone/else")
     with pytest.raises(FileNotFoundError, match="the hub can't be reached"):

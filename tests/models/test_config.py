@@ -12,13 +12,13 @@ import transformers
 
 from bert_fast import BertConfig, BertForPreTraining, BertModel
 
-OUR_OWN = {"extra"}
+NOT_IN_TRANSFORMERS = {"extra"}
 
 
 def test_defaults_are_those_of_transformers() -> None:
     ours, theirs = BertConfig(), transformers.BertConfig()
     for item in fields(BertConfig):
-        if item.name not in OUR_OWN:
+        if item.name not in NOT_IN_TRANSFORMERS:
             assert getattr(ours, item.name) == getattr(theirs, item.name), item.name
 
 
@@ -58,14 +58,12 @@ def test_contradictions_are_named(settings: dict[str, object], words: list[str])
     ],
     ids=lambda setting: next(iter(setting)),
 )
-def test_what_this_encoder_is_not_is_refused(setting: dict[str, object]) -> None:
-    name, value = next(iter(setting.items()))
-    with pytest.raises(ValueError, match=f"{name} is "):
+def test_unsupported_models_are_refused(setting: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} is "):
         BertConfig.from_dict(setting)
-    assert repr(value)
 
 
-def test_a_config_changed_after_its_making_is_checked_by_the_model() -> None:
+def test_the_model_checks_a_config_that_was_changed() -> None:
     config = BertConfig.size("tiny", vocab_size=9)
     config.num_attention_heads = 3
     with pytest.raises(ValueError, match="num_attention_heads is 3"):
@@ -81,7 +79,7 @@ def test_labels_follow_from_each_other() -> None:
     assert named.replace(num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
-def test_round_trip_keeps_settings_without_a_meaning_here(tmp_path: Path) -> None:
+def test_round_trip_keeps_unused_settings(tmp_path: Path) -> None:
     config = BertConfig.from_dict({"num_labels": 3, "use_cache": False, "my_note": "kept", "transformers_version": "4"})
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -102,7 +100,7 @@ def test_transformers_reads_our_file_and_we_read_its(tmp_path: Path) -> None:
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
-def test_a_file_that_is_no_config_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         BertConfig.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a folder"):

@@ -48,12 +48,12 @@ def texts_of(count: int) -> list[str]:
 
 
 def one_by_one(folder: Path, texts: list[str]) -> Tensor:
-    """The mean of transformers' last hidden states, each text alone."""
+    """The mean of transformers' last hidden states, one text a call."""
     theirs = transformers.BertModel.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         inputs = [tokenizer(text, return_tensors="pt", truncation=True, max_length=32) for text in texts]
-        return torch.stack([theirs(**one).last_hidden_state[0].mean(0) for one in inputs])
+        return torch.stack([theirs(**text).last_hidden_state[0].mean(0) for text in inputs])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 50, 8192])
@@ -62,9 +62,9 @@ def test_vectors_are_those_of_each_text_alone_in_the_order_of_the_texts(
 ) -> None:
     monkeypatch.setattr(embedding, "WINDOW", 7)
     texts = texts_of(30)
-    found = model.encode(texts, batch_tokens=batch_tokens)
-    assert (found.dtype, found.device.type) == (torch.float32, "cpu")
-    torch.testing.assert_close(found, one_by_one(folder, texts), rtol=0.0, atol=1e-5)
+    vectors = model.encode(texts, batch_tokens=batch_tokens)
+    assert (vectors.dtype, vectors.device.type) == (torch.float32, "cpu")
+    torch.testing.assert_close(vectors, one_by_one(folder, texts), rtol=0.0, atol=1e-5)
     unit = model.encode(texts, normalize=True).numpy()
     assert ((unit**2).sum(1)).tolist() == pytest.approx([1.0] * 30, rel=1e-5)
 
@@ -77,12 +77,12 @@ def test_a_transformers_model_gives_the_same_vectors(
     if fused:
         bert_fast.fuse(theirs)
     for pooling in ("mean", "cls", "max", "pooler"):
-        found = encode(theirs, tokenizer, texts_of(12), pooling=pooling, batch_tokens=60)
+        vectors = encode(theirs, tokenizer, texts_of(12), pooling=pooling, batch_tokens=60)
         expected = model.encode(texts_of(12), pooling=pooling)
-        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5, msg=pooling)
+        torch.testing.assert_close(vectors, expected, rtol=0.0, atol=1e-5, msg=pooling)
 
 
-def test_only_a_window_of_texts_is_tokenised_at_once(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_window_of_texts_is_tokenized_at_once(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding, "WINDOW", 10)
 
     class Counted(list[str]):
@@ -100,9 +100,9 @@ def test_only_a_window_of_texts_is_tokenised_at_once(model: BertModel, monkeypat
     assert model.encode([]).shape == (0, 32)
 
 
-def test_the_head_of_a_model_encodes_by_its_encoder(folder: Path, model: BertModel) -> None:
-    whole = BertForSequenceClassification.from_pretrained(folder)
-    torch.testing.assert_close(whole.base_model.encode(["w1 w2"]), model.encode(["w1 w2"]), rtol=0.0, atol=0.0)
+def test_the_base_model_of_a_head_encodes(folder: Path, model: BertModel) -> None:
+    classifier = BertForSequenceClassification.from_pretrained(folder)
+    torch.testing.assert_close(classifier.base_model.encode(["w1 w2"]), model.encode(["w1 w2"]), rtol=0.0, atol=0.0)
 
 
 def test_a_progress_bar_counts_the_texts(
@@ -120,7 +120,7 @@ def test_a_progress_bar_counts_the_texts(
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"texts": "w1"}, TypeError, r"texts is one str \('w1'\); expected a sequence"),
+        ({"texts": "w1"}, TypeError, r"texts is one str \('w1'\); expected a sequence of str"),
         ({"pooling": "sum"}, ValueError, "pooling is 'sum'; expected one of cls, mean"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens is 0; expected 1 or more"),
         ({"max_seqlen": 33}, ValueError, "max_seqlen is 33; expected 2 to 32"),
@@ -134,12 +134,12 @@ def test_wrong_arguments_are_named(
         model.encode(**{"texts": ["w1"], **arguments})
 
 
-def test_a_tokenizer_that_is_not_there_or_pads_is_an_error(folder: Path, model: BertModel, tmp_path: Path) -> None:
+def test_a_missing_or_padding_tokenizer_is_an_error(folder: Path, model: BertModel, tmp_path: Path) -> None:
     padding = load_tokenizer(folder)
     padding.enable_padding()
-    with pytest.raises(ValueError, match="the tokenizer pads or cuts"):
+    with pytest.raises(ValueError, match="the tokenizer pads or truncates"):
         model.encode(["w1"], tokenizer=padding)
-    with pytest.raises(ValueError, match="not loaded by from_pretrained; give encode a tokenizer"):
+    with pytest.raises(ValueError, match="not loaded by from_pretrained; pass a tokenizer to encode"):
         BertModel(model.config).encode(["w1"])
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no tokenizer \(tokenizer.json"):

@@ -1,4 +1,4 @@
-"""Packed and padded input: the same tokens give the same bits, empty batches work, wrong input is named."""
+"""Packed and padded input: the same tokens give the same bits, empty batches work, errors name the wrong input."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def test_a_sequence_is_the_same_however_it_is_padded(model: BertModel, side: str
     left = 5 if side == "left" else 0
     right = 5 if side == "right" else 0
     mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right))
-    found = model(
+    output = model(
         torch.nn.functional.pad(ids, (left, right)),
         mask if side != "alone" else None,
         torch.nn.functional.pad(types, (left, right)),
         position_ids=torch.nn.functional.pad(torch.arange(64), (left, right)).unsqueeze(0),
     )
-    torch.testing.assert_close(found.last_hidden_state[0, left : left + 64], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.last_hidden_state[0, left : left + 64], expected, rtol=1e-5, atol=1e-5)
 
 
 @hypothesis.settings(max_examples=20, deadline=None)
@@ -97,13 +97,13 @@ def test_any_lengths_packed_and_padded(lengths: list[int]) -> None:
     real = padded["attention_mask"].bool()
     labels = torch.where(torch.rand(real.shape) < 0.3, padded["input_ids"], -100)
     follows = torch.randint(0, 2, (len(lengths),))
-    found = model(**packed, labels=labels[real], next_sentence_label=follows)
+    actual = model(**packed, labels=labels[real], next_sentence_label=follows)
     expected = model(**padded, labels=labels, next_sentence_label=follows)
-    assert torch.equal(found.prediction_logits, expected.prediction_logits[real])
-    assert torch.equal(found.seq_relationship_logits, expected.seq_relationship_logits)
-    assert torch.equal(found.loss, expected.loss)
-    assert bool(found.loss.isfinite())
-    assert int(found.mlm_count) == int((labels[real] != -100).sum())
+    assert torch.equal(actual.prediction_logits, expected.prediction_logits[real])
+    assert torch.equal(actual.seq_relationship_logits, expected.seq_relationship_logits)
+    assert torch.equal(actual.loss, expected.loss)
+    assert bool(actual.loss.isfinite())
+    assert int(actual.mlm_count) == int((labels[real] != -100).sum())
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -131,15 +131,15 @@ def test_heads_take_packed_input(name: str) -> None:
         labels = packed_labels = {"labels": torch.tensor([0, 1])}
         padded = {key: x.view(2, 2, 9) for key, x in padded.items()}
         packed["num_choices"] = 2
-    of_tokens = {"prediction_logits", "start_logits", "end_logits"}
+    per_token = {"prediction_logits", "start_logits", "end_logits"}
     if name in ("BertForMaskedLM", "BertForTokenClassification"):
-        of_tokens.add("logits")
-    found, expected = model(**packed, **packed_labels), model(**padded, **labels)
-    assert found.keys() == expected.keys()
-    for key in found.keys():  # noqa: SIM118 (an output is no dict)
+        per_token.add("logits")
+    actual, expected = model(**packed, **packed_labels), model(**padded, **labels)
+    assert actual.keys() == expected.keys()
+    for key in actual.keys():  # noqa: SIM118 (an output is not a dict)
         value = expected[key]
-        value = value[real] if key in of_tokens else value
-        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+        value = value[real] if key in per_token else value
+        torch.testing.assert_close(actual[key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_packed_attentions_and_hidden_states(model: BertModel) -> None:
@@ -258,12 +258,12 @@ def test_wrong_labels_are_named(name: str, labels: dict[str, Tensor], error: typ
         getattr(bert_fast, name)(CONFIG)(IDS, **labels)
 
 
-def test_answers_need_two_labels() -> None:
+def test_question_answering_needs_two_labels() -> None:
     with pytest.raises(ValueError, match="num_labels is 3; expected 2"):
         bert_fast.BertForQuestionAnswering(CONFIG.replace(num_labels=3))
 
 
-def test_labels_at_padding_are_left_out() -> None:
+def test_labels_at_padding_are_ignored() -> None:
     model = BertForMaskedLM(CONFIG).eval()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
     everywhere = model(IDS, attention_mask=mask, labels=IDS + 3)
@@ -272,17 +272,17 @@ def test_labels_at_padding_are_left_out() -> None:
     assert int(everywhere.mlm_count) == 7
 
 
-def test_answers_never_lie_in_padding() -> None:
+def test_answers_are_never_at_padding() -> None:
     model = bert_fast.BertForQuestionAnswering(CONFIG).eval()
     mask = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
     out = model(IDS, attention_mask=mask, start_positions=torch.tensor([0, 4]), end_positions=torch.tensor([3, 9]))
     lowest = torch.finfo(torch.float32).min
     assert bool((out.start_logits[mask == 0] == lowest).all())
     assert bool((out.end_logits[mask == 1] > lowest).all())
-    assert out.loss.item() == 0.0  # every answer given lies outside
+    assert out.loss.item() == 0.0  # every position is at padding or past the end
 
 
-def test_tuples_as_transformers(model: BertModel) -> None:
+def test_return_dict_false_returns_a_tuple(model: BertModel) -> None:
     hidden, pooled = model(IDS, return_dict=False)
     assert (hidden.shape, pooled.shape) == ((2, 5, 128), (2, 128))
     loss, logits = BertForMaskedLM(CONFIG).eval()(IDS, labels=IDS, return_dict=False)

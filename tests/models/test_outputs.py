@@ -1,4 +1,4 @@
-"""Outputs: by attribute, key and index, as transformers' are."""
+"""Outputs are read by attribute, key and index, as transformers'."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bert_fast.models.outputs import BertForPreTrainingOutput, MaskedLMOutput
 LOSS, LOGITS, COUNT = torch.tensor(1.0), torch.arange(3.0), torch.tensor(2)
 
 
-def test_absent_fields_are_left_out_and_extra_ones_stay_out_of_the_tuple() -> None:
+def test_none_is_left_out_and_extra_fields_are_not_in_the_tuple() -> None:
     out = MaskedLMOutput(loss=LOSS, logits=LOGITS, mlm_count=COUNT)
     assert out.loss is out["loss"] is out[0] is out[:2][0] is LOSS
     assert out.to_tuple() == (LOSS, LOGITS)

@@ -30,7 +30,7 @@ MODELS = [
 ]
 BATCH, SEQLEN, CHOICES = 3, 13, 2
 EXACT = 1e-11
-# A bias that every competitor of a softmax gets: its gradient is zero, and what is found is rounding.
+# A bias added to every logit of a softmax: its gradient is zero but for rounding.
 SHIFTS = {"d classifier.bias": "BertForMultipleChoice", "d qa_outputs.bias": "BertForQuestionAnswering"}
 Pair = Callable[..., tuple[Any, Any]]
 
@@ -45,7 +45,7 @@ def inputs_of(name: str, *, padded: bool = True) -> dict[str, Tensor]:
         mask[0, ..., 9:] = 0
         mask[1, ..., 4:6] = 0
         mask[2, ..., 12 if pooled else 0] = 0
-    given = {
+    inputs = {
         "input_ids": torch.randint(0, 61, shape, generator=generator),
         "token_type_ids": torch.randint(0, 2, shape, generator=generator),
         "attention_mask": mask,
@@ -66,7 +66,7 @@ def inputs_of(name: str, *, padded: bool = True) -> dict[str, Tensor]:
         },
         "BertForMultipleChoice": {"labels": torch.tensor([1, 0, 1])},
     }
-    return {**given, **labels.get(name, {})}
+    return {**inputs, **labels.get(name, {})}
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -80,19 +80,19 @@ def run(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     mask = inputs["attention_mask"].flatten(0, -2).bool()
     target = out.loss if "loss" in out.keys() else out.last_hidden_state[mask].square().sum() + out.pooler_output.sum()  # noqa: SIM118
     target.backward()
-    found = {"target": target.detach()}
+    results = {"target": target.detach()}
     for key, value in out.items():
         if isinstance(value, Tensor) and not key.startswith(("mlm_", "next_")):
             at_tokens = value.shape[:2] == mask.shape and "relationship" not in key
-            found[key] = (value[mask] if at_tokens else value).detach()
-    found |= {f"layer {index}": state.detach()[mask] for index, state in enumerate(out.hidden_states)}
+            results[key] = (value[mask] if at_tokens else value).detach()
+    results |= {f"layer {index}": state.detach()[mask] for index, state in enumerate(out.hidden_states)}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    # Packed: the gradient of a key's bias alone is zero but for rounding, since softmax does not see a shift.
-    return found | {f"d {name}": gradient for name, gradient in from_hf(gradients).items()}
+    # qkv stays packed: the gradient of the key bias alone is zero but for rounding, since softmax ignores a shift.
+    return results | {f"d {name}": gradient for name, gradient in from_hf(gradients).items()}
 
 
 def without_padding_in_the_softmax(theirs: Any, inputs: dict[str, Tensor]) -> None:
-    """Our answers come from real tokens only; transformers lets padding take part in the softmax."""
+    """Remove padding from the softmax of transformers' question answering, as ours does."""
     padding = inputs["attention_mask"] == 0
     theirs.qa_outputs.register_forward_hook(
         lambda _module, _args, scores: scores.masked_fill(padding.unsqueeze(2), torch.finfo(scores.dtype).min)
@@ -109,16 +109,16 @@ def measure(pair: Pair, name: str, dtype: torch.dtype, **settings: Any) -> tuple
 
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_losses_and_gradients_in_float64(pair: Pair, name: str) -> None:
-    found, expected = measure(pair, name, torch.float64)
-    assert found.keys() == expected.keys()
+    actual, expected = measure(pair, name, torch.float64)
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(
-            found[key], value, rtol=EXACT, atol=EXACT, msg=lambda text, key=key: f"{key}: {text}"
+            actual[key], value, rtol=EXACT, atol=EXACT, msg=lambda text, key=key: f"{key}: {text}"
         )
 
 
-# Units in the last place. A loss is a single number that eager PyTorch may hit by luck, where a tensor's largest error
-# can't be lucky; after a whole model its rounding is several units.
+# Units in the last place. Eager PyTorch's error of a loss, a single number, may be tiny by chance, unlike the maximum
+# over a tensor; after a whole model its rounding is several units.
 FLOOR = 4.0
 
 
@@ -140,18 +140,18 @@ def test_three_way_against_transformers(pair: Pair, name: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("act", ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "tanh"])
 def test_other_activations(pair: Pair, act: str) -> None:
-    found, expected = measure(pair, "BertForPreTraining", torch.float64, hidden_act=act)
+    actual, expected = measure(pair, "BertForPreTraining", torch.float64, hidden_act=act)
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(actual[key], value, rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_untied_decoder(pair: Pair) -> None:
-    found, expected = measure(pair, "BertForMaskedLM", torch.float64, tie_word_embeddings=False)
-    assert "d cls.predictions.decoder.weight" in found
+    actual, expected = measure(pair, "BertForMaskedLM", torch.float64, tie_word_embeddings=False)
+    assert "d cls.predictions.decoder.weight" in actual
     for key, value in expected.items():
         # In transformers 4 the head's two biases are one Parameter, tied or not, and this is its name.
         ours = key.replace("predictions.bias", "predictions.decoder.bias")
-        torch.testing.assert_close(found[ours], value, rtol=EXACT, atol=EXACT)
+        torch.testing.assert_close(actual[ours], value, rtol=EXACT, atol=EXACT)
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_answers_without_padding_have_transformers_loss(pair: Pair) -> None:
 def test_attentions_equal_transformers(pair: Pair) -> None:
     ours, theirs = pair("BertModel")
     inputs = inputs_of("BertModel")
-    found, expected = (model(**inputs, output_attentions=True).attentions for model in (ours, theirs))
+    actual, expected = (model(**inputs, output_attentions=True).attentions for model in (ours, theirs))
     real = inputs["attention_mask"].bool()[:, None, :, None]
-    assert len(found) == len(expected) == 2
-    for ours_layer, theirs_layer in zip(found, expected, strict=True):
+    assert len(actual) == len(expected) == 2
+    for ours_layer, theirs_layer in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours_layer, theirs_layer * real, rtol=EXACT, atol=EXACT)
 
 
@@ -223,11 +223,11 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 def test_any_mask(pair: Pair, batch: tuple[Tensor, Tensor]) -> None:
     ids, mask = batch
     ours, theirs = pair("BertModel")
-    found = ours(ids, attention_mask=mask)
+    output = ours(ids, attention_mask=mask)
     expected = theirs(ids, attention_mask=mask).last_hidden_state
     real = mask.bool()
-    torch.testing.assert_close(found.last_hidden_state[real], expected[real], rtol=EXACT, atol=EXACT)
-    assert not found.last_hidden_state[~real].any()
+    torch.testing.assert_close(output.last_hidden_state[real], expected[real], rtol=EXACT, atol=EXACT)
+    assert not output.last_hidden_state[~real].any()
     # [CLS] is the first real token: with padding on the left, transformers' pooler would read a padding token.
     first = expected[torch.arange(ids.shape[0]), real.int().argmax(dim=1)].unsqueeze(1)
-    torch.testing.assert_close(found.pooler_output, theirs.pooler(first), rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(output.pooler_output, theirs.pooler(first), rtol=EXACT, atol=EXACT)

@@ -17,7 +17,7 @@ from bert_fast.testing import assert_three_way, compare
 
 SENTENCES = [
     "A man is eating food.",
-    "Someone has a meal at a table while it rains outside, and nobody in the room says a word about the weather.",
+    "Someone has a meal at a table while it rains outside, and nobody there says a word about the weather.",
     "The quadratic formula gives both roots.",
     "Yes.",
 ]
@@ -35,10 +35,10 @@ def folder() -> Path:
 def batch(folder: Path) -> dict[str, Tensor]:
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding()
-    encoded = tokenizer.encode_batch(SENTENCES)
+    encodings = tokenizer.encode_batch(SENTENCES)
     return {
-        "input_ids": torch.tensor([one.ids for one in encoded]),
-        "attention_mask": torch.tensor([one.attention_mask for one in encoded]),
+        "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
+        "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
     }
 
 
@@ -59,21 +59,21 @@ def sentence_vectors(model: Any, batch: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_hidden_states_of_every_layer(folder: Path, batch: dict[str, Tensor], dtype: torch.dtype) -> None:
     eager = transformers.BertModel.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    found, theirs = layers(BertModel.from_pretrained(folder, dtype=dtype), batch), layers(eager, batch)
+    ours, theirs = layers(BertModel.from_pretrained(folder, dtype=dtype), batch), layers(eager, batch)
     truth = layers(eager.double(), batch)
     assert len(truth) == 7
-    assert_three_way([compare(name, found[name], theirs[name], truth[name], factor=3.0) for name in truth])
+    assert_three_way([compare(name, ours[name], theirs[name], truth[name], factor=3.0) for name in truth])
 
 
 def test_sentence_vectors(folder: Path, batch: dict[str, Tensor]) -> None:
-    found = sentence_vectors(BertModel.from_pretrained(folder), batch)
+    vectors = sentence_vectors(BertModel.from_pretrained(folder), batch)
     expected = sentence_vectors(transformers.BertModel.from_pretrained(folder, dtype=torch.float32), batch)
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
-    similar = found @ found.T
-    assert similar[0, 1] > similar[0, 2] + 0.1
+    torch.testing.assert_close(vectors, expected, rtol=0.0, atol=1e-5)
+    similarity = vectors @ vectors.T
+    assert similarity[0, 1] > similarity[0, 2] + 0.1
 
 
-def test_a_longer_padding_changes_nothing(folder: Path, batch: dict[str, Tensor]) -> None:
+def test_more_padding_changes_nothing(folder: Path, batch: dict[str, Tensor]) -> None:
     model = BertModel.from_pretrained(folder)
     longer = {name: torch.nn.functional.pad(x, (0, 100)) for name, x in batch.items()}
     torch.testing.assert_close(sentence_vectors(model, longer), sentence_vectors(model, batch), rtol=0.0, atol=1e-6)

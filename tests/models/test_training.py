@@ -1,4 +1,4 @@
-"""Training: dropout, gradient checkpointing, autocast, compilation, and what the heads compute while they train."""
+"""Training: dropout, gradient checkpointing, autocast, compilation, and what the heads compute in training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from bert_fast import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
+from bert_fast.models.encoder import draw_rng_states
+from bert_fast.models.pretraining import BertLMPredictionHead
 
 CONFIG = BertConfig.size("tiny", vocab_size=50, max_position_embeddings=40)
 WITHOUT_DROPOUT = CONFIG.replace(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -34,7 +36,7 @@ def step(model: nn.Module, seed: int = 0, **inputs: Any) -> tuple[Tensor, dict[s
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_one_seed_gives_one_dropout_and_another_another() -> None:
+def test_a_seed_determines_the_dropout() -> None:
     model = BertForPreTraining(CONFIG).train()
     loss, gradients = step(model)
     again, same = step(model)
@@ -44,16 +46,14 @@ def test_one_seed_gives_one_dropout_and_another_another() -> None:
     assert not torch.equal(loss, other)
 
 
-def test_states_of_the_dropout_can_be_given() -> None:
-    from bert_fast.models.encoder import draw_rng_states
-
+def test_rng_states_determine_the_dropout() -> None:
     model = BertForPreTraining(CONFIG).train()
     torch.manual_seed(7)
     states = draw_rng_states(CONFIG, torch.device("cpu"))
     assert states is not None
     drawn, gradients = step(model, seed=7)
-    given, same = step(model, seed=8, rng_states=states)
-    assert torch.equal(given, drawn)
+    passed, same = step(model, seed=8, rng_states=states)
+    assert torch.equal(passed, drawn)
     assert all(torch.equal(gradients[name], same[name]) for name in gradients)
     other, _ = step(model, seed=7, rng_states=states + 1)
     assert not torch.equal(other, drawn)
@@ -63,8 +63,8 @@ def test_states_of_the_dropout_can_be_given() -> None:
     assert torch.equal(step(model, rng_states=states)[0], step(model)[0])
 
 
-def test_every_place_of_dropout_drops_something_else() -> None:
-    """With one sample of the generator for all places, a place would repeat another's mask."""
+def test_every_place_of_dropout_has_its_own_mask() -> None:
+    """With one draw of the generator for all places, one would repeat another's mask."""
     model = BertModel(CONFIG.replace(hidden_dropout_prob=0.5)).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -74,8 +74,6 @@ def test_every_place_of_dropout_drops_something_else() -> None:
     )
     dropped = [state == 0 for state in states.hidden_states[:1]]
     assert 0.4 < dropped[0].float().mean().item() < 0.6
-    from bert_fast.models.encoder import draw_rng_states
-
     rows = draw_rng_states(CONFIG, torch.device("cpu"))
     assert rows is not None
     assert rows.shape == (7, 2)
@@ -116,21 +114,20 @@ def test_gradient_checkpointing_changes_nothing_dropout_included() -> None:
 
 
 @pytest.mark.parametrize("model_class", [BertForPreTraining, BertForMaskedLM])
-def test_in_training_the_heads_compute_the_loss_alone(model_class: type[Any]) -> None:
+def test_in_training_the_heads_compute_only_the_loss(model_class: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_class(WITHOUT_DROPOUT)
     inputs = batch()
     if model_class is BertForMaskedLM:
         del inputs["next_sentence_label"]
     logits = "prediction_logits" if model_class is BertForPreTraining else "logits"
-    widths: list[int] = []
-    model.cls.predictions.decoder.register_forward_hook(lambda _module, _args, out: widths.append(out.shape[0]))
-    trained = model.train()(**inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(BertLMPredictionHead, "forward", None)  # which computes the logits
+        trained = model.train()(**inputs)
     assert logits not in trained
-    assert widths == []
-    asked = model(**inputs, output_logits=True)
+    requested = model(**inputs, output_logits=True)
     evaluated = model.eval()(**inputs)
-    assert torch.equal(asked[logits], evaluated[logits])
-    assert asked[logits].shape == (30, 50)
+    assert torch.equal(requested[logits], evaluated[logits])
+    assert requested[logits].shape == (30, 50)
     assert torch.equal(trained.loss, evaluated.loss)
     assert trained.loss.requires_grad
     labels = inputs["labels"]
@@ -153,7 +150,7 @@ def test_pretraining_needs_both_labels_for_its_loss_and_names_the_parts() -> Non
     assert torch.equal(sentences.next_sentence_loss, both.next_sentence_loss)
 
 
-def test_padding_row_gets_no_gradient() -> None:
+def test_the_padding_row_gets_no_gradient() -> None:
     model = BertModel(CONFIG).eval()
     assert not model.embeddings.word_embeddings.weight[0].any()
     model(torch.tensor([[0, 3, 0, 4]])).last_hidden_state[0, :, 0].sum().backward()
@@ -163,7 +160,7 @@ def test_padding_row_gets_no_gradient() -> None:
     assert gradient[3].any()
 
 
-def test_initial_weights_are_berts() -> None:
+def test_initial_weights() -> None:
     model = BertForPreTraining(BertConfig.size("tiny", vocab_size=2000))
     for name, parameter in model.named_parameters():
         if name.endswith("LayerNorm.weight"):
@@ -177,7 +174,7 @@ def test_initial_weights_are_berts() -> None:
     assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
 
 
-def test_bfloat16_autocast_stays_near_fp32_and_keeps_fp32_gradients() -> None:
+def test_bfloat16_autocast_is_close_to_fp32_and_has_fp32_gradients() -> None:
     model = BertForPreTraining(WITHOUT_DROPOUT).train()
     loss, gradients = step(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -202,7 +199,7 @@ def test_a_step_of_sgd_lowers_the_loss() -> None:
     assert step(model.eval())[0].item() < first - 1.5
 
 
-def test_classifier_dropout_is_the_configurations() -> None:
+def test_classifier_dropout() -> None:
     model = BertForSequenceClassification(CONFIG.replace(classifier_dropout=0.75))
     theirs = transformers.BertForSequenceClassification(
         transformers.BertConfig(vocab_size=9, hidden_size=12, num_hidden_layers=1, classifier_dropout=0.75)
@@ -215,7 +212,7 @@ ONE_LAYER = WITHOUT_DROPOUT.replace(num_hidden_layers=1)
 
 
 @pytest.mark.parametrize("form", ["packed", "padded", "masked"])
-def test_compiles_without_a_break(form: str, compile_backend: str) -> None:
+def test_compiles_without_a_graph_break(form: str, compile_backend: str) -> None:
     model = BertModel(ONE_LAYER).eval()
     inputs = {key: batch()[key] for key in ("input_ids", "cu_seqlens", "max_seqlen")}
     if form != "packed":
@@ -226,12 +223,12 @@ def test_compiles_without_a_break(form: str, compile_backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=compile_backend if form == "packed" else "aot_eager")
     with torch.no_grad():
-        expected, found = model(**inputs), compiled(**inputs)
-    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)
-    torch.testing.assert_close(found.pooler_output, expected.pooler_output)
+        expected, actual = model(**inputs), compiled(**inputs)
+    torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(actual.pooler_output, expected.pooler_output)
 
 
-def test_a_training_step_with_dropout_compiles_without_a_break() -> None:
+def test_a_training_step_with_dropout_compiles_without_a_graph_break() -> None:
     model = BertForPreTraining(CONFIG.replace(num_hidden_layers=1)).train()
     loss, gradients = step(model)
     torch._dynamo.reset()
@@ -241,22 +238,22 @@ def test_a_training_step_with_dropout_compiles_without_a_break() -> None:
         torch.testing.assert_close(compiled_gradients[f"_orig_mod.{name}"], gradient, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("extra", [[], [1, 1, 29]], ids=["rows of labels", "and others"])
+@pytest.mark.parametrize("extra", [[], [1, 1, 29]], ids=["label rows", "and others"])
 def test_the_last_layer_at_labels_only_has_the_same_loss_and_gradients(extra: list[int]) -> None:
     model = BertForPreTraining(WITHOUT_DROPOUT).double().train()
     rows = torch.cat([(batch()["labels"] != -100).nonzero()[:, 0], torch.tensor(extra, dtype=torch.int64)])
     loss, expected = step(model)
-    again, found = step(model, label_rows=rows)
+    again, gradients = step(model, label_rows=rows)
     torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
     for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(gradients[name], gradient, rtol=1e-9, atol=1e-12), name
     out = model(**batch(), label_rows=rows, output_logits=True)
     every = model(**batch(), output_logits=True)
     torch.testing.assert_close(out.prediction_logits, every.prediction_logits[rows])
     torch.testing.assert_close(out.seq_relationship_logits, every.seq_relationship_logits)
 
 
-def test_rows_of_labels_are_for_packed_tokens_and_in_range() -> None:
+def test_label_rows_are_for_packed_tokens_and_in_range() -> None:
     model = BertForPreTraining(WITHOUT_DROPOUT)
     with pytest.raises(ValueError, match="label_rows came with padded or empty input"):
         model(input_ids=torch.ones(2, 5, dtype=torch.int64), label_rows=torch.tensor([0]))

@@ -1,4 +1,4 @@
-"""The whole model on one family of kernels: a packed training step with dropout, against the reference to the bound."""
+"""A packed training step with dropout of the whole model, on each implementation, against the reference."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bert_fast.testing import compare
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
 LENGTHS = (5, 1, 17)
 
-# Those that have every op of a training step; lamb is the optimizer's.
-OPS_OF_A_STEP = {name: op.impls for name, op in OPS.items() if name != "lamb"}
+# lamb is the optimizer's.
+STEP_OPS = {name: op.impls for name, op in OPS.items() if name != "lamb"}
 IMPLS = [
-    (impl, OPS_OF_A_STEP["attention"][impl].device)
+    (impl, STEP_OPS["attention"][impl].device)
     for impl in ("triton", "cpu")
-    if all(impl in impls and impls[impl].availability.ok for impls in OPS_OF_A_STEP.values())
+    if all(impl in impls and impls[impl].availability.ok for impls in STEP_OPS.values())
 ]
 
 
@@ -50,7 +50,7 @@ def step(model: BertForPreTraining, inputs: dict[str, Tensor | int], impl: str) 
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
-def test_a_training_step_equals_the_references_with_the_same_dropout(impl: str, device: str) -> None:
+def test_a_training_step_equals_the_reference_with_the_same_dropout(impl: str, device: str) -> None:
     config = BertConfig.size("tiny", vocab_size=50, max_position_embeddings=32, **SIZES)
     model = BertForPreTraining(config).to(device).train()
     inputs = batch(device)
