@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bert_fast._progress import ProgressBar
 from bert_fast.models.bert import BertModel
 from bert_fast.models.config import longest_input
 
@@ -115,7 +115,7 @@ def encode(
     longest = _checked(config, tokenizer, texts, pooling, max_seqlen, batch_tokens)
     ending = _special_behind(tokenizer)
     vectors = torch.empty(len(texts), config.hidden_size)
-    with progress_bar(len(texts), show_progress_bar) as advance:
+    with ProgressBar(len(texts), shown=show_progress_bar, unit="text", required=True) as bar:
         for start in range(0, len(texts), WINDOW):
             window = list(texts[start : start + WINDOW])
             ids = [_cut(found.ids, longest, ending) for found in tokenizer.encode_batch_fast(window)]
@@ -124,7 +124,7 @@ def encode(
                 if normalize:
                     found = torch.nn.functional.normalize(found, dim=-1)
                 vectors[torch.tensor(indices) + start] = found.cpu()
-                advance(len(indices))
+                bar.update(len(indices))
     return vectors
 
 
@@ -170,17 +170,3 @@ def _hidden(model: nn.Module, sequences: list[list[int]], pooling: str) -> tuple
         out = model(input_ids=ids, attention_mask=mask.long(), return_dict=True)
         hidden = out.last_hidden_state[mask]
     return hidden, ends, pooling, getattr(out, "pooler_output", None)
-
-
-@contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
-    """What to call with the number of texts that are done."""
-    if not shown:
-        yield lambda done: None
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("show_progress_bar needs tqdm, which is not installed: pip install tqdm") from error
-    with tqdm(total=total, unit="text", dynamic_ncols=True) as bar:
-        yield bar.update

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from bert_fast.pretrain.config import PretrainConfig, from_mapping
+from bert_fast._config import from_mapping
+from bert_fast.pretrain.config import PretrainConfig
 from bert_fast.pretrain.micro_batches import Prefetch
 from bert_fast.pretrain.trainer import Trainer, pretrain
 from bert_fast.runtime import checkpoint

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bert_fast.pretrain.replay import replay
+from bert_fast.pretrain.divergence import replay
 from bert_fast.runtime import checkpoint
 
 Start = Callable[..., Any]
@@ -46,7 +46,7 @@ def test_a_killed_rank_ends_the_others_with_its_name(start_ranks: Start, setting
     assert left[1] == {}
     for rank in (0, 2):
         assert left[rank]["error"].startswith(f"RankError: the run ended: rank 1 (process {job.processes[1].pid} on ")
-        assert "has given no sign of life for" in left[rank]["error"]
+        assert "has sent no heartbeat for" in left[rank]["error"]
 
 
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(start_ranks: Start, settings: dict[str, Any]) -> None:
@@ -80,8 +80,8 @@ def test_a_full_disk_ends_every_rank_with_a_clear_error_and_leaves_the_last_good
     start_ranks: Start, settings: dict[str, Any]
 ) -> None:
     left = start_ranks(2, config=settings, act={"rank": "all", "step": 4, "what": "full disk"}).wait()
-    assert "is full, so step-00000006 could not be written; make room" in left[0]["error"]
-    assert "it goes on from" in left[0]["error"]
+    assert "is full, so step-00000006 could not be written; free space" in left[0]["error"]
+    assert "it resumes from" in left[0]["error"]
     assert left[1]["error"].startswith("RankError: rank 0 failed: OSError: [Errno 28] No space left on device")
     folder = Path(settings["output_dir"]) / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-00000003"]

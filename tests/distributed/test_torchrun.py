@@ -41,7 +41,7 @@ def test_a_rank_that_is_killed_is_named_and_the_job_starts_again_and_finishes(
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert f"failed (exitcode: -9) local_rank: 1 (pid: {killed})" in errors
-    assert errors.count("going on from") == 1
+    assert errors.count("resuming from") == 1
     assert said.count("held-out loss") == 1  # rank 0 alone tells the results
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
     assert steps == list(range(1, 61))

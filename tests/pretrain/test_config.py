@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 
-from bert_fast.pretrain.config import (
-    DataOptions,
-    ModelOptions,
-    OptimizerOptions,
-    PretrainConfig,
-    check_resumable,
-    from_mapping,
-)
+from bert_fast._config import from_mapping
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig, check_resumable
 
 
 def config(**changes: Any) -> PretrainConfig:
@@ -46,7 +41,7 @@ def test_contradictions_of_a_run_are_named(changes: dict[str, Any], message: str
         (OptimizerOptions, {"lr": 0.0}, "lr is 0.0; expected a positive number"),
         (OptimizerOptions, {"lr": float("nan")}, "lr is nan"),
         (OptimizerOptions, {"warmup_steps": 1.5}, "warmup_steps is 1.5; expected whole steps, or a fraction"),
-        (OptimizerOptions, {"betas": (0.9, 1.0)}, "betas are"),
+        (OptimizerOptions, {"betas": (0.9, 1.0)}, "betas is"),
         (ModelOptions, {"size": "huge"}, "size is 'huge'; expected one of tiny, mini"),
         (ModelOptions, {"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0"),
         (ModelOptions, {"config": "a", "init_from": "b"}, "model.config and model.init_from are both given"),

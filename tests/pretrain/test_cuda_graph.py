@@ -26,13 +26,14 @@ from bert_fast.kernels import available_impls, use_impl
 from bert_fast.kernels._common import checks
 from bert_fast.models import BertConfig, BertForPreTraining
 from bert_fast.models.encoder import draw_rng_states
-from bert_fast.optim.params import make_optimizer
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.optim.optimizer import make_optimizer
 from bert_fast.pretrain import cuda_graph
-from bert_fast.pretrain.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
 from bert_fast.pretrain.cuda_graph import WARM_UPS, Capture, CudaCapture
-from bert_fast.pretrain.guard import Guard
+from bert_fast.pretrain.divergence import Guard
 from bert_fast.pretrain.metrics import Totals
-from bert_fast.pretrain.step import Inputs, StepWork
+from bert_fast.pretrain.step import Inputs, TrainStep
 from bert_fast.pretrain.trainer import Trainer, pretrain
 from bert_fast.runtime.ranks import Ranks
 
@@ -42,17 +43,43 @@ ON_GPU = torch.cuda.is_available() and all(available_impls()[op]["triton"].ok fo
 
 
 class Operators(TorchDispatchMode):
-    """Notes every operator with its tensors."""
+    """Records every operator with its tensors, and the values that it overwrites in tensors from before.
+
+    Attributes:
+        calls: the operators.
+        overwritten: tensors that existed before, each with its value before an operator wrote to it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self.overwritten: list[tuple[Tensor, Tensor]] = []
+        self._created: set[int | None] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read on the host"
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, tree_leaves(out)))
+        kwargs = kwargs or {}
+        for name, argument in zip([a.name for a in func._schema.arguments], args, strict=False):
+            self._save(func, name, argument)
+        for name, argument in kwargs.items():
+            self._save(func, name, argument)
+        out = func(*args, **kwargs)
+        inputs = {memory(x) for x in tree_leaves((args, kwargs))}
+        self._created |= {memory(x) for x in tree_leaves(out)} - inputs
+        self.calls.append((func, args, kwargs, tree_leaves(out)))
         return out
+
+    def _save(self, func: Any, name: str, argument: Any) -> None:
+        schema = next(a for a in func._schema.arguments if a.name == name)
+        if schema.alias_info is not None and schema.alias_info.is_write:
+            for x in tree_leaves(argument):
+                if isinstance(x, Tensor) and memory(x) not in self._created:
+                    self.overwritten.append((x, x.detach().clone()))
+
+    def undo(self) -> None:
+        """Restore every value that was overwritten."""
+        for x, value in reversed(self.overwritten):
+            x.detach().copy_(value)
 
 
 def memory(x: Any) -> int | None:
@@ -60,36 +87,28 @@ def memory(x: Any) -> int | None:
 
 
 class Recorder:
-    """A `Capture`. What it records is undone: recording for a CUDA graph runs nothing.
+    """A `Capture` on the CPU. What it records is undone: the capture of a CUDA graph runs nothing."""
 
-    Args:
-        lasting: every tensor that a step changes and that outlives it.
-    """
-
-    def __init__(self, lasting: Callable[[], list[Tensor]]) -> None:
-        self._lasting = lasting
+    def __init__(self) -> None:
         self.recorded = 0
 
     def warm_up(self, function: Callable[[], None]) -> None:
         function()
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        before = [(x, x.detach().clone()) for x in self._lasting()]
         with Operators() as operators:
             function()
-        with torch.no_grad():
-            for x, value in before:
-                x.copy_(value)
+        operators.undo()
         self.recorded += 1
         return lambda: self._replay(operators.calls)
 
     @torch.no_grad()
     def _replay(self, calls: list[Call]) -> None:
         for func, args, kwargs, outs in calls:
-            given = {memory(x) for x in tree_leaves((args, kwargs))}
-            for place, value in zip(outs, tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(place, Tensor) and memory(place) not in given:
-                    place.copy_(value)
+            inputs = {memory(x) for x in tree_leaves((args, kwargs))}
+            for static, value in zip(outs, tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(static, Tensor) and memory(static) not in inputs:
+                    static.copy_(value)
 
 
 class Plain(Recorder):
@@ -137,22 +156,12 @@ def quiet(_: str) -> None:
     pass
 
 
-def lasting(trainer: Trainer) -> list[Tensor]:
-    guard, work = trainer.guard, trainer.work
-    found = [*trainer.model.parameters(), guard._mean, guard._stuck, trainer.totals.sums, work.found.sums, work.judged]
-    found += [p.grad for p in trainer.model.parameters() if p.grad is not None]
-    states = [x for state in trainer.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-    return [*found, *{id(x): x for x in states}.values()]
-
-
 def recorded(config: PretrainConfig) -> tuple[Trainer, Recorder]:
-    """A trainer whose steps are recorded."""
-    made: list[Trainer] = []
+    """A trainer whose steps are captured by a recorder."""
     # Without compiled kernels ops run the reference, which reads lengths on the host.
     kind = Plain if cuda_graph.synchronizing_ops(torch.device("cpu"), config.precision) else Recorder
-    recorder = kind(lambda: lasting(made[0]))
-    made.append(Trainer(replace(config, cuda_graph=True), quiet, capture=recorder))
-    return made[0], recorder
+    recorder = kind()
+    return Trainer(replace(config, cuda_graph=True), quiet, capture=recorder), recorder
 
 
 def steps(trainer: Trainer, count: int, before: Callable[[Trainer], Any] = lambda trainer: None) -> list[Any]:
@@ -162,7 +171,7 @@ def steps(trainer: Trainer, count: int, before: Callable[[Trainer], Any] = lambd
         before(trainer)
         trainer.train_step()
         weights = [p.detach().cpu().clone() for p in trainer.model.parameters()]
-        found.append((trainer.work.judged.tolist(), trainer.totals.tolist(), weights))
+        found.append((trainer.device_step.verdict.tolist(), trainer.totals.tolist(), weights))
     return found
 
 
@@ -192,7 +201,7 @@ def test_replayed_steps_equal_called_ones(config: PretrainConfig, changes: dict[
     """With dropout, a learning rate that rises and falls, and other numbers of masked tokens in each batch."""
     config = replace(config, **changes)
     called, expected = Trainer(config, quiet), []
-    masked = {tuple(called.feed.step(called.feed.after(called.position, 5 * i)).counts[0].tolist()) for i in range(3)}
+    masked = {tuple(called.feed.step(called.feed.advance(called.position, 5 * i)).counts[0].tolist()) for i in range(3)}
     assert len(masked) > 1
     assert config.steps is not None
     expected = steps(called, config.steps)
@@ -252,7 +261,7 @@ def test_a_batch_of_another_shape_gets_a_graph_of_its_own(config: PretrainConfig
     """Where a batch has more labels than it has space for, as the third and each second after it here."""
 
     def widen(trainer: Trainer) -> None:
-        batch = trainer.feed.shape
+        batch = trainer.feed.transform
         assert batch is not None
         original = plain.setdefault(id(trainer), batch)
         wide = trainer.step >= 2 and trainer.step % 2 == 0
@@ -262,7 +271,7 @@ def test_a_batch_of_another_shape_gets_a_graph_of_its_own(config: PretrainConfig
             rows = made.label_rows
             return replace(made, label_rows=torch.cat([rows, torch.zeros_like(rows)])) if wide else made
 
-        trainer.feed.shape = shape
+        trainer.feed.transform = shape
 
     plain: dict[int, Any] = {}
     config = replace(config, steps=14)
@@ -275,7 +284,7 @@ def test_a_batch_of_another_shape_gets_a_graph_of_its_own(config: PretrainConfig
 def test_a_whole_run_writes_the_same_log_and_model(config: PretrainConfig, tmp_path: Path) -> None:
     config = replace(config, checkpoint_interval=4, eval_interval=4, prefetch=2)
     expected = pretrain(replace(config, output_dir=str(tmp_path / "called")), quiet)
-    capture: Capture = Plain(list)
+    capture: Capture = Plain()
     with Ranks("cpu") as ranks:
         found = Trainer(replace(config, cuda_graph=True), quiet, ranks, capture).run()
     assert found.metrics == expected.metrics
@@ -300,7 +309,7 @@ def test_what_a_graph_needs_is_said(config: PretrainConfig, changes: dict[str, A
 
 def test_several_ranks_and_ops_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks("cpu")
-    monkeypatch.setattr(ranks, "world", 2)
+    monkeypatch.setattr(ranks, "world_size", 2)
     with pytest.raises(ValueError, match="cuda_graph is on and there are 2 ranks"):
         cuda_graph.capture_on(ranks, "bf16")
     with use_impl("reference"):
@@ -318,7 +327,7 @@ def test_a_step_over_triton_kernels_depends_on_no_value(precision: str, tiny_con
         for group in optimizer.param_groups:
             group |= {"capturable": True, "lr": torch.zeros(())}
         guard, totals = Guard("skip", 3.0, device), Totals(device)
-        work = StepWork(model, optimizer, guard, totals, precision=precision, max_grad_norm=1.0)
+        work = TrainStep(model, optimizer, guard, totals, precision=precision, max_grad_norm=1.0)
         tokens = [torch.zeros(64, dtype=torch.int64) for _ in range(4)]
         ends, pairs = torch.zeros(5, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
         batch = PackedBatch(*tokens[:3], ends, 32, tokens[3], pairs, torch.zeros(12, dtype=torch.int64))
@@ -326,7 +335,7 @@ def test_a_step_over_triton_kernels_depends_on_no_value(precision: str, tiny_con
         assert all(p.grad is not None for p in model.parameters())
         work.update()
         with pytest.raises(DataDependentOutputException):
-            float(work.judged[1])
+            float(work.verdict[1])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and Triton")

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from bert_fast.cli.main import main
-from bert_fast.pretrain.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
-from bert_fast.pretrain.guard import Guard, TrainingDivergedError
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
+from bert_fast.pretrain.divergence import Guard, replay
 from bert_fast.pretrain.micro_batches import Position
-from bert_fast.pretrain.replay import replay
 from bert_fast.pretrain.trainer import Trainer, pretrain
 from bert_fast.runtime import checkpoint
 from bert_fast.runtime.log import read_log
+from bert_fast.runtime.ranks import TrainingDivergedError
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_an_exploding_loss_stops_before_its_update_and_is_computed_again_to_the_
         pretrain(replace(config, explosion=3.0, checkpoint_interval=2), lambda text: None)
     folder = Path(config.output_dir) / "diverged" / "step-00000004"
     assert str(folder) in str(caught.value)
-    assert "the last checkpoint from before is" in str(caught.value)
+    assert "the last checkpoint before it is" in str(caught.value)
     again = replay(folder, device="cpu")
     assert again.loss == again.recorded_loss
     assert again.norm == again.recorded_norm
@@ -142,9 +143,9 @@ def judged(guard: Guard, *losses: float) -> list[bool]:
     """Which of these losses are refused, one step after the other."""
     for step, loss in enumerate(losses):
         value, norm = torch.tensor(loss, dtype=torch.float64), torch.tensor(1.0)
-        judged = torch.stack([guard.judge(value, norm).double(), value, norm.double()])
-        guard.note(step, Position(0, step), judged)
-    return [verdict.refused for verdict in guard.settled(all_steps=True)]
+        judged = torch.stack([guard.check(value, norm).double(), value, norm.double()])
+        guard.enqueue(step, Position(0, step), judged)
+    return [verdict.refused for verdict in guard.drain(all_steps=True)]
 
 
 def test_what_is_refused() -> None:

@@ -60,7 +60,7 @@ def test_killed_twice_and_resumed_equals_never_stopped(tmp_path: Path, prepared:
     kill_at(9, arguments, killed, environment)
     kill_at(23, arguments, killed, environment)
     done = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True, timeout=300)
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     assert losses(killed) == losses(whole)
     assert len(losses(whole)) == STEPS + 3
     assert (killed / "final" / "model.safetensors").read_bytes() == (whole / "final" / "model.safetensors").read_bytes()

@@ -44,13 +44,13 @@ def test_a_step_has_the_same_examples_on_any_number_of_ranks(data: PretrainingDa
     for ranks in (1, 2, 3, 4):
         feeds = [Feed(data, accumulation, rank, ranks) for rank in range(ranks)]
         parts = [feed.step(start) for feed in feeds]
-        assert {part.end for part in parts} == {Feed(data, accumulation).after(start, accumulation)}
+        assert {part.end for part in parts} == {Feed(data, accumulation).advance(start, accumulation)}
         assert len({len(part.micro) for part in parts}) == 1
         micro = sorted((m for part in parts for m in part.micro), key=lambda m: m.number)
-        assert [m.number for m in micro] == list(range(feeds[0].pieces))
+        assert [m.number for m in micro] == list(range(feeds[0].num_micro_batches))
         assert all(m.batch.num_tokens <= BUDGET for m in micro)
         assert {part.tokens for part in parts} == {sum(m.batch.num_tokens for m in micro)}
-        whole = feeds[0].whole_step(start).micro
+        whole = feeds[0].step_of_all_ranks(start).micro
         assert [m.examples for m in whole] == [m.examples for m in micro]
         steps[ranks] = micro
     every = {ranks: sorted(pair for m in micro for pair in m.examples) for ranks, micro in steps.items()}

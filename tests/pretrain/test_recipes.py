@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from benchmarks.reports.recipes import RECIPES, Estimate, recipes
-from bert_fast.pretrain.config import PretrainConfig, from_mapping
+from bert_fast._config import from_mapping
+from bert_fast.pretrain.config import PretrainConfig
 
 ESTIMATES = recipes()
 

@@ -71,9 +71,9 @@ def test_runs_of_the_same_name_go_by_their_paths(tmp_path: Path) -> None:
 
 def test_what_is_no_run_or_has_no_step_yet_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 1e-3)
-    with pytest.raises(FileNotFoundError, match=r"pretrain\.json is not there; expected a folder that bert-fast"):
+    with pytest.raises(FileNotFoundError, match=r"pretrain\.json does not exist; expected a folder that bert-fast"):
         write_pretrain_report([run, tmp_path], tmp_path / "page.html")
     (run / "log.jsonl").write_text("")
-    with pytest.raises(ValueError, match="the log of run has no line yet"):
+    with pytest.raises(ValueError, match="the log of run is empty"):
         write_pretrain_report([run], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

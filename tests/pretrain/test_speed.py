@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert_fast.kernels._common import checks
 from bert_fast.models import BertConfig
-from bert_fast.pretrain.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
+from bert_fast.pretrain.metrics import Meter, gemm_ceiling, model_flops
 from bert_fast.pretrain.micro_batches import Position, StepBatches
-from bert_fast.pretrain.throughput import Meter, gemm_ceiling, model_flops
 from bert_fast.pretrain.trainer import Trainer, pretrain
 from bert_fast.runtime.log import read_log
 
@@ -126,7 +127,7 @@ def test_a_step_reads_no_value_on_the_host(config: PretrainConfig, monkeypatch: 
     for module in [m for name, m in sys.modules.items() if name.startswith("bert_fast.")]:
         if getattr(module, "values_are_checked", None) is original:
             monkeypatch.setattr(module, "values_are_checked", lambda x: False)
-    monkeypatch.setattr(trainer.guard, "settled", lambda **_: [])
+    monkeypatch.setattr(trainer.guard, "drain", lambda **_: [])
     with Reads() as reads:
         trainer.train_step()
     assert reads.count == 0
@@ -162,7 +163,7 @@ def test_the_log_tells_the_speed(config: PretrainConfig) -> None:
 
 def test_a_meter_leaves_out_what_is_paused(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now: list[float] = [10.0]
-    monkeypatch.setattr("bert_fast.pretrain.throughput.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("bert_fast.pretrain.metrics.time.perf_counter", lambda: now[0])
     meter = Meter(BertConfig.from_pretrained(tiny_config.parent, vocab_size=120), 100, 1e6)
 
     meter.add(StepBatches(Position(0, 0), Position(0, 1), (), 3, 80, 2200, torch.zeros(0, 2)))

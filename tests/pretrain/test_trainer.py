@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from bert_fast.models import BertForPreTraining
-from bert_fast.pretrain.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
-from bert_fast.pretrain.guard import TrainingDivergedError
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
+from bert_fast.pretrain.metrics import held_out_totals
 from bert_fast.pretrain.micro_batches import Position
-from bert_fast.pretrain.passes import evaluate
 from bert_fast.pretrain.setup import open_data
 from bert_fast.pretrain.trainer import PretrainResult, Trainer, pretrain
 from bert_fast.runtime import checkpoint
 from bert_fast.runtime.log import read_log
-from bert_fast.runtime.signals import stop_signals
+from bert_fast.runtime.ranks import TrainingDivergedError, stop_signals
 
 EXACT = (
     "step",
@@ -159,7 +159,7 @@ def test_evaluation_is_the_same_however_the_batches_are_cut(config: PretrainConf
     trainer = Trainer(config, quiet)
     small = trainer.evaluate()
     data = open_data(replace(config.data, token_budget=1024), config.seed)
-    large = evaluate(trainer.model, data.held_out_batches(), trainer.device, "fp32")
+    large = held_out_totals(trainer.model, data.held_out_batches(), trainer.device, "fp32").summary()
     assert trainer.model.training
     assert small == pytest.approx(large, rel=1e-5)
 
@@ -283,7 +283,7 @@ def test_contradictions_with_the_model_are_refused(config: PretrainConfig, tmp_p
         pretrain(replace(config, data=long), quiet)
     with pytest.raises(ValueError, match="device is 'cuda:99'"):
         pretrain(replace(config, device="cuda:99"), quiet)
-    with pytest.raises(FileNotFoundError, match=r"data\.folder is .*absent, which is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"data\.folder is .*absent, which is not a folder"):
         pretrain(replace(config, data=replace(config.data, folder=str(tmp_path / "absent"))), quiet)
 
 

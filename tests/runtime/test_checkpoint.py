@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from bert_fast.optim.params import clipped_step, make_optimizer
-from bert_fast.pretrain.config import OptimizerOptions
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.optim.optimizer import clipped_step, make_optimizer
 from bert_fast.runtime import checkpoint
 from bert_fast.runtime.checkpoint import CorruptCheckpointError
 
@@ -77,7 +77,9 @@ def test_the_newest_good_one_is_taken_and_corrupt_ones_are_reported(tmp_path: Pa
     assert "step-00000100/b.bin is corrupt" in said[0]
     for step in (5, 10):
         (checkpoint.checkpoint_path(tmp_path, step) / "a.txt").unlink()
-    with pytest.raises(CorruptCheckpointError, match=r"no good checkpoint.*step-00000100/b\.bin.*step-00000005/a\.txt"):
+    with pytest.raises(
+        CorruptCheckpointError, match=r"no valid.*step-00000100/b\.bin.*step-00000005/a\.txt"
+    ):
         checkpoint.newest_good(tmp_path, said.append)
 
 
