@@ -119,14 +119,14 @@ def remove(path: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Clean up after writers of targets in `parent` that were killed; none may be at work.
+    """Clean up after killed writers of folders in `parent`; none may be at work.
 
-    Temporary files and folders are deleted. A result that was moved aside gets its name back if no new one has it.
+    Temporary folders are deleted. A folder that was moved aside gets its name back if no new one has it.
     """
     for path in parent.glob(".*"):
-        if match := _LEFTOVER.fullmatch(path.name):
+        if path.is_dir() and (match := _LEFTOVER.fullmatch(path.name)):
             target = parent / match["target"]
             if match["suffix"] == _REPLACED and not os.path.lexists(target):
                 path.rename(target)
             else:
-                remove(path)
+                shutil.rmtree(path)

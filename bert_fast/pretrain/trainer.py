@@ -162,9 +162,7 @@ class Trainer:
         self.saved_step = self.step
         self.report(f"resuming from {folder} at step {self.step} of {self.total_steps}")
         if state["ranks"] != self.ranks.world_size:
-            self.report(
-                f"ranks are now {self.ranks.world_size}; the checkpoint was written by {state['ranks']}"
-            )
+            self.report(f"ranks are now {self.ranks.world_size}; the checkpoint was written by {state['ranks']}")
         for name, (before, now) in changed.items():
             if name not in ("output_dir", "resume", "progress", "data.folder"):
                 self.report(f"{name} is now {now!r}; the run started with {before!r}")

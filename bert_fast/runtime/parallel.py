@@ -3,8 +3,7 @@
 Both average the gradients over the ranks, so a rank's loss is its share of the step's loss times the number of ranks.
 """
 
-from __future__ import annotations
-
+# Annotations are evaluated here: DistributedDataParallel checks the type in the signature of a communication hook.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

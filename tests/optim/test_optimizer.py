@@ -27,7 +27,7 @@ def test_biases_and_layer_norms_do_not_decay_and_tied_weights_appear_once() -> N
     assert len(everything) == len(set(everything)) == len(list(model.parameters()))
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_in_no_group() -> None:
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     assert [len(group["params"]) for group in param_groups(model, 0.1)] == [1, 0]
@@ -35,14 +35,14 @@ def test_frozen_parameters_are_left_out() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 @pytest.mark.parametrize("limit", [0.0, 0.5], ids=["no clipping", "clipping"])
-def test_the_norm_is_that_before_clipping(name: str, limit: float) -> None:
+def test_clipped_step_returns_the_norm_before_clipping(name: str, limit: float) -> None:
     model = nn.Linear(3, 2)
     optimizer = make_optimizer(model, OptimizerOptions(name=name, max_grad_norm=limit))  # type: ignore[arg-type]
     model.weight.grad, model.bias.grad = torch.full((2, 3), 2.0), torch.full((2,), -1.0)
     assert clipped_step(optimizer, limit).item() == pytest.approx((6 * 4 + 2) ** 0.5)
 
 
-def test_adamw_follows_the_clipped_gradient() -> None:
+def test_adamw_gradients_are_clipped_in_place() -> None:
     model = nn.Linear(3, 2)
     optimizer = make_optimizer(model, OptimizerOptions(max_grad_norm=0.5))
     model.weight.grad, model.bias.grad = torch.full((2, 3), 2.0), torch.full((2,), -1.0)
@@ -51,21 +51,21 @@ def test_adamw_follows_the_clipped_gradient() -> None:
     assert norm.item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_warm_up_then_linear_decay_exactly() -> None:
+def test_warm_up_then_linear_decay() -> None:
     factors = [lr_factor(step, warmup=4, total=10) for step in range(1, 11)]
     assert factors == [1 / 4, 2 / 4, 3 / 4, 4 / 4, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7]
 
 
-def test_without_warm_up_it_falls_from_the_first_step() -> None:
+def test_without_warm_up_decay_starts_at_the_first_step() -> None:
     assert [lr_factor(step, 0, 4) for step in range(1, 5)] == [4 / 5, 3 / 5, 2 / 5, 1 / 5]
 
 
-def test_without_decay_it_stays_at_the_peak() -> None:
+def test_without_decay_the_peak_stays() -> None:
     assert [lr_factor(step, 2, 5, "none") for step in range(1, 6)] == [1 / 2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (1, 2), (10, 1000), (999, 1000)])
-def test_peak_once_and_zero_only_after_the_end(warmup: int, total: int) -> None:
+def test_peak_once_and_zero_only_after_the_last_step(warmup: int, total: int) -> None:
     factors = [lr_factor(step, warmup, total) for step in range(1, total + 1)]
     assert all(0 < factor <= 1 for factor in factors)
     assert lr_factor(total + 1, warmup, total) == 0
@@ -76,10 +76,10 @@ def test_peak_once_and_zero_only_after_the_end(warmup: int, total: int) -> None:
     assert all(a - b == Fraction(1, total + 1 - warmup) for a, b in pairwise(after))
 
 
-def test_cosine_falls_slowly_at_both_ends_and_constant_stays() -> None:
+def test_cosine_and_constant_decay() -> None:
     factors = [lr_factor(step, 2, 9, "cosine") for step in range(1, 10)]
     assert factors[:2] == [0.5, 1.0]
-    assert factors[5] == pytest.approx(0.5)  # half of the way from the peak to 0
+    assert factors[5] == pytest.approx(0.5)  # halfway through the decay
     assert factors[2] == pytest.approx((1 + math.cos(math.pi / 8)) / 2)
     assert factors[2:] == sorted(factors[2:], reverse=True)
     assert factors[-1] > 0
