@@ -1,7 +1,7 @@
 """Divergence: a guard that skips the update of a bad step, records of such steps, and their replay.
 
 <output_dir>/diverged/step-00000012/
-    config.json, model.safetensors   the weights before the step, in transformers' format
+    config.json, model.safetensors   the weights, in transformers' format
     batch.safetensors                the step's micro-batches, of all ranks
     record.json                      loss, gradient norm, seed, precision
     manifest.json                    size and SHA-256 of every other file

@@ -133,7 +133,7 @@ class Trainer:
         """The checkpoint to resume from, as `config.resume` says, verified; None for a new run."""
         resume = self.config.resume
         if resume == "auto":
-            return checkpoint.newest_good(self.checkpoints, self.report)
+            return checkpoint.newest_valid(self.checkpoints, self.report)
         if resume == "never":
             if checkpoint.list_checkpoints(self.checkpoints):
                 raise ValueError(
@@ -354,7 +354,7 @@ class Trainer:
                         self._log_step(log, progress, meter, norm)
                     progress.update_to(self.step)
                     with meter.paused():
-                        metrics = self._housekeeping(log, progress, interrupted is not None) or metrics
+                        metrics = self._evaluate_and_save(log, progress, interrupted is not None) or metrics
                 if interrupted is None:
                     metrics = metrics or self.evaluate()
                     folder = self.save_final()
@@ -410,7 +410,7 @@ class Trainer:
         log.write("train", self.step, {"epoch": self.position.epoch, **values, **extra, "skipped": self.guard.skipped})
         progress.show_training(values["loss"], self.lr, speed["tokens_per_second"])
 
-    def _housekeeping(self, log: RunLog | SilentLog, progress: ProgressBar, stopping: bool) -> dict[str, float]:
+    def _evaluate_and_save(self, log: RunLog | SilentLog, progress: ProgressBar, stopping: bool) -> dict[str, float]:
         """Evaluate and save if due at this step; returns the metrics of the evaluation, or {}."""
         config, last = self.config, self.step == self.total_steps
         interval = config.checkpoint_interval

@@ -118,7 +118,7 @@ def verify_folder(folder: Path) -> None:
             )
 
 
-def newest_good(root: Path, report: Callable[[str], None]) -> Path | None:
+def newest_valid(root: Path, report: Callable[[str], None]) -> Path | None:
     """The newest checkpoint in `root` that verifies, or None if there are no checkpoints.
 
     Each corrupt checkpoint that is skipped is reported through `report`.

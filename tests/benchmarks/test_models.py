@@ -36,7 +36,7 @@ class Remembers:
 
         def replay() -> None:
             function()
-            work.judged.mul_(self._scale)
+            work.verdict.mul_(self._scale)
 
         return replay
 

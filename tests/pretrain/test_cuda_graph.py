@@ -165,13 +165,14 @@ def recorded(config: PretrainConfig) -> tuple[Trainer, Recorder]:
 
 
 def steps(trainer: Trainer, count: int, before: Callable[[Trainer], Any] = lambda trainer: None) -> list[Any]:
-    """Verdict, totals and parameters after each step; `before` is called before each."""
+    """Verdict, totals with the guard's state, and parameters after each step; `before` is called before each."""
     records = []
     for _ in range(count):
         before(trainer)
         trainer.train_step()
         weights = [p.detach().cpu().clone() for p in trainer.model.parameters()]
-        records.append((trainer.device_step.verdict.tolist(), trainer.totals.tolist(), weights))
+        sums = (trainer.totals.tolist(), trainer.guard.state())
+        records.append((trainer.device_step.verdict.tolist(), sums, weights))
     return records
 
 

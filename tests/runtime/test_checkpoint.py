@@ -92,19 +92,19 @@ def test_a_corrupt_file_is_named(tmp_path: Path, damage, message: str) -> None: 
 
 def test_the_newest_valid_checkpoint_is_chosen_and_corrupt_ones_are_reported(tmp_path: Path) -> None:
     messages: list[str] = []
-    assert checkpoint.newest_good(tmp_path, messages.append) is None
+    assert checkpoint.newest_valid(tmp_path, messages.append) is None
     for step in (5, 10, 100):
         checkpoint.write_folder(checkpoint.checkpoint_path(tmp_path, step), fill)
-    assert checkpoint.newest_good(tmp_path, messages.append) == tmp_path / "step-00000100"
+    assert checkpoint.newest_valid(tmp_path, messages.append) == tmp_path / "step-00000100"
     assert messages == []
     (tmp_path / "step-00000100" / "b.bin").write_bytes(b"")
-    assert checkpoint.newest_good(tmp_path, messages.append) == tmp_path / "step-00000010"
+    assert checkpoint.newest_valid(tmp_path, messages.append) == tmp_path / "step-00000010"
     assert len(messages) == 1
     assert "step-00000100/b.bin is corrupt" in messages[0]
     for step in (5, 10):
         (checkpoint.checkpoint_path(tmp_path, step) / "a.txt").unlink()
     with pytest.raises(CorruptCheckpointError, match=r"no valid.*step-00000100/b\.bin.*step-00000005/a\.txt"):
-        checkpoint.newest_good(tmp_path, messages.append)
+        checkpoint.newest_valid(tmp_path, messages.append)
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
