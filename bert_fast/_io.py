@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _TEMPORARY, _REPLACED = ".tmp", ".old"
+_LEFTOVER = re.compile(r"\.(?P<target>.+)\.\d+-[0-9a-f]{8}(?P<suffix>\.tmp|\.old)")
 
 
 def temporary_path(target: Path, suffix: str = _TEMPORARY) -> Path:
@@ -114,3 +116,17 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def recover(parent: Path) -> None:
+    """Clean up after killed writers of folders in `parent`; none may be at work.
+
+    Temporary folders are deleted. A folder that was moved aside gets its name back if no new one has it.
+    """
+    for path in parent.glob(".*"):
+        if path.is_dir() and (match := _LEFTOVER.fullmatch(path.name)):
+            target = parent / match["target"]
+            if match["suffix"] == _REPLACED and not os.path.lexists(target):
+                path.rename(target)
+            else:
+                shutil.rmtree(path)

@@ -1,8 +1,8 @@
-"""How many threads a process should compute with, and the threads of a forked one.
+"""The number of threads that torch computes with, and OpenMP threads in forked processes.
 
-torch takes every core that the operating system shows. In a container whose quota is smaller, its threads then wait
-for each other most of the time. Importing bert_fast changes nothing of that: the command line does, by `use_threads`,
-and a server may.
+torch starts a thread for every core of the machine. In a container with a smaller CPU quota these threads spend most of
+their time waiting for each other. Importing bert_fast does not change the number; the command line does, with
+`use_threads`, and a server can.
 """
 
 from __future__ import annotations
@@ -20,31 +20,34 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def sensible_threads() -> int:
-    """BERT_FAST_THREADS where it is set; else torch's number, but no more than the affinity and the quotas allow.
+    """BERT_FAST_THREADS if set, else the minimum of torch's number, the CPU affinity and the cgroup quotas.
 
-    The quotas are those of the process's control group and of every group around it, version 2 or 1, rounded up.
-    torch's own number is OMP_NUM_THREADS where that is set, else the number of cores.
+    The quotas are those of the process's cgroup and all its ancestors, version 2 or 1, rounded up. torch's number is
+    OMP_NUM_THREADS if set, else the number of cores.
 
     Raises:
-        ValueError: BERT_FAST_THREADS is no positive integer.
+        ValueError: BERT_FAST_THREADS is not a positive integer.
     """
     import torch
 
-    asked = os.environ.get(VARIABLE)
-    if asked is not None:
-        if not asked.isascii() or not asked.isdigit() or int(asked) == 0:
-            raise ValueError(f"{VARIABLE} is {asked!r}; expected the number of threads, 1 or more")
-        return int(asked)
+    requested = os.environ.get(VARIABLE)
+    if requested is not None:
+        if not requested.isascii() or not requested.isdigit() or int(requested) == 0:
+            raise ValueError(f"{VARIABLE} is {requested!r}; expected the number of threads, 1 or more")
+        return int(requested)
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([torch.get_num_threads(), affinity, *_quotas()]))
 
 
 @contextmanager
 def use_threads(threads: int | None = None) -> Iterator[int]:
-    """Let torch compute with so many threads inside the `with`, and with as many as before behind it.
+    """Context in which torch computes with `threads` threads; the previous number is restored afterwards.
 
     Args:
         threads: `sensible_threads()` if None.
+
+    Yields:
+        The number of threads.
 
     Raises:
         ValueError: `threads` is less than 1.
@@ -53,26 +56,26 @@ def use_threads(threads: int | None = None) -> Iterator[int]:
 
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; expected 1 or more")
-    before, now = torch.get_num_threads(), sensible_threads() if threads is None else threads
-    if now != before:
-        torch.set_num_threads(now)
+    previous, current = torch.get_num_threads(), sensible_threads() if threads is None else threads
+    if current != previous:
+        torch.set_num_threads(current)
     try:
-        yield now
+        yield current
     finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
+        if torch.get_num_threads() != previous:
+            torch.set_num_threads(previous)
 
 
 def _quotas() -> list[int]:
-    """Cores that the control groups of this process may use, of those that say."""
-    found = []
+    """The CPU quotas, in cores rounded up, of the cgroups of this process that have one."""
+    quotas = []
     for line in _read(_PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
         root = _CGROUPS / "cpu" if controllers else _CGROUPS
         group = root / path.lstrip("/")
-        # Inside a container the path may be the host's, and only the root is there.
+        # Inside a container the path may be the host's, of which only the root exists.
         for folder in (group, *group.parents):
             if folder != root and root not in folder.parents:
                 break
@@ -81,8 +84,8 @@ def _quotas() -> list[int]:
             else:
                 quota, _, period = _read(folder / "cpu.max").partition(" ")
             if quota.strip().isdigit() and period.strip().isdigit():  # "max" and -1 are no quota
-                found.append(-(-int(quota) // int(period)))
-    return found
+                quotas.append(-(-int(quota) // int(period)))
+    return quotas
 
 
 def _read(path: Path) -> str:
@@ -92,40 +95,40 @@ def _read(path: Path) -> str:
         return ""
 
 
-_beside = _forked_beside_threads = False
+_native_threads = _forked_with_native_threads = False
 
 
-def _remember_threads() -> None:
-    """Before a fork: whether this process has threads that are none of Python's, such as those of OpenMP."""
-    global _beside
+def _before_fork() -> None:
+    """Note whether this process has threads that are not Python's, such as OpenMP's."""
+    global _native_threads
     try:
-        _beside = len(os.listdir(_PROC / "self" / "task")) > threading.active_count()
+        _native_threads = len(os.listdir(_PROC / "self" / "task")) > threading.active_count()
     except OSError:
-        _beside = True
+        _native_threads = True
 
 
-def _in_child() -> None:
-    global _forked_beside_threads
-    _forked_beside_threads = _beside
+def _after_fork_in_child() -> None:
+    global _forked_with_native_threads
+    _forked_with_native_threads = _native_threads
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_remember_threads, after_in_child=_in_child)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 def settle_after_fork() -> None:
-    """What every forward begins with: one thread where this process was forked from one with OpenMP threads.
+    """Set torch to one thread if this process was forked from one with OpenMP threads; called by every forward.
 
-    Those are not there in the child, and OpenMP would wait for them for ever.
+    The child does not have these threads, and OpenMP would wait for them forever.
     """
-    global _forked_beside_threads
-    if _forked_beside_threads:
+    global _forked_with_native_threads
+    if _forked_with_native_threads:
         import torch
 
-        _forked_beside_threads = False
+        _forked_with_native_threads = False
         if torch.get_num_threads() > 1:
             _logger.warning(
-                "this process was forked from one whose OpenMP threads had started, which would hang here: torch "
-                "computes with 1 thread now; for more, fork before the first forward, or start processes by spawn"
+                "this process was forked from one with running OpenMP threads, with which torch would hang: torch now "
+                "computes with 1 thread; for more, fork before the first forward, or start processes with spawn"
             )
             torch.set_num_threads(1)

@@ -24,7 +24,8 @@ import torch
 
 from bert_fast.data import PrepareConfig, prepare
 from bert_fast.models import BertConfig, BertForPreTraining
-from bert_fast.pretrain.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
 from bert_fast.pretrain.trainer import pretrain
 from examples.beside_trainer import Experiment, Row, arguments, compared, download, finish, thinned
 

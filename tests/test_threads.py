@@ -1,4 +1,4 @@
-"""How many threads: quotas of control groups, the variable, the option; and nothing that is changed for good."""
+"""The number of threads: cgroup quotas, the environment variable, the option; and the previous number restored."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def write(root: Path, files: dict[str, str]) -> None:
         ),
         ({"proc/self/cgroup": "0::/\n", "cgroup/cpu.max": "9900000 100000\n"}, 4),
     ],
-    ids=["no groups", "no quota", "rounded up", "the group around", "a path of the host", "version 1", "a large quota"],
+    ids=["no cgroup", "no quota", "rounded up", "parent cgroup", "path of the host", "version 1", "large quota"],
 )
-def test_the_quotas_of_control_groups_are_kept(files: dict[str, str], expected: int, tmp_path: Path) -> None:
+def test_cgroup_quotas_are_respected(files: dict[str, str], expected: int, tmp_path: Path) -> None:
     write(tmp_path, files)
     assert sensible_threads() == expected
 
 
-def test_affinity_and_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_affinity_and_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
     assert sensible_threads() == 1
     monkeypatch.setenv(threads.VARIABLE, "3")
@@ -66,7 +66,7 @@ def test_affinity_and_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
             sensible_threads()
 
 
-def test_the_number_of_threads_is_as_before_behind_the_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_threads_restores_the_previous_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     before = torch.get_num_threads()
     with use_threads(before + 1) as now:
@@ -76,7 +76,7 @@ def test_the_number_of_threads_is_as_before_behind_the_with(monkeypatch: pytest.
         pass
 
 
-def test_a_command_runs_with_the_threads_that_are_asked_for(
+def test_a_command_runs_with_the_requested_threads(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.undo()

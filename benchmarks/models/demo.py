@@ -23,13 +23,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from bert_fast._config import from_mapping
 from bert_fast.cli.main import RECIPES
 from bert_fast.cli.models import load
 from bert_fast.data import PackedBatch, PrepareConfig, prepare
 from bert_fast.models import BertForPreTraining
-from bert_fast.optim.params import make_optimizer
-from bert_fast.pretrain.config import OptimizerOptions, PretrainConfig, from_mapping
-from bert_fast.pretrain.passes import forward
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.optim.optimizer import make_optimizer
+from bert_fast.pretrain.config import PretrainConfig
+from bert_fast.pretrain.micro_batches import forward
 from bert_fast.pretrain.setup import RunData, build_model, open_data
 from bert_fast.pretrain.trainer import PretrainResult, pretrain
 from bert_fast.tasks.fill_mask import fill_mask

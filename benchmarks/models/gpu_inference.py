@@ -38,7 +38,7 @@ from bert_fast.data import PackedBatch
 from bert_fast.kernels import available_impls, use_impl
 from bert_fast.models import BertConfig, BertForPreTraining
 from bert_fast.pretrain.cuda_graph import OPS_OF_A_STEP
-from bert_fast.pretrain.passes import forward
+from bert_fast.pretrain.micro_batches import forward
 
 MASKED = 0.15
 PADDED_TOKENS = {"tiny": 256, "base": 16384, "large": 8192}  # of a batch

@@ -41,15 +41,13 @@ from benchmarks.runner.devices import Machine
 from benchmarks.runner.runner import write
 from bert_fast.data import PackedBatch
 from bert_fast.kernels import use_impl
-from bert_fast.optim.params import make_optimizer, set_rate
-from bert_fast.pretrain.config import OptimizerOptions
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.optim.optimizer import make_optimizer, set_lr
 from bert_fast.pretrain.cuda_graph import WARM_UPS, Capture, GraphedStep, capture_on, synchronizing_ops
-from bert_fast.pretrain.guard import Guard
-from bert_fast.pretrain.metrics import Totals
-from bert_fast.pretrain.micro_batches import MicroBatch, Position, StepBatches
-from bert_fast.pretrain.passes import dropout_states
-from bert_fast.pretrain.step import Inputs, StepWork
-from bert_fast.pretrain.throughput import gemm_ceiling, model_flops
+from bert_fast.pretrain.divergence import Guard
+from bert_fast.pretrain.metrics import Totals, gemm_ceiling, model_flops
+from bert_fast.pretrain.micro_batches import MicroBatch, Position, StepBatches, dropout_states
+from bert_fast.pretrain.step import Inputs, TrainStep
 from bert_fast.runtime.ranks import Ranks
 
 CLIP = 1.0
@@ -71,11 +69,11 @@ class OurStep:
         device = packed.input_ids.device
         self._impl, self._config, self._numbers = variant.impl, variant.model.config, count(1)
         optimizer = make_optimizer(variant.model, OptimizerOptions(), capturable=capture is not None)
-        set_rate(optimizer, 0.0)  # as much work, and weights with which replayed and called steps can be compared
+        set_lr(optimizer, 0.0)  # as much work, and weights with which replayed and called steps can be compared
         totals = Totals(device)
         kind = kind_of(device)
         guard = Guard("stop", 0.0, device)
-        self.work = StepWork(variant.model, optimizer, guard, totals, precision=kind, max_grad_norm=CLIP)
+        self.work = TrainStep(variant.model, optimizer, guard, totals, precision=kind, max_grad_norm=CLIP)
         self._graph = None if capture is None else GraphedStep(self.work, self._config, 0, capture)
         micro = MicroBatch(0, packed, ())
         counts = torch.tensor([masked_and_pairs(packed)])
@@ -107,7 +105,7 @@ def our_step(variant: Mine, packed: PackedBatch) -> OurStep:
     for _ in range(WARM_UPS + 1):
         replayed()
         called()
-    found, expected = replayed.work.judged.tolist(), called.work.judged.tolist()
+    found, expected = replayed.work.verdict.tolist(), called.work.verdict.tolist()
     if found != expected:
         raise SystemExit(f"the replayed step has loss and norm {found[1:]}, the called one {expected[1:]}; not timed")
     return replayed

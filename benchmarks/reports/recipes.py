@@ -2,7 +2,7 @@
 
     python -m benchmarks.reports.recipes
 
-Nothing of it was measured on a GPU. FLOPs are those of `bert_fast.pretrain.throughput.model_flops`, which training
+Nothing of it was measured on a GPU. FLOPs are those of `bert_fast.pretrain.metrics.model_flops`, which training
 reports too, for sequences as long as the recipe allows. Hours are FLOPs over `PEAK` (dense bf16 of an H200) times
 `MFU`, and over 8 GPUs with the efficiency `SCALING`; both shares are assumed. Memory is 16 bytes a parameter (weights,
 gradients and two moments in float32), 34 E bytes a layer and token of a micro-batch, and `OTHER`. The recipes carry the
@@ -17,8 +17,9 @@ from pathlib import Path
 import yaml
 
 from bert_fast import BertConfig
-from bert_fast.pretrain.config import PretrainConfig, from_mapping
-from bert_fast.pretrain.throughput import model_flops
+from bert_fast._config import from_mapping
+from bert_fast.pretrain.config import PretrainConfig
+from bert_fast.pretrain.metrics import model_flops
 
 RECIPES = Path(__file__).resolve().parents[2] / "bert_fast" / "recipes"
 PEAK, MFU, SCALING = 790e12, 0.4, 0.95

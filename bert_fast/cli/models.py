@@ -19,8 +19,8 @@ def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any
         ValueError: the checkpoint is damaged, or lacks parameters of the model (they would be random).
     """
     import bert_fast.models
+    from bert_fast._device import resolve_device
     from bert_fast.data import load_tokenizer
-    from bert_fast.pretrain.setup import resolve_device
 
     if not Path(folder).is_dir():
         expected = "a checkpoint (config.json, model.safetensors, vocab.txt)"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from bert_fast._config import from_mapping
 from bert_fast.finetune.multitask_config import MultitaskConfig
-from bert_fast.pretrain.config import from_mapping
 
 
 def add_arguments(parser: Any) -> None:

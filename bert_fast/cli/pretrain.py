@@ -9,7 +9,8 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from bert_fast.pretrain.config import PretrainConfig, from_mapping
+from bert_fast._config import from_mapping
+from bert_fast.pretrain.config import PretrainConfig
 
 
 def add_arguments(parser: Any) -> None:

@@ -15,7 +15,7 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
-    from bert_fast.pretrain.replay import replay
+    from bert_fast.pretrain.divergence import replay
 
     found = replay(args.folder, device=args.device, weights=args.weights)
     if args.json:

@@ -63,11 +63,11 @@ def load_task(folder: str, device: str, options: Mapping[str, Any] | None = None
 
 def predictions_of(args: Any, loaded: tuple[Any, Any, Task], table: Table, columns: Mapping[str, str]) -> list[Any]:
     """The predictions for `table`, with a progress bar on a terminal."""
-    from bert_fast.models.embedding import progress_bar
+    from bert_fast._progress import ProgressBar
     from bert_fast.tasks.prediction import predict
 
     model, tokenizer, task = loaded
-    with progress_bar(len(table), shows_progress()) as advance:
+    with ProgressBar(len(table), shown=shows_progress(), unit="text") as bar:
         return predict(
             model,
             task,
@@ -76,7 +76,7 @@ def predictions_of(args: Any, loaded: tuple[Any, Any, Task], table: Table, colum
             columns,
             batch_tokens=args.batch_tokens,
             precision=args.precision,
-            progress=advance,
+            progress=bar.update,
         )
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
+from bert_fast._config import from_mapping
 from bert_fast.cli.finetune import positional as positional
 from bert_fast.finetune.config import FinetuneConfig
-from bert_fast.pretrain.config import from_mapping
 
 
 def add_arguments(parser: Any) -> None:

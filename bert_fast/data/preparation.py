@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bert_fast._progress import ProgressBar
 from bert_fast.data.builtin import DEFAULT_PACKAGES
 from bert_fast.data.cleaning import REASONS
 from bert_fast.data.engine import Job, run_jobs
@@ -154,12 +155,10 @@ def _working(work: Path, output: Path) -> Iterator[None]:
 
 def _run(jobs: Sequence[Job], what: str, config: PrepareConfig, enough: int | None = None) -> int:
     """Run jobs with a progress bar, and stop after so many documents of the first ones; how many jobs to go on with."""
-    from tqdm import tqdm
-
     done = [False] * len(jobs)
     first = documents = 0  # all jobs before `first` are done, and have so many documents
     running = run_jobs(jobs, workers=config.workers, engine=config.engine)
-    with tqdm(total=len(jobs), desc=what, unit=" parts", disable=not config.progress, mininterval=0.5) as bar:
+    with ProgressBar(len(jobs), description=what, unit=" parts", shown=config.progress) as bar:
         for number in running:
             bar.update()
             done[number] = True
@@ -226,12 +225,12 @@ class _Sample:
         self.share = min(1.0, config.vocab_characters / max(characters, 1))
 
     def __iter__(self) -> Iterator[str]:
-        from tqdm import tqdm
-
-        for folder, mask in tqdm(self.parts, desc="vocabulary", unit=" parts", disable=not self.config.progress):
-            for documents in read_text(folder, mask & self._chosen(folder)):
-                for _, document in documents:
-                    yield from document
+        with ProgressBar(len(self.parts), description="vocabulary", unit=" parts", shown=self.config.progress) as bar:
+            for folder, mask in self.parts:
+                for documents in read_text(folder, mask & self._chosen(folder)):
+                    for _, document in documents:
+                        yield from document
+                bar.update()
 
     def _chosen(self, folder: Path) -> Array:
         digests = np.load(folder / "digests.npy")

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bert_fast.pretrain.config import _check, _check_choices, _check_fraction
+from bert_fast._config import check as _check
+from bert_fast._config import check_choices as _check_choices
+from bert_fast._config import check_fraction as _check_fraction
 from bert_fast.tasks.settings import AugmentSettings, TextSettings
 
 

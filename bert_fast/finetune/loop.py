@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bert_fast._progress import ProgressBar
 from bert_fast.finetune.mixing import mixed
 from bert_fast.finetune.models import share_encoder
 from bert_fast.finetune.task_run import Part
-from bert_fast.optim.layers import Unfreezing, freeze, layered_groups
-from bert_fast.optim.params import clipped_step
-from bert_fast.optim.schedule import lr_factor
-from bert_fast.pretrain.guard import TrainingDivergedError
+from bert_fast.optim.groups import Unfreezing, freeze, layered_groups
+from bert_fast.optim.optimizer import clipped_step, lr_factor
 from bert_fast.runtime.log import RunLog
-from bert_fast.runtime.progress import Progress
+from bert_fast.runtime.ranks import TrainingDivergedError
 from bert_fast.tasks.task import Example
 
 MicroBatch = tuple[int, list[Example]]  # the number of a part, and examples of it
@@ -108,7 +107,7 @@ class Finetuner:
         self.optimizer.zero_grad(set_to_none=True)
         return totals, norm
 
-    def judge(self, logs: Sequence[RunLog], progress: Progress) -> bool:
+    def judge(self, logs: Sequence[RunLog], progress: ProgressBar) -> bool:
         """Evaluate every part on its dev rows and remember the best model; returns whether patience has run out.
 
         Of several parts the mean of their metrics counts.
@@ -120,7 +119,7 @@ class Finetuner:
             log.write("eval", self.step, {key: x for key, x in metrics.items() if isinstance(x, (int, float))})
             shown = "not defined" if value is None else f"{value:.4f}"
             loss = "" if metrics["loss"] is None else f", loss {metrics['loss']:.4f}"
-            progress.say(f"step {self.step}: {part.name + ' ' if part.name else ''}dev {name} {shown}{loss}")
+            progress.write(f"step {self.step}: {part.name + ' ' if part.name else ''}dev {name} {shown}{loss}")
             worths.append(worth)
         worth = sum(worths) / len(worths)
         if self.best is None or worth > self.best["score"]:
@@ -144,7 +143,7 @@ class Finetuner:
         """
         report = self.parts[0].report
         logs = [RunLog(folder, 0, tensorboard=False, report=report) for folder in folders]
-        progress = Progress(self.total_steps, 0, shown=self.config.progress)
+        progress = ProgressBar(self.total_steps, shown=self.config.progress, unit="step")
         try:
             seconds, epochs, stopped = self._train(logs, progress)
         finally:
@@ -165,7 +164,7 @@ class Finetuner:
             "tokens_per_second": round(self.tokens / seconds, 1) if seconds else None,
         }
 
-    def _train(self, logs: Sequence[RunLog], progress: Progress) -> tuple[float, float, bool]:
+    def _train(self, logs: Sequence[RunLog], progress: ProgressBar) -> tuple[float, float, bool]:
         """Seconds of the training alone, epochs done, and whether patience ended it."""
         seconds, epochs, since = 0.0, 0.0, time.perf_counter()
         losses: list[list[Tensor]] = [[] for _ in self.parts]
@@ -179,7 +178,7 @@ class Finetuner:
                 spent = seconds + time.perf_counter() - since
                 self._log(logs, progress, losses, float(norm), epochs, self.tokens / spent)
                 losses = [[] for _ in self.parts]
-            progress.advance(self.step)
+            progress.update_to(self.step)
             every = self.config.eval_steps
             if last or (self.step % every == 0 if every else epochs == int(epochs)):
                 seconds += time.perf_counter() - since
@@ -192,7 +191,7 @@ class Finetuner:
     def _log(
         self,
         logs: Sequence[RunLog],
-        progress: Progress,
+        progress: ProgressBar,
         losses: Sequence[Sequence[Tensor]],
         norm: float,
         epochs: float,
@@ -212,4 +211,4 @@ class Finetuner:
             if own is not None:
                 values = {"epoch": round(epochs, 4), "loss": own, "lr": lr, "grad_norm": norm}
                 log.write("train", self.step, {**values, "tokens": self.tokens, "tokens_per_second": speed})
-        progress.show(sum(known) / len(known), lr, speed)
+        progress.show_training(sum(known) / len(known), lr, speed)

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from bert_fast._config import check as _check
+from bert_fast._config import check_choices as _check_choices
 from bert_fast.finetune.config import (
     BatchOptions,
     FinetuneConfig,
@@ -13,7 +15,6 @@ from bert_fast.finetune.config import (
     LossSettings,
     TableOptions,
 )
-from bert_fast.pretrain.config import _check, _check_choices
 from bert_fast.tasks.settings import AugmentSettings, TextSettings
 
 TEMPERATURES = {"proportional": 1.0, "square-root": 2.0, "uniform": float("inf")}

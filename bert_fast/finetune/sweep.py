@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bert_fast._config import from_mapping
 from bert_fast.finetune.api import finetune
 from bert_fast.finetune.config import FinetuneConfig
 from bert_fast.finetune.files import write_json
 from bert_fast.finetune.report import METRICS, SETTINGS
 from bert_fast.finetune.task_run import score
-from bert_fast.pretrain.config import from_mapping
 from bert_fast.tasks.task import make_task
 
 RESULT = "sweep.json"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bert_fast._device import autocast, resolve_device
 from bert_fast.data import load_tokenizer
 from bert_fast.data.tokenizer import TOKENIZER_FILES
 from bert_fast.finetune.config import FinetuneConfig
@@ -21,8 +22,6 @@ from bert_fast.finetune.files import write_json
 from bert_fast.finetune.models import adopt_model, build_model, describe_task
 from bert_fast.finetune.report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
 from bert_fast.models.config import longest_input
-from bert_fast.pretrain.passes import autocast
-from bert_fast.pretrain.setup import resolve_device
 from bert_fast.tasks.augmentation import Augmenter
 from bert_fast.tasks.metrics import LOWER_IS_BETTER
 from bert_fast.tasks.prediction import run_examples

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bert_fast._progress import ProgressBar
 from bert_fast.models.config import BertConfig, longest_input
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def encode(
     longest = _check_arguments(config, tokenizer, texts, pooling, max_seqlen, batch_tokens)
     num_trailing = _num_trailing_special(tokenizer)
     vectors = torch.empty(len(texts), config.hidden_size)
-    with progress_bar(len(texts), show_progress_bar) as advance:
+    with ProgressBar(len(texts), shown=show_progress_bar, unit="text", required=True) as bar:
         for start in range(0, len(texts), WINDOW):
             window = list(texts[start : start + WINDOW])
             encodings = tokenizer.encode_batch_fast(window)
@@ -132,7 +132,7 @@ def encode(
                 if normalize:
                     pooled = torch.nn.functional.normalize(pooled, dim=-1)
                 vectors[torch.tensor(indices) + start] = pooled.cpu()
-                advance(len(indices))
+                bar.update(len(indices))
     return vectors
 
 
@@ -181,17 +181,3 @@ def _forward(model: nn.Module, sequences: list[list[int]]) -> tuple[Tensor, Tens
         out = model(input_ids=ids, attention_mask=mask.long(), return_dict=True)
         hidden = out.last_hidden_state[mask]
     return hidden, cu_seqlens, getattr(out, "pooler_output", None)
-
-
-@contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
-    """A tqdm bar that counts texts; yields the function that advances it. ImportError where tqdm is not installed."""
-    if not shown:
-        yield lambda count: None
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("show_progress_bar needs tqdm, which is not installed: pip install tqdm") from error
-    with tqdm(total=total, unit="text", dynamic_ncols=True) as bar:
-        yield bar.update

@@ -1,1 +1,1 @@
-"""Optimizers: LAMB, parameter groups, learning rate schedules."""
+"""Optimizers: options, LAMB, parameter groups, the learning-rate schedule. Imports nothing of runtime or pretrain."""

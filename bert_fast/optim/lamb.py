@@ -1,4 +1,4 @@
-"""LAMB as a torch optimizer."""
+"""LAMB as a torch.optim optimizer over `bert_fast.kernels.lamb_step`."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from bert_fast.kernels import clip_scale, lamb_step
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al., 2020): Adam with decoupled weight decay, scaled for each tensor by |w| / |update|.
+    """LAMB: Adam with decoupled weight decay, the update of each tensor scaled by the trust ratio |w| / |update|.
 
-    Every parameter gets the trust ratio; a parameter is kept from weight decay (biases and LayerNorm, usually) by
-    putting it in a group with `weight_decay=0`. The moments are float32 (float64 for float64 parameters), whatever the
-    dtype of the parameters, also through `load_state_dict`: a run that is resumed goes on to the bit.
+    The trust ratio applies to every parameter. To exclude a parameter from weight decay (usually biases and LayerNorm
+    weights), put it in a group with `weight_decay=0`. The moments are float32 (float64 for float64 parameters) whatever
+    the dtype of the parameters, also after `load_state_dict`, so that a resumed run computes the same bits.
 
     Args:
-        params: tensors, or groups as torch.optim takes them; `lr`, `betas`, `eps` and `weight_decay` may be the
-            group's own.
+        params: tensors, or parameter groups; a group may set its own `lr`, `betas`, `eps` and `weight_decay`.
         lr: learning rate; a float, or a () tensor.
-        betas: decay of the two moments.
+        betas: decay rates of the first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: strength of the decoupled decay.
-        max_grad_norm: the gradients of all groups are clipped to this global norm, without writing them; None for no
-            clipping. The norm before clipping is kept in `last_grad_norm`, a () tensor.
-        capturable: a step waits for nothing and counts on the device, so that a CUDA graph can capture it, after one
-            ordinary step; the gradients must stay in their memory (`zero_grad(set_to_none=False)`). `lr` has to be a
-            () tensor, on the device, for a change of it to reach the replays. Works without a GPU too.
+        weight_decay: coefficient of the decoupled weight decay.
+        max_grad_norm: clip the global gradient norm over all groups to this, without writing the gradients; None for no
+            clipping. The norm before clipping is stored in `last_grad_norm`, a () tensor.
+        capturable: keep the step counts on the device and never synchronize, so that a CUDA graph can capture a step,
+            after one ordinary step. The gradients must stay in their memory (`zero_grad(set_to_none=False)`), and `lr`
+            must be a () tensor on the device for replays to see changes of it. Works on the CPU too.
         impl: the implementation of `bert_fast.kernels.lamb_step`.
 
     Raises:
-        ValueError: `lr` or `max_grad_norm` is out of range; the others are checked by `lamb_step` at each step.
+        ValueError: `lr` or `max_grad_norm` is out of range; `lamb_step` checks the other options at each step.
+
+    Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", 2020.
     """
 
     def __init__(
@@ -58,61 +59,68 @@ class Lamb(torch.optim.Optimizer):
         self.capturable = capturable
         self.impl = impl
         self.last_grad_norm: Tensor | None = None
-        # A () tensor that is 1 leaves the update out: `found_inf`, as for torch's optimizers, or, where there is a
-        # max_grad_norm, what `refuses` says when asked with the norm of all gradients.
+        # A () tensor that is 1 skips the update: `found_inf`, as for torch's optimizers, or, with a max_grad_norm, what
+        # `skip_if` returns for the norm of all gradients.
         self.found_inf: Tensor | None = None
-        self.refuses: Callable[[Tensor], Tensor] | None = None
+        self.skip_if: Callable[[Tensor], Tensor] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. Returns what `closure`, called first where given, returned.
+        """Update every parameter that has a gradient.
 
-        To leave an update out, the host waits for the verdict; where the optimizer is capturable it does not, and
-        weights and moments are copied before and put back on the device.
+        To skip an update, the host reads the flag; a capturable optimizer does not synchronize, but copies parameters
+        and moments before the update and restores them on the device.
+
+        Args:
+            closure: called first, with gradients enabled.
+
+        Returns:
+            What `closure` returned, or None.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         grad_scale: float | Tensor = 1.0
-        refused = self.found_inf
+        skip = self.found_inf
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
         if self.max_grad_norm is not None and grads:
             self.last_grad_norm, grad_scale = clip_scale(grads, self.max_grad_norm, impl=self.impl)
-            if self.refuses is not None:
-                refused = self.refuses(self.last_grad_norm)
-        if refused is not None and not self.capturable and bool(refused):
+            if self.skip_if is not None:
+                skip = self.skip_if(self.last_grad_norm)
+        if skip is not None and not self.capturable and bool(skip):
             return loss
         for group in self.param_groups:
             counts: dict[torch.device, Tensor] = {}
             for param in group["params"]:
                 if param.grad is not None and not self.state[param]:
-                    self._begin(param, counts)
-        before = self._copies() if refused is not None and self.capturable else []
+                    self._init_state(param, counts)
+        snapshot = self._snapshot() if skip is not None and self.capturable else []
         for group in self.param_groups:
             self._step_group(group, grad_scale)
-        for place, value in before:
-            assert refused is not None
-            place.copy_(torch.where(refused.to(place.device) > 0, value, place))
+        for tensor, value in snapshot:
+            assert skip is not None
+            tensor.copy_(torch.where(skip.to(tensor.device) > 0, value, tensor))
         return loss
 
-    def _copies(self) -> list[tuple[Tensor, Tensor]]:
-        """Everything that a step writes, each with a copy."""
+    def _snapshot(self) -> list[tuple[Tensor, Tensor]]:
+        """Every tensor that a step writes, with a copy of it."""
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         written = {id(x): x for param in params for x in (param, *self.state[param].values())}
         return [(x, x.detach().clone()) for x in written.values()]
 
     def _step_group(self, group: dict[str, Any], grad_scale: float | Tensor) -> None:
-        # One multi-tensor call takes parameters on one device that have seen the same number of steps.
+        # One multi-tensor call takes parameters on one device that have the same step count.
         params = [param for param in group["params"] if param.grad is not None]
-        for together in self._counted_on_device(group, params) if self.capturable else self._counted(params):
-            device = together[0].device
+        buckets = self._advance_device_counts(group, params) if self.capturable else self._advance_counts(params)
+        for bucket in buckets:
+            device = bucket[0].device
             lamb_step(
-                together,
-                [param.grad for param in together if param.grad is not None],
-                [self.state[param]["exp_avg"] for param in together],
-                [self.state[param]["exp_avg_sq"] for param in together],
-                step=self.state[together[0]]["step"],
+                bucket,
+                [param.grad for param in bucket if param.grad is not None],
+                [self.state[param]["exp_avg"] for param in bucket],
+                [self.state[param]["exp_avg_sq"] for param in bucket],
+                step=self.state[bucket[0]]["step"],
                 lr=group["lr"],
                 betas=group["betas"],
                 eps=group["eps"],
@@ -121,54 +129,54 @@ class Lamb(torch.optim.Optimizer):
                 impl=self.impl,
             )
 
-    def _begin(self, param: Tensor, counts: dict[torch.device, Tensor]) -> None:
-        """The state before the first step; `counts`: the steps on each device of those who begin together."""
+    def _init_state(self, param: Tensor, counts: dict[torch.device, Tensor]) -> None:
+        """Set the state before the first step; `counts` has the step count, per device, that new parameters share."""
         moment_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         step = counts.setdefault(param.device, torch.zeros((), device=param.device)) if self.capturable else 0
         self.state[param]["step"] = step
         self.state[param]["exp_avg"] = torch.zeros_like(param, dtype=moment_dtype)
         self.state[param]["exp_avg_sq"] = torch.zeros_like(param, dtype=moment_dtype)
 
-    def _counted(self, params: list[Tensor]) -> list[list[Tensor]]:
-        """One step more for each of `params`; those that are on one device and at the same step together."""
-        found: dict[tuple[torch.device, int], list[Tensor]] = defaultdict(list)
+    def _advance_counts(self, params: list[Tensor]) -> list[list[Tensor]]:
+        """Increment the step count of each of `params`; returns them in buckets of equal device and count."""
+        buckets: dict[tuple[torch.device, int], list[Tensor]] = defaultdict(list)
         for param in params:
             self.state[param]["step"] += 1
-            found[param.device, self.state[param]["step"]].append(param)
-        return list(found.values())
+            buckets[param.device, self.state[param]["step"]].append(param)
+        return list(buckets.values())
 
-    def _counted_on_device(self, group: dict[str, Any], params: list[Tensor]) -> list[list[Tensor]]:
-        """The same where the counts are tensors, which can't be compared without waiting for the device.
+    def _advance_device_counts(self, group: dict[str, Any], params: list[Tensor]) -> list[list[Tensor]]:
+        """`_advance_counts` for counts that are tensors, which the host can't compare without synchronizing.
 
-        Parameters that began together and got every gradient together share one; where some of them have no gradient
-        this time, those that have one go on with a count of their own.
+        Parameters that have had a gradient in the same steps share one count tensor. If only some of them have a
+        gradient in this step, these get a new count tensor.
         """
         sharing: dict[int, list[Tensor]] = defaultdict(list)
         for param in group["params"]:
             if self.state.get(param):
                 sharing[id(self.state[param]["step"])].append(param)
-        found: dict[int, list[Tensor]] = defaultdict(list)
+        buckets: dict[int, list[Tensor]] = defaultdict(list)
         for param in params:
-            found[id(self.state[param]["step"])].append(param)
-        for key, together in found.items():
-            count = self.state[together[0]]["step"]
-            if len(together) < len(sharing[key]):
+            buckets[id(self.state[param]["step"])].append(param)
+        for key, bucket in buckets.items():
+            count = self.state[bucket[0]]["step"]
+            if len(bucket) < len(sharing[key]):
                 count = count.clone()
-                for param in together:
+                for param in bucket:
                     self.state[param]["step"] = count
             count += 1
-        return list(found.values())
+        return list(buckets.values())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over groups and moments of `state_dict()`; the moments keep the dtype in which they were saved.
+        """Load what `state_dict()` returned; the moments keep the dtype in which they were saved.
 
-        The state of an optimizer that is capturable goes into one that is not, and the other way round.
+        A capturable optimizer loads the state of one that is not, and the reverse.
         """
         super().load_state_dict(state_dict)
         # torch casts floating-point state to the parameter's dtype, which would round moments kept in float32.
         saved_ids = (index for group in state_dict["param_groups"] for index in group["params"])
-        own = (param for group in self.param_groups for param in group["params"])
-        for index, param in zip(saved_ids, own, strict=True):
+        params = (param for group in self.param_groups for param in group["params"])
+        for index, param in zip(saved_ids, params, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[param][name] = value.detach().clone().to(param.device)

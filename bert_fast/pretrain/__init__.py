@@ -1,1 +1,1 @@
-"""Pretraining: configuration, trainer, step, CUDA graph, micro-batches, divergence, metrics, report."""
+"""Pretraining: config, setup, trainer, step, CUDA graph, micro-batches, divergence, metrics, report."""

@@ -1,8 +1,8 @@
-"""Which examples a step takes, and how they are split into micro-batches of nearly equal work for the ranks.
+"""Micro-batches: which examples a step takes, how they are split among the ranks, and the forward pass of one.
 
-A step takes `accumulation` consecutive batches of the epoch's plan, whatever the number of ranks; their examples are
-dealt out anew over the micro-batches of all ranks. The position in the epoch is therefore a number that any number of
-ranks can go on from, and every example is seen once an epoch.
+A step takes `accumulation` consecutive batches of the epoch's plan, whatever the number of ranks, and redistributes
+their examples over the micro-batches of all ranks, with nearly equal work in each. A run can therefore resume from a
+position in the epoch with any number of ranks, and every example occurs once per epoch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bert_fast.data import PackedBatch, PretrainingData
+from bert_fast.models import BertConfig
+from bert_fast.models.encoder import draw_rng_states
 
 Array = NDArray[Any]
 
 
 class Position(NamedTuple):
-    """A batch of an epoch's plan."""
+    """Index of a batch in the plan of an epoch."""
 
     epoch: int
     batch: int
@@ -36,9 +38,9 @@ class MicroBatch:
     """One micro-batch of a step.
 
     Attributes:
-        number: of the step's micro-batches, 0 to M - 1; its dropout depends on it, and not on the rank.
-        batch: the examples; there may be none.
-        examples: (epoch, number in the epoch) of each.
+        number: index among the step's micro-batches of all ranks; its dropout depends on it, and not on the rank.
+        batch: the examples; may be empty.
+        examples: (epoch, index in the epoch) of each example.
     """
 
     number: int
@@ -48,14 +50,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What a rank computes in one step.
+    """The micro-batches of one rank for one step.
 
     Attributes:
-        start, end: the step's first batch of the plan, and the one after its last.
-        micro: this rank's micro-batches.
-        examples, tokens, squares: of the whole step, on all ranks: how many, their real tokens, and the sum of the
-            squares of their lengths, to which the attention's work is proportional.
-        counts: int64 (M, 2), of each of `micro`: the masked tokens and the sentence pairs.
+        start, end: position of the step's first batch, and of the one after its last.
+        micro: this rank's M micro-batches.
+        examples, tokens, squares: of the step on all ranks: number of examples, number of real tokens, and sum of the
+            squared lengths, to which the cost of attention is proportional.
+        counts: int64 (M, 2), masked tokens and sentence pairs of each micro-batch.
     """
 
     start: Position
@@ -68,17 +70,17 @@ class StepBatches:
 
 
 def split_evenly(lengths: Array, parts: int) -> list[Array]:
-    """Examples dealt into `parts` of nearly equal tokens and attention work (the sum of squares of the lengths).
+    """Split examples into `parts` with nearly equal tokens and attention cost (the sum of the squared lengths).
 
-    The longest first, in rounds: each part gets one example a round, the part with the least work so far the longest of
-    them. The numbers of examples differ by at most one, and each part keeps the order of the examples.
+    Greedy, from the longest example down, in rounds: each part gets one example per round, the part with the least
+    work so far the longest. The numbers of examples differ by at most one.
 
     Args:
         lengths: (n,), tokens of each example.
         parts: at least 1.
 
     Returns:
-        For each part the places of its examples in `lengths`, int64, rising; empty where there are too few.
+        For each part the indices of its examples, int64, ascending; empty if there are too few examples.
     """
     order = np.argsort(-lengths, kind="stable")
     tokens = lengths.astype(np.float64)
@@ -86,21 +88,23 @@ def split_evenly(lengths: Array, parts: int) -> list[Array]:
     loads = np.zeros(parts)
     owner = np.empty(lengths.size, dtype=np.int64)
     for first in range(0, lengths.size, parts):
-        round_ = order[first : first + parts]
-        takers = np.argsort(loads, kind="stable")[: round_.size]
-        owner[round_] = takers
-        loads[takers] += work[round_]
+        examples = order[first : first + parts]
+        takers = np.argsort(loads, kind="stable")[: examples.size]
+        owner[examples] = takers
+        loads[takers] += work[examples]
     return [np.flatnonzero(owner == part) for part in range(parts)]
 
 
-def shaping(data: PretrainingData, *, label_rows: bool, static: bool) -> Callable[[PackedBatch], PackedBatch] | None:
-    """What is made of a micro-batch before the model gets it.
+def batch_transform(
+    data: PretrainingData, *, label_rows: bool, static: bool
+) -> Callable[[PackedBatch], PackedBatch] | None:
+    """The transform of a micro-batch before the forward pass, or None for none.
 
     Args:
-        data: whose batches.
-        label_rows: say where the labels are, so that the last layer is computed there only.
-        static: the same shape for all: the token budget, twice the sequences of the fullest batch of the first epoch,
-            and as many labels as these can have.
+        data: the source of the batches.
+        label_rows: add the rows that have labels, so that the last layer is computed at these rows only.
+        static: pad every batch to one shape: the token budget, twice the sequences of the fullest batch of the first
+            epoch, and the maximum number of labels of these.
     """
     if not (label_rows or static):
         return None
@@ -108,24 +112,24 @@ def shaping(data: PretrainingData, *, label_rows: bool, static: bool) -> Callabl
     sequences = 2 * int(np.diff(data.plan(0).starts).max(initial=1))
     labels = math.ceil(options.mask_prob * options.token_budget) + sequences
 
-    def shape(batch: PackedBatch) -> PackedBatch:
+    def transform(batch: PackedBatch) -> PackedBatch:
         batch = batch.with_label_rows() if label_rows else batch
         return batch.padded(options.token_budget, sequences, labels, options.seq_len) if static else batch
 
-    return shape
+    return transform
 
 
 class Feed:
-    """The steps of a run, as one rank sees them.
+    """The micro-batches of one rank for every step of a run.
 
     Args:
         data: the training split.
-        accumulation: batches of the plan that make a step.
-        rank, ranks: which of how many processes this is.
-        shape: what is made of every micro-batch; see `shaping`.
+        accumulation: batches of the plan per step.
+        rank, world_size: as in torch.distributed.
+        transform: applied to every micro-batch; see `batch_transform`.
 
     Attributes:
-        pieces: micro-batches of a step; the smallest multiple of `ranks` that is at least `accumulation`.
+        num_micro_batches: of a step on all ranks; the smallest multiple of `world_size` not below `accumulation`.
     """
 
     def __init__(
@@ -133,15 +137,15 @@ class Feed:
         data: PretrainingData,
         accumulation: int,
         rank: int = 0,
-        ranks: int = 1,
-        shape: Callable[[PackedBatch], PackedBatch] | None = None,
+        world_size: int = 1,
+        transform: Callable[[PackedBatch], PackedBatch] | None = None,
     ) -> None:
-        self.data, self.accumulation, self.shape = data, accumulation, shape
-        self.rank, self.ranks = rank, ranks
-        self.pieces = -(-accumulation // ranks) * ranks
+        self.data, self.accumulation, self.transform = data, accumulation, transform
+        self.rank, self.world_size = rank, world_size
+        self.num_micro_batches = -(-accumulation // world_size) * world_size
 
-    def after(self, position: Position, batches: int = 1) -> Position:
-        """The position `batches` batches later; epochs follow each other without a gap."""
+    def advance(self, position: Position, batches: int = 1) -> Position:
+        """The position `batches` batches later; the end of an epoch is followed by the next epoch."""
         epoch, index = position
         index += batches
         while index >= (count := self.data.num_batches(epoch)):
@@ -149,62 +153,62 @@ class Feed:
         return Position(epoch, index)
 
     def step(self, start: Position) -> StepBatches:
-        """This rank's part of the step that begins at `start`."""
-        return self._step(start, range(self.rank, self.pieces, self.ranks))
+        """This rank's micro-batches of the step that begins at `start`."""
+        return self._step(start, range(self.rank, self.num_micro_batches, self.world_size))
 
-    def whole_step(self, start: Position) -> StepBatches:
-        """All micro-batches of the step that begins at `start`, of every rank."""
-        return self._step(start, range(self.pieces))
+    def step_of_all_ranks(self, start: Position) -> StepBatches:
+        """The micro-batches of all ranks of the step that begins at `start`."""
+        return self._step(start, range(self.num_micro_batches))
 
     def _step(self, start: Position, numbers: range) -> StepBatches:
-        places = [start]
+        positions = [start]
         for _ in range(self.accumulation):
-            places.append(self.after(places[-1]))
+            positions.append(self.advance(positions[-1]))
         epochs, examples, batch_of = [], [], []
-        for number, (epoch, index) in enumerate(places[:-1]):
+        for number, (epoch, index) in enumerate(positions[:-1]):
             first, last = self.data.plan(epoch).starts[index : index + 2].tolist()
             examples.append(np.arange(first, last))
             epochs.append(np.full(last - first, epoch))
             batch_of.append(np.full(last - first, number))
         epoch_of, example_of = np.concatenate(epochs), np.concatenate(examples)
         lengths = np.empty(example_of.size, dtype=np.int64)
-        for epoch in {place.epoch for place in places[:-1]}:
-            chosen = epoch_of == epoch
-            lengths[chosen] = self.data.plan(epoch).lengths[example_of[chosen]]
-        parts = split_evenly(lengths, self.pieces)
+        for epoch in {position.epoch for position in positions[:-1]}:
+            in_epoch = epoch_of == epoch
+            lengths[in_epoch] = self.data.plan(epoch).lengths[example_of[in_epoch]]
+        parts = split_evenly(lengths, self.num_micro_batches)
         if max(int(lengths[part].sum()) for part in parts) > self.data.config.token_budget:
-            # Batches so full that equal parts don't fit: the plan's own do.
-            parts = [np.flatnonzero(np.concatenate(batch_of) == number) for number in range(self.pieces)]
+            # The batches are so full that equal parts exceed the budget; the plan's batches do not.
+            parts = [np.flatnonzero(np.concatenate(batch_of) == number) for number in range(self.num_micro_batches)]
         micro = tuple(self._micro(number, epoch_of[parts[number]], example_of[parts[number]]) for number in numbers)
-        labelled = [
+        counts = [
             [np.count_nonzero(x.numpy() != -100) for x in (m.batch.labels, m.batch.next_sentence_label)] for m in micro
         ]
         work = int(lengths.sum()), int(np.square(lengths).sum())
-        return StepBatches(start, places[-1], micro, lengths.size, *work, torch.tensor(labelled))
+        return StepBatches(start, positions[-1], micro, lengths.size, *work, torch.tensor(counts))
 
     def _micro(self, number: int, epochs: Array, examples: Array) -> MicroBatch:
-        found = [self.data.select(epoch, examples[epochs == epoch]) for epoch in sorted(set(epochs.tolist()))]
-        batch = PackedBatch.joined(found or [self.data.select(0, examples)])
-        if self.shape is not None:
-            batch = self.shape(batch)
+        batches = [self.data.select(epoch, examples[epochs == epoch]) for epoch in sorted(set(epochs.tolist()))]
+        batch = PackedBatch.joined(batches or [self.data.select(0, examples)])
+        if self.transform is not None:
+            batch = self.transform(batch)
         return MicroBatch(number, batch, tuple(zip(epochs.tolist(), examples.tolist(), strict=True)))
 
 
 class Prefetch:
-    """Makes the steps ahead in a thread, pinned where the device is a GPU, so that the loop never waits for them.
+    """Prepares steps ahead in a thread, in pinned memory for a GPU, so that the training loop does not wait for them.
 
     Args:
-        feed: where the steps come from.
-        start: the first.
-        ahead: most steps that are made before they are asked for; 0 makes each when it is asked for.
-        pin: whether to put the tensors into page-locked memory.
+        feed: the source of the steps.
+        start: position of the first step.
+        ahead: maximum steps prepared ahead; 0 prepares each in `next`.
+        pin: whether to copy the tensors into page-locked memory.
 
-    An error while a step is made is raised by the `next` that would have returned it.
+    An exception while a step is prepared is raised by the `next` that would have returned it.
     """
 
     def __init__(self, feed: Feed, start: Position, *, ahead: int, pin: bool) -> None:
-        self._feed, self._next, self._pin = feed, start, pin
-        self._made: queue.Queue[StepBatches | BaseException] = queue.Queue(maxsize=max(ahead, 1))
+        self._feed, self._position, self._pin = feed, start, pin
+        self._queue: queue.Queue[StepBatches | BaseException] = queue.Queue(maxsize=max(ahead, 1))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True) if ahead else None
         if self._thread is not None:
@@ -213,50 +217,68 @@ class Prefetch:
     def next(self) -> StepBatches:
         """The next step."""
         if self._thread is None:
-            return self._make()
-        made = self._made.get()
-        if isinstance(made, BaseException):
-            raise made
-        return made
+            return self._prepare()
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
     def close(self) -> None:
         """Stop the thread."""
         self._closed.set()
         if self._thread is not None:
             while self._thread.is_alive():
-                for _ in self._drained():
-                    pass
+                while not self._queue.empty():
+                    self._queue.get_nowait()
                 self._thread.join(timeout=0.01)
 
-    def _drained(self) -> Iterator[object]:
-        while not self._made.empty():
-            yield self._made.get_nowait()
-
-    def _make(self) -> StepBatches:
-        made = self._feed.step(self._next)
-        self._next = made.end
+    def _prepare(self) -> StepBatches:
+        batches = self._feed.step(self._position)
+        self._position = batches.end
         if not self._pin:
-            return made
-        micro = tuple(replace(m, batch=m.batch.pin_memory()) for m in made.micro)
-        return replace(made, micro=micro, counts=made.counts.pin_memory())
+            return batches
+        micro = tuple(replace(m, batch=m.batch.pin_memory()) for m in batches.micro)
+        return replace(batches, micro=micro, counts=batches.counts.pin_memory())
 
     def _run(self) -> None:
         while not self._closed.is_set():
             try:
-                made: StepBatches | BaseException = self._make()
+                item: StepBatches | BaseException = self._prepare()
             except BaseException as error:
-                made = error
+                item = error
             while not self._closed.is_set():
                 try:
-                    self._made.put(made, timeout=0.1)
+                    self._queue.put(item, timeout=0.1)
                     break
                 except queue.Full:
                     continue
-            if isinstance(made, BaseException):
+            if isinstance(item, BaseException):
                 return
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
-    """Seed torch's generators for one micro-batch: a function of these three, so nothing of it has to be saved."""
+    """Seed torch's generators for a micro-batch. A function of its arguments, so no generator state is saved."""
     words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(2, np.uint32)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+def dropout_states(config: BertConfig, device: torch.device, seed: int, step: int, micro_batch: int) -> Tensor | None:
+    """The dropout states of a micro-batch, a function of (seed, step, micro-batch): int64 (1 + 3L, 2), or None."""
+    seed_dropout(seed, step, micro_batch)
+    return draw_rng_states(config, device)
+
+
+def forward(model: torch.nn.Module, batch: PackedBatch, rng_states: Tensor | None = None) -> Any:
+    """The model's output for a PackedBatch; in training with the dropout of `rng_states`, or newly drawn if None."""
+    return model(
+        input_ids=batch.input_ids,
+        token_type_ids=batch.token_type_ids,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+        labels=batch.labels,
+        next_sentence_label=batch.next_sentence_label,
+        label_rows=batch.label_rows,
+        rng_states=rng_states,
+        output_logits=False,
+    )

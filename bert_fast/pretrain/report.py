@@ -1,6 +1,6 @@
-"""Pretraining runs as one HTML page that needs no network, and as pictures: their curves beside each other.
+"""A report that compares pretraining runs: a self-contained HTML page, and the curves as PNG files.
 
-Everything comes from the logs and settings in the runs' folders, also of a run that is still going.
+It is made from the logs and settings in the runs' folders, also of a run that has not finished.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bert_fast import _io
+from bert_fast._config import differences
 from bert_fast.finetune.report import html_page, panels_of, svg, table
-from bert_fast.pretrain.config import differences
-from bert_fast.runtime.log import read_log
+from bert_fast.pretrain.config import SETTINGS
+from bert_fast.runtime.log import LOG, read_log
 
-SETTINGS, LOG = "pretrain.json", "log.jsonl"
-# Told apart in print and by the colour-blind (Okabe and Ito).
+# Distinguishable in print and to the colour-blind (Okabe and Ito).
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6d31", "#444444")
-# title, column of the log, whether held-out values are drawn too, logarithmic axis
+# title, column of the log, whether to draw held-out values too, whether the axis is logarithmic
 _CURVES = (
     ("loss", "loss", True, False),
     ("masked-token accuracy", "mlm_accuracy", True, False),
@@ -40,53 +41,52 @@ class Run:
     log: Sequence[Mapping[str, Any]]
 
     def points(self, kind: str, column: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a column in the lines of `kind`, where it has one."""
+        """Steps and values of `column` in the lines of `kind` that have it."""
         lines = [line for line in self.log if line["kind"] == kind and line.get(column) is not None]
         return [line["step"] for line in lines], [line[column] for line in lines]
 
 
 def is_pretraining(folder: Path) -> bool:
-    """Whether `folder` is that of a pretraining run."""
+    """Whether `folder` is the folder of a pretraining run."""
     return (folder / SETTINGS).is_file()
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in `folders`, named by their last parts, by their whole paths where these are the same.
+    """The runs in `folders`, named by the folder's name, or by its path if several have the same name.
 
     Raises:
-        FileNotFoundError: a folder is not that of a pretraining run.
+        FileNotFoundError: a folder is not the folder of a pretraining run.
     """
-    short = [folder.resolve().name for folder in folders]
+    names = [folder.resolve().name for folder in folders]
     runs = []
-    for folder, name in zip(folders, short, strict=True):
+    for folder, name in zip(folders, names, strict=True):
         for file in (SETTINGS, LOG):
             if not (folder / file).is_file():
                 raise FileNotFoundError(
-                    f"{folder / file} is not there; expected a folder that bert-fast pretrain wrote"
+                    f"{folder / file} does not exist; expected a folder that bert-fast pretrain wrote"
                 )
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        runs.append(Run(name if short.count(name) == 1 else str(folder), settings, read_log(folder / LOG)))
+        runs.append(Run(name if names.count(name) == 1 else str(folder), settings, read_log(folder / LOG)))
     return runs
 
 
 def write_pretrain_report(folders: Sequence[Path], output: Path, pictures: Path | None = None) -> list[Path]:
-    """Write the page `output` of the runs in `folders`, and a PNG of each curve into the folder `pictures`.
+    """Write the page `output` on the runs in `folders`, and a PNG of each curve into the folder `pictures`.
 
     Returns:
-        What was written.
+        The paths written.
 
     Raises:
-        FileNotFoundError: a folder is not that of a pretraining run.
-        ValueError: there is nothing in the logs yet.
+        FileNotFoundError: a folder is not the folder of a pretraining run.
+        ValueError: a log is empty.
     """
     runs = read_runs(folders)
     empty = [run.name for run in runs if not run.log]
     if empty:
-        raise ValueError(f"the log of {', '.join(empty)} has no line yet; expected at least one step")
+        raise ValueError(f"the log of {', '.join(empty)} is empty; expected at least one logged step")
     figures = curves(runs)
     written = [output]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page(runs, figures), encoding="utf-8")
+    _io.write_text(output, page(runs, figures))
     if pictures is not None:
         pictures.mkdir(parents=True, exist_ok=True)
         for column, figure in figures.items():
@@ -96,7 +96,7 @@ def write_pretrain_report(folders: Sequence[Path], output: Path, pictures: Path 
 
 
 def page(runs: Sequence[Run], figures: Mapping[str, Any]) -> str:
-    """The page of `runs` with the figures that `curves` made of them."""
+    """The page on `runs`, with the figures of `curves(runs)`."""
     title = "Pretraining: " + ", ".join(run.name for run in runs)
     parts = [f"<h1>{escape(title)}</h1>", table([["", *(run.name for run in runs)], *_summary(runs)])]
     parts += [svg(figure) for figure in figures.values()]
@@ -104,24 +104,24 @@ def page(runs: Sequence[Run], figures: Mapping[str, Any]) -> str:
         changed = _changed(runs)
         parts += ["<h2>Settings that differ</h2>", table([["", *(run.name for run in runs)], *changed])]
     for run in runs:
-        shown = escape(json.dumps(run.settings, indent=1, ensure_ascii=False))
-        parts.append(f"<details><summary>settings of {escape(run.name)}</summary><pre>{shown}</pre></details>")
+        settings = escape(json.dumps(run.settings, indent=1, ensure_ascii=False))
+        parts.append(f"<details><summary>settings of {escape(run.name)}</summary><pre>{settings}</pre></details>")
     return html_page(title, parts)
 
 
 def _summary(runs: Sequence[Run]) -> list[list[Any]]:
-    """Rows of what each run came to."""
+    """Rows of each run's results."""
     rows: list[list[Any]] = []
 
     def add(name: str, kind: str, column: str, choose: Any) -> None:
-        values = [run.points(kind, column)[1] for run in runs]
-        if any(values):
-            rows.append([name, *(choose(found) if found else None for found in values)])
+        by_run = [run.points(kind, column)[1] for run in runs]
+        if any(by_run):
+            rows.append([name, *(choose(values) if values else None for values in by_run)])
 
     rows.append(["steps", *(f"{run.log[-1]['step']:,}" for run in runs)])
-    add("real tokens", "train", "tokens", lambda found: f"{found[-1]:,}")
-    add("training loss, last", "train", "loss", lambda found: found[-1])
-    add("held-out loss, last", "eval", "loss", lambda found: found[-1])
+    add("real tokens", "train", "tokens", lambda values: f"{values[-1]:,}")
+    add("training loss, last", "train", "loss", lambda values: values[-1])
+    add("held-out loss, last", "eval", "loss", lambda values: values[-1])
     add("held-out loss, best", "eval", "loss", min)
     add("held-out masked-token accuracy, best", "eval", "mlm_accuracy", max)
     add("held-out next-sentence accuracy, best", "eval", "nsp_accuracy", max)
@@ -129,7 +129,7 @@ def _summary(runs: Sequence[Run]) -> list[list[Any]]:
     add("model TFLOP/s, median", "train", "tflops", _median)
     add("MFU, median", "train", "mfu", _median)
     add("fill, median", "train", "fill", _median)
-    add("skipped updates", "train", "skipped", lambda found: f"{found[-1]:,}")
+    add("skipped updates", "train", "skipped", lambda values: f"{values[-1]:,}")
     return rows
 
 
@@ -138,12 +138,12 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _changed(runs: Sequence[Run]) -> list[list[Any]]:
-    """Rows of the settings in which the runs are not all the same."""
-    found: dict[str, list[Any]] = {}
+    """Rows of the settings that differ between the runs."""
+    changed: dict[str, list[Any]] = {}
     for run in runs[1:]:
         for name in differences(runs[0].settings, run.settings):
-            found[name] = [_setting(each.settings, name) for each in runs]
-    return [[name, *(json.dumps(value) for value in values)] for name, values in sorted(found.items())]
+            changed[name] = [_setting(each.settings, name) for each in runs]
+    return [[name, *(json.dumps(value) for value in values)] for name, values in sorted(changed.items())]
 
 
 def _setting(settings: Any, name: str) -> Any:
@@ -153,7 +153,7 @@ def _setting(settings: Any, name: str) -> Any:
 
 
 def curves(runs: Sequence[Run]) -> dict[str, Any]:
-    """A figure for each column that any run has: dots are held-out values, lines training ones."""
+    """A figure for each column that a run has: lines are training values, dots held-out values."""
     figures: dict[str, Any] = {}
     for title, column, held_out, logarithmic in _CURVES:
         if not any(run.points("train", column)[0] for run in runs):

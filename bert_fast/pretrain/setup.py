@@ -1,4 +1,4 @@
-"""The parts of a run from its configuration: device, data, model."""
+"""The data and the model of a run, from its configuration."""
 
 from __future__ import annotations
 
@@ -19,34 +19,15 @@ from bert_fast.pretrain.metrics import log_frequencies, token_counts, unigram_lo
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 
 
-def resolve_device(device: str) -> torch.device:
-    """The torch device for "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1"...
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from error
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device is {device!r}; this machine has {torch.cuda.device_count()} CUDA devices usable by torch"
-        )
-    return resolved
-
-
 @dataclass(frozen=True)
 class RunData:
     """The two splits of a prepared folder.
 
     Args:
-        train: examples to learn from.
-        held_out: examples to be judged by.
-        fingerprint: of the folder's contents; a run resumes only on the same.
-        tokenizer_files: what a checkpoint takes along.
+        train: the training split.
+        held_out: the split for evaluation.
+        fingerprint: of the folder's contents; a run resumes only if it is the same.
+        tokenizer_files: copied into every checkpoint.
     """
 
     train: PretrainingData
@@ -54,49 +35,56 @@ class RunData:
     fingerprint: str
     tokenizer_files: tuple[Path, ...]
 
-    def count_held_out(self, most: int = 0) -> int:
-        """How many held-out batches an evaluation of at most `most` (0: all) has."""
+    def count_held_out(self, limit: int = 0) -> int:
+        """The number of held-out batches, at most `limit` unless it is 0."""
         count = self.held_out.num_batches(0)
-        return min(most, count) if most else count
+        return min(limit, count) if limit else count
 
-    def held_out_batches(self, most: int = 0) -> Iterator[PackedBatch]:
-        """The first `most` held-out batches, or all for 0: the same ones at each evaluation."""
-        return (self.held_out.batch(0, index) for index in range(self.count_held_out(most)))
+    def held_out_batches(self, limit: int = 0) -> Iterator[PackedBatch]:
+        """The first `limit` held-out batches, or all for 0: the same ones in each evaluation."""
+        return (self.held_out.batch(0, index) for index in range(self.count_held_out(limit)))
 
     def count_batches(self, epochs: int) -> int:
-        """The training batches of the first `epochs` epochs."""
+        """The number of training batches in the first `epochs` epochs."""
         return sum(self.train.num_batches(epoch) for epoch in range(epochs))
 
     def train_counts(self) -> Tensor:
         """How often each token is a target in epoch 0 of the training split, int64 (V,)."""
         return token_counts(self.train.batches(0), self.train.vocab_size)
 
-    def unigram_loss(self, most: int = 0) -> float:
-        """The loss on the held-out targets of always predicting the training split's token frequencies.
+    def unigram_loss(self, limit: int = 0) -> float:
+        """The loss on the held-out targets of always predicting the token frequencies of the training split.
 
-        The frequencies are those of the targets of epoch 0 of the training split: 15 % of its tokens, without special
-        ones.
+        The frequencies are those of the targets of epoch 0: 15 % of the tokens, without special tokens.
         """
         counts = self.train_counts()
-        targets: list[Tensor] = [batch.labels[batch.labels != -100] for batch in self.held_out_batches(most)]
+        targets: list[Tensor] = [batch.labels[batch.labels != -100] for batch in self.held_out_batches(limit)]
         return unigram_loss(counts, torch.cat(targets))
 
 
 def open_data(options: DataOptions, seed: int, *, checksums: bool = True) -> RunData:
-    """Open and verify the prepared folder that `options` names; without `checksums`, only the sizes of its files.
+    """Open and verify the prepared folder `options.folder`.
+
+    Args:
+        options: see `DataOptions`.
+        seed: of the examples.
+        checksums: verify the contents of every file; if False, only the sizes.
 
     Raises:
-        ValueError: it is not a prepared folder, a file of it is corrupt (named), or it has no held-out split.
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not a prepared folder, a file is corrupt (the message names it), or a split has no examples.
     """
     folder = Path(options.folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"data.folder is {options.folder}, which is no folder; make it with bert-fast prepare")
+        raise FileNotFoundError(
+            f"data.folder is {options.folder}, which is not a folder; create it with bert-fast prepare"
+        )
     settings: dict[str, Any] = {**vars(options), "checksums": checksums}
     train = PretrainingData(PretrainingDataConfig(**settings, split="train", seed=seed))
     held_out = PretrainingData(PretrainingDataConfig(**settings, split="heldout", seed=seed))
     for data in (train, held_out):
         if not data.num_batches(0):
-            raise ValueError(f"{folder}, {data.config.split}: no example can be made of its text; prepare more of it")
+            raise ValueError(f"{folder}, {data.config.split}: its text is too short for one example; prepare more text")
     manifest = (folder / "manifest.json").read_bytes()
     files = tuple(folder / name for name in TOKENIZER_FILES)
     return RunData(train, held_out, hashlib.sha256(manifest).hexdigest(), files)
@@ -106,7 +94,7 @@ def model_config(options: ModelOptions, vocab_size: int, seq_len: int) -> BertCo
     """The configuration of the model to train.
 
     Raises:
-        ValueError: it contradicts the data: fewer positions than `seq_len`, or a checkpoint of another vocabulary.
+        ValueError: it does not fit the data: fewer positions than `seq_len`, or a checkpoint with another vocabulary.
     """
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     settings: dict[str, Any] = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -132,7 +120,7 @@ def model_config(options: ModelOptions, vocab_size: int, seq_len: int) -> BertCo
 
 
 def build_model(config: PretrainConfig, data: RunData, start: Path | None) -> BertForPreTraining:
-    """The model in training mode: of the checkpoint `start`, of model.init_from, or new."""
+    """The model in training mode: from the checkpoint `start`, from model.init_from, or newly initialized."""
     settings = model_config(config.model, data.train.vocab_size, config.data.seq_len)
     source = start or config.model.init_from
     if source is not None:

@@ -1,1 +1,1 @@
-"""What every training run needs: distributed ranks, parallelism, checkpoints, signals, logs, progress, tracing."""
+"""Infrastructure of training runs: ranks, parallelism, checkpoints, log, trace. Imports optim, not pretrain."""

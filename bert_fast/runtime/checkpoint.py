@@ -1,20 +1,19 @@
-"""Checkpoints: folders that appear whole or not at all, and whose every byte is verified before it is used.
+"""Checkpoints: folders that appear complete or not at all, every byte verified before use.
 
     <output_dir>/checkpoints/step-00000500/
         config.json, model.safetensors, tokenizer files   what transformers' from_pretrained reads
-        training_state.safetensors                        the optimizer's tensors, or, of sharded ones,
-        optimizer/*.safetensors                           a file a rank, by torch.distributed.checkpoint
+        training_state.safetensors                        the optimizer's tensors, or, if they are sharded,
+        optimizer/*.safetensors                           one file per rank, by torch.distributed.checkpoint
         trainer_state.json                                position, running sums, settings
         manifest.json                                     size and SHA-256 of every other file
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed. There is no pickle in it.
+A checkpoint is written under a temporary name, flushed to disk and renamed. It contains no pickle.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,86 +24,82 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bert_fast.optim.params import is_sharded
+from bert_fast import _io
+from bert_fast.optim.optimizer import is_sharded
 from bert_fast.runtime.ranks import Ranks
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 TENSORS = "training_state.safetensors"
 SHARDS = "optimizer"
-_TEMPORARY = ".writing-"
 _FORMAT = 1
 
 
 class CorruptCheckpointError(ValueError):
-    """A checkpoint's file is missing or is not what was written; the message names it."""
+    """A file of a checkpoint is missing or differs from what was written; the message names it."""
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies under the folder `root` of all checkpoints."""
+    """The folder of the checkpoint of `step`, in the folder `root` of all checkpoints."""
     return root / f"step-{step:08d}"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The finished checkpoints under `root`, oldest first."""
+    """The complete checkpoints in `root`, oldest first."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if path.name.startswith("step-") and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    checkpoints = [path for path in root.iterdir() if path.name.startswith("step-") and path.name[5:].isdigit()]
+    return sorted(checkpoints, key=lambda path: int(path.name[5:]))
 
 
 def write_folder(target: Path, fill: Callable[[Path], None], ranks: Ranks | None = None) -> None:
-    """Make the folder `target` from what `fill(folder)` writes: it appears under its name complete, or not at all.
+    """Write the folder `target` with what `fill(folder)` writes and a manifest: it appears complete, or not at all.
 
-    An existing `target` is replaced. Leftovers of writes that failed or were cut off are removed.
+    An existing `target` is replaced. What killed writers left beside it is cleaned up.
 
     Args:
-        ranks: all of them call this, and `fill` runs on each, with the same folder: a file system that all see.
+        target: the folder.
+        fill: writes the files into the folder that it gets.
+        ranks: if given, every rank must call this, and `fill` runs on each with the same folder, which must be on a
+            file system shared by all ranks.
 
     Raises:
-        RankError: it failed on another rank.
+        RankError: another rank failed.
     """
-    main = ranks is None or ranks.main
-    temporary = target.parent / f"{_TEMPORARY}{target.name}"
 
-    def begin() -> None:
-        if main:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(target.parent)
-            temporary.mkdir()
+    def begin() -> Path:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _io.recover(target.parent)
+        temporary = _io.temporary_path(target)
+        temporary.mkdir()
+        return temporary
 
+    def commit() -> None:
+        _write_manifest(temporary)
+        _io.commit_folder(temporary, target)
+
+    temporary = begin() if ranks is None else ranks.on_rank0(begin)
     try:
-        for part in (begin, lambda: fill(temporary), lambda: _finish(temporary, target) if main else None):
-            part() if ranks is None else ranks.together(part)
+        if ranks is None:
+            fill(temporary)
+            commit()
+        else:
+            ranks.on_all_ranks(lambda: fill(temporary))
+            ranks.on_rank0(commit)
     except BaseException:
-        if main:
+        if ranks is None or ranks.main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _remove_leftovers(folder: Path) -> None:
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover)
-
-
-def _finish(temporary: Path, target: Path) -> None:
-    paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-    files = {path.relative_to(temporary).as_posix(): _describe(path) for path in paths}
-    (temporary / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
-    for path in temporary.rglob("*"):
-        _flush(path)
-    _flush(temporary)
-    replaced = target.parent / f"{_TEMPORARY}replaced-{target.name}"
-    if target.exists():
-        target.rename(replaced)
-    temporary.rename(target)
-    _flush(target.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+def _write_manifest(folder: Path) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in paths}
+    (folder / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
 
 
 def verify_folder(folder: Path) -> None:
-    """CorruptCheckpointError, naming the file, unless `folder` holds exactly what its manifest says."""
+    """CorruptCheckpointError, naming the file, unless every file in the manifest of `folder` is as it was written."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CorruptCheckpointError(f"{path} is missing")
@@ -115,21 +110,21 @@ def verify_folder(folder: Path) -> None:
     for name, expected in files.items():
         if not (folder / name).is_file():
             raise CorruptCheckpointError(f"{folder / name} is missing; the manifest lists it")
-        found = _describe(folder / name)
-        if found != expected:
-            what = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
+        actual = _fingerprint(folder / name)
+        if actual != expected:
+            key = "bytes" if actual["bytes"] != expected["bytes"] else "sha256"
             raise CorruptCheckpointError(
-                f"{folder / name} is corrupt: {what} is {found[what]}, the manifest says {expected[what]}"
+                f"{folder / name} is corrupt: {key} is {actual[key]}, the manifest says {expected[key]}"
             )
 
 
-def newest_good(root: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint under `root` that verifies, or None where there is none at all.
+def newest_valid(root: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint in `root` that verifies, or None if there are no checkpoints.
 
-    Each corrupt one that is passed over is named through `report`.
+    Each corrupt checkpoint that is skipped is reported through `report`.
 
     Raises:
-        CorruptCheckpointError: there are checkpoints and every one is corrupt.
+        CorruptCheckpointError: every checkpoint is corrupt.
     """
     checkpoints = list_checkpoints(root)
     errors = []
@@ -140,19 +135,19 @@ def newest_good(root: Path, report: Callable[[str], None]) -> Path | None:
             errors.append(str(error))
             continue
         for message in errors:
-            report(f"corrupt checkpoint passed over: {message}; going on from the older {path}")
+            report(f"corrupt checkpoint skipped: {message}; resuming from the older {path}")
         return path
     if errors:
         raise CorruptCheckpointError(
-            f"no good checkpoint under {root}: {'; '.join(errors)}. Choose another output_dir to start again"
+            f"no valid checkpoint in {root}: {'; '.join(errors)}. Choose another output_dir to start a new run"
         )
     return None
 
 
-def prune(root: Path, keep: int, spared: int | None = None) -> None:
-    """Remove all checkpoints but the newest `keep` (0 keeps all) and that of step `spared`."""
-    for path in list_checkpoints(root)[: -keep or None] if keep else []:
-        if spared is None or path != checkpoint_path(root, spared):
+def prune(root: Path, keep_last: int, keep_step: int | None = None) -> None:
+    """Delete all checkpoints except the newest `keep_last` (0 keeps all) and that of step `keep_step`."""
+    for path in list_checkpoints(root)[:-keep_last] if keep_last else []:
+        if keep_step is None or path != checkpoint_path(root, keep_step):
             shutil.rmtree(path)
 
 
@@ -165,14 +160,14 @@ def save_training_state(
 ) -> None:
     """Write the optimizer's state and `state` (JSON) into `folder`.
 
-    Whole tensors are written by rank 0; sharded ones (DTensor) by the ranks that have them, which all call this.
+    Rank 0 writes tensors; each rank writes its shards of a DTensor. A collective if there are DTensors.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                # A count can be one tensor for many parameters, which a file can't keep.
+                # Parameters can share a step count, but safetensors rejects tensors that share memory.
                 tensors[f"optimizer/{name}/{key}"] = value.detach() if value.dim() else value.detach().clone()
             else:
                 scalars.setdefault(name, {})[key] = value
@@ -188,16 +183,16 @@ def save_training_state(
 
 
 def load_trainer_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint's training state."""
+    """The dict `state` that `save_training_state` wrote, with the optimizer's scalars."""
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer the state that `save_training_state` wrote, with any number of ranks, sharded or whole.
+    """Load the optimizer state that `save_training_state` wrote with any number of ranks, sharded or not.
 
     Raises:
-        ValueError: the checkpoint's tensors belong to parameters that `model` does not have.
+        ValueError: the checkpoint has states of parameters that `model` does not have.
     """
     parameters = dict(model.named_parameters())
     states: dict[str, dict[str, Any]] = {
@@ -210,31 +205,31 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     if unknown:
         raise ValueError(f"{folder} has optimizer states of {', '.join(unknown)}, which the model does not have")
     names = {parameter: name for name, parameter in parameters.items()}
-    described = optimizer.state_dict()
+    state_dict = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    described["state"] = {i: states[names[p]] for i, p in enumerate(order) if names[p] in states}
-    optimizer.load_state_dict(described)
+    state_dict["state"] = {i: states[names[p]] for i, p in enumerate(order) if names[p] in states}
+    optimizer.load_state_dict(state_dict)
 
 
 def _stored_tensors(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's tensors of a checkpoint, each whole or in shards as its parameter is."""
+    """The optimizer's tensors of a checkpoint, each sharded as its parameter is."""
     if not (folder / SHARDS).is_dir():
         return {key: _as_parameter(key, value, parameters) for key, value in load_file(folder / TENSORS).items()}
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = dcp.HuggingFaceStorageReader(str(folder / SHARDS))
-    found: dict[str, Tensor] = {}
-    for key, described in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(described, TensorStorageMetadata)
-        empty = torch.empty(described.size, dtype=described.properties.dtype)
-        found[key] = _as_parameter(key, empty, parameters)
-    dcp.load(found, storage_reader=reader, no_dist=not dist.is_initialized())
-    return found
+    tensors: dict[str, Tensor] = {}
+    for key, metadata in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(metadata, TensorStorageMetadata)
+        empty = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+        tensors[key] = _as_parameter(key, empty, parameters)
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    return tensors
 
 
 def _as_parameter(key: str, value: Tensor, parameters: dict[str, nn.Parameter]) -> Tensor:
-    """`value`, in shards where its parameter is and has its shape."""
+    """`value`, sharded like its parameter if that is sharded and has the same shape."""
     parameter = parameters.get(key.removeprefix("optimizer/").rpartition("/")[0])
     if parameter is None or not is_sharded(parameter) or value.shape != parameter.shape:
         return value
@@ -244,17 +239,9 @@ def _as_parameter(key: str, value: Tensor, parameters: dict[str, nn.Parameter]) 
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

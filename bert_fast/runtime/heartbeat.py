@@ -1,8 +1,9 @@
-"""Signs of life: which rank it is that the others wait for.
+"""Heartbeats: which rank the others are waiting for.
 
-A collective that fails, or never ends, does not say whose fault it is. So a thread of each rank counts up a number in
-the store through which the ranks found each other; a rank whose number stands still is lost: it was killed, stopped, or
-its machine is gone. Rank 0 watches all others, they watch rank 0. Each reads its own clock alone: they need not agree.
+A collective that fails, or never returns, does not say which rank caused it. A thread of each rank therefore increments
+a counter in the store of the process group; a rank whose counter stops is lost: it was killed or stopped, or its
+machine is gone. Rank 0 watches all others, they watch rank 0. Each rank uses its own clock only, so clocks need not
+agree.
 """
 
 from __future__ import annotations
@@ -18,30 +19,30 @@ from typing import Any
 
 import torch.distributed as dist
 
-EXIT_CODE = 70  # of a process whose main thread can't be told, since it waits for the device
+EXIT_CODE = 70  # of a process whose main thread waits for the device and can't raise
 
 
 class Heartbeat:
-    """The thread that gives and reads the signs of life of `world` ranks.
+    """The thread that sends and reads the heartbeats of the ranks.
 
     Args:
-        rank, world: number of this process, and of all.
-        timeout: seconds without a sign after which a rank is lost. stderr names it a little before; where the main
-            thread does not come back from its collective, the process ends a little after.
+        rank, world_size: as in torch.distributed.
+        timeout: seconds without a heartbeat after which a rank is lost. A message on stderr names it shortly before; a
+            process whose main thread does not return from its collective exits shortly after.
     """
 
-    def __init__(self, rank: int, world: int, timeout: float) -> None:
-        self._rank, self._world, self._timeout = rank, world, timeout
+    def __init__(self, rank: int, world_size: int, timeout: float) -> None:
+        self._rank, self._timeout = rank, timeout
         self._interval = min(2.0, timeout / 10)
         now = time.monotonic()
-        self._seen: dict[int, dict[str, Any]] = {
-            other: {"beat": 0, "name": f"rank {other}", "end": None, "since": now}
-            for other in range(world)
-            if other != rank
+        self._peers: dict[int, dict[str, Any]] = {
+            peer: {"beat": 0, "name": f"rank {peer}", "end": None, "since": now}
+            for peer in range(world_size)
+            if peer != rank
         }
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         client = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=min(timeout, 60.0)))
-        # A job that torchrun starts again finds what the last attempt left.
+        # The store outlives an attempt that torchrun restarts.
         attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._store = dist.PrefixStore(f"bert_fast/heartbeat/{attempt}", client)
         self._lock = threading.Lock()
@@ -54,75 +55,76 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self, error: BaseException | None = None) -> list[str]:
-        """End the thread; after an `error` of the run, look first whose fault it is.
+        """End the thread; after an `error` of the run, first look for the ranks that caused it.
 
         Returns:
-            A sentence for each rank that is lost or had failed before; none without an error.
+            A sentence for each rank that is lost or failed before; empty without an error.
         """
-        blamed: list[str] = []
+        failures: list[str] = []
         if isinstance(error, RuntimeError):
             deadline = time.monotonic() + 4 * self._interval
-            while not (blamed := self._failed()) and time.monotonic() < deadline:
+            while not (failures := self._failed()) and time.monotonic() < deadline:
                 time.sleep(self._interval / 4)
-            blamed = blamed or self._silent(list(self._seen), 3 * self._interval)
+            failures = failures or self._lost(list(self._peers), 3 * self._interval)
         text = None if error is None else f"{type(error).__name__}: {error}"
         with self._lock:
-            self._tell(text if text and not blamed else "left")
+            self._publish(text if text and not failures else "left")
         if error is not None and self._rank == 0:
-            time.sleep(2 * self._interval)  # the store may be this process's: the others are still looking
+            time.sleep(2 * self._interval)  # the store may be in this process, and the others still read it
         self._stopped.set()
         self._thread.join(timeout=self._interval + 1)
-        return blamed
+        return failures
 
     def _failed(self) -> list[str]:
-        """Ranks that said why they ended."""
-        ends = [(seen["name"], seen["end"]) for seen in self._look(list(self._seen)).values()]
+        """A sentence for each rank that published an error."""
+        ends = [(peer["name"], peer["end"]) for peer in self._read(list(self._peers)).values()]
         return [f"{name} failed: {end}" for name, end in ends if end not in (None, "left")]
 
-    def _silent(self, others: list[int], seconds: float) -> list[str]:
+    def _lost(self, ranks: list[int], seconds: float) -> list[str]:
+        """A sentence for each of `ranks` without a heartbeat for `seconds`."""
         now = time.monotonic()
-        # With the store, which is in rank 0's process or its torchrun, every sign of life is gone: only it is to blame.
-        asked = [self._seen[other] for other in (others if self._connected else {0} & set(others))]
-        quiet = [(seen["name"], now - seen["since"]) for seen in asked if seen["end"] is None]
-        return [f"{name} has given no sign of life for {age:.0f} s" for name, age in quiet if age > seconds]
+        # A lost store, which is in the process of rank 0 or its torchrun, hides all heartbeats: report only rank 0.
+        peers = [self._peers[rank] for rank in (ranks if self._connected else {0} & set(ranks))]
+        ages = [(peer["name"], now - peer["since"]) for peer in peers if peer["end"] is None]
+        return [f"{name} has sent no heartbeat for {age:.0f} s" for name, age in ages if age > seconds]
 
     def _beat(self) -> None:
         self._beats += 1
-        self._tell(None)
+        self._publish(None)
 
-    def _tell(self, end: str | None) -> None:
+    def _publish(self, end: str | None) -> None:
         self._end = end
         try:
             self._store.set(str(self._rank), json.dumps({"beat": self._beats, "name": self._name, "end": end}))
         except RuntimeError:
             self._connected = False
 
-    def _look(self, others: list[int]) -> dict[int, dict[str, Any]]:
-        """What is known of all, after noting which of `others` have moved on since the last look."""
+    def _read(self, ranks: list[int]) -> dict[int, dict[str, Any]]:
+        """The state of all other ranks, that of `ranks` updated from the store."""
         with self._lock:
-            for other in others:
+            for rank in ranks:
                 try:
-                    if not self._store.check([str(other)]):
+                    if not self._store.check([str(rank)]):
                         continue
-                    found = json.loads(self._store.get(str(other)))
+                    state = json.loads(self._store.get(str(rank)))
                 except RuntimeError:
                     self._connected = False
                     break
-                seen = self._seen[other]
-                moved = found["beat"] != seen["beat"]
-                self._seen[other] = {**found, "since": time.monotonic() if moved else seen["since"]}
-        return self._seen
+                peer = self._peers[rank]
+                advanced = state["beat"] != peer["beat"]
+                self._peers[rank] = {**state, "since": time.monotonic() if advanced else peer["since"]}
+        return self._peers
 
     def _run(self) -> None:
-        watched = [other for other in self._seen if self._rank == 0 or other == 0]
-        said = False
+        watched = [peer for peer in self._peers if self._rank == 0 or peer == 0]
+        reported = False
         while not self._stopped.wait(self._interval):
             with self._lock:
                 if self._end is None:
                     self._beat()
-            self._look(watched)
-            if self._end is None and not said and (lost := self._silent(watched, 0.9 * self._timeout)):
+            self._read(watched)
+            if self._end is None and not reported and (lost := self._lost(watched, 0.9 * self._timeout)):
                 print("; ".join(lost), file=sys.stderr, flush=True)
-                said = True
-            if self._silent(watched, self._timeout + 10):
+                reported = True
+            if self._lost(watched, self._timeout + 10):
                 os._exit(EXIT_CODE)

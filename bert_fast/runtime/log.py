@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, TensorBoard events beside it where the package is installed, and W&B."""
+"""The log of a run: JSON lines, and optionally TensorBoard events and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bert_fast import _io
+
+LOG = "log.jsonl"
+
 
 class RunLog:
-    """Writes `<output_dir>/log.jsonl` and, when asked and possible, `<output_dir>/tensorboard/`.
+    """Writes `<output_dir>/log.jsonl` and, if requested and installed, `<output_dir>/tensorboard/`.
 
     Args:
         output_dir: the folder of the run.
-        step: what the run goes on from. Lines after it (of a run that was cut off after its last checkpoint) and a line
-            cut off in the middle are dropped, so that each step appears once.
+        step: the step that the run resumes from. Lines of later steps (of a run killed after its last checkpoint) and
+            an incomplete last line are dropped, so that each step appears once.
         tensorboard: write TensorBoard events too.
-        report: called once with a sentence where TensorBoard is asked for and not installed.
-        wandb: the project of Weights & Biases to write to as well; a run that goes on is the same run there.
-        settings: what Weights & Biases shows of the run.
+        report: called once with a message if TensorBoard is requested and not installed.
+        wandb: the Weights & Biases project to log to as well; a resumed run has the same run id there.
+        settings: the run's configuration for Weights & Biases.
 
     Raises:
         ImportError: `wandb` is given and the package is not installed.
-        OSError: the file can't be written, as on a full disk; the message names it.
+        OSError: the file can't be written, for example on a full disk; the message names it.
     """
 
     def __init__(
@@ -38,18 +42,16 @@ class RunLog:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
-        self.path = output_dir / "log.jsonl"
-        kept = [line for line in read_log(self.path) if line["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)
-        # Unbuffered, so that a full disk is noticed by the write and not once more by the close.
+        self.path = output_dir / LOG
+        lines = [line for line in read_log(self.path) if line["step"] <= step]
+        _io.write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        # Unbuffered: a full disk raises in `write`, and not again in `close`.
         self._file = self.path.open("ab", buffering=0)
         self._writer = _summary_writer(output_dir / "tensorboard", step, report) if tensorboard else None
         self._wandb = _wandb_run(output_dir, wandb, dict(settings or {})) if wandb else None
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line of `kind` "train" or "eval"; to TensorBoard too, as `<kind>/<name>`. NaN is written as null."""
+        """Write a line of `kind` "train" or "eval", also to TensorBoard as `<kind>/<name>`. NaN is written as null."""
         line = {name: None if value != value else value for name, value in values.items()}
         try:
             self._file.write((json.dumps({"step": step, "kind": kind, **line}) + "\n").encode())
@@ -62,12 +64,13 @@ class RunLog:
             self._wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
 
     def sync(self) -> None:
-        """Flush to the disk: a checkpoint that survives a crash has its lines too."""
+        """Flush to disk: called before a checkpoint is written, so that the log has every line up to it."""
         os.fsync(self._file.fileno())
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
+        """Close the file and the other writers."""
         self._file.close()
         if self._writer is not None:
             self._writer.close()
@@ -76,20 +79,20 @@ class RunLog:
 
 
 class SilentLog:
-    """The log of a rank that keeps none."""
+    """The log of a rank other than 0, which writes none."""
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def sync(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that was cut off is left out, and an absent file has none."""
+    """The lines of a log, without an incomplete last one; none if there is no file."""
     if not path.exists():
         return []
     lines = []
@@ -104,10 +107,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _wandb_run(output_dir: Path, project: str, settings: dict[str, Any]) -> Any:
     import wandb
 
-    # One run for one folder: the name of what wrote it first stays with it.
+    # The id of the folder's first run: a resumed run continues it.
     path = output_dir / "wandb.id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:16])
+        _io.write_text(path, uuid.uuid4().hex[:16])
     run = wandb.init(
         project=project,
         id=path.read_text().strip(),
@@ -116,7 +119,7 @@ def _wandb_run(output_dir: Path, project: str, settings: dict[str, Any]) -> Any:
         dir=str(output_dir),
         config=settings,
     )
-    # The run's own count: after a crash it goes back to the last checkpoint's.
+    # Not wandb's own step, which can't decrease: a run that was killed resumes from an earlier step.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

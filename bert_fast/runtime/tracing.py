@@ -1,4 +1,4 @@
-"""A trace of a few steps: what runs when, on the host and on the device."""
+"""A profiler trace of a few training steps, on the host and on the device."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from typing import Any
 
 import torch
 
-_BEFORE = 10  # steps that are not like the others: caches, allocators, clocks
+from bert_fast import _io
+
+_SKIPPED_STEPS = 10  # caches, allocators and clocks settle first
 
 
 class Tracer:
-    """Records `steps` steps, after the first ten, into `path`, in Chrome's format.
+    """Profiles `steps` steps after the first ten and writes them to `path` in Chrome's trace format.
 
     Args:
-        path: the file; an old one is replaced.
-        steps: how many; 0 for none, and then nothing is done.
-        device: what else is recorded beside the host.
+        path: the trace file; an existing one is replaced.
+        steps: number of steps; 0 disables the tracer.
+        device: profiled in addition to the host.
     """
 
     def __init__(self, path: Path, steps: int, device: torch.device) -> None:
         self._profile: Any = None
-        self._left = _BEFORE + steps if steps else 0
+        self._remaining = _SKIPPED_STEPS + steps if steps else 0
         if steps:
             from torch.profiler import ProfilerActivity, profile, schedule
+
+            def export(trace: Any) -> None:
+                with _io.atomic_file(path) as temporary:
+                    trace.export_chrome_trace(str(temporary))
 
             on_device = [ProfilerActivity.CUDA] if device.type == "cuda" else []
             self._profile = profile(
                 activities=[ProfilerActivity.CPU, *on_device],
-                schedule=schedule(wait=_BEFORE - 1, warmup=1, active=steps, repeat=1),
-                on_trace_ready=lambda found: _export(found, path),
+                schedule=schedule(wait=_SKIPPED_STEPS - 1, warmup=1, active=steps, repeat=1),
+                on_trace_ready=export,
             )
             self._profile.start()
 
     def step(self) -> None:
-        """A step is done."""
-        if self._left:
+        """Mark the end of a step."""
+        if self._remaining:
             self._profile.step()
-            self._left -= 1
-            if not self._left:
+            self._remaining -= 1
+            if not self._remaining:
                 self._profile.stop()
-
-
-def _export(found: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    found.export_chrome_trace(str(temporary))
-    temporary.replace(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bert_fast._device import autocast
 from bert_fast.models.config import longest_input
 from bert_fast.models.embedding import batches_by_length
 from bert_fast.tasks.io.table import Table
@@ -82,8 +82,7 @@ def run_examples(
     for numbers in batches_by_length(lengths, batch_tokens):
         indices = [index for number in numbers for index in groups[number]]
         batch = Batch.of([examples[index] for index in indices], device)
-        context = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-        with context:
+        with autocast(device, precision):
             logits = task.forward(model, batch)
         if judged:
             total += float(task.loss(logits, batch.examples, options))

@@ -32,11 +32,11 @@ class Remembers:
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         self.recorded += 1
-        work = function.__self__._work  # type: ignore[attr-defined]
+        work = function.__self__._train_step  # type: ignore[attr-defined]
 
         def replay() -> None:
             function()
-            work.judged.mul_(self._scale)
+            work.verdict.mul_(self._scale)
 
         return replay
 

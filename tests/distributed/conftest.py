@@ -1,4 +1,4 @@
-"""Real processes that train together over gloo; torch is imported once, by the server that they are forked from."""
+"""Ranks in processes of their own, over gloo; torch is imported once, by the server that they are forked from."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 
-# What a rank imports, torch._dynamo (two seconds, by DistributedDataParallel) among it.
+# What a rank imports, including torch._dynamo (two seconds), which DistributedDataParallel imports.
 PRELOADED = ["bert_fast.pretrain.trainer", "torch.distributed.fsdp", "torch._dynamo", "tokenizers", "pyarrow.compute"]
 WORKER = Path(__file__).with_name("pretrain_worker.py")
 
 
 @dataclass
 class Job:
-    """Ranks at work.
+    """The processes of a run.
 
     Attributes:
-        folder: where rank R leaves R.json: {"error": text or null, "result": ..., "examples": [step, [epoch, number]]}.
+        folder: rank R writes R.json: {"error": text or null, "messages", "result", "examples": [step, [epoch, index]]}.
         processes: by rank.
     """
 
@@ -32,7 +32,7 @@ class Job:
     processes: list[Any] = field(default_factory=list)
 
     def wait(self, seconds: float = 60.0) -> list[dict[str, Any]]:
-        """What each rank left; {} of one that was killed."""
+        """The contents of each rank's file; {} for a rank that was killed."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -46,23 +46,25 @@ class Job:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
 def start_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Job]]:
-    """start_ranks(world, **what pretrain_worker.py reads) starts `world` processes."""
+    """start_ranks(world_size, **settings of pretrain_worker.py) starts the processes of a run."""
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     jobs: list[Job] = []
 
-    def start(world: int, **settings: Any) -> Job:
+    def start(world_size: int, **settings: Any) -> Job:
         job = Job(tmp_path_factory.mktemp("job"))
         port = free_port()
-        for rank in range(world):
-            text = json.dumps({**settings, "rank": rank, "world": world, "port": port, "folder": str(job.folder)})
+        for rank in range(world_size):
+            text = json.dumps(
+                {**settings, "rank": rank, "world_size": world_size, "port": port, "folder": str(job.folder)}
+            )
             process = context.Process(target=runpy.run_path, args=(str(WORKER), {"JOB": text}, "__main__"))
             process.start()
             job.processes.append(process)

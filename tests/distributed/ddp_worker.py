@@ -1,7 +1,7 @@
-"""Two ranks of DistributedDataParallel on the CPU: prints "equal" where each gradient is the mean of the ranks' own.
+"""Two ranks of DistributedDataParallel on the CPU: prints "equal" if every gradient is the mean over the ranks.
 
-Arguments: the implementation that every op uses, and whose model: "own", or transformers' one, "fused". The gradients
-that a fused model should have are those of the same model before it was fused.
+Arguments: the implementation that every op uses, and the model: "bert_fast", or "fused" for transformers' model after
+`fuse`. The expected gradients of a fused model are those of the same model before `fuse`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIZES = {
 
 
 def batch(rank: int) -> dict[str, Tensor]:
-    """Two sequences of lengths that differ from rank to rank."""
+    """Two sequences whose lengths depend on the rank."""
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(5, 40, (2, 9), generator=generator)
     mask = (torch.arange(9) < torch.tensor([[9 - rank], [4 + rank]])).long()
@@ -49,10 +49,10 @@ def gradients(model: torch.nn.Module, rank: int) -> dict[str, Tensor]:
     return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def made(whose: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The model that is trained, and the one that says which gradients it should have."""
+def models(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The model to train, and the one with the expected gradients."""
     torch.manual_seed(0)
-    if whose == "own":
+    if kind == "bert_fast":
         model = BertForPreTraining(BertConfig.size("tiny", **SIZES)).train()
         return model, model
     import transformers
@@ -63,12 +63,12 @@ def made(whose: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    model, expected = made(sys.argv[2])
+    model, expected = models(sys.argv[2])
     with use_impl(sys.argv[1]):
-        own = [gradients(expected, rank) for rank in range(dist.get_world_size())]
-        # The pooler and NSP head take part in every step, so no parameter is left without a gradient.
+        by_rank = [gradients(expected, rank) for rank in range(dist.get_world_size())]
+        # Every step uses the pooler and the NSP head, so every parameter has a gradient.
         shared = gradients(DistributedDataParallel(model), dist.get_rank())
-    mean = {name: torch.stack([grads[name] for grads in own]).mean(0) for name in own[0]}
+    mean = {name: torch.stack([grads[name] for grads in by_rank]).mean(0) for name in by_rank[0]}
     assert shared.keys() == mean.keys()
     assert all(grad.abs().max() > 0 for name, grad in mean.items() if name.endswith("weight"))
     for name, grad in shared.items():

@@ -1,4 +1,4 @@
-"""The model under DistributedDataParallel, on every implementation that covers its ops here."""
+"""The model under DistributedDataParallel, with every implementation that has all of its ops here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bert_fast.kernels import available_impls
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 MODEL_OPS = ("add_layer_norm", "attention", "bias_gelu", "embedding_layer_norm", "masked_lm_loss", "padding")
-# On a GPU machine the Triton kernels run on CUDA tensors, which two ranks can't share under gloo.
+# On a machine with a GPU the Triton kernels need CUDA tensors, and gloo can't reduce those of two ranks on one GPU.
 IMPLS = [
     impl
     for impl in ("reference", "triton", "cpu")
@@ -22,10 +22,10 @@ IMPLS = [
 ]
 
 
-@pytest.mark.parametrize(("impl", "whose"), [*((impl, "own") for impl in IMPLS), ("auto", "fused")])
-def test_gradients_are_the_mean_over_the_ranks(impl: str, whose: str) -> None:
+@pytest.mark.parametrize(("impl", "kind"), [*((impl, "bert_fast") for impl in IMPLS), ("auto", "fused")])
+def test_gradients_are_the_mean_over_the_ranks(impl: str, kind: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER, impl, whose],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER, impl, kind],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""The command line under torchrun, as a user starts it."""
+"""The command line under torchrun."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from typing import Any
 
 
 def children(process: int) -> list[int]:
-    """The processes that it started, the first first."""
+    """The child processes of `process`, in the order in which they were started."""
     return [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def test_a_rank_that_is_killed_is_named_and_the_job_starts_again_and_finishes(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_a_killed_rank_is_named_and_the_restarted_job_finishes(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps({**settings, "steps": 60, "eval_interval": 0}))  # JSON is YAML
     launch = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc-per-node", "2"]
@@ -34,14 +32,14 @@ def test_a_rank_that_is_killed_is_named_and_the_job_starts_again_and_finishes(
     deadline = time.monotonic() + 120
     while not (log.exists() and '"step": 5,' in log.read_text()):
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "the run did not get to the step in time"
+        assert time.monotonic() < deadline, "the run did not reach the step in time"
         time.sleep(0.02)
     killed = children(process.pid)[1]
     os.kill(killed, signal.SIGKILL)
-    said, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert f"failed (exitcode: -9) local_rank: 1 (pid: {killed})" in errors
-    assert errors.count("going on from") == 1
-    assert said.count("held-out loss") == 1  # rank 0 alone tells the results
+    assert errors.count("resuming from") == 1
+    assert output.count("held-out loss") == 1  # only rank 0 prints the results
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
     assert steps == list(range(1, 61))

@@ -14,13 +14,13 @@ import pytest
 import torch
 import transformers
 
+from bert_fast._config import from_mapping
 from bert_fast.cli.rows import load_task
 from bert_fast.finetune.api import finetune
 from bert_fast.finetune.config import FinetuneConfig
 from bert_fast.finetune.loop import Finetuner
 from bert_fast.finetune.task_run import Part
 from bert_fast.models import BertConfig, BertModel
-from bert_fast.pretrain.config import from_mapping
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.prediction import predict
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from bert_fast._config import from_mapping
 from bert_fast.cli.main import main
 from bert_fast.data import load_tokenizer
 from bert_fast.finetune.api import FinetuneResult, finetune
@@ -18,7 +19,6 @@ from bert_fast.finetune.config import FinetuneConfig
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.models.config import longest_input
 from bert_fast.models.family import ARCHITECTURES
-from bert_fast.pretrain.config import from_mapping
 
 FAMILY = [name for name in ARCHITECTURES if name != "bert"]
 SIZES = {

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import bert_fast
+from bert_fast._config import from_mapping
 from bert_fast.data import load_tokenizer
 from bert_fast.finetune.api import FinetuneResult, finetune
 from bert_fast.finetune.config import BatchOptions, FinetuneConfig
@@ -21,8 +22,7 @@ from bert_fast.finetune.files import result_folder
 from bert_fast.finetune.loop import Finetuner
 from bert_fast.finetune.task_run import Part
 from bert_fast.models import BertConfig, BertForSequenceClassification, BertModel
-from bert_fast.optim.layers import Unfreezing, depths, freeze, layered_groups
-from bert_fast.pretrain.config import from_mapping
+from bert_fast.optim.groups import Unfreezing, depths, freeze, layered_groups
 from bert_fast.runtime.log import read_log
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.prediction import predict

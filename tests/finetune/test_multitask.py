@@ -14,6 +14,7 @@ import torch
 import transformers
 import yaml
 
+from bert_fast._config import from_mapping
 from bert_fast.cli.main import main
 from bert_fast.finetune.api import finetune
 from bert_fast.finetune.loop import Finetuner
@@ -21,7 +22,6 @@ from bert_fast.finetune.mixing import counts, mixed
 from bert_fast.finetune.multitask import multitask, open_parts
 from bert_fast.finetune.multitask_config import MultitaskConfig
 from bert_fast.models import BertConfig, BertModel
-from bert_fast.pretrain.config import from_mapping
 from bert_fast.runtime.log import read_log
 
 NAMES = ["ada", "rome", "paris"]

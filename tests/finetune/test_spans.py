@@ -14,13 +14,13 @@ import torch
 import transformers
 
 import bert_fast
+from bert_fast._config import from_mapping
 from bert_fast.cli.main import main
 from bert_fast.data import load_tokenizer
 from bert_fast.finetune.api import FinetuneResult, finetune
 from bert_fast.finetune.config import FinetuneConfig
 from bert_fast.finetune.data import Split, duplicates
 from bert_fast.models import BertConfig, BertModel
-from bert_fast.pretrain.config import from_mapping
 from bert_fast.runtime.log import read_log
 from bert_fast.tasks.io.columns import choose_columns
 from bert_fast.tasks.io.table import Table

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from bert_fast._config import from_mapping
 from bert_fast.cli.main import main
 from bert_fast.finetune.config import FinetuneConfig
 from bert_fast.finetune.data import Split, hold_out, take_fold
 from bert_fast.finetune.sweep import combinations, ranked, sweep, with_settings
 from bert_fast.models import BertConfig, BertModel
-from bert_fast.pretrain.config import from_mapping
 from bert_fast.tasks.io.table import Table
 
 

@@ -1,4 +1,4 @@
-"""Lamb as a torch optimizer: groups, clipping over all of them, and a resume that is exact to the bit."""
+"""Lamb as a torch optimizer: parameter groups, global clipping, exact resume, capturable steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def groups(model: nn.Module) -> list[dict[str, object]]:
-    """As a training script has them: no decay for vectors (biases and LayerNorm)."""
+    """The usual groups of a training script: no decay for vectors (biases and LayerNorm)."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0, "lr": 0.005}]
@@ -38,7 +38,7 @@ def train(model: nn.Module, optimizer: Lamb, steps: range) -> list[Tensor]:
 
 
 def test_groups_step_like_separate_calls() -> None:
-    """Two groups with settings of their own, clipped by the norm over both."""
+    """Two groups with different settings, clipped by the norm over both."""
     model, twin = network(), network()
     optimizer = Lamb(groups(model), lr=0.02, betas=(0.8, 0.9), max_grad_norm=0.05)
     loss = model(torch.ones(4, 6)).square().sum()
@@ -61,7 +61,7 @@ def test_groups_step_like_separate_calls() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resume_is_exact(dtype: torch.dtype) -> None:
-    """Saved after five steps and loaded into a fresh optimizer: the next five steps are the same bits."""
+    """Saved after five steps and loaded into a new optimizer: the next five steps have the same bits."""
     model = network(dtype)
     optimizer = Lamb(groups(model), lr=0.02, max_grad_norm=1.0)
     train(model, optimizer, range(5))
@@ -89,24 +89,24 @@ def test_loaded_state_is_a_copy() -> None:
     optimizer = Lamb(model.parameters(), lr=0.02)
     train(model, optimizer, range(2))
     state = optimizer.state_dict()
-    kept = copy.deepcopy(state)
+    expected = copy.deepcopy(state)
     other_model = network()
     other = Lamb(other_model.parameters())
     other.load_state_dict(state)
     train(other_model, other, range(2, 4))
-    for index, values in kept["state"].items():
+    for index, values in expected["state"].items():
         assert torch.equal(values["exp_avg"], state["state"][index]["exp_avg"])
 
 
-def test_training_lowers_the_loss_and_clipping_slows_nothing_down() -> None:
-    """LAMB's step has a fixed length, so clipped and unclipped training both converge."""
+def test_training_converges_with_and_without_clipping() -> None:
+    """The length of LAMB's step does not depend on the gradient's, so both converge."""
     for max_grad_norm in (None, 0.1):
         model = network()
         losses = train(model, Lamb(model.parameters(), lr=0.05, max_grad_norm=max_grad_norm), range(80))
         assert losses[-1] < 0.3 * losses[0]
 
 
-def test_parameters_without_gradient_stay_and_keep_their_own_step() -> None:
+def test_parameters_without_gradient_are_not_updated_and_count_their_own_steps() -> None:
     model = network()
     first, last = model[0].weight, model[2].weight
     optimizer = Lamb([first, last], lr=0.02)
@@ -123,7 +123,7 @@ def test_parameters_without_gradient_stay_and_keep_their_own_step() -> None:
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_capturable_takes_the_same_steps(clip: float | None) -> None:
-    """To the bit: the corrections are float64 either way, and both kinds of number are rounded to float32 once."""
+    """The same bits: the bias corrections are float64, from a float or a tensor, and rounded to float32 once."""
     trained = []
     for capturable in (False, True):
         model = network()
@@ -150,9 +150,9 @@ def test_capturable_reads_a_learning_rate_that_changes_in_place() -> None:
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)  # lr is rounded to float32 in one of them
 
 
-def test_capturable_counts_for_those_that_have_a_gradient() -> None:
-    """As without it: `last` misses the second step and the fourth, and shares the count of nobody from then on."""
-    found = []
+def test_capturable_counts_the_steps_of_parameters_with_a_gradient() -> None:
+    """As if not capturable: `last` has no gradient in steps 2 and 4, and from then on a count tensor of its own."""
+    parameters = []
     for capturable in (False, True):
         model = network()
         first, last = model[0].weight, model[2].weight
@@ -162,14 +162,14 @@ def test_capturable_counts_for_those_that_have_a_gradient() -> None:
             last.grad = torch.full_like(last, 2.0 - step) if step % 2 == 0 else None
             optimizer.step()
         assert (int(optimizer.state[first]["step"]), int(optimizer.state[last]["step"])) == (5, 3)
-        found.append((first, last))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        parameters.append((first, last))
+    assert all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
 
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("before", [False, True])
-def test_state_goes_between_capturable_and_not(before: bool, after: bool) -> None:
-    """Resumed to the bit whichever way, and those with the same count share its tensor again."""
+def test_state_loads_into_capturable_and_not(before: bool, after: bool) -> None:
+    """The resumed steps have the same bits, and parameters with the same count share its tensor again."""
     model = network()
     optimizer = Lamb(groups(model), lr=0.02, max_grad_norm=1.0, capturable=before)
     train(model, optimizer, range(3))
@@ -193,35 +193,35 @@ def test_state_goes_between_capturable_and_not(before: bool, after: bool) -> Non
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_a_captured_step_equals_an_ordinary_one(impl: str) -> None:
-    """Five replays with new gradients and learning rates, in one optimizer captured and in the other called."""
+def test_a_captured_step_equals_an_eager_one(impl: str) -> None:
+    """Five steps with new gradients and learning rates, replayed in one optimizer and eager in the other."""
     model, twin = network().cuda(), network().cuda()
     lr = torch.tensor(0.02, device="cuda")
-    made = [Lamb(m.parameters(), lr=lr, max_grad_norm=0.5, capturable=True, impl=impl) for m in (model, twin)]
+    optimizers = [Lamb(m.parameters(), lr=lr, max_grad_norm=0.5, capturable=True, impl=impl) for m in (model, twin)]
     gradients = [[torch.randn_like(p) for p in model.parameters()] for _ in range(6)]
 
     def fill(m: nn.Module, step: int) -> None:
         for p, gradient in zip(m.parameters(), gradients[step], strict=True):
             p.grad = gradient.clone() if p.grad is None else p.grad.copy_(gradient)
 
-    for m, optimizer in zip((model, twin), made, strict=True):
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
         fill(m, 0)
         optimizer.step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        made[0].step()
+        optimizers[0].step()
     for step in range(1, 6):
         lr.fill_(0.02 / step)
         fill(model, step)
         graph.replay()
         fill(twin, step)
-        made[1].step()
+        optimizers[1].step()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    assert int(made[0].state[next(model.parameters())]["step"]) == 6
+    assert int(optimizers[0].state[next(model.parameters())]["step"]) == 6
 
 
-def test_closure_is_called_with_gradients_on() -> None:
+def test_closure_is_called_with_gradients_enabled() -> None:
     model = network()
     optimizer = Lamb(model.parameters(), lr=0.02)
 
@@ -235,7 +235,7 @@ def test_closure_is_called_with_gradients_on() -> None:
     assert second < first
 
 
-def test_works_with_a_schedule() -> None:
+def test_works_with_an_lr_scheduler() -> None:
     model = network()
     optimizer = Lamb(groups(model), lr=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
@@ -244,7 +244,7 @@ def test_works_with_a_schedule() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.0025]
 
 
-def test_bad_settings_are_named() -> None:
+def test_invalid_arguments_raise() -> None:
     parameter = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=r"lr is -0\.1; expected 0 or more"):
         Lamb([parameter], lr=-0.1)

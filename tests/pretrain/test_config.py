@@ -1,4 +1,4 @@
-"""Settings: defaults that hold together, and contradictions that are named."""
+"""Configurations: checks, nested mappings, and which settings may change when a run resumes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 
-from bert_fast.pretrain.config import (
-    DataOptions,
-    ModelOptions,
-    OptimizerOptions,
-    PretrainConfig,
-    check_resumable,
-    from_mapping,
-)
+from bert_fast._config import from_mapping
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig, check_resumable
 
 
 def config(**changes: Any) -> PretrainConfig:
@@ -34,7 +29,7 @@ def config(**changes: Any) -> PretrainConfig:
         ({"optimizer": OptimizerOptions(warmup_steps=100)}, "warmup_steps is 100 of 100 steps"),
     ],
 )
-def test_contradictions_of_a_run_are_named(changes: dict[str, Any], message: str) -> None:
+def test_invalid_run_configs_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
 
@@ -46,7 +41,7 @@ def test_contradictions_of_a_run_are_named(changes: dict[str, Any], message: str
         (OptimizerOptions, {"lr": 0.0}, "lr is 0.0; expected a positive number"),
         (OptimizerOptions, {"lr": float("nan")}, "lr is nan"),
         (OptimizerOptions, {"warmup_steps": 1.5}, "warmup_steps is 1.5; expected whole steps, or a fraction"),
-        (OptimizerOptions, {"betas": (0.9, 1.0)}, "betas are"),
+        (OptimizerOptions, {"betas": (0.9, 1.0)}, "betas is"),
         (ModelOptions, {"size": "huge"}, "size is 'huge'; expected one of tiny, mini"),
         (ModelOptions, {"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0"),
         (ModelOptions, {"config": "a", "init_from": "b"}, "model.config and model.init_from are both given"),
@@ -58,7 +53,7 @@ def test_contradictions_of_a_run_are_named(changes: dict[str, Any], message: str
         (DataOptions, {"folder": "f", "mask_token_prob": 0.95}, r"mask_token_prob \+ random_token_prob is 1.05"),
     ],
 )
-def test_contradictions_of_a_group_are_named(kind: type, changes: dict[str, Any], message: str) -> None:
+def test_invalid_option_groups_raise(kind: type, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**changes)
 
@@ -72,7 +67,7 @@ def test_warm_up_as_steps_and_as_a_fraction() -> None:
         config(steps=None, epochs=1, optimizer=OptimizerOptions(warmup_steps=50)).warmup(20)
 
 
-def test_a_mapping_round_trips_and_unknown_names_are_refused() -> None:
+def test_from_mapping_round_trips_and_rejects_unknown_names() -> None:
     before = config(optimizer=OptimizerOptions(betas=(0.8, 0.95)), accumulation=3)
     values = asdict(before)
     values["optimizer"]["betas"] = [0.8, 0.95]  # as YAML and JSON have it
@@ -81,7 +76,7 @@ def test_a_mapping_round_trips_and_unknown_names_are_refused() -> None:
         from_mapping(PretrainConfig, {**values, "optimizer": {"learning_rate": 1.0}})
 
 
-def test_resuming_another_run_is_refused_and_harmless_changes_are_not() -> None:
+def test_resuming_accepts_only_changes_that_keep_the_run() -> None:
     before = asdict(config())
     with pytest.raises(ValueError, match=r"belongs to another run \(data.seq_len 128 -> 64, seed 0 -> 1\)"):
         check_resumable(before, asdict(config(seed=1, data=DataOptions("data", seq_len=64))))

@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of a run, and the same command again: the losses of a run that was never stopped."""
+"""SIGKILL in the middle of a run, then the same command: the losses of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -45,22 +45,25 @@ def kill_at(step: int, arguments: list[str], output: Path, environment: dict[str
     log = output / "log.jsonl"
     while not (log.exists() and f'"step": {step},' in log.read_text()):
         assert process.poll() is None, process.communicate()[1].decode()
-        assert time.monotonic() < deadline, "the run did not get to the step in time"
+        assert time.monotonic() < deadline, "the run did not reach the step in time"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=30) == -signal.SIGKILL
     process.communicate()
 
 
-def test_killed_twice_and_resumed_equals_never_stopped(tmp_path: Path, prepared: Path, tiny_config: Path) -> None:
+def test_a_run_killed_twice_equals_an_uninterrupted_one(tmp_path: Path, prepared: Path, tiny_config: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole, prepared, tiny_config), env=environment, check=True, capture_output=True, timeout=300)
+    expected, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    subprocess.run(
+        command(expected, prepared, tiny_config), env=environment, check=True, capture_output=True, timeout=300
+    )
     arguments = command(killed, prepared, tiny_config)
     kill_at(9, arguments, killed, environment)
     kill_at(23, arguments, killed, environment)
     done = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True, timeout=300)
-    assert "going on from" in done.stderr
-    assert losses(killed) == losses(whole)
-    assert len(losses(whole)) == STEPS + 3
-    assert (killed / "final" / "model.safetensors").read_bytes() == (whole / "final" / "model.safetensors").read_bytes()
+    assert "resuming from" in done.stderr
+    assert losses(killed) == losses(expected)
+    assert len(losses(expected)) == STEPS + 3
+    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (killed, expected)]
+    assert weights[0] == weights[1]

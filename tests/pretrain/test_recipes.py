@@ -1,4 +1,4 @@
-"""The pretraining recipes carry what `benchmarks.reports.recipes` computes, and their phases follow one another."""
+"""The pretraining recipes state what `benchmarks.reports.recipes` computes, and their phases fit together."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import pytest
 import yaml
 
 from benchmarks.reports.recipes import RECIPES, Estimate, recipes
-from bert_fast.pretrain.config import PretrainConfig, from_mapping
+from bert_fast._config import from_mapping
+from bert_fast.pretrain.config import PretrainConfig
 
 ESTIMATES = recipes()
 
 
 def config(name: str) -> PretrainConfig:
-    found: PretrainConfig = from_mapping(PretrainConfig, yaml.safe_load((RECIPES / f"{name}.yaml").read_text()))
-    return found
+    recipe: PretrainConfig = from_mapping(PretrainConfig, yaml.safe_load((RECIPES / f"{name}.yaml").read_text()))
+    return recipe
 
 
 @pytest.mark.parametrize("name", ESTIMATES)
 def test_a_recipe_states_tokens_memory_and_estimated_hours(name):
     text = (RECIPES / f"{name}.yaml").read_text()
-    assert "\n".join(ESTIMATES[name].lines()) in text, "write what python -m benchmarks.reports.recipes prints"
+    assert "\n".join(ESTIMATES[name].lines()) in text, "copy the output of python -m benchmarks.reports.recipes"
     assert config(name).accumulation % 8 == 0, "a step of the recipe can be shared by 8 GPUs"
     assert ESTIMATES[name].memory < 141e9, "an H200 has 141 GB"
 
@@ -49,9 +50,9 @@ def test_a_recipe_reads_what_its_preparation_writes(recipe, prepared_by):
 
 def test_the_arithmetic_by_hand():
     # BERT-base, S = 128: 3 x (12 x (24 x 768^2 + 4 x 128 x 768) + 0.15 x (2 x 768^2 + 2 x 768 x 30522)) = 545 MFLOP.
-    found = ESTIMATES["bert-base-phase1"]
-    assert found.flops == pytest.approx(545e6, rel=2e-3)
-    assert found.tokens == 900_000 * 32_768
+    estimate = ESTIMATES["bert-base-phase1"]
+    assert estimate.flops == pytest.approx(545e6, rel=2e-3)
+    assert estimate.tokens == 900_000 * 32_768
     # 545e6 x 29.5e9 / 316e12 / 3600
-    assert found.hours == pytest.approx(14.1, abs=0.05)
+    assert estimate.hours == pytest.approx(14.1, abs=0.05)
     assert Estimate(10, 100, 1000.0, 790e12 * 0.4 * 3.6, 0.0).hours == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""The page of pretraining runs: whole without a network, escaped, with every run; and its pictures."""
+"""The report on pretraining runs: self-contained, escaped, with every run; and the curves as PNG files."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def make_run(folder: Path, lr: float, steps: int = 4, **extra: Any) -> Path:
     return folder
 
 
-def test_one_run_has_its_numbers_and_its_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make_run(tmp_path / "<mine>", 1e-3, mfu=0.25)
+def test_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "<run>", 1e-3, mfu=0.25)
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     text = (run / "report.html").read_text(encoding="utf-8")
-    assert "Pretraining: &lt;mine&gt;" in text
+    assert "Pretraining: &lt;run&gt;" in text
     assert "<b>" not in text
     assert '<td>training loss, last</td><td class="n">2.0000</td>' in text
     assert '<td>held-out masked-token accuracy, best</td><td class="n">0.2000</td>' in text
     assert '<td>MFU, median</td><td class="n">0.2500</td>' in text
     for title in ("loss", "masked-token accuracy", "learning rate", "gradient norm", "real tokens per second", "MFU"):
         assert title in text
-    assert "next-sentence accuracy" not in text  # there is none in the log
+    assert "next-sentence accuracy" not in text  # not in the log
     assert text.count("<svg") == 6
     assert 'src="' not in text
     assert 'href="http' not in text
     assert "Settings that differ" not in text
 
 
-def test_several_runs_are_beside_each_other_with_what_differs_and_pictures(
+def test_several_runs_are_compared_with_their_differing_settings_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [make_run(tmp_path / "a", 1e-3), make_run(tmp_path / "b", 5e-4, steps=6)]
@@ -64,16 +64,16 @@ def test_several_runs_are_beside_each_other_with_what_differs_and_pictures(
     assert capsys.readouterr().out.splitlines() == [str(page), *(str(pictures / f"{name}.png") for name in order)]
 
 
-def test_runs_of_the_same_name_go_by_their_paths(tmp_path: Path) -> None:
+def test_runs_with_the_same_name_are_named_by_path(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / part / "run", 1e-3) for part in ("x", "y")]
     assert [run.name for run in read_runs(folders)] == [str(folder) for folder in folders]
 
 
-def test_what_is_no_run_or_has_no_step_yet_is_said(tmp_path: Path) -> None:
+def test_folders_without_a_run_and_empty_logs_raise(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 1e-3)
-    with pytest.raises(FileNotFoundError, match=r"pretrain\.json is not there; expected a folder that bert-fast"):
+    with pytest.raises(FileNotFoundError, match=r"pretrain\.json does not exist; expected a folder that bert-fast"):
         write_pretrain_report([run, tmp_path], tmp_path / "page.html")
     (run / "log.jsonl").write_text("")
-    with pytest.raises(ValueError, match="the log of run has no line yet"):
+    with pytest.raises(ValueError, match="the log of run is empty"):
         write_pretrain_report([run], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

@@ -1,4 +1,4 @@
-"""Settings that make a step cheaper leave its loss and gradient what they are; and what is said about the speed."""
+"""Settings that make a step cheaper do not change its loss and gradient; throughput in the log; traces."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert_fast.kernels._common import checks
 from bert_fast.models import BertConfig
-from bert_fast.pretrain.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
+from bert_fast.pretrain.metrics import Meter, gemm_ceiling, model_flops
 from bert_fast.pretrain.micro_batches import Position, StepBatches
-from bert_fast.pretrain.throughput import Meter, gemm_ceiling, model_flops
 from bert_fast.pretrain.trainer import Trainer, pretrain
 from bert_fast.runtime.log import read_log
 
@@ -42,18 +43,18 @@ def config(tmp_path: Path, prepared: Path, tiny_config: Path) -> PretrainConfig:
 
 
 def gradients(config: PretrainConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Sums of losses and hits, and the gradient, of the first step."""
+    """The totals and the gradient of the first step."""
     trainer = Trainer(config, lambda text: None)
-    kept: dict[str, torch.Tensor] = {}
+    by_name: dict[str, torch.Tensor] = {}
     original = trainer._update
 
     def update(*arguments: Any) -> Any:
-        kept.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+        by_name.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
         return original(*arguments)
 
     trainer._update = update  # type: ignore[method-assign]
     trainer.train_step()
-    return trainer.totals.tolist(), kept
+    return trainer.totals.tolist(), by_name
 
 
 @pytest.mark.parametrize(
@@ -70,33 +71,33 @@ def gradients(config: PretrainConfig) -> tuple[list[float], dict[str, torch.Tens
 def test_a_step_has_the_same_loss_and_gradient(config: PretrainConfig, changes: dict[str, Any]) -> None:
     plain = replace(config, precision=changes.get("precision", "fp32"))
     sums, expected = gradients(plain)
-    found_sums, found = gradients(replace(config, **changes))
+    actual_sums, actual = gradients(replace(config, **changes))
     bf16 = plain.precision == "bf16"
-    # fp32 sums over other numbers of rows; in bf16 whole gradients are rounded to 8 bits on the way.
-    assert found_sums == pytest.approx(sums, rel=4e-3 if bf16 else 1e-6)
+    # fp32: sums over different numbers of rows. bf16: gradients are rounded to 8 bits of mantissa on the way.
+    assert actual_sums == pytest.approx(sums, rel=4e-3 if bf16 else 1e-6)
     for name, gradient in expected.items():
         scale = gradient.abs().max().item()
-        error = (found[name] - gradient).abs().max().item()
+        error = (actual[name] - gradient).abs().max().item()
         assert error <= (0.04 if bf16 else 1e-5) * scale + 1e-7, (name, error, scale)
     if changes == {"recompute": True}:
-        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+        assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
 
 
-def test_with_dropout_recomputing_drops_the_same(config: PretrainConfig) -> None:
+def test_recomputation_repeats_the_dropout(config: PretrainConfig) -> None:
     config = replace(config, model=replace(config.model, hidden_dropout_prob=0.1), masked_last_layer=True)
     sums, expected = gradients(config)
-    again, found = gradients(replace(config, recompute=True))
-    assert again == sums
-    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    recomputed_sums, actual = gradients(replace(config, recompute=True))
+    assert recomputed_sums == sums
+    assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
 
 
 def test_static_batches_have_one_shape(config: PretrainConfig) -> None:
     trainer = Trainer(replace(config, static_shapes=True, masked_last_layer=True), lambda text: None)
     shapes, position = set(), Position(0, 0)
     for _ in range(8):
-        taken = trainer.feed.step(position)
-        position = taken.end
-        for micro in taken.micro:
+        batches = trainer.feed.step(position)
+        position = batches.end
+        for micro in batches.micro:
             batch = micro.batch
             assert batch.label_rows is not None
             rows = set(batch.label_rows.tolist())
@@ -109,7 +110,7 @@ def test_static_batches_have_one_shape(config: PretrainConfig) -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Counts what reads a tensor's value on the host, which on a GPU waits for it."""
+    """Counts the operators that read a tensor's value on the host, which synchronizes with a GPU."""
 
     count = 0
 
@@ -119,14 +120,14 @@ class Reads(TorchDispatchMode):
 
 
 def test_a_step_reads_no_value_on_the_host(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But those that are read for CPU tensors only: checks at the doors, and the guard's verdict at once."""
+    """Except for what is read from CPU tensors only: argument checks, and the guard's verdict."""
     trainer = Trainer(config, lambda text: None)
     trainer.train_step()
     original = checks.values_are_checked
     for module in [m for name, m in sys.modules.items() if name.startswith("bert_fast.")]:
         if getattr(module, "values_are_checked", None) is original:
             monkeypatch.setattr(module, "values_are_checked", lambda x: False)
-    monkeypatch.setattr(trainer.guard, "settled", lambda **_: [])
+    monkeypatch.setattr(trainer.guard, "drain", lambda **_: [])
     with Reads() as reads:
         trainer.train_step()
     assert reads.count == 0
@@ -151,38 +152,38 @@ def test_flops_are_those_of_the_matrix_products(tiny_config: Path, monkeypatch: 
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_log_tells_the_speed(config: PretrainConfig) -> None:
-    said: list[str] = []
-    result = pretrain(replace(config, ceiling=True), said.append)
+def test_the_log_has_the_throughput(config: PretrainConfig) -> None:
+    messages: list[str] = []
+    result = pretrain(replace(config, ceiling=True), messages.append)
     lines = [line for line in read_log(Path(config.output_dir) / "log.jsonl") if line["kind"] == "train"]
     assert all(0 < line["mfu"] < 1 and line["tflops"] > 0 and 0.5 < line["fill"] <= 1 for line in lines)
     assert result.tokens_per_second > 0
-    assert any(text.startswith("matrix products reach ") for text in said)
+    assert any(text.startswith("matrix products reach ") for text in messages)
 
 
-def test_a_meter_leaves_out_what_is_paused(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_meter_does_not_count_paused_time(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now: list[float] = [10.0]
-    monkeypatch.setattr("bert_fast.pretrain.throughput.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("bert_fast.pretrain.metrics.time.perf_counter", lambda: now[0])
     meter = Meter(BertConfig.from_pretrained(tiny_config.parent, vocab_size=120), 100, 1e6)
 
     meter.add(StepBatches(Position(0, 0), Position(0, 1), (), 3, 80, 2200, torch.zeros(0, 2)))
     now[0] += 2.0
     with meter.paused():
         now[0] += 100.0
-    found = meter.lap(10)
-    assert found["tokens_per_second"] == 40
-    assert found["fill"] == 0.8
-    assert found["mfu"] == pytest.approx(found["tflops"] * 1e6)
+    lap = meter.lap(10)
+    assert lap["tokens_per_second"] == 40
+    assert lap["fill"] == 0.8
+    assert lap["mfu"] == pytest.approx(lap["tflops"] * 1e6)
     assert (meter.seconds, meter.tokens) == (2.0, 80)
 
 
 def test_the_ceiling_is_that_of_a_matrix_product() -> None:
-    found = gemm_ceiling(torch.device("cpu"), "fp32")
-    assert found.dtype == torch.float64
-    assert 1e8 < float(found) < 1e14
+    ceiling = gemm_ceiling(torch.device("cpu"), "fp32")
+    assert ceiling.dtype == torch.float64
+    assert 1e8 < float(ceiling) < 1e14
 
 
-def test_a_trace_has_the_steps_that_were_asked_for(config: PretrainConfig) -> None:
+def test_a_trace_has_the_requested_steps(config: PretrainConfig) -> None:
     pretrain(replace(config, steps=13, trace=2), lambda text: None)
     events = json.loads((Path(config.output_dir) / "trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}

@@ -1,4 +1,4 @@
-"""The loop: exact resume, accumulation, evaluation, signals, divergence, checkpoints that transformers reads."""
+"""The training loop: exact resume, accumulation, evaluation, signals, divergence, checkpoints for transformers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from bert_fast.models import BertForPreTraining
-from bert_fast.pretrain.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
-from bert_fast.pretrain.guard import TrainingDivergedError
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
+from bert_fast.pretrain.metrics import held_out_totals
 from bert_fast.pretrain.micro_batches import Position
-from bert_fast.pretrain.passes import evaluate
 from bert_fast.pretrain.setup import open_data
 from bert_fast.pretrain.trainer import PretrainResult, Trainer, pretrain
 from bert_fast.runtime import checkpoint
 from bert_fast.runtime.log import read_log
-from bert_fast.runtime.signals import stop_signals
+from bert_fast.runtime.ranks import TrainingDivergedError, stop_signals
 
 EXACT = (
     "step",
@@ -64,7 +64,7 @@ def config(tmp_path: Path, prepared: Path, tiny_config: Path) -> PretrainConfig:
 
 
 def exact_lines(config: PretrainConfig) -> list[dict[str, Any]]:
-    """The log without what depends on the clock."""
+    """The log without measured times."""
     lines = read_log(Path(config.output_dir) / "log.jsonl")
     return [{name: line[name] for name in EXACT if name in line} for line in lines]
 
@@ -103,8 +103,8 @@ def test_a_crash_and_a_resume_give_the_losses_of_an_uninterrupted_run(
     config: PretrainConfig, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(config, **changes)
-    whole = replace(config, output_dir=str(tmp_path / "whole"))
-    expected = pretrain(whole, quiet)
+    uninterrupted = replace(config, output_dir=str(tmp_path / "uninterrupted"))
+    expected = pretrain(uninterrupted, quiet)
 
     def crash() -> None:
         raise CrashError
@@ -114,16 +114,16 @@ def test_a_crash_and_a_resume_give_the_losses_of_an_uninterrupted_run(
         with pytest.raises(CrashError):
             pretrain(config, quiet)
     assert [line["step"] for line in exact_lines(config)][-1] == 8
-    found = pretrain(config, quiet)  # from step 5, in the middle of a log interval
-    assert exact_lines(config) == exact_lines(whole)
-    assert found.metrics == expected.metrics
-    assert found.tokens == expected.tokens
-    a, b = (BertForPreTraining.from_pretrained(result.model_dir).state_dict() for result in (found, expected))
+    resumed = pretrain(config, quiet)  # from step 5, in the middle of a log interval
+    assert exact_lines(config) == exact_lines(uninterrupted)
+    assert resumed.metrics == expected.metrics
+    assert resumed.tokens == expected.tokens
+    a, b = (BertForPreTraining.from_pretrained(result.model_dir).state_dict() for result in (resumed, expected))
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(config: PretrainConfig) -> None:
-    """Micro-batches have unequal numbers of masked tokens and of pairs; each token and each pair weighs the same."""
+    """Micro-batches have unequal numbers of masked tokens and pairs; every token and every pair has the same weight."""
     no_dropout = replace(config.model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     unclipped = replace(config.optimizer, max_grad_norm=0.0)
     trainer = Trainer(replace(config, model=no_dropout, accumulation=3, optimizer=unclipped), quiet)
@@ -155,16 +155,16 @@ def save(model: BertForPreTraining, config: PretrainConfig) -> str:
     return str(folder)
 
 
-def test_evaluation_is_the_same_however_the_batches_are_cut(config: PretrainConfig) -> None:
+def test_evaluation_does_not_depend_on_the_batch_size(config: PretrainConfig) -> None:
     trainer = Trainer(config, quiet)
     small = trainer.evaluate()
     data = open_data(replace(config.data, token_budget=1024), config.seed)
-    large = evaluate(trainer.model, data.held_out_batches(), trainer.device, "fp32")
+    large = held_out_totals(trainer.model, data.held_out_batches(), trainer.device, "fp32").summary()
     assert trainer.model.training
     assert small == pytest.approx(large, rel=1e-5)
 
 
-def test_training_lowers_the_loss_and_evaluation_follows_the_log(config: PretrainConfig) -> None:
+def test_training_lowers_the_loss(config: PretrainConfig) -> None:
     result = pretrain(
         replace(
             config, steps=120, eval_interval=40, checkpoint_interval=0, optimizer=replace(config.optimizer, lr=3e-3)
@@ -188,13 +188,13 @@ def test_epochs_set_the_length_and_follow_each_other(config: PretrainConfig) -> 
     assert trainer.total_steps == data.train.num_batches(0) + data.train.num_batches(1)
     last = trainer.feed.step(Position(0, data.train.num_batches(0) - 1))
     first = trainer.feed.step(last.end)
-    for taken, (epoch, index) in ((last, (0, data.train.num_batches(0) - 1)), (first, (1, 0))):
-        assert torch.equal(taken.micro[0].batch.input_ids, data.train.batch(epoch, index).input_ids)
+    for batches, (epoch, index) in ((last, (0, data.train.num_batches(0) - 1)), (first, (1, 0))):
+        assert torch.equal(batches.micro[0].batch.input_ids, data.train.batch(epoch, index).input_ids)
     assert first.end == (1, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_saves_after_the_step_and_ends(
+def test_a_signal_ends_the_run_with_a_checkpoint_after_the_step(
     config: PretrainConfig, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler = signal.getsignal(number)
@@ -204,19 +204,19 @@ def test_a_signal_saves_after_the_step_and_ends(
     assert signal.getsignal(number) is handler
     assert (result.interrupted, result.step) == (number, 7)
     assert Path(result.model_dir).name == "step-00000007"
-    whole = replace(config, output_dir=str(tmp_path / "whole"))
-    pretrain(whole, quiet)
+    uninterrupted = replace(config, output_dir=str(tmp_path / "uninterrupted"))
+    pretrain(uninterrupted, quiet)
     pretrain(config, quiet)
-    assert exact_lines(config) == exact_lines(whole)
+    assert exact_lines(config) == exact_lines(uninterrupted)
 
 
-def test_under_torchrun_a_signal_that_comes_twice_is_one() -> None:
-    """It goes to the whole process group, and torchrun passes it on once more: the checkpoint must not be cut off."""
+def test_under_torchrun_a_repeated_signal_is_ignored() -> None:
+    """The process group gets it, and torchrun sends it again: it must not interrupt the checkpoint."""
     before = signal.getsignal(signal.SIGTERM)
-    with stop_signals(repeated=True) as stopped:
+    with stop_signals(repeated=True) as received_signal:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stopped() == signal.SIGTERM
+        assert received_signal() == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(config: Pret
     assert checkpoint.list_checkpoints(trainer.checkpoints) == []
 
 
-def test_checkpoints_are_pruned_and_a_corrupt_one_is_passed_over_by_name(
+def test_checkpoints_are_pruned_and_a_corrupt_one_is_skipped_with_a_message(
     config: PretrainConfig, tmp_path: Path
 ) -> None:
     config = replace(config, keep_last=2)
@@ -238,18 +238,18 @@ def test_checkpoints_are_pruned_and_a_corrupt_one_is_passed_over_by_name(
     assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-00000010", "step-00000012"]
     weights = folder / "step-00000012" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    said: list[str] = []
-    again = pretrain(config, said.append)
-    assert any("step-00000012/model.safetensors is corrupt: sha256" in text for text in said)
-    assert any("step-00000010 at step 10 of 12" in text for text in said)
-    assert again.metrics == first.metrics
+    messages: list[str] = []
+    resumed = pretrain(config, messages.append)
+    assert any("step-00000012/model.safetensors is corrupt: sha256" in text for text in messages)
+    assert any("step-00000010 at step 10 of 12" in text for text in messages)
+    assert resumed.metrics == first.metrics
     checkpoint.verify_folder(folder / "step-00000012")
 
 
-def test_the_best_checkpoint_is_kept_beside_the_last(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_is_kept_too(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 1.0, 2.0, 1.5, 2.0, 4.0, 0.5])
-    found = {"mlm_loss": 1.0, "mlm_accuracy": 0.5, "nsp_accuracy": 0.5}
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"loss": next(losses), **found})
+    other_metrics = {"mlm_loss": 1.0, "mlm_accuracy": 0.5, "nsp_accuracy": 0.5}
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"loss": next(losses), **other_metrics})
     config = replace(config, eval_interval=2, checkpoint_interval=5, keep_last=1)
     pretrain(config, quiet)
     folder = Path(config.output_dir) / "checkpoints"
@@ -259,7 +259,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(config: PretrainConfig, mon
     assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-00000014"]
 
 
-def test_resume_never_and_other_settings_or_data_are_refused(
+def test_resuming_with_never_other_settings_or_other_data_raises(
     config: PretrainConfig, prepared: Path, text_file: Path, tmp_path: Path
 ) -> None:
     pretrain(replace(config, steps=2), quiet)
@@ -277,17 +277,17 @@ def test_resume_never_and_other_settings_or_data_are_refused(
         pretrain(replace(config, data=replace(config.data, folder=str(other))), quiet)
 
 
-def test_contradictions_with_the_model_are_refused(config: PretrainConfig, tmp_path: Path) -> None:
+def test_configs_that_do_not_fit_the_model_or_machine_raise(config: PretrainConfig, tmp_path: Path) -> None:
     long = replace(config.data, seq_len=100)
     with pytest.raises(ValueError, match="seq_len is 100 and the model has 64 positions"):
         pretrain(replace(config, data=long), quiet)
     with pytest.raises(ValueError, match="device is 'cuda:99'"):
         pretrain(replace(config, device="cuda:99"), quiet)
-    with pytest.raises(FileNotFoundError, match=r"data\.folder is .*absent, which is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"data\.folder is .*absent, which is not a folder"):
         pretrain(replace(config, data=replace(config.data, folder=str(tmp_path / "absent"))), quiet)
 
 
-def test_a_new_run_starts_from_a_checkpoint_and_refuses_another_vocabulary(
+def test_init_from_starts_a_new_run_and_requires_the_same_vocabulary(
     config: PretrainConfig, text_file: Path, tmp_path: Path
 ) -> None:
     result: PretrainResult = pretrain(config, quiet)
@@ -303,7 +303,7 @@ def test_a_new_run_starts_from_a_checkpoint_and_refuses_another_vocabulary(
         Trainer(replace(config, data=replace(config.data, folder=str(folder)), model=model), quiet)
 
 
-def test_without_sentence_pairs_only_masked_tokens_count(config: PretrainConfig) -> None:
+def test_without_sentence_pairs_the_loss_is_that_of_masked_tokens(config: PretrainConfig) -> None:
     result = pretrain(replace(config, steps=3, data=replace(config.data, next_sentence=False)), quiet)
     assert result.metrics["loss"] == result.metrics["mlm_loss"]
     assert result.metrics["nsp_accuracy"] != result.metrics["nsp_accuracy"]  # NaN: there are no pairs
@@ -332,7 +332,7 @@ def test_a_unigram_bias_starts_at_the_unigram_loss(config: PretrainConfig) -> No
     assert trainer.evaluate()["mlm_loss"] == pytest.approx(trainer.data.unigram_loss(), abs=0.05)
 
 
-def test_the_baseline_of_the_data_is_between_nothing_known_and_everything(config: PretrainConfig) -> None:
+def test_the_unigram_loss_is_below_the_uniform_one(config: PretrainConfig) -> None:
     data = open_data(config.data, config.seed)
     loss = data.unigram_loss()
     assert 1.0 < loss < torch.tensor(120.0).log().item()

@@ -1,4 +1,4 @@
-"""Checkpoint folders: whole or absent, verified, and exact for the optimizer."""
+"""Checkpoint folders: complete or absent, verified, and exact for the optimizer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from bert_fast.optim.params import clipped_step, make_optimizer
-from bert_fast.pretrain.config import OptimizerOptions
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.optim.optimizer import clipped_step, make_optimizer
 from bert_fast.runtime import checkpoint
 from bert_fast.runtime.checkpoint import CorruptCheckpointError
 
@@ -20,23 +20,49 @@ def fill(folder: Path) -> None:
     (folder / "b.bin").write_bytes(bytes(range(256)))
 
 
-def test_a_folder_is_written_whole_and_verifies(tmp_path: Path) -> None:
+def test_a_written_folder_verifies(tmp_path: Path) -> None:
     checkpoint.write_folder(tmp_path / "c", fill)
     checkpoint.verify_folder(tmp_path / "c")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]
     assert json.loads((tmp_path / "c" / "manifest.json").read_text())["files"]["a.txt"]["bytes"] == 3
 
 
-def test_a_write_that_fails_leaves_no_checkpoint_and_the_next_one_removes_its_remains(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         fill(folder)
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         checkpoint.write_folder(tmp_path / "step-00000001", fail)
-    assert checkpoint.list_checkpoints(tmp_path) == []
-    checkpoint.write_folder(tmp_path / "step-00000002", fill)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_cleans_up_after_killed_ones(tmp_path: Path) -> None:
+    """One killed while it wrote, one between moving the old folder aside and renaming the new one."""
+    for leftover in (".step-00000001.77-0123abcd.tmp", ".step-00000002.78-0123abcd.old"):
+        (tmp_path / leftover).mkdir()
+        fill(tmp_path / leftover)
+    (tmp_path / ".hidden").mkdir()  # not a leftover
+    checkpoint.write_folder(tmp_path / "step-00000003", fill)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".hidden", "step-00000002", "step-00000003"]
+
+
+def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write_folder(tmp_path / "c", fill)
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError("gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="gone"):
+        checkpoint.write_folder(tmp_path / "c", lambda folder: (folder / "new").write_text("x") and None)
+    checkpoint.verify_folder(tmp_path / "c")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert (tmp_path / "c" / "a.txt").read_text() == "one"
 
 
 def test_replacing_a_folder_keeps_only_the_new_content(tmp_path: Path) -> None:
@@ -57,28 +83,28 @@ def test_replacing_a_folder_keeps_only_the_new_content(tmp_path: Path) -> None:
     ],
     ids=["content", "size", "missing", "no manifest", "bad manifest"],
 )
-def test_damage_is_named(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_corrupt_file_is_named(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
     checkpoint.write_folder(tmp_path / "c", fill)
     damage(tmp_path / "c")
     with pytest.raises(CorruptCheckpointError, match=message):
         checkpoint.verify_folder(tmp_path / "c")
 
 
-def test_the_newest_good_one_is_taken_and_corrupt_ones_are_reported(tmp_path: Path) -> None:
-    said: list[str] = []
-    assert checkpoint.newest_good(tmp_path, said.append) is None
+def test_the_newest_valid_checkpoint_is_chosen_and_corrupt_ones_are_reported(tmp_path: Path) -> None:
+    messages: list[str] = []
+    assert checkpoint.newest_valid(tmp_path, messages.append) is None
     for step in (5, 10, 100):
         checkpoint.write_folder(checkpoint.checkpoint_path(tmp_path, step), fill)
-    assert checkpoint.newest_good(tmp_path, said.append) == tmp_path / "step-00000100"
-    assert said == []
+    assert checkpoint.newest_valid(tmp_path, messages.append) == tmp_path / "step-00000100"
+    assert messages == []
     (tmp_path / "step-00000100" / "b.bin").write_bytes(b"")
-    assert checkpoint.newest_good(tmp_path, said.append) == tmp_path / "step-00000010"
-    assert len(said) == 1
-    assert "step-00000100/b.bin is corrupt" in said[0]
+    assert checkpoint.newest_valid(tmp_path, messages.append) == tmp_path / "step-00000010"
+    assert len(messages) == 1
+    assert "step-00000100/b.bin is corrupt" in messages[0]
     for step in (5, 10):
         (checkpoint.checkpoint_path(tmp_path, step) / "a.txt").unlink()
-    with pytest.raises(CorruptCheckpointError, match=r"no good checkpoint.*step-00000100/b\.bin.*step-00000005/a\.txt"):
-        checkpoint.newest_good(tmp_path, said.append)
+    with pytest.raises(CorruptCheckpointError, match=r"no valid.*step-00000100/b\.bin.*step-00000005/a\.txt"):
+        checkpoint.newest_valid(tmp_path, messages.append)
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
@@ -108,7 +134,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_the_optimizer_goes_on_to_the_bit(tmp_path: Path, name: str) -> None:
+def test_the_optimizer_resumes_to_the_bit(tmp_path: Path, name: str) -> None:
     options = OptimizerOptions(name=name, lr=0.01)  # type: ignore[arg-type]
     model = small()
     optimizer = make_optimizer(model, options)

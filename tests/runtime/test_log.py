@@ -1,66 +1,26 @@
-"""Sums that aggregate exactly, the unigram baseline, and a log without duplicates."""
+"""The run log: each step once, TensorBoard, Weights & Biases, a full disk."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from bert_fast.cli.main import _one_line
-from bert_fast.pretrain.metrics import Totals, token_counts, unigram_loss
 from bert_fast.runtime.log import RunLog, read_log
 
-Batch = namedtuple("Batch", "labels")
 
-
-def test_batches_weigh_by_what_they_count() -> None:
-    totals = Totals("cpu")
-    right, wrong = torch.tensor([[9.0, -9.0]]), torch.tensor([[-9.0, 9.0]])
-    totals.add(torch.tensor(2.0), torch.tensor(1), torch.tensor(10), right, torch.tensor([0]))
-    labels = torch.tensor([0, 0, -100])
-    totals.add(torch.tensor(5.0), torch.tensor(20), torch.tensor(30), torch.cat([wrong, right, right]), labels)
-    summary = totals.summary()
-    assert summary["mlm_loss"] == (2.0 * 10 + 5.0 * 30) / 40
-    assert summary["mlm_accuracy"] == 21 / 40
-    assert summary["nsp_accuracy"] == 2 / 3
-    assert summary["nsp_loss"] == pytest.approx((18 + 2 * math.log1p(math.exp(-18))) / 3, rel=1e-5)
-    assert summary["loss"] == summary["mlm_loss"] + summary["nsp_loss"]
-    assert Totals("cpu", json.loads(json.dumps(totals.tolist()))).summary() == summary
-
-
-def test_nothing_counted_is_nan_and_does_not_poison_the_rest() -> None:
-    totals = Totals("cpu")
-    assert math.isnan(totals.summary()["loss"])
-    totals.add(torch.tensor(float("nan")), torch.tensor(0), torch.tensor(0), torch.zeros(1, 2), torch.tensor([-100]))
-    totals.add(torch.tensor(3.0), torch.tensor(0), torch.tensor(4), torch.zeros(1, 2), torch.tensor([-100]))
-    summary = totals.summary()
-    assert summary["mlm_loss"] == summary["loss"] == 3.0
-    assert math.isnan(summary["nsp_accuracy"])
-
-
-def test_unigram_loss_by_hand() -> None:
-    counts = token_counts([Batch(torch.tensor([0, -100, 0, 1])), Batch(torch.tensor([0, -100]))], vocab_size=4)
-    assert counts.tolist() == [3, 1, 0, 0]
-    # (count + 1) / (4 + 4): 1/2, 1/4, 1/8, 1/8
-    assert unigram_loss(counts, torch.tensor([0, 1, 3])) == pytest.approx((math.log(2) + math.log(4) + math.log(8)) / 3)
-    uniform = torch.zeros(16, dtype=torch.int64)
-    assert unigram_loss(uniform, torch.arange(16)) == pytest.approx(math.log(16))
-
-
-def test_the_log_is_cut_back_to_the_step_of_the_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_log_drops_later_steps_and_an_incomplete_line(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0, tensorboard=False, report=print)
     for step in (1, 2, 3):
         log.write("train", step, {"loss": step / 3, "nsp_loss": float("nan")})
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # killed in the middle of a line
+        file.write('{"step": 4, "lo')  # killed while writing a line
     log = RunLog(tmp_path, 2, tensorboard=False, report=print)
     log.write("train", 3, {"loss": 7.0})
     log.close()
@@ -70,7 +30,7 @@ def test_the_log_is_cut_back_to_the_step_of_the_checkpoint(tmp_path: Path) -> No
     assert read_log(tmp_path / "absent.jsonl") == []
 
 
-def test_tensorboard_events_hold_the_values(tmp_path: Path) -> None:
+def test_tensorboard_events_have_the_values(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing import event_accumulator
 
     log = RunLog(tmp_path, 0, tensorboard=True, report=print)
@@ -81,19 +41,19 @@ def test_tensorboard_events_hold_the_values(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(5, 1.25)]
 
 
-def test_without_tensorboard_the_log_goes_on_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    said: list[str] = []
-    log = RunLog(tmp_path, 0, tensorboard=True, report=said.append)
+def test_without_tensorboard_the_log_works_and_reports_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    messages: list[str] = []
+    log = RunLog(tmp_path, 0, tensorboard=True, report=messages.append)
     log.write("train", 1, {"loss": 1.0})
     log.close()
-    assert len(said) == 1
-    assert "tensorboard is not installed (pip install 'bert_fast[cli]')" in said[0]
+    assert len(messages) == 1
+    assert "tensorboard is not installed (pip install 'bert_fast[cli]')" in messages[0]
     assert [line["loss"] for line in read_log(tmp_path / "log.jsonl")] == [1.0]
 
 
 class FakeRun:
-    """What the log asks of a run of Weights & Biases."""
+    """The part of a Weights & Biases run that the log uses."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -110,9 +70,7 @@ class FakeRun:
         self.finished = True
 
 
-def test_weights_and_biases_gets_the_lines_and_a_resumed_run_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_the_lines_and_a_resumed_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[tuple[dict[str, Any], FakeRun]] = []
 
     def init(**settings: Any) -> FakeRun:
@@ -135,16 +93,14 @@ def test_weights_and_biases_gets_the_lines_and_a_resumed_run_is_the_same(
     assert [run.lines for _, run in runs] == [[{"step": 1, "train/loss": 2.0}], [{"step": 3, "train/loss": 2.0}]]
 
 
-def test_without_weights_and_biases_the_command_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_wandb_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError) as caught:
         RunLog(tmp_path, 0, tensorboard=False, report=print, wandb="project")
     assert _one_line(caught.value) == ("wandb is not installed; this command needs it: pip install 'bert_fast[wandb]'")
 
 
-def test_a_log_on_a_full_disk_says_which_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0, tensorboard=False, report=print)
     log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (closed by the log)
     with pytest.raises(OSError, match=r"the log .*log\.jsonl can't be written: No space left on device"):

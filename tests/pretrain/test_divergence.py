@@ -1,4 +1,4 @@
-"""Steps that diverge: stopped or skipped before the update, kept with their weights, computed again."""
+"""Steps that diverge: skipped before the update, recorded with their weights, replayed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from bert_fast.cli.main import main
-from bert_fast.pretrain.config import DataOptions, ModelOptions, OptimizerOptions, PretrainConfig
-from bert_fast.pretrain.guard import Guard, TrainingDivergedError
+from bert_fast.optim.config import OptimizerOptions
+from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
+from bert_fast.pretrain.divergence import Guard, replay
 from bert_fast.pretrain.micro_batches import Position
-from bert_fast.pretrain.replay import replay
 from bert_fast.pretrain.trainer import Trainer, pretrain
 from bert_fast.runtime import checkpoint
 from bert_fast.runtime.log import read_log
+from bert_fast.runtime.ranks import TrainingDivergedError
 
 
 @pytest.fixture
@@ -74,8 +75,8 @@ def test_a_skipped_step_changes_neither_weights_nor_moments(
     trainer.train_step()
     assert trainer.guard.skipped == 1
     assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
-    for state, kept in zip(trainer.optimizer.state.values(), moments, strict=True):
-        assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(kept[key])) for key in kept)
+    for state, saved in zip(trainer.optimizer.state.values(), moments, strict=True):
+        assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(saved[key])) for key in saved)
     trainer.train_step()
     assert (trainer.guard.skipped, trainer.guard.in_a_row) == (1, 0)
     assert not torch.equal(next(trainer.model.parameters()), next(iter(before.values())))
@@ -83,19 +84,17 @@ def test_a_skipped_step_changes_neither_weights_nor_moments(
     trainer._prefetch.close()
 
 
-def test_skipped_steps_are_counted_logged_and_kept_and_the_run_goes_on(
-    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skipped_steps_are_counted_logged_and_recorded(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     at_step(monkeypatch, {2, 3, 5}, poison)
-    said: list[str] = []
-    result = pretrain(replace(config, on_divergence="skip", max_skips=3), said.append)
+    messages: list[str] = []
+    result = pretrain(replace(config, on_divergence="skip", max_skips=3), messages.append)
     assert (result.step, result.skipped) == (6, 3)
     assert [line["skipped"] for line in read_log(Path(config.output_dir) / "log.jsonl") if line["kind"] == "train"] == [
         0, 1, 2, 2, 3, 3,
     ]  # fmt: skip
-    kept = Path(config.output_dir) / "diverged"
-    assert [path.name for path in checkpoint.list_checkpoints(kept)] == [f"step-{step:08d}" for step in (2, 3, 5)]
-    assert sum("was skipped: the gradient norm is nan" in text for text in said) == 3
+    records = Path(config.output_dir) / "diverged"
+    assert [path.name for path in checkpoint.list_checkpoints(records)] == [f"step-{step:08d}" for step in (2, 3, 5)]
+    assert sum("was skipped: the gradient norm is nan" in text for text in messages) == 3
 
 
 def test_too_many_skips_in_a_row_end_the_run(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +103,7 @@ def test_too_many_skips_in_a_row_end_the_run(config: PretrainConfig, monkeypatch
         pretrain(replace(config, on_divergence="skip", max_skips=2), lambda text: None)
 
 
-def test_an_exploding_loss_stops_before_its_update_and_is_computed_again_to_the_bit(
+def test_an_exploding_loss_stops_before_its_update_and_replays_to_the_bit(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def explode(trainer: Trainer) -> None:
@@ -116,17 +115,17 @@ def test_an_exploding_loss_stops_before_its_update_and_is_computed_again_to_the_
         pretrain(replace(config, explosion=3.0, checkpoint_interval=2), lambda text: None)
     folder = Path(config.output_dir) / "diverged" / "step-00000004"
     assert str(folder) in str(caught.value)
-    assert "the last checkpoint from before is" in str(caught.value)
+    assert "the last checkpoint before it is" in str(caught.value)
     again = replay(folder, device="cpu")
     assert again.loss == again.recorded_loss
     assert again.norm == again.recorded_norm
     assert len(again.micro_losses) == 2
     assert main(["replay", str(folder), "--device", "cpu"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"step 4: {again.reason}"
-    assert said[2].split() == ["loss", f"{again.loss:.6g}", f"{again.loss:.6g}"]
-    assert said[3].split() == ["gradient", "norm", f"{again.norm:.6g}", f"{again.norm:.6g}"]
-    assert len(said) == 6
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"step 4: {again.reason}"
+    assert printed[2].split() == ["loss", f"{again.loss:.6g}", f"{again.loss:.6g}"]
+    assert printed[3].split() == ["gradient", "norm", f"{again.norm:.6g}", f"{again.norm:.6g}"]
+    assert len(printed) == 6
     assert main(["replay", str(folder), "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["micro_losses"] == [list(pair) for pair in again.micro_losses]
     healthy = replay(folder, device="cpu", weights=Path(config.output_dir) / "checkpoints" / "step-00000002")
@@ -138,27 +137,27 @@ def test_an_exploding_loss_stops_before_its_update_and_is_computed_again_to_the_
     assert "bert-fast replay: error:" in capsys.readouterr().err
 
 
-def judged(guard: Guard, *losses: float) -> list[bool]:
-    """Which of these losses are refused, one step after the other."""
+def refused(guard: Guard, *losses: float) -> list[bool]:
+    """Whether the guard refuses each of these losses, in consecutive steps."""
     for step, loss in enumerate(losses):
         value, norm = torch.tensor(loss, dtype=torch.float64), torch.tensor(1.0)
-        judged = torch.stack([guard.judge(value, norm).double(), value, norm.double()])
-        guard.note(step, Position(0, step), judged)
-    return [verdict.refused for verdict in guard.settled(all_steps=True)]
+        verdict = torch.stack([guard.check(value, norm).double(), value, norm.double()])
+        guard.enqueue(step, Position(0, step), verdict)
+    return [verdict.refused for verdict in guard.drain(all_steps=True)]
 
 
-def test_what_is_refused() -> None:
+def test_refused_losses() -> None:
     cpu = torch.device("cpu")
-    assert judged(Guard("skip", 0.0, cpu), 5.0, math.inf, 4.0, math.nan, 1e30) == [False, True, False, True, False]
-    assert judged(Guard("skip", 2.0, cpu), 5.0, 9.9, 10.5, 4.0, 11.0) == [False, False, True, False, True]
-    # After the first, the weights are kept as they were for the record.
-    assert judged(Guard("stop", 0.0, cpu), 5.0, math.nan, 4.0) == [False, True, True]
+    assert refused(Guard("skip", 0.0, cpu), 5.0, math.inf, 4.0, math.nan, 1e30) == [False, True, False, True, False]
+    assert refused(Guard("skip", 2.0, cpu), 5.0, 9.9, 10.5, 4.0, 11.0) == [False, False, True, False, True]
+    # With "stop", updates after a refused one are skipped too: the record has the weights of the refused step.
+    assert refused(Guard("stop", 0.0, cpu), 5.0, math.nan, 4.0) == [False, True, True]
 
 
-def test_a_guard_goes_on_from_its_state() -> None:
+def test_a_guard_resumes_from_its_state() -> None:
     first = Guard("skip", 2.0, torch.device("cpu"))
-    judged(first, 5.0, 4.0, math.nan)
+    refused(first, 5.0, 4.0, math.nan)
     second = Guard("skip", 2.0, torch.device("cpu"))
     second.restore(first.state())
     assert (second.skipped, second.in_a_row) == (1, 1)
-    assert judged(second, 10.5, 9.0) == judged(first, 10.5, 9.0) == [True, False]
+    assert refused(second, 10.5, 9.0) == refused(first, 10.5, 9.0) == [True, False]
