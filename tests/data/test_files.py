@@ -152,8 +152,8 @@ def test_ranges_of_a_file_have_each_document_once(tmp_path, ending, boundary):
 
 
 def test_a_document_without_end_is_cut_and_a_line_without_end_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("bert_fast.data.files._LONGEST_DOCUMENT", 20)
-    monkeypatch.setattr("bert_fast.data.files._LONGEST_LINE", 30)
+    monkeypatch.setattr("bert_fast.data.files._MAX_DOCUMENT", 20)
+    monkeypatch.setattr("bert_fast.data.files._MAX_LINE", 30)
     (tmp_path / "a.txt").write_text("Line one.\nLine two.\nLine three.\n\n" + "x" * 100 + "\n\nShort again.\n")
     documents, problems = read(tmp_path / "a.txt")
     assert documents == [["Line one.", "Line two."], ["Line three."], ["Short again."]]
@@ -189,7 +189,7 @@ def test_a_broken_document_is_dropped_and_named(tmp_path, name, content, problem
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"p": "x", "q": "y"}\n', r"line 1: which column has the text\? It has 'p', 'q'; name one"),
+        ("a.jsonl", b'{"p": "x", "q": "y"}\n', r"line 1: can't infer the text column from 'p', 'q'; set text_column"),
         ("a.csv", b'text\n"never closed\n', r"a\.csv, line 2: not CSV \("),
         ("a.parquet", b"PAR1 but not really", r"a\.parquet: not a Parquet file that can be read"),
         ("a.docx", b"", r"a\.docx ends in '\.docx'; expected one of \.txt, \.jsonl, \.csv, \.parquet"),

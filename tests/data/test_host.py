@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bert_fast.data import host_numpy
-from bert_fast.data.host import host
+from bert_fast.data.examples import host
 
 try:
     NATIVE = [host("cpp")]
@@ -137,7 +137,7 @@ ENDS, DOCUMENTS = np.array([3, 5, 9]), np.array([0, 2, 3])
         ((ENDS, DOCUMENTS, KEY, 10, 2**32 + 1, True), "short_threshold is 4294967297; expected 0 to 2"),
         ((ENDS, DOCUMENTS[[0, 2]], KEY, 10, 0, True), "has 1 documents; sentence pairs need at least 2"),
         ((ENDS, np.array([0, 2, 4]), KEY, 10, 0, True), "must start at 0 and end at the number of units, 3"),
-        ((ENDS, np.array([0, 5, 3]), KEY, 10, 0, True), "document_units does not rise at element 2"),
+        ((ENDS, np.array([0, 5, 3]), KEY, 10, 0, True), "document_units does not increase at element 2"),
         ((ENDS, DOCUMENTS, KEY, 6, 0, True), "unit_ends element 2 makes a unit of 4 tokens; expected 1 to 3"),
         ((np.array([3, 3, 9]), DOCUMENTS, KEY, 20, 0, True), "element 1 makes a unit of 0 tokens; expected 1 to 10"),
     ],

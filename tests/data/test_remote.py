@@ -82,7 +82,7 @@ def test_damage_is_named_and_leaves_no_bad_copy(store, tmp_path):
     content = bytearray(store.cat_file(f"{URL}/{name}"))
     content[len(content) // 2] ^= 1
     store.pipe_file(f"{URL}/{name}", bytes(content))
-    with pytest.raises(ValueError, match=rf"{URL}/{name} is corrupt \(its size or SHA-256 is not the manifest's\)"):
+    with pytest.raises(ValueError, match=rf"{URL}/{name} is corrupt \(its size or SHA-256 differs from its manifest\)"):
         local_folder(URL, tmp_path)
     assert not list(tmp_path.glob("*/train/00001.arrow*"))
     store.rm_file(f"{URL}/{name}")

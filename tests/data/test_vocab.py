@@ -131,7 +131,7 @@ def test_the_name_of_a_special_token_in_a_text_is_text(tmp_path):
     ("name", "content", "message"),
     [
         ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\nhello\n", r"vocab\.txt: the vocabulary has no \[MASK\]; BERT needs"),
-        ("vocab.txt", "[PAD]\nhello\nhello\n", r"vocab\.txt, line 3: 'hello' again; it is line 2 already"),
+        ("vocab.txt", "[PAD]\nhello\nhello\n", r"vocab\.txt, line 3: 'hello' repeats line 2"),
         ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer\.json"),
         ("tokenizer.json", Tokenizer(models.BPE()).to_str(), r"tokenizer\.json: a BPE tokenizer; expected BERT's"),
     ],
