@@ -339,8 +339,8 @@ def _word_starts(store: TokenStore, kinds: Array, start: int, end: int) -> Array
 def _cut_long(words: Array, length: int, limit: int) -> list[int]:
     """Cut `length` tokens into parts of at most `limit` and similar length, between words where possible."""
     cuts = [0]
-    while (left := length - cuts[-1]) > limit:
-        target = cuts[-1] + -(-left // -(-left // limit))
+    while (rest := length - cuts[-1]) > limit:
+        target = cuts[-1] + -(-rest // -(-rest // limit))
         candidates = words[(words > cuts[-1]) & (words <= target)]
         cuts.append(int(candidates[-1]) if candidates.size else target)
     return cuts[1:]

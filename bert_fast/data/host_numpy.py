@@ -363,21 +363,21 @@ def _example(
     is_text = np.ones(ids.size, dtype=bool)
     is_text[[0, a_length + 1, -1]] = False
     kinds = masking.kinds[ids] | (marked & CONTINUES != 0) * np.uint8(CONTINUATION)
-    chosen, begins = _choose(kinds, is_text, index, key, masking)
-    labels[chosen] = ids[chosen]
-    random = philox(chosen, index & 0xFFFFFFFF, index >> 32, REPLACE, key)
+    targets, begins = _select(kinds, is_text, index, key, masking)
+    labels[targets] = ids[targets]
+    random = philox(targets, index & 0xFFFFFFFF, index >> 32, REPLACE, key)
     if masking.span_thresholds.size:
         random[:, 0] = philox(begins, index & 0xFFFFFFFF, index >> 32, REPLACE, key)[:, 0]
     replaced = masking.replacements[_below(random[:, 1], masking.replacements.size)]
-    ids[chosen] = np.where(
+    ids[targets] = np.where(
         random[:, 0] < masking.mask_threshold,
         masking.mask_id,
-        np.where(random[:, 0] < masking.random_threshold, replaced, ids[chosen]),
+        np.where(random[:, 0] < masking.random_threshold, replaced, ids[targets]),
     )
     return ids, types, np.arange(ids.size, dtype=np.int64), labels
 
 
-def _choose(kinds: Array, is_text: Array, index: int, key: Array, masking: Masking) -> tuple[Array, Array]:
+def _select(kinds: Array, is_text: Array, index: int, key: Array, masking: Masking) -> tuple[Array, Array]:
     """The positions to predict, and the position at which the span of each begins, int64."""
     candidate = is_text & (kinds & SPECIAL == 0)
     begins = candidate.copy()

@@ -158,9 +158,9 @@ def read_text(folder: Path, keep: Array) -> Iterator[list[tuple[int, Document]]]
         for batch in reader:
             rows = range(number, number + batch.num_rows)
             number += batch.num_rows
-            if chosen := [row for row in rows if keep[row]]:
-                documents = batch.column(0).take([row - rows[0] for row in chosen]).to_pylist()
-                yield list(zip(chosen, documents, strict=True))
+            if selected := [row for row in rows if keep[row]]:
+                documents = batch.column(0).take([row - rows[0] for row in selected]).to_pylist()
+                yield list(zip(selected, documents, strict=True))
 
 
 @dataclass(frozen=True)

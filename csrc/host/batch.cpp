@@ -1,4 +1,4 @@
-// Packing examples into batches and masking the words of a batch.
+// Packs examples into batches and masks the words of a batch.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -11,16 +11,16 @@ namespace bert_fast::host {
 namespace {
 
 constexpr uint8_t kContinuation = 1, kSpecial = 2;
-constexpr int32_t kContinues = 1 << 30;  // in a token of a shard: it continues the word of the token before it
+constexpr int32_t kContinues = 1 << 30;  // set in a token of a shard that continues the word of the token before it
 constexpr int64_t kIgnore = -100;
 
 struct Masking {
   View<uint8_t> kinds;         // by token id: bits of kContinuation, kSpecial
-  View<int32_t> replacements;  // ids that a random replacement may take
+  View<int32_t> replacements;  // the ids of random replacements
   int64_t cls, sep, mask;
-  int64_t select_threshold, mask_threshold, random_threshold;  // of 2^32
+  int64_t select_threshold, mask_threshold, random_threshold;  // in units of 2^-32
   bool whole_words;
-  View<int64_t> span_thresholds;  // of 2^32: a span is one word longer for each that its random word reaches
+  View<int64_t> span_thresholds;  // in units of 2^-32: each that the random number reaches adds a word to a span
 };
 
 int64_t integer(const py::object& masking, const char* name, int64_t low, int64_t high) {
@@ -77,7 +77,7 @@ class BatchBuilder {
                int64_t* positions, int64_t* labels)
       : masking_(masking), key_(key), input_ids_(input_ids), types_(types), positions_(positions), labels_(labels) {}
 
-  // Writes one example at the cursor and moves it on.
+  // Writes one example at the cursor and advances it.
   void add(const int32_t* tokens, int32_t a_length, int32_t b_length, uint64_t index) {
     begin_ = cursor_;
     words_.clear();
@@ -131,7 +131,7 @@ class BatchBuilder {
     for (size_t w = 0; w < words_.size(); w += 4) {
       const auto random = philox4x32<10>({static_cast<uint32_t>(w / 4), low, high, kWords}, key_);
       for (size_t i = w; i < std::min(w + 4, words_.size()); ++i) {
-        order_[i] = uint64_t{random[i - w]} << 32 | i;  // a random key, then the word's number: a total order
+        order_[i] = uint64_t{random[i - w]} << 32 | i;  // a random key, then the index of the word: a total order
       }
     }
     std::sort(order_.begin(), order_.end());
@@ -148,7 +148,7 @@ class BatchBuilder {
       }
     }
     if (none) {
-      // Every word is longer than the budget: take a shortest one, so that each example teaches something.
+      // Every word is longer than the budget: mask a shortest one, so that each example has a target.
       const auto shorter = [this](uint64_t x, uint64_t y) {
         return words_[static_cast<uint32_t>(x)].length < words_[static_cast<uint32_t>(y)].length;
       };
@@ -157,17 +157,17 @@ class BatchBuilder {
     }
   }
 
-  // Masks words from `first` on, as many as its random length says, while they are free, adjoin and fit into `left`
-  // tokens; returns the tokens taken.
+  // Masks a span of adjacent words from `first` on, of random length but of words that are not masked yet and of at
+  // most `left` tokens; returns the number of tokens.
   int64_t span(uint32_t first, int64_t left, uint32_t low, uint32_t high) {
-    int64_t wanted = 1;
+    int64_t words = 1;
     if (masking_.span_thresholds.size > 0) {
       const uint32_t random = philox4x32<10>({first / 4, low, high, kSpans}, key_)[first % 4];
       const auto* thresholds = masking_.span_thresholds.data;
-      wanted += std::upper_bound(thresholds, thresholds + masking_.span_thresholds.size, int64_t{random}) - thresholds;
+      words += std::upper_bound(thresholds, thresholds + masking_.span_thresholds.size, int64_t{random}) - thresholds;
     }
     int64_t used = 0, position = words_[first].start;
-    for (size_t w = first; w < words_.size() && wanted > 0; ++w, --wanted) {
+    for (size_t w = first; w < words_.size() && words > 0; ++w, --words) {
       Word& word = words_[w];
       if (word.taken || word.start != position || used + word.length > left) {
         break;
@@ -179,18 +179,18 @@ class BatchBuilder {
     return used;
   }
 
-  // Predicts a word of the span that begins at word `first`. The tokens of a span of words share one fate: [MASK],
-  // random or kept; without spans each token has its own.
+  // Makes a word of the span that begins at word `first` a target. The tokens of a span are all replaced by [MASK], all
+  // replaced by random ids, or all kept; without spans this is decided for each token.
   void replace(Word& word, uint32_t first, uint32_t low, uint32_t high) {
     word.taken = true;
     const bool shared = masking_.span_thresholds.size > 0;
-    uint32_t fate = 0;
+    uint32_t span_choice = 0;
     if (shared) {
-      fate = philox4x32<10>({static_cast<uint32_t>(words_[first].start), low, high, kReplace}, key_)[0];
+      span_choice = philox4x32<10>({static_cast<uint32_t>(words_[first].start), low, high, kReplace}, key_)[0];
     }
     for (int32_t position = word.start; position < word.start + word.length; ++position) {
       const auto random = philox4x32<10>({static_cast<uint32_t>(position), low, high, kReplace}, key_);
-      const uint32_t choice = shared ? fate : random[0];
+      const uint32_t choice = shared ? span_choice : random[0];
       int64_t& id = input_ids_[begin_ + position];
       labels_[begin_ + position] = id;
       if (choice < masking_.mask_threshold) {
@@ -220,9 +220,9 @@ int64_t measure(View<int32_t> tokens, View<int32_t> a_lengths, View<int32_t> b_l
     }
     const int64_t length = int64_t{a_lengths[i]} + b_lengths[i];
     used += length;
-    const int64_t full = length + (b_lengths[i] > 0 ? 3 : 2);
-    offsets[i + 1] = offsets[i] + full;
-    longest = std::max(longest, full);
+    const int64_t with_special = length + (b_lengths[i] > 0 ? 3 : 2);
+    offsets[i + 1] = offsets[i] + with_special;
+    longest = std::max(longest, with_special);
   }
   if (used != tokens.size) {
     throw py::value_error("a_lengths and b_lengths add up to " + std::to_string(used) + "; expected the " +

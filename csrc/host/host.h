@@ -1,4 +1,5 @@
-// The data side's hot loops. The numpy twin, bert_fast/data/host_numpy.py, documents each and gives the same bits.
+// The hot loops of data preparation. bert_fast/data/host_numpy.py documents each and implements the same in numpy, bit
+// for bit.
 #pragma once
 
 #include <pybind11/numpy.h>

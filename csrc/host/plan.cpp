@@ -1,7 +1,7 @@
-// Which tokens make which example: one pass over the unit boundaries, no token is read.
+// Plans which tokens form which example, in one pass over the unit boundaries, without reading tokens.
 //
-// The random words of a document's k-th example depend on (key, document, k) alone, so documents are independent: the
-// numpy twin walks all of them in step, this one walks them one after the other.
+// The random words of a document's k-th example depend on (key, document, k) alone, so documents are independent: this
+// implementation processes them one after the other, the numpy implementation all of them in lockstep.
 #include <algorithm>
 #include <vector>
 
@@ -31,7 +31,7 @@ class Planner {
 
   std::vector<Example> run() {
     for (int64_t document = 0; document + 1 < documents_.size; ++document) {
-      walk(document);
+      plan_document(document);
     }
     return std::move(examples_);
   }
@@ -46,7 +46,7 @@ class Planner {
     return std::lower_bound(ends_.data, ends_.data + ends_.size, position) - ends_.data;
   }
 
-  void walk(int64_t document) {
+  void plan_document(int64_t document) {
     const int64_t first = documents_[document], last = documents_[document + 1];
     int64_t unit = first;
     for (uint32_t step = 0; unit < last; ++step) {
@@ -80,17 +80,17 @@ class Planner {
   int64_t pair(int64_t document, int64_t first, int64_t unit, int64_t end) {
     const bool is_next = (random_[2] >> 31) == 0;
     int64_t a_unit = unit, split = end, next = end;
-    int64_t want = start(end) - start(unit);
+    int64_t b_target = start(end) - start(unit);
     if (end - unit >= 2) {
       split = unit + 1 + below(random_[3], end - unit - 1);
-      want = start(end) - start(split);
+      b_target = start(end) - start(split);
     } else if (unit > first) {
-      // One sentence is left over: its pair is made with the sentence before it.
+      // A single sentence remains: it is paired with the sentence before it.
       if (is_next) {
         a_unit = unit - 1;
         split = unit;
       } else {
-        want = start(unit) - start(unit - 1);
+        b_target = start(unit) - start(unit - 1);
       }
     }
     const int64_t a_length = start(split) - start(a_unit);
@@ -98,18 +98,18 @@ class Planner {
       emit(document, start(a_unit), a_length, document, start(split), start(end) - start(split), 0);
       return next;
     }
-    random_pair(document, start(a_unit), a_length, want);
+    random_pair(document, start(a_unit), a_length, b_target);
     return split;
   }
 
-  void random_pair(int64_t document, int64_t a_start, int64_t a_length, int64_t want) {
+  void random_pair(int64_t document, int64_t a_start, int64_t a_length, int64_t b_target) {
     int64_t other = below(random_[4], documents_.size - 2);
     other += other >= document;
     const int64_t last = documents_[other + 1];
     const int64_t unit = documents_[other] + below(random_[5], last - documents_[other]);
-    const int64_t op = max_tokens_ - a_length;
-    const int64_t end = std::min({first_reaching(start(unit) + want) + 1, ended(start(unit) + op), last});
-    const int64_t b_length = end > unit ? start(end) - start(unit) : op;
+    const int64_t b_capacity = max_tokens_ - a_length;
+    const int64_t end = std::min({first_reaching(start(unit) + b_target) + 1, ended(start(unit) + b_capacity), last});
+    const int64_t b_length = end > unit ? start(end) - start(unit) : b_capacity;
     emit(document, a_start, a_length, other, start(unit), b_length, 1);
   }
 

@@ -1,4 +1,4 @@
-// One-dimensional numpy arrays, checked at the door: dtype, shape and contiguity, or a ValueError with the name.
+// Views of one-dimensional numpy arrays, whose dtype, shape and contiguity are checked: else a ValueError.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -42,12 +42,12 @@ View<T> view(const py::array& array, const std::string& name, int64_t size) {
   return checked;
 }
 
-// 32 random bits to 0 .. count - 1, count <= 2^32.
+// Maps 32 random bits to 0 .. count - 1, count <= 2^32.
 inline int64_t below(uint32_t random, int64_t count) {
   return static_cast<int64_t>((uint64_t{random} * static_cast<uint64_t>(count)) >> 32);
 }
 
-// What a random stream is for: the last word of every counter, so that no two uses share bits.
+// The purpose of a random stream: the last word of every counter, so that no two purposes share random bits.
 enum Purpose : uint32_t { kKey = 0, kPlan = 1, kShuffle = 2, kWords = 3, kReplace = 4, kSpans = 5 };
 
 }  // namespace bert_fast::host
