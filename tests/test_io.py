@@ -127,12 +127,13 @@ def test_an_error_at_any_step_leaves_a_complete_file(tmp_path: Path, monkeypatch
         assert list(tmp_path.iterdir()) == [target]
 
 
+# The module is loaded from its file, since importing bert_fast imports torch.
 KILLED = """
-import os, shutil, signal, sys
+import importlib.util, os, shutil, signal
 from pathlib import Path
-from bert_fast import _io
-sys.path.insert(0, {tests!r})
-from test_io import write
+spec = importlib.util.spec_from_file_location("atomic", {module!r})
+atomic = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(atomic)
 calls = 0
 def killing(function):
     def call(*arguments, **options):
@@ -145,16 +146,16 @@ def killing(function):
 Path.rename, Path.replace, shutil.rmtree = map(killing, (Path.rename, Path.replace, shutil.rmtree))
 target = Path({target!r})
 if {file}:
-    _io.write_text(target, "new")
+    atomic.write_text(target, "new")
 else:
-    write(target)
+    with atomic.atomic_folder(target, overwrite=True) as folder:
+        (folder / "a").write_text("new a")
 """
 
 
 def killed(target: Path, kill_at: int, *, file: bool = False) -> None:
     """Write `target` in a process that is killed before its rename, replace or rmtree number `kill_at`."""
-    tests = str(Path(__file__).parent)
-    code = KILLED.format(tests=tests, kill_at=kill_at, target=str(target), file=file)
+    code = KILLED.format(module=_io.__file__, kill_at=kill_at, target=str(target), file=file)
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
 
@@ -166,7 +167,7 @@ def test_after_a_kill_the_old_or_the_new_folder_is_complete(tmp_path: Path, kill
     killed(target, kill_at)
     assert target.exists() == (kill_at != 2), "between the two renames no folder has the name"
     _io.recover(tmp_path)
-    assert contents(target) == (NEW if kill_at == 3 else OLD)
+    assert contents(target) == ({"a": "new a"} if kill_at == 3 else OLD)
     assert list(tmp_path.iterdir()) == [target]
 
 

@@ -87,8 +87,8 @@ def clean(raw: Raw, split: Callable[[str], list[str]], min_characters: int) -> t
         return [], raw
     value = raw.value
     if not is_text(value):
-        kind = "nothing (null)" if value is None else type(value).__name__
-        return [], raw._replace(problem="missing", detail=f"{kind} where a text or a list of sentences was expected")
+        kind = "null" if value is None else type(value).__name__
+        return [], raw._replace(problem="missing", detail=f"the value is {kind}; expected text or a list of sentences")
     try:
         parts = split(value) if isinstance(value, str) else [_joined(part) for part in value]  # type: ignore[attr-defined]
         sentences = [sentence for part in parts if (sentence := " ".join(part.split()))]

@@ -124,13 +124,13 @@ def _check_units(ends: Array, documents: Array, max_tokens: int, short_threshold
         raise ValueError(f"document_units has {documents.size - 1} documents; sentence pairs need at least 2")
     if documents[0] != 0 or documents[-1] != ends.size:
         raise ValueError(f"document_units must start at 0 and end at the number of units, {ends.size}")
-    if (flat := np.flatnonzero(np.diff(documents) <= 0)).size:
-        raise ValueError(f"document_units does not increase at element {flat[0] + 1}")
+    if (invalid := np.flatnonzero(np.diff(documents) <= 0)).size:
+        raise ValueError(f"document_units does not increase at element {invalid[0] + 1}")
     limit = max_tokens // 2 if pairs else max_tokens
     lengths = np.diff(ends, prepend=0)
-    if (wrong := np.flatnonzero((lengths < 1) | (lengths > limit))).size:
+    if (invalid := np.flatnonzero((lengths < 1) | (lengths > limit))).size:
         raise ValueError(
-            f"unit_ends element {wrong[0]} makes a unit of {lengths[wrong[0]]} tokens; expected 1 to {limit}"
+            f"unit_ends element {invalid[0]} makes a unit of {lengths[invalid[0]]} tokens; expected 1 to {limit}"
         )
 
 
@@ -173,9 +173,8 @@ def plan(
     unit = documents[:-1].copy()
     step = 0
     while document.size:
-        arguments = (bounds, documents, key, max_tokens, short_threshold, pairs, document, unit, step)
-        examples, unit = _plan_step(*arguments)
-        columns.append(examples)
+        rows, unit = _plan_step(bounds, documents, key, max_tokens, short_threshold, pairs, document, unit, step)
+        columns.append(rows)
         unfinished = unit < documents[document + 1]
         document, unit, step = document[unfinished], unit[unfinished], step + 1
     table = [np.concatenate(column) for column in zip(*columns, strict=True)] if columns else [np.empty(0)] * 7
@@ -204,18 +203,18 @@ def _plan_step(
     fit = np.searchsorted(ends, bounds[unit] + target, side="right")
     end = np.minimum(np.maximum(fit, unit + (2 if pairs else 1)), last)
     if not pairs:
-        none = np.full(document.size, -1)
+        no_document = np.full(document.size, -1)
         zero = np.zeros(document.size, dtype=np.int64)
-        return (bounds[unit], bounds[end] - bounds[unit], zero, zero, zero + IGNORE, document, none), end
+        return (bounds[unit], bounds[end] - bounds[unit], zero, zero, zero + IGNORE, document, no_document), end
 
     is_next = random[:, 2] >> np.uint32(31) == 0
     several = end - unit >= 2
-    left_over = ~several & (unit > first)
+    single = ~several & (unit > first)
     split = np.where(several, unit + 1 + _below(random[:, 3], np.maximum(end - unit - 1, 1)), end)
     b_target = np.where(several, bounds[end] - bounds[split], bounds[end] - bounds[unit])
-    b_target = np.where(left_over & ~is_next, bounds[unit] - bounds[unit - 1], b_target)
-    a_unit = np.where(left_over & is_next, unit - 1, unit)
-    split = np.where(left_over & is_next, unit, split)
+    b_target = np.where(single & ~is_next, bounds[unit] - bounds[unit - 1], b_target)
+    a_unit = np.where(single & is_next, unit - 1, unit)
+    split = np.where(single & is_next, unit, split)
     a_start, a_length = bounds[a_unit], bounds[split] - bounds[a_unit]
     true_next = is_next & (split < end)
 
@@ -249,9 +248,9 @@ def pack(lengths: Array, token_budget: int) -> Array:
         ValueError: a length is outside 1 .. `token_budget`.
     """
     _checked(lengths, "lengths", np.int32)
-    if (wrong := np.flatnonzero((lengths < 1) | (lengths > token_budget))).size:
+    if (invalid := np.flatnonzero((lengths < 1) | (lengths > token_budget))).size:
         raise ValueError(
-            f"lengths element {wrong[0]} is {lengths[wrong[0]]}; expected 1 to the token budget, {token_budget}"
+            f"lengths element {invalid[0]} is {lengths[invalid[0]]}; expected 1 to the token budget, {token_budget}"
         )
     total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     starts = [0]

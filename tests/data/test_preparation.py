@@ -172,7 +172,7 @@ def test_a_corpus_without_documents_is_refused_with_the_reasons(tmp_path):
 
 
 def test_errors_raise_on_request(corpus, tmp_path):
-    message = r"b\.jsonl\.gz, line 21: nothing \(null\) where a text .*; errors='drop' drops"
+    message = r"b\.jsonl\.gz, line 21: the value is null; expected text .*; errors='drop' drops"
     with pytest.raises(ValueError, match=message):
         prepare(settings(corpus, tmp_path / "data", errors="raise"))
     assert not (tmp_path / "data").exists()
