@@ -105,13 +105,10 @@ def _without_threads(arguments: list[str]) -> tuple[list[str], int | None]:
 def _with_recipe(arguments: list[str]) -> list[str]:
     """Replace `--recipe NAME` by `--config` and the path of this recipe of the package."""
     replaced: list[str] = []
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--recipe="):
-            replaced += ["--config", str(_recipe(argument.partition("=")[2]))]
-        elif index and arguments[index - 1] == "--recipe":
-            replaced += ["--config", str(_recipe(argument))]
-        elif argument != "--recipe" or index == len(arguments) - 1:
-            replaced.append(argument)
+    remaining = iter(arguments)
+    for argument in remaining:
+        option, _, name = argument.partition("=")
+        replaced += ["--config", str(_recipe(name or next(remaining, "")))] if option == "--recipe" else [argument]
     return replaced
 
 

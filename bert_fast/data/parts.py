@@ -31,7 +31,7 @@ from bert_fast.data.tokens import Encoder
 
 _LAYOUT = 1  # version of the folders of finished parts
 _COUNTS = "counts.json"
-_CHARACTERS_AT_ONCE = 2**20
+_CHARACTERS_PER_BATCH = 2**20
 
 
 def job_key(*parts: Any) -> str:
@@ -124,21 +124,21 @@ class TextWriter:
         self._schema = pa.schema([("sentences", pa.list_(pa.string()))])
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
         self._file = pa.ipc.new_stream(path, self._schema, options=options)
-        self._waiting: list[Document] = []
+        self._pending: list[Document] = []
         self._characters = 0
 
     def add(self, document: Document) -> None:
-        self._waiting.append(document)
+        self._pending.append(document)
         self._characters += sum(map(len, document))
-        if self._characters >= _CHARACTERS_AT_ONCE:
+        if self._characters >= _CHARACTERS_PER_BATCH:
             self._flush()
 
     def _flush(self) -> None:
         import pyarrow as pa
 
-        if self._waiting:
-            self._file.write_batch(pa.record_batch([self._waiting], schema=self._schema))
-        self._waiting, self._characters = [], 0
+        if self._pending:
+            self._file.write_batch(pa.record_batch([self._pending], schema=self._schema))
+        self._pending, self._characters = [], 0
 
     def __enter__(self) -> TextWriter:
         return self

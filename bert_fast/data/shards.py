@@ -27,6 +27,7 @@ from bert_fast.data.host_numpy import CONTINUES, Array
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
+_COLUMNS = ("tokens", "sentence_ends")
 _ROWS_PER_BATCH = 4096
 _TOKENS_PER_BATCH = 2**22
 
@@ -36,9 +37,6 @@ def _schema() -> Any:
 
     fields = [pa.field(name, pa.list_(pa.field("item", pa.int32(), False)), False) for name in _COLUMNS]
     return pa.schema(fields, metadata={"bert_fast.schema_version": str(SCHEMA_VERSION)})
-
-
-_COLUMNS = ("tokens", "sentence_ends")
 
 
 class ShardWriter:
@@ -57,7 +55,7 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.documents = self.sentences = self.tokens = 0
         self._rows: tuple[list[Array], list[Array]] = ([], [])
-        self._waiting_tokens = self._written_tokens = self._shards = 0
+        self._pending_tokens = self._written_tokens = self._shards = 0
         self._file: Any = None
         folder.mkdir(parents=True)
 
@@ -68,9 +66,9 @@ class ShardWriter:
         self.documents += 1
         self.sentences += len(sentence_ends)
         self.tokens += len(tokens)
-        self._waiting_tokens += len(tokens)
-        full = self._written_tokens + self._waiting_tokens >= self.shard_tokens
-        if full or self._waiting_tokens >= _TOKENS_PER_BATCH or len(self._rows[0]) >= _ROWS_PER_BATCH:
+        self._pending_tokens += len(tokens)
+        full = self._written_tokens + self._pending_tokens >= self.shard_tokens
+        if full or self._pending_tokens >= _TOKENS_PER_BATCH or len(self._rows[0]) >= _ROWS_PER_BATCH:
             self._flush()
         if full:
             self._close()
@@ -93,8 +91,8 @@ class ShardWriter:
             values = np.concatenate(rows).astype(np.int32, copy=False)
             columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=field.type))
         self._file.write_batch(pa.record_batch(columns, schema=_schema()))
-        self._written_tokens += self._waiting_tokens
-        self._rows, self._waiting_tokens = ([], []), 0
+        self._written_tokens += self._pending_tokens
+        self._rows, self._pending_tokens = ([], []), 0
 
     def _close(self) -> None:
         if self._file is not None:

@@ -153,14 +153,14 @@ def plan_parts(config: PrepareConfig) -> list[tuple[Piece, ...]]:
         ValueError: a source doesn't exist, or its format is not supported.
     """
     parts: list[tuple[Piece, ...]] = []
-    waiting: list[Piece] = []
+    pending: list[Piece] = []
     size = 0
 
     def close() -> None:
-        nonlocal waiting, size
-        if waiting:
-            parts.append(tuple(waiting))
-        waiting, size = [], 0
+        nonlocal pending, size
+        if pending:
+            parts.append(tuple(pending))
+        pending, size = [], 0
 
     for source in config.sources:
         if source == "builtin" or source.startswith("datasets:"):
@@ -171,7 +171,7 @@ def plan_parts(config: PrepareConfig) -> list[tuple[Piece, ...]]:
             for piece, piece_bytes in _pieces(name, config):
                 if size and size + piece_bytes > config.part_bytes:
                     close()
-                waiting.append(piece)
+                pending.append(piece)
                 size += piece_bytes
     close()
     return parts

@@ -17,7 +17,7 @@ from bert_fast.data.cleaning import Document
 from bert_fast.data.host_numpy import CONTINUES, Array
 from bert_fast.data.vocab import load_wordpiece
 
-_SENTENCES_AT_ONCE = 4096
+_SENTENCES_PER_BATCH = 4096
 
 
 class Encoder:
@@ -60,7 +60,7 @@ class Encoder:
         sentences = iter(sentences)
         # encode_batch_fast computes no offsets, which are needed for words only.
         encode = self._tokenizer.encode_batch_fast if self._words == "pieces" else self._tokenizer.encode_batch
-        while batch := list(islice(sentences, _SENTENCES_AT_ONCE)):
+        while batch := list(islice(sentences, _SENTENCES_PER_BATCH)):
             for sentence, encoding in zip(batch, encode(batch, add_special_tokens=False), strict=True):
                 tokens = np.array(encoding.ids, dtype=np.int32)
                 self.unknown += int(np.count_nonzero(tokens == self._unknown))

@@ -58,6 +58,7 @@ def test_without_a_command_the_overview_is_printed_with_exit_code_2(capsys: pyte
         ),
         (["pretrain", "--config", "absent.yaml"], "absent.yaml"),
         (["pretrain", "--recipe", "absent"], "--recipe is 'absent'; expected one of"),
+        (["pretrain", "--recipe"], "--recipe is ''; expected one of"),
         (["pretrain", "--learning_rate", "1"], "learning_rate"),
         (
             ["finetune", "classification", "--model", "m", "--output_dir", "o", "--data.train", "t"],
