@@ -10,6 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from bert_fast import _io
 from bert_fast.cli.main import main
 from bert_fast.data import PrepareConfig, PretrainingData, PretrainingDataConfig, local_folder, prepare, remote
 from bert_fast.data.shards import TokenStore, read_manifest
@@ -62,11 +63,14 @@ def test_files_are_downloaded_once_and_again_only_if_missing(store, tmp_path, mo
     fetched.clear()
     assert local_folder(URL, tmp_path) == folder
     assert fetched == []
+    leftover = _io.temporary_path(folder / "train/00001.arrow")
+    leftover.write_bytes(b"of a killed process")
     (folder / "train/00001.arrow").unlink()
     with (folder / "vocab.txt").open("ab") as file:
         file.write(b"extra")
     local_folder(URL, tmp_path)
     assert sorted(fetched) == ["train/00001.arrow", "vocab.txt"]
+    assert not leftover.exists()
 
 
 def test_a_file_url_is_read_in_place(prepared, tmp_path):
