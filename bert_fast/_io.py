@@ -1,28 +1,34 @@
-"""Atomic files and folders: written beside the target, flushed to disk, renamed; a replaced result is deleted last.
+"""Atomic files and folders: written next to the target, flushed to disk, renamed; a replaced target is deleted last.
 
-A target is complete or absent at every moment, also after a crash or a power cut. An old target is moved aside before
-the new one takes its name and deleted only afterwards, so a crash in between loses neither.
+A new target appears complete or not at all, also after a crash or a power failure. An old target is moved aside before
+the new one takes its name and deleted afterwards: at every moment one of them is complete on disk, and `recover`
+restores an old one that has lost its name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 _TEMPORARY, _REPLACED = ".tmp", ".old"
-_LEFTOVER = re.compile(r"\.(?P<target>.+)\.\d+-[0-9a-f]{8}(?P<suffix>\.tmp|\.old)")
+_HOST = f"{zlib.crc32(os.uname().nodename.encode()):08x}"
+_LEFTOVER = re.compile(
+    r"\.(?P<target>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}(?P<suffix>\.tmp|\.old)", re.DOTALL
+)
 
 
 def temporary_path(target: Path, suffix: str = _TEMPORARY) -> Path:
-    """A hidden path beside `target` that no other writer uses."""
-    return target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{suffix}")
+    """A hidden path in the folder of `target` that no other writer uses; it names host and process."""
+    return target.with_name(f".{target.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}{suffix}")
 
 
 def fsync(path: Path) -> None:
@@ -37,7 +43,8 @@ def fsync(path: Path) -> None:
 def fsync_tree(folder: Path) -> None:
     """Flush a folder and everything below it to disk."""
     for path in folder.rglob("*"):
-        fsync(path)
+        if not path.is_symlink():
+            fsync(path)
     fsync(folder)
 
 
@@ -67,23 +74,6 @@ def write_json(target: Path, values: Any, *, sort_keys: bool = False) -> None:
     write_text(target, text + "\n")
 
 
-def commit_folder(temporary: Path, target: Path) -> None:
-    """Flush the folder `temporary` to disk and rename it to `target`, replacing what is there."""
-    fsync_tree(temporary)
-    replaced = temporary_path(target, _REPLACED)
-    moved = os.path.lexists(target)
-    if moved:
-        target.rename(replaced)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        if moved:
-            replaced.rename(target)
-        raise
-    fsync(target.parent)
-    remove(replaced)
-
-
 @contextmanager
 def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder for the block to fill; it becomes `target` on success and is removed on an exception.
@@ -91,17 +81,37 @@ def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         FileExistsError: `target` exists and `overwrite` is False, checked before and after the block.
     """
+    recover(target.parent, exclusive=False)
     check_absent(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(target)
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        check_absent(target, overwrite=overwrite)
-        commit_folder(temporary, target)
-    except BaseException:
+        commit_folder(temporary, target, overwrite=overwrite)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_folder(temporary: Path, target: Path, *, overwrite: bool = True) -> None:
+    """Flush the folder `temporary` to disk and rename it to `target`.
+
+    Raises:
+        FileExistsError: `target` exists and `overwrite` is False.
+    """
+    check_absent(target, overwrite=overwrite)
+    fsync_tree(temporary)
+    replaced = temporary_path(target, _REPLACED)
+    try:
+        if overwrite and os.path.lexists(target):
+            target.rename(replaced)
+        temporary.rename(target)
+    except BaseException:
+        if os.path.lexists(replaced) and not os.path.lexists(target):
+            replaced.rename(target)
+        check_absent(target, overwrite=overwrite)  # another writer was faster
         raise
+    fsync(target.parent)
+    remove(replaced)
 
 
 def check_absent(target: Path, *, overwrite: bool) -> None:
@@ -110,23 +120,42 @@ def check_absent(target: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{target} exists; choose another folder, or give --overwrite true")
 
 
+def recover(parent: Path, *, exclusive: bool = True) -> None:
+    """Clean up in the folder `parent` after writers that were killed.
+
+    Temporary files and folders are deleted. An old target that was moved aside gets its name back, unless a new one has
+    taken it.
+
+    Args:
+        parent: the folder of the targets; it may be missing.
+        exclusive: whether the caller is the only writer in `parent`. If not, only leftovers of ended processes of this
+            host are touched.
+    """
+    for path in parent.glob(".*"):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or not (exclusive or _has_ended(match["host"], int(match["pid"]))):
+            continue
+        target = parent / match["target"]
+        with contextlib.suppress(FileNotFoundError):  # another process cleans up at the same time
+            if match["suffix"] == _REPLACED and not os.path.lexists(target):
+                path.rename(target)
+            else:
+                remove(path)
+
+
+def _has_ended(host: str, pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return host == _HOST
+    except PermissionError:  # a process of another user
+        pass
+    return False
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def recover(parent: Path) -> None:
-    """Clean up after killed writers of folders in `parent`; none may be at work.
-
-    Temporary folders are deleted. A folder that was moved aside gets its name back if no new one has it.
-    """
-    for path in parent.glob(".*"):
-        if path.is_dir() and (match := _LEFTOVER.fullmatch(path.name)):
-            target = parent / match["target"]
-            if match["suffix"] == _REPLACED and not os.path.lexists(target):
-                path.rename(target)
-            else:
-                shutil.rmtree(path)

@@ -1,1 +1,1 @@
-"""The command line, `bert-fast`: one module a command, imported only when its command runs."""
+"""The command line `bert-fast`: one module per command, imported when the command runs."""

@@ -1,4 +1,4 @@
-"""Versions, device, CPU features, and for every operation which implementation runs here and why the others can't."""
+"""Show versions, device, CPU features, and for every op the available implementations and why others are not."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pyarrow", 
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: Any) -> int:
-    found = collect()
+    report = collect()
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(report, indent=1))
         return 0
     for section in ("versions", "machine", "native modules"):
         print(section)
-        for name, value in found[section].items():
+        for name, value in report[section].items():
             print(f"  {name:<16} {value}")
-    print("operations (what impl='auto' takes for float32 on this device is marked *)")
-    for op, impls in found["operations"].items():
+    print("operations (* is the choice of impl='auto' for float32 on this device)")
+    for op, impls in report["operations"].items():
         print(f"  {op}")
         for impl, state in impls.items():
             mark = "*" if state["chosen"] else " "
@@ -35,7 +35,7 @@ def run(args: Any) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `bert-fast info` prints, as JSON data."""
+    """The data of `bert-fast info`, as JSON values."""
     import torch
 
     import bert_fast
@@ -78,7 +78,7 @@ def _version(package: str) -> str:
 
 
 def _cpu_features() -> str:
-    """What the CPU kernels found at run time, or what torch found where there are none."""
+    """The CPU features detected by the CPU kernels, or by torch if they are not built."""
     try:
         from bert_fast import _C
 
@@ -91,7 +91,7 @@ def _cpu_features() -> str:
 
 def _cuda_build(report: dict[str, Any]) -> str:
     if not report.get("built"):
-        return "emulated on CPU tensors (BERT_FAST_CUDA_EMULATOR): for tests"
+        return "emulated on CPU tensors (BERT_FAST_CUDA_EMULATOR), for tests"
     return f"built with CUDA {report['cuda']} for {', '.join(f'sm_{arch}' for arch in report['architectures'])}"
 
 
@@ -101,5 +101,5 @@ def _host_state(package: Path) -> str:
     except ImportError as error:
         info = package / "_build_info.json"
         report = json.loads(info.read_text())["_host"] if info.exists() else {"reason": ""}
-        return f"not built: {report['reason'] or error}; the numpy twin runs"
+        return f"not built: {report['reason'] or error}; the numpy implementation is used"
     return "built"

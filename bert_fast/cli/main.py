@@ -1,7 +1,7 @@
-"""`bert-fast`: find the command, parse its arguments, run it, and turn its errors into one line.
+"""`bert-fast`: parses the arguments, runs the command, and prints an error as one line.
 
-Only the module of the command that runs is imported, and the commands import torch only once they run, so that help
-is quick. Exit codes: 0 done, 1 a check failed, 2 wrong usage or input, 128 + n ended by signal n.
+Only the module of the requested command is imported, and it imports torch when it runs, so that help is fast. Exit
+codes: 0 success, 1 a check failed, 2 invalid usage or input, 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 COMMANDS = {
-    "prepare": "text into a vocabulary and tokenised shards",
-    "pretrain": "train a BERT on prepared data, or go on with a run that stopped",
+    "prepare": "convert text to a vocabulary and tokenised shards",
+    "pretrain": "pretrain a BERT on prepared data, or resume an interrupted run",
     "finetune": "fine-tune a model on a task: classification, regression, pairs, tokens, answers ...",
-    "multitask": "fine-tune one encoder on several tasks at once, each with its own head and rows",
-    "sweep": "fine-tune with every combination of a grid of settings, on one split or on k folds",
-    "predict": "what a fine-tuned model says about texts or rows",
-    "evaluate": "metrics of a fine-tuned model on rows with the true answers",
-    "replay": "a step of pretraining that diverged, computed again",
-    "report": "curves of pretraining runs beside each other, or a fine-tuning run's page, as HTML",
-    "explain": "which words an answer comes from, as an HTML page",
-    "fill-mask": "what could stand where a text says [MASK]",
-    "embed": "texts into vectors",
-    "info": "versions, device, CPU features, which implementation runs here and why the others can't",
-    "verify": "test every implementation that runs on this machine against float64",
+    "multitask": "fine-tune one encoder on several tasks, each with its own head and data",
+    "sweep": "fine-tune with every combination of a grid of settings, on one split or k folds",
+    "predict": "predict labels, values or answers with a fine-tuned model",
+    "evaluate": "compute the metrics of a fine-tuned model on labelled data",
+    "replay": "recompute a diverged pretraining step",
+    "report": "write an HTML report: a comparison of pretraining runs, or a fine-tuning run",
+    "explain": "attribute a prediction to the words of its text, as an HTML page",
+    "fill-mask": "predict the tokens at the [MASK] positions of a text",
+    "embed": "convert texts to vectors",
+    "info": "show versions, device, CPU features and available implementations",
+    "verify": "compare every implementation that runs on this machine with float64",
 }
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# The import name of an optional package and the extra of bert_fast that installs it.
+# Import names of optional packages, and the extra of bert_fast that installs each.
 EXTRAS = {
     **dict.fromkeys(("jsonargparse", "yaml", "pyarrow", "tokenizers", "tensorboard", "tqdm", "huggingface_hub"), "cli"),
     **dict.fromkeys(("sklearn", "scipy", "seqeval", "matplotlib"), "finetune"),
@@ -46,7 +46,7 @@ EXTRAS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code."""
+    """Run a command line; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("BERT_FAST_DEBUG") == "1"
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(command, arguments[1:])
         return _overview(command)
     except Exception as error:
-        if debug or not _is_users(error):
+        if debug or not _is_user_error(error):
             traceback.print_exc()
         else:
             print(f"{prefix}: error: {_one_line(error)}", file=sys.stderr)
@@ -88,12 +88,12 @@ def _run(command: str, arguments: list[str]) -> int:
 
 
 def _without_threads(arguments: list[str]) -> tuple[list[str], int | None]:
-    """The arguments without `--threads N`, which every command has, and N."""
+    """The arguments without `--threads N`, an option of every command, and N."""
     rest, threads = [], None
-    after = iter(arguments)
-    for argument in after:
+    remaining = iter(arguments)
+    for argument in remaining:
         if argument == "--threads" or argument.startswith("--threads="):
-            value = argument.partition("=")[2] or next(after, "")
+            value = argument.partition("=")[2] or next(remaining, "")
             if not value.isdigit():
                 raise ValueError(f"--threads is {value!r}; expected the number of threads, 1 or more")
             threads = int(value)
@@ -103,23 +103,20 @@ def _without_threads(arguments: list[str]) -> tuple[list[str], int | None]:
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:
-    """Replace `--recipe NAME` by `--config` and the path of the recipe that comes with the package."""
+    """Replace `--recipe NAME` by `--config` and the path of this recipe of the package."""
     replaced: list[str] = []
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--recipe="):
-            replaced += ["--config", str(_recipe(argument.partition("=")[2]))]
-        elif index and arguments[index - 1] == "--recipe":
-            replaced += ["--config", str(_recipe(argument))]
-        elif argument != "--recipe" or index == len(arguments) - 1:
-            replaced.append(argument)
+    remaining = iter(arguments)
+    for argument in remaining:
+        option, _, name = argument.partition("=")
+        replaced += ["--config", str(_recipe(name or next(remaining, "")))] if option == "--recipe" else [argument]
     return replaced
 
 
 def _recipe(name: str) -> Path:
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
-        names = ", ".join(sorted(found.stem for found in RECIPES.glob("*.yaml")))
-        raise ValueError(f"--recipe is {name!r}; expected one of {names} (a file of your own goes to --config)")
+        names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise ValueError(f"--recipe is {name!r}; expected one of {names} (pass a file with --config)")
     return path
 
 
@@ -131,16 +128,16 @@ def _overview(command: str) -> int:
         return 0
     if command not in ("", "-h", "--help"):
         raise ValueError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
-    print("usage: bert-fast COMMAND [options]        bert-fast COMMAND --help explains the options\n")
+    print("usage: bert-fast COMMAND [options]        bert-fast COMMAND --help lists the options\n")
     for name, text in COMMANDS.items():
         print(f"  {name:<10} {text}")
-    print("\n  --version  the version of bert_fast\n  --debug    with any command: the whole traceback of an error")
-    print("  --threads  with any command: how many the processor computes with; no more than the quota if not given")
+    print("\n  --version  show the version of bert_fast\n  --debug    with any command: show the traceback of an error")
+    print("  --threads  with any command: number of CPU threads; by default limited by CPU affinity and cgroup quota")
     return 0 if command else 2
 
 
-def _is_users(error: Exception) -> bool:
-    """Whether the message of `error` is written for the user; another error is our fault and keeps its traceback."""
+def _is_user_error(error: Exception) -> bool:
+    """Whether the message of `error` is meant for the user; other errors are bugs, shown with their traceback."""
     if isinstance(error, (ValueError, TypeError, OSError, ImportError)):
         return True
     return any(

@@ -1,4 +1,4 @@
-"""What several commands need: the model and the tokenizer of a checkpoint, and texts from arguments, files or stdin."""
+"""Shared by several commands: load a model and its tokenizer; read texts from arguments, files or stdin."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 
 def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any]:
-    """The model of the class `bert_fast.models.<kind>` in eval mode on `device`, and its tokenizer.
+    """The model of class `bert_fast.models.<kind>` in eval mode on `device`, and its tokenizer.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the checkpoint is damaged, or lacks parameters of the model (they would be random).
+        FileNotFoundError: `folder` doesn't exist.
+        ValueError: the checkpoint is corrupt, or lacks parameters of the model.
     """
     import bert_fast.models
     from bert_fast._device import resolve_device
@@ -26,32 +26,32 @@ def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any
         expected = "a checkpoint (config.json, model.safetensors, vocab.txt)"
         raise FileNotFoundError(f"{folder} is not a folder; expected {expected}")
     target, tokenizer = resolve_device(device), load_tokenizer(folder)
-    with _warnings() as said:
+    with _collected_warnings() as warnings:
         model = getattr(bert_fast.models, kind).from_pretrained(folder, **settings)
-    for text in said:
+    for text in warnings:
         if text.startswith("not in the checkpoint"):
             raise ValueError(f"{folder} can't be used as {kind}: {text}")
     return model.to(target).eval(), tokenizer
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Collect the warnings of the logger "bert_fast" in place of printing them: heads left out are no news here."""
-    said: list[str] = []
+def _collected_warnings() -> Iterator[list[str]]:
+    """Collect the warnings of the logger "bert_fast" instead of printing them: unused heads are expected here."""
+    warnings: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("bert_fast")
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:
-        yield said
+        yield warnings
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
 
 
 def read_texts(texts: list[str], file: str | None) -> list[str]:
-    """The texts of the arguments, then the lines of `file`; "-", or neither, reads the lines of stdin."""
+    """The texts of the arguments, then the lines of `file`; stdin if `file` is "-" or if there are neither."""
     lines = list(texts)
     if file == "-" or (file is None and not texts):
         lines += sys.stdin.read().splitlines()
@@ -61,10 +61,10 @@ def read_texts(texts: list[str], file: str | None) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text: {error}") from error
     if not lines:
-        raise ValueError("no text given; give texts as arguments, --file FILE, or lines on stdin")
+        raise ValueError("no text; pass texts as arguments, --file FILE, or lines on stdin")
     return lines
 
 
 def shows_progress() -> bool:
-    """Whether stderr is a terminal, and tqdm is installed."""
+    """Whether stderr is a terminal and tqdm is installed."""
     return sys.stderr.isatty() and find_spec("tqdm") is not None

@@ -1,4 +1,4 @@
-"""Turn text into a vocabulary and tokenised shards; without sources, the prose of this Python installation."""
+"""Convert text to a vocabulary and tokenised shards; by default the prose of this Python installation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from bert_fast.data import PrepareConfig, prepare
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument(
-        "--config", action="config", help="YAML file; --recipe NAME takes one that comes with bert_fast"
-    )
+    parser.add_argument("--config", action="config", help="YAML file; --recipe NAME uses one of bert_fast")
     parser.add_class_arguments(PrepareConfig)
 
 

@@ -1,6 +1,6 @@
-"""Train a BERT on prepared data. The same command, given again, goes on with a run that was stopped.
+"""Pretrain a BERT on prepared data. The same command resumes an interrupted run.
 
-With several processes: torchrun --nproc-per-node N -m bert_fast.cli pretrain ...; a stopped run goes on with any N.
+With several processes: torchrun --nproc-per-node N -m bert_fast.cli pretrain ...; a run can resume with another N.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from bert_fast.pretrain.config import PretrainConfig
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument(
-        "--config", action="config", help="YAML file; --recipe NAME takes one that comes with bert_fast"
-    )
+    parser.add_argument("--config", action="config", help="YAML file; --recipe NAME uses one of bert_fast")
     parser.add_class_arguments(PretrainConfig)
 
 
@@ -28,14 +26,14 @@ def run(args: Any) -> int:
     from bert_fast.data import local_folder
     from bert_fast.pretrain.trainer import pretrain
 
-    # A folder behind a URL is trained on from its checked copy on this machine.
+    # Data at a URL is read from its verified local copy.
     config = replace(config, data=replace(config.data, folder=str(local_folder(config.data.folder))))
     result = pretrain(config, report=lambda text: print(text, file=sys.stderr))
     if result.rank:
         return 128 + result.interrupted if result.interrupted is not None else 0
     if result.interrupted is not None:
         print(f"stopped by signal {result.interrupted} after step {result.step} of {result.total_steps}; saved")
-        print(f"checkpoint: {result.model_dir} (the same command goes on from it)")
+        print(f"checkpoint: {result.model_dir} (the same command resumes from it)")
         return 128 + result.interrupted
     for name, value in result.metrics.items():
         print(f"{'held-out ' + name:<22} {value:.4f}")

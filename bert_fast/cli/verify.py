@@ -1,4 +1,4 @@
-"""The three-way test of every implementation that runs on this machine; exit code 1 where one fails."""
+"""Compare every implementation that runs on this machine with float64 and eager PyTorch; exit code 1 on failure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--ops", type=list[str] | None, default=None, help="operations to test; all if none")
-    parser.add_argument("--impls", type=list[str] | None, default=None, help="implementations to test; all if none")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--ops", type=list[str] | None, default=None, help="ops to test; all by default")
+    parser.add_argument("--impls", type=list[str] | None, default=None, help="implementations to test; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
     parser.add_argument(
-        "--record", action="store_true", help="note the GPU kernels that passed, so that impl='auto' may choose them"
+        "--record", action="store_true", help="record the GPU kernels that pass, so that impl='auto' may choose them"
     )
 
 
@@ -22,10 +22,8 @@ def _row(op: str, impl: str, device: str, dtype: str, case: str, rest: str) -> s
 def run(args: Any) -> int:
     from bert_fast.verification import record, verify
 
-    print("error: largest distance from the reference in float64, forward and every gradient")
-    print(
-        "bound: twice that of eager PyTorch in the same dtype, plus one unit in the last place of the largest value\n"
-    )
+    print("error: maximum absolute difference from the reference in float64, over outputs and gradients")
+    print("bound: twice the error of eager PyTorch in the same dtype, plus one ulp of the largest value\n")
     header = _row("operation", "impl", "device", "dtype", "case", f"{'worst at':<16} {'error':>9} {'bound':>9}")
     print(header)
     print("-" * (len(header) + 8))
@@ -38,7 +36,7 @@ def run(args: Any) -> int:
         row = _row(result.op, result.impl, result.device, result.dtype, result.case, numbers)
         print(f"{row}  {verdict}", flush=True)
     if not results:
-        raise ValueError("nothing to test: none of the implementations asked for can run here; see bert-fast info")
+        raise ValueError("nothing to test: none of the requested implementations can run here; see bert-fast info")
     failed = sum(not result.ok for result in results)
     print(f"\n{len(results) - failed} of {len(results)} cases ok")
     if args.record:

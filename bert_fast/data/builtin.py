@@ -1,7 +1,7 @@
-"""The built-in corpus: English prose that every Python installation already has.
+"""The built-in corpus: English prose that comes with every Python installation.
 
-It is the language reference of `pydoc_data.topics`, and the docstrings of the standard library and of installed
-packages, read with `ast` from the source files and never imported.
+It consists of the language reference in `pydoc_data.topics` and of the docstrings of the standard library and of
+installed packages, which are parsed with `ast` and never imported.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from pathlib import Path
 from bert_fast.data.cleaning import Document
 from bert_fast.data.docstrings import docstring_sentences
 
-# Packages that torch brings along or that bert_fast needs, with long docstrings in full sentences.
+# Dependencies of torch and bert_fast with long docstrings in full sentences.
 DEFAULT_PACKAGES = ("torch", "numpy", "sympy", "networkx", "mpmath")
 _SKIPPED_FOLDERS = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "pydoc_data"}
-_FEWEST_SENTENCES = 8  # shorter neighbours in a file are joined, so that documents have a context to predict from
+_MIN_SENTENCES = 8  # shorter neighbours in a file are joined, so that documents have a context to predict from
 
 
 def builtin_documents(packages: Sequence[str] | None = None) -> Iterator[Document]:
     """The language reference and the docstrings of the standard library and of `packages`, in a fixed order.
 
-    A file gives one document for its module and functions and one a class; small ones are joined. Sentences that
-    occurred before are left out (boilerplate), so no document is a copy of another.
+    A file yields one document for its module and functions and one for each class; short documents are joined.
+    Repeated sentences (boilerplate) are dropped, so no document is a copy of another.
 
     Args:
-        packages: names of importable packages, none of which is imported; `DEFAULT_PACKAGES` where installed if None.
+        packages: names of installed packages, which are not imported; if None, those of `DEFAULT_PACKAGES` that are
+            installed.
 
     Raises:
-        ValueError: a package that was asked for is not installed, or has no source files.
+        ValueError: a requested package is not installed, or has no source files.
     """
     seen: set[bytes] = set()
     for document in _builtin_with_repeats(packages):
-        fresh = []
+        sentences = []
         for sentence in document:
             digest = hashlib.blake2b(sentence.lower().encode(), digest_size=8).digest()
             if digest not in seen:
                 seen.add(digest)
-                fresh.append(sentence)
-        if len(fresh) >= 2:
-            yield fresh
+                sentences.append(sentence)
+        if len(sentences) >= 2:
+            yield sentences
 
 
 def _builtin_with_repeats(packages: Sequence[str] | None) -> Iterator[Document]:
@@ -66,7 +67,7 @@ def _builtin_with_repeats(packages: Sequence[str] | None) -> Iterator[Document]:
 
 
 def package_folder(name: str) -> Path | None:
-    """Where an importable top-level package lies, or None."""
+    """The folder of an installed top-level package, or None; the package is not imported."""
     try:
         spec = importlib.util.find_spec(name) if "." not in name else None
     except (ImportError, ValueError):
@@ -76,7 +77,7 @@ def package_folder(name: str) -> Path | None:
 
 
 def source_files(folder: Path) -> list[Path]:
-    """The Python files under a folder, without tests and generated code, sorted."""
+    """The Python files below a folder, sorted, without tests and generated code."""
     return [
         path
         for path in sorted(folder.rglob("*.py"))
@@ -86,7 +87,7 @@ def source_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    # A syntax tree is many objects and no cycles: the garbage collector takes half of the time and finds nothing.
+    # A syntax tree has many objects and no cycles: the garbage collector would take half of the time for nothing.
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -97,7 +98,7 @@ def _no_collector() -> Iterator[None]:
 
 
 def file_documents(path: Path) -> list[Document]:
-    """The docstrings of one source file as documents; none where the file can't be read as Python."""
+    """The docstrings of one source file as documents; none if the file is not valid Python."""
     source = path.read_bytes()
     if b'"""' not in source and b"'''" not in source:
         return []
@@ -118,7 +119,7 @@ def _source_documents(source: bytes) -> Iterator[Document]:
         for node in group:
             if text := ast.get_docstring(node, clean=False):  # type: ignore[arg-type]
                 document += docstring_sentences(text)
-        if len(document) >= _FEWEST_SENTENCES:
+        if len(document) >= _MIN_SENTENCES:
             yield document
             document = []
     if document:

@@ -1,4 +1,4 @@
-"""From a row's text to a document, a list of sentences, or to the reason why it is none."""
+"""Cleans the text of a row: a document, which is a list of sentences, or the reason why it is dropped."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
-Document = list[str]  # its sentences
+Document = list[str]  # sentences
 
-# Why a document is dropped, in the order of the checks; `duplicate` and `no_tokens` are found later.
+# Why a document is dropped, in the order of the checks; `duplicate` and `no_tokens` are detected later.
 REASONS = {
     "undecodable": "not UTF-8",
     "malformed": "a row that can't be read",
@@ -18,23 +18,23 @@ REASONS = {
     "control_characters": "mostly control characters",
     "near_empty": "fewer characters than min_characters",
     "duplicate": "equal to an earlier document",
-    "no_tokens": "nothing of it is in the vocabulary's alphabet of visible characters",
+    "no_tokens": "no visible character",
 }
 UNREADABLE = ("undecodable", "malformed", "missing")
 # C0 and C1 but for tab, line breaks and separators that count as white space; the replacement character; private use.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufffd\ue000-\uf8ff]")
-_MOST_CONTROL = 0.1
+_MAX_CONTROL = 0.1
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
 
 
 class Raw(NamedTuple):
-    """One document as it was read.
+    """A document as read from its source.
 
     Attributes:
         where: file and line, or row.
-        value: a text, a list of sentences, or a list of sentences that are lists of words; None where it can't be read.
+        value: a text, a list of sentences, or a list of sentences that are lists of words; None if it can't be read.
         problem: a key of `REASONS`, or "".
-        detail: what is wrong, for a person.
+        detail: the problem in words.
     """
 
     where: str
@@ -44,7 +44,7 @@ class Raw(NamedTuple):
 
 
 def split_sentences(text: str, language: str = "en") -> list[str]:
-    """The sentences of running text, by sentencex, without white space around them.
+    """Split text into sentences with sentencex, and strip them.
 
     Raises:
         ImportError: sentencex is not installed.
@@ -55,7 +55,7 @@ def split_sentences(text: str, language: str = "en") -> list[str]:
 
 
 def splitter(mode: str, language: str) -> Callable[[str], list[str]]:
-    """What cuts a text into sentences; `mode` is `lines`, `split` or `split_wrapped`, see `PrepareConfig`."""
+    """A function that splits a text into sentences; `mode` is `lines`, `split` or `split_wrapped`, as in the config."""
     if mode == "lines":
         return str.splitlines
     if mode == "split":
@@ -82,25 +82,25 @@ def all_strings(values: list[object]) -> bool:
 
 
 def clean(raw: Raw, split: Callable[[str], list[str]], min_characters: int) -> tuple[Document, Raw]:
-    """The sentences of a document, white space normalised; or none, and the raw document with its problem."""
+    """The sentences of a document with normalised white space; if dropped, none, and `raw` with the problem."""
     if raw.problem:
         return [], raw
     value = raw.value
     if not is_text(value):
-        kind = "nothing (null)" if value is None else type(value).__name__
-        return [], raw._replace(problem="missing", detail=f"{kind} where a text or a list of sentences was expected")
+        kind = "null" if value is None else type(value).__name__
+        return [], raw._replace(problem="missing", detail=f"the value is {kind}; expected text or a list of sentences")
     try:
-        found = split(value) if isinstance(value, str) else [_joined(part) for part in value]  # type: ignore[attr-defined]
-        sentences = [text for sentence in found if (text := " ".join(sentence.split()))]
-        whole = "".join(sentences)
-        whole.encode()
+        parts = split(value) if isinstance(value, str) else [_joined(part) for part in value]  # type: ignore[attr-defined]
+        sentences = [sentence for part in parts if (sentence := " ".join(part.split()))]
+        text = "".join(sentences)
+        text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
         return [], raw._replace(problem="undecodable", detail=f"not Unicode ({error.reason})")
-    if (count := len(_CONTROL.findall(whole))) > _MOST_CONTROL * len(whole):
+    if (count := len(_CONTROL.findall(text))) > _MAX_CONTROL * len(text):
         return [], raw._replace(
-            problem="control_characters", detail=f"{count} of {len(whole)} characters are control characters"
+            problem="control_characters", detail=f"{count} of {len(text)} characters are control characters"
         )
-    if (visible := len(whole) - whole.count(" ")) < max(1, min_characters):
+    if (visible := len(text) - text.count(" ")) < max(1, min_characters):
         return [], raw._replace(problem="near_empty", detail=f"{visible} characters")
     return sentences, raw
 
@@ -110,7 +110,7 @@ def _joined(sentence: str | list[str]) -> str:
 
 
 def digest(document: Document) -> int:
-    """64 bits that equal documents share, whatever their case, white space and Unicode form."""
+    """A 64-bit hash that does not depend on case, white space and Unicode form."""
     text = " ".join(document)
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)

@@ -1,7 +1,7 @@
-"""Docstrings to prose.
+"""Extracts prose from docstrings.
 
-The sentences are split by rules of our own: a docstring is full of dots that end nothing, and the built-in corpus must
-be the same whatever is installed. Other text is split by a library, see `bert_fast.data.cleaning`.
+Sentences are split by rules written for docstrings, which are full of dots that end no sentence, so that the built-in
+corpus does not depend on the installed packages. Other text is split by sentencex, see `bert_fast.data.cleaning`.
 """
 
 from __future__ import annotations
@@ -11,47 +11,24 @@ import re
 from collections.abc import Iterator
 
 # A full stop after one of these ends no sentence.
-_ABBREVIATIONS = [
-    "e.g",
-    "i.e",
-    "etc",
-    "cf",
-    "vs",
-    "al",
-    "fig",
-    "eq",
-    "eqs",
-    "sec",
-    "no",
-    "vol",
-    "pp",
-    "dr",
-    "mr",
-    "mrs",
-    "ms",
-    "prof",
-    "st",
-    "jr",
-    "sr",
-    "inc",
-    "ltd",
-    "approx",
-    "resp",
-    "dept",
-]
+_ABBREVIATION = re.compile(
+    r"e\.g|i\.e|etc|cf|vs|al|fig|eqs?|sec|no|vol|pp|dr|mrs?|ms|prof|st|jr|sr|inc|ltd|approx|resp|dept"
+)
 _BOUNDARY = re.compile(r"""[.!?]["')\]]*(\s+)(?=["'(\[]*[A-Z0-9])""")
 
 
 def split_prose(text: str) -> list[str]:
-    """Split running text after `.`, `!` or `?` where a capital, a digit or a quote follows; white space is normalised.
+    """Split text after `.`, `!` or `?` where a capital, a digit or a quote follows, and normalise white space.
 
-    A rule of thumb for English: abbreviations and single initials do not end a sentence.
+    A heuristic for English: abbreviations and single initials do not end a sentence.
     """
     text = " ".join(text.split())
     sentences, begin = [], 0
     for match in _BOUNDARY.finditer(text):
         last_word = text[begin : match.start()].rsplit(" ", 1)[-1].lstrip("([\"'")
-        if text[match.start()] == "." and (last_word.lower() in _ABBREVIATIONS or re.fullmatch("[A-Z]", last_word)):
+        if text[match.start()] == "." and (
+            _ABBREVIATION.fullmatch(last_word.lower()) or re.fullmatch("[A-Z]", last_word)
+        ):
             continue
         sentences.append(text[begin : match.start(1)])
         begin = match.end(1)
@@ -80,7 +57,7 @@ _WORD = re.compile(r"""["'(\[]*[A-Za-z][A-Za-z'\u2019-]*["')\].,;:!?]*""")
 
 
 def docstring_sentences(text: str) -> list[str]:
-    """The prose of a docstring as sentences: without doctests, code, tables, headings, signatures and markup."""
+    """The sentences of a docstring without doctests, code, tables, headings, signatures and markup."""
     sentences = []
     for paragraph in _paragraphs(inspect.cleandoc(text)):
         for pattern, replacement in _INLINE:
@@ -90,7 +67,7 @@ def docstring_sentences(text: str) -> list[str]:
 
 
 def is_prose(sentence: str) -> bool:
-    """Whether a sentence reads like English: at least four words, mostly letters, no code or formula in it."""
+    """Whether a sentence looks like English prose: at least four words, mostly letters, no code or formula."""
     words = sentence.split()
     return (
         4 <= len(words) <= 120

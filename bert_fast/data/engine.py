@@ -1,4 +1,4 @@
-"""Runs jobs: in this process, over processes of this machine, or over a Ray cluster."""
+"""Runs jobs in this process, in worker processes, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-Job = Callable[[], None]  # picklable; it leaves its result on the disk
+Job = Callable[[], None]  # picklable; writes its result to disk
 
 
 def run_jobs(jobs: Sequence[Job], *, workers: int, engine: str) -> Generator[int, None, None]:
-    """Run every job; yields the number of each when it is done, in any order. Closing the generator drops the rest.
+    """Run jobs; yields the index of each job as it finishes, in any order. Closing the generator cancels the rest.
 
     Args:
-        jobs: what to run.
-        workers: processes, 0 for one a core; with 1, jobs run in this process one after the other. For Ray, the most
-            jobs at once, 0 for as many as the cluster has cores.
+        jobs: the jobs to run.
+        workers: number of processes, 0 for one per core; with 1 the jobs run in this process, one after the other. For
+            Ray, the maximum number of concurrent jobs, 0 for one per core of the cluster.
         engine: `processes` or `ray`.
 
     Raises:
-        ValueError: a worker died, or Ray is asked for and not installed; and whatever a job raises.
+        ValueError: a worker died, or `engine` is `ray` and Ray is not installed. An exception of a job is re-raised.
     """
     if engine == "ray":
         yield from _over_ray(jobs, workers)
@@ -42,7 +42,7 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, engine: str) -> Generator[int
 
 
 def _over_processes(jobs: Sequence[Job], workers: int) -> Iterator[int]:
-    # Threads of pyarrow and tokenizers don't survive a fork: workers are forked from a process that has only imported.
+    # The threads of pyarrow and tokenizers don't survive a fork: workers are forked from a process without threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bert_fast.data.parts"])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
@@ -53,15 +53,15 @@ def _over_processes(jobs: Sequence[Job], workers: int) -> Iterator[int]:
                 yield numbers[done]
         except BrokenProcessPool as error:
             raise ValueError(
-                "a worker process died, perhaps for want of memory; finished parts are kept: run the same command "
-                "again, with fewer workers or smaller part_bytes"
+                "a worker process died, possibly out of memory; finished parts are kept: run the same command again, "
+                "with fewer workers or smaller part_bytes"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -79,7 +79,7 @@ def _over_ray(jobs: Sequence[Job], workers: int) -> Generator[int, None, None]:
     except ModuleNotFoundError as error:
         raise ValueError(f"engine 'ray' needs the package {error.name}: pip install 'bert_fast[ray]'") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # The job as bytes: Ray Data's rows are Arrow's.
+    # Pickled, since the rows of Ray Data are Arrow rows.
     rows = [{"number": number, "job": pickle.dumps(job)} for number, job in enumerate(jobs)]
     blocks = ray.data.from_items(rows, override_num_blocks=len(rows))
     for row in blocks.map(_run_row, compute=ray.data.TaskPoolStrategy(size=workers or None)).iter_rows():
@@ -89,7 +89,7 @@ def _over_ray(jobs: Sequence[Job], workers: int) -> Generator[int, None, None]:
 
 
 def _run_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Run a job; its error is sent home as it is, Ray would wrap it in its own."""
+    """Run a job; its exception is returned, since Ray would wrap it in one of its own."""
     job: Job = pickle.loads(row["job"])
     try:
         job()

@@ -1,19 +1,21 @@
-"""Training examples made on the fly: a pure function of (seed, epoch, index), so any can be had at any time.
+"""Training examples generated on the fly: a pure function of (seed, epoch, index), with random access.
 
-An epoch is planned once (which tokens make which example, their order, which examples share a batch); batches are then
-assembled and masked from the memory-mapped tokens when asked for. See `bert_fast.data.host_numpy` for the rules.
+An epoch is planned once: which tokens form which example, the order of the examples, and which examples share a batch.
+Batches are then assembled from memory-mapped tokens and masked on request, as `bert_fast.data.host_numpy` defines.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
 
 from bert_fast.data.batch import PackedBatch
-from bert_fast.data.host import host
 from bert_fast.data.host_numpy import (
     CONTINUATION,
     CONTINUES,
@@ -27,30 +29,34 @@ from bert_fast.data.remote import local_folder
 from bert_fast.data.shards import TokenStore, verify_files
 from bert_fast.data.vocab import load_wordpiece, token_kinds
 
+HOST_IMPLS = ("auto", "cpp", "numpy")
 _VOCABULARY_FILES = ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
 
 
 @dataclass
 class PretrainingDataConfig:
-    """Which data, and how examples are made of it.
+    """The data to train on, and how examples are generated from it.
 
     Attributes:
-        folder: a folder made by `bert-fast prepare`, or its URL.
+        folder: a folder written by `bert-fast prepare`, or its URL.
         split: `train` or `heldout`.
-        seq_len: the most tokens of an example, [CLS] and [SEP] among them.
-        token_budget: the most tokens of a batch; at least `seq_len`.
-        seed: of all random choices.
-        short_seq_prob: how often an example aims at a random shorter length.
-        next_sentence: whether examples are pairs A, B for next-sentence prediction, or one text each.
-        whole_words: whether all pieces of a word are masked together; what a word is, `prepare` was told.
-        max_span: the most words of a masked span, 1 for no spans; SpanBERT has 10. Lengths are geometric.
-        span_p: how likely a span ends after each word; SpanBERT has 0.2.
-        mask_prob: share of the tokens to predict.
-        mask_token_prob: share of those that become [MASK].
-        random_token_prob: share of those that become a random token; the rest stays as it is.
-        checksums: whether to verify the shards' checksums when they are opened, besides their sizes.
-        host: `auto`, `cpp` or `numpy`: what makes the batches; all give the same.
-        cache: where the copy of a folder behind a URL is kept, see `bert_fast.data.local_folder`.
+        seq_len: maximum number of tokens of an example, including [CLS] and [SEP].
+        token_budget: maximum number of tokens of a batch; at least `seq_len`.
+        seed: seed of all random choices.
+        short_seq_prob: probability that an example has a random shorter target length.
+        next_sentence: whether examples are pairs A, B for next-sentence prediction, or single texts.
+        whole_words: whether all pieces of a word are masked together; `words` of `PrepareConfig` defines a word.
+        max_span: maximum number of words of a masked span, 1 for no spans; 10 in SpanBERT. Lengths are geometric.
+        span_p: probability that a span ends after a word; 0.2 in SpanBERT.
+        mask_prob: fraction of the tokens to predict.
+        mask_token_prob: fraction of the predicted tokens that are replaced by [MASK].
+        random_token_prob: fraction of the predicted tokens that are replaced by a random token; the rest is kept.
+        checksums: whether to verify the checksums of the shards when they are opened, in addition to their sizes.
+        host: implementation that generates batches: `auto`, `cpp` or `numpy`; the results are identical.
+        cache: folder of local copies if `folder` is a URL, see `bert_fast.data.local_folder`.
+
+    Raises:
+        ValueError: a value is out of range, or contradicts another one.
     """
 
     folder: str
@@ -81,11 +87,11 @@ class PretrainingDataConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1")
         if not 2.0**-32 <= self.mask_prob <= 1.0:
-            raise ValueError(f"mask_prob is {self.mask_prob}; expected more than 0, to 1")
+            raise ValueError(f"mask_prob is {self.mask_prob}; expected more than 0 and at most 1")
         if not (1 <= self.max_span <= 1000 and 0.0 < self.span_p < 1.0):
             raise ValueError(
-                f"max_span is {self.max_span} and span_p {self.span_p}; expected 1 to 1000 words, and more than 0, "
-                "below 1"
+                f"max_span is {self.max_span} and span_p {self.span_p}; expected 1 to 1000 words, and more than 0 "
+                "and less than 1"
             )
         if self.mask_token_prob + self.random_token_prob > 1.0 + 1e-9:
             total = self.mask_token_prob + self.random_token_prob
@@ -94,11 +100,11 @@ class PretrainingDataConfig:
 
 @dataclass(frozen=True)
 class Example:
-    """One example of S tokens, as in a `PackedBatch`: int64 (S,) arrays, and what it was made of.
+    """One example of S tokens: int64 (S,) arrays as in a `PackedBatch`, and their origin in the split.
 
     Attributes:
-        document, b_document: where A and B come from, numbers in the split; -1 without B.
-        a_start, a_length, b_start, b_length: their tokens among all tokens of the split.
+        document, b_document: the documents of A and B; b_document is -1 without B.
+        a_start, a_length, b_start, b_length: the token ranges of A and B.
     """
 
     input_ids: Array
@@ -116,7 +122,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Plan:
-    """The examples of one epoch in their order, (examples,) each; `starts` (batches + 1,) has each batch's first."""
+    """The examples of an epoch in order, (examples,) each; `starts`, (batches + 1,), has the first of each batch."""
 
     key: Array
     a_start: Array
@@ -130,7 +136,7 @@ class Plan:
 
     @property
     def lengths(self) -> Array:
-        """Tokens of each example, special ones among them, int32."""
+        """Number of tokens of each example, including special tokens, int32 (examples,)."""
         return _full_lengths(self.a_length, self.b_length)
 
 
@@ -138,23 +144,51 @@ def _full_lengths(a_length: Array, b_length: Array) -> Array:
     return (a_length + b_length + np.where(b_length > 0, 3, 2)).astype(np.int32)
 
 
+def host(impl: str = "auto") -> ModuleType:
+    """The module that implements `plan`, `pack` and `build_batch` of `bert_fast.data.host_numpy`.
+
+    Args:
+        impl: `cpp` (the extension `bert_fast._host`), `numpy` (the same bits), or `auto`: the value of the environment
+            variable BERT_FAST_HOST if set, else `cpp` if built, else `numpy`.
+
+    Raises:
+        ValueError: `impl`, or BERT_FAST_HOST, is none of the three.
+        ImportError: `cpp` is requested and not built.
+    """
+    if impl == "auto":
+        impl = os.environ.get("BERT_FAST_HOST", "auto")
+    if impl not in HOST_IMPLS:
+        raise ValueError(f"the host implementation is {impl!r}; expected one of {', '.join(HOST_IMPLS)}")
+    if impl != "numpy":
+        try:
+            return importlib.import_module("bert_fast._host")
+        except ImportError as error:
+            if impl == "cpp":
+                raise ImportError(
+                    "bert_fast._host is not built: install with a C++ compiler and pybind11, or use impl='numpy'"
+                ) from error
+    return importlib.import_module("bert_fast.data.host_numpy")
+
+
 class PretrainingData:
-    """Examples and batches of one split of a prepared folder.
+    """The examples and batches of one split of a prepared folder.
 
     Args:
         config: see `PretrainingDataConfig`.
 
     Attributes:
         vocab_size: V.
-        documents, tokens: how many the split has.
+        documents: number of documents of the split.
+        tokens: number of tokens of the split.
 
     Raises:
-        ValueError: the folder is not a prepared one, a file of it is missing, truncated or corrupt (it is named), the
-            split has fewer than two documents, or the configuration contradicts itself.
+        ValueError: the folder is not a prepared one, one of its files is missing, truncated or corrupt (the message
+            names it), the split has too few documents, or `config` is invalid.
+        ImportError: `config.host` is `cpp`, which is not built.
     """
 
     def __init__(self, config: PretrainingDataConfig) -> None:
-        config.__post_init__()  # again: a dataclass can be changed after it was made
+        config.__post_init__()  # again: its attributes may have changed
         self.config = config
         self._host = host(config.host)
         folder = local_folder(config.folder, config.cache)
@@ -165,7 +199,7 @@ class PretrainingData:
         if self.documents < needed:
             raise ValueError(
                 f"{config.folder}, {config.split}: {self.documents} documents; expected at least {needed}"
-                + (" (B of a sentence pair may come from another one)" if needed == 2 else "")
+                + (" (B of a sentence pair may come from another document)" if needed == 2 else "")
             )
         tokenizer = load_wordpiece(folder)
         vocab = tokenizer.get_vocab()
@@ -189,10 +223,10 @@ class PretrainingData:
         self._plans: dict[int, Plan] = {}
 
     def plan(self, epoch: int) -> Plan:
-        """The plan of an epoch; the last two asked for are kept."""
+        """The plan of an epoch; the latest two are cached."""
         if epoch not in self._plans:
-            made = self._make_plan(epoch)
-            self._plans = dict([*list(self._plans.items())[-1:], (epoch, made)])
+            plan = self._make_plan(epoch)
+            self._plans = dict([*list(self._plans.items())[-1:], (epoch, plan)])
         return self._plans[epoch]
 
     def _make_plan(self, epoch: int) -> Plan:
@@ -208,18 +242,18 @@ class PretrainingData:
         return Plan(key=key, **ordered, starts=self._host.pack(lengths, self.config.token_budget))
 
     def num_examples(self, epoch: int = 0) -> int:
-        """Examples of an epoch."""
+        """Number of examples of an epoch."""
         return int(self.plan(epoch).a_start.size)
 
     def num_batches(self, epoch: int = 0) -> int:
-        """Batches of an epoch."""
+        """Number of batches of an epoch."""
         return int(self.plan(epoch).starts.size - 1)
 
     def batch(self, epoch: int, index: int) -> PackedBatch:
         """Batch `index` of an epoch, on the CPU.
 
         Raises:
-            IndexError: `index` is not 0 to `num_batches(epoch) - 1`.
+            IndexError: `index` is outside 0 to `num_batches(epoch) - 1`.
         """
         plan = self.plan(epoch)
         if not 0 <= index < plan.starts.size - 1:
@@ -227,7 +261,7 @@ class PretrainingData:
         return self.select(epoch, np.arange(plan.starts[index], plan.starts[index + 1]))
 
     def select(self, epoch: int, indices: Array) -> PackedBatch:
-        """The examples `indices`, int64 (B,), of an epoch as one batch, each masked as it is in any other batch."""
+        """The examples `indices`, int64 (B,), of an epoch as one batch; masking does not depend on the batch."""
         plan = self.plan(epoch)
         ids, types, positions, cu_seqlens, labels, max_seqlen = self._build(plan, indices)
         return PackedBatch(
@@ -241,15 +275,15 @@ class PretrainingData:
         )
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[PackedBatch]:
-        """The batches of an epoch in order, from number `start`."""
+        """The batches of an epoch in order, from index `start`."""
         for index in range(start, self.num_batches(epoch)):
             yield self.batch(epoch, index)
 
     def example(self, epoch: int, index: int) -> Example:
-        """Example `index` of an epoch: the same as at its place in its batch.
+        """Example `index` of an epoch, the same as in its batch.
 
         Raises:
-            IndexError: `index` is not 0 to `num_examples(epoch) - 1`.
+            IndexError: `index` is outside 0 to `num_examples(epoch) - 1`.
         """
         plan = self.plan(epoch)
         if not 0 <= index < plan.a_start.size:
@@ -264,16 +298,17 @@ class PretrainingData:
         starts = np.stack([plan.a_start[indices], plan.b_start[indices]], axis=1).reshape(-1)
         lengths = np.stack([a_lengths, b_lengths], axis=1).reshape(-1)
         tokens = self.store.gather(starts, lengths)
-        built: tuple[Array, Array, Array, Array, Array, int] = self._host.build_batch(
+        columns: tuple[Array, Array, Array, Array, Array, int] = self._host.build_batch(
             tokens, a_lengths, b_lengths, indices.astype(np.int64), plan.key, self._masking
         )
-        return built
+        return columns
 
 
 def _units(store: TokenStore, kinds: Array, limit: int, pairs: bool) -> tuple[Array, Array]:
-    """Where sentences end, those of more than `limit` tokens cut at words; and the first unit of each document.
+    """The end of each unit, and the first unit of each document.
 
-    For pairs, a document of one sentence is cut in two at the word nearest to its middle, so that it has a next text.
+    A unit is a sentence, or a part of a sentence of more than `limit` tokens, which is cut between words. For pairs, a
+    document of one sentence is cut at the word boundary nearest to its middle, so that a text has a next one.
     """
     ends = store.sentence_ends
     starts = np.concatenate([[0], ends[:-1]])
@@ -295,17 +330,17 @@ def _units(store: TokenStore, kinds: Array, limit: int, pairs: bool) -> tuple[Ar
 
 
 def _word_starts(store: TokenStore, kinds: Array, start: int, end: int) -> Array:
-    """Where words start in a sentence, after its first token."""
+    """The positions in a sentence at which words start, except the first."""
     tokens = store.gather(np.array([start]), np.array([end - start]))
     begins = (kinds[tokens & ~CONTINUES] != CONTINUATION) & (tokens & CONTINUES == 0)
     return np.flatnonzero(begins[1:]) + 1
 
 
 def _cut_long(words: Array, length: int, limit: int) -> list[int]:
-    """Cut `length` tokens into pieces of at most `limit` and about the same size, at words where possible."""
+    """Cut `length` tokens into parts of at most `limit` and similar length, between words where possible."""
     cuts = [0]
-    while (left := length - cuts[-1]) > limit:
-        wanted = cuts[-1] + -(-left // -(-left // limit))
-        before = words[(words > cuts[-1]) & (words <= wanted)]
-        cuts.append(int(before[-1]) if before.size else wanted)
+    while (rest := length - cuts[-1]) > limit:
+        target = cuts[-1] + -(-rest // -(-rest // limit))
+        candidates = words[(words > cuts[-1]) & (words <= target)]
+        cuts.append(int(candidates[-1]) if candidates.size else target)
     return cuts[1:]

@@ -1,4 +1,4 @@
-"""The documents of a piece of a source, as they are read: one at a time, none is cleaned yet."""
+"""Reads the raw documents of a piece of a source, one at a time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bert_fast.data.prepare_config import PrepareConfig
 from bert_fast.data.sources import Piece, open_dataset, open_file, open_parquet
 
 _USUAL_COLUMNS = ("text", "content", "document", "body", "sentences")
-_LONGEST_LINE = 2**26  # bytes; a longer line is no text, and is passed over without being held
-_LONGEST_DOCUMENT = 2**24  # bytes; where a .txt goes on without a boundary, the document is cut after a line
+_MAX_LINE = 2**26  # bytes; a longer line is not text and is skipped without being read into memory
+_MAX_DOCUMENT = 2**24  # bytes; a longer document of a .txt file is cut after a line
 
 
 def read_piece(piece: Piece, config: PrepareConfig) -> Iterator[Raw]:
     """The documents of a piece, in order.
 
-    A row that can't be read is a `Raw` with its problem. A byte range has the documents that begin in it: for a .txt
-    with blank lines, after the first blank line that begins in it.
+    A row that can't be read is a `Raw` with its problem. A byte range contains the documents that begin in it: in a
+    .txt file with blank lines, those after the first blank line that begins in it.
 
     Raises:
-        ValueError: the file as a whole can't be read, or no row of it has the column that was asked for; it is named.
+        ValueError: the file can't be read, or none of its rows has the requested column; the message names it.
     """
     if piece.kind == "builtin":
         return (Raw("builtin", document) for document in builtin_documents(config.packages))
@@ -44,9 +44,9 @@ def read_piece(piece: Piece, config: PrepareConfig) -> Iterator[Raw]:
 
 
 def _lines(piece: Piece, *, beyond: bool = False) -> Iterator[tuple[int, str, bytes | None]]:
-    """The lines that begin in the piece, or `beyond` it too: byte in the file, where for a person, and the bytes.
+    """The lines that begin in the piece, or also `beyond` it: position in the file, description of it, and bytes.
 
-    The bytes are None for a line longer than `_LONGEST_LINE`.
+    The bytes are None if the line is longer than `_MAX_LINE`.
     """
     with open_file(piece.name) as file:
         if piece.start:
@@ -54,14 +54,14 @@ def _lines(piece: Piece, *, beyond: bool = False) -> Iterator[tuple[int, str, by
             _skip_line(file)
         position, number = file.tell() if piece.start else 0, 0
         while beyond or piece.end < 0 or position < piece.end:
-            line = file.readline(_LONGEST_LINE)
+            line = file.readline(_MAX_LINE)
             if not line:
                 return
             number += 1
             where = f"{piece.name}, line at byte {position}" if piece.start else f"{piece.name}, line {number}"
             begin = position
             position += len(line)
-            if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+            if len(line) == _MAX_LINE and not line.endswith(b"\n"):
                 position += _skip_line(file)
                 yield begin, where, None
             else:
@@ -69,7 +69,7 @@ def _lines(piece: Piece, *, beyond: bool = False) -> Iterator[tuple[int, str, by
 
 
 def _skip_line(file: IO[bytes]) -> int:
-    """Read to the end of the line; its bytes."""
+    """Skip to the end of the line; returns the number of bytes."""
     skipped = 0
     while part := file.readline(2**20):
         skipped += len(part)
@@ -98,7 +98,7 @@ def _read_txt(piece: Piece, boundary: str) -> Iterator[Raw]:
         elif not started and 0 <= piece.end <= position:
             return
         elif started:
-            if lines and size + len(line or b"") > _LONGEST_DOCUMENT:
+            if lines and size + len(line or b"") > _MAX_DOCUMENT:
                 yield _decoded(begin, lines)
                 lines, size = [], 0
             begin = begin if lines else where
@@ -110,7 +110,7 @@ def _read_txt(piece: Piece, boundary: str) -> Iterator[Raw]:
 
 def _decoded(where: str, lines: list[bytes | None]) -> Raw:
     if None in lines:
-        return Raw(where, None, "malformed", f"a line of more than {_LONGEST_LINE >> 20} MiB")
+        return Raw(where, None, "malformed", f"a line of more than {_MAX_LINE >> 20} MiB")
     text = b"".join(line for line in lines if line is not None)
     try:
         return Raw(where, text.decode())
@@ -135,14 +135,14 @@ def _read_jsonl(piece: Piece) -> Iterator[tuple[str, Mapping[str, Any] | Raw]]:
         if isinstance(row, dict):
             yield where, row
         else:
-            found = f"a JSON {type(row).__name__}; expected an object with a column of text"
-            yield where, raw._replace(problem="malformed", detail=found)
+            detail = f"a JSON {type(row).__name__}; expected an object with a column of text"
+            yield where, raw._replace(problem="malformed", detail=detail)
 
 
 def _read_csv(piece: Piece) -> Iterator[tuple[str, Mapping[str, Any] | Raw]]:
-    # Bytes that are not UTF-8 become half surrogates, which cleaning finds in the field that has them.
+    # Bytes that are not UTF-8 become surrogates, which cleaning detects in their field.
     text = (_decoded_anyhow(where, line) for _, where, line in _lines(piece))
-    limit = csv.field_size_limit(_LONGEST_LINE)  # a field is a whole document
+    limit = csv.field_size_limit(_MAX_LINE)  # a field may be a document
     reader = csv.reader(text, strict=True)
     try:
         header = next(reader, [])
@@ -161,7 +161,7 @@ def _read_csv(piece: Piece) -> Iterator[tuple[str, Mapping[str, Any] | Raw]]:
 
 def _decoded_anyhow(where: str, line: bytes | None) -> str:
     if line is None:
-        raise ValueError(f"{where}: more than {_LONGEST_LINE >> 20} MiB without a line break; no CSV with documents")
+        raise ValueError(f"{where}: more than {_MAX_LINE >> 20} MiB without a line break; expected a document per row")
     return line.decode(errors="surrogateescape")
 
 
@@ -188,22 +188,22 @@ def _holds_text(kind: Any) -> bool:
 
 
 def _column(rows: Iterable[tuple[str, Mapping[str, Any] | Raw]], name: str, text_column: str | None) -> Iterator[Raw]:
-    """The text of each row; where `text_column` is None, in the column that the first row with a text suggests."""
-    column, first, found = text_column, "", False
+    """The text of each row; if `text_column` is None, in the column guessed from the first row with text."""
+    column, first_row, seen = text_column, "", False
     for where, row in rows:
         if isinstance(row, Raw):
             yield row
             continue
-        first = first or f"{where} has {', '.join(map(repr, row)) or 'none'}"
+        first_row = first_row or f"{where} has {', '.join(map(repr, row)) or 'none'}"
         if column is None and (texts := [key for key, value in row.items() if value and is_text(value)]):
             column = _guess_column(where, texts, list(row))
-        found = found or column in row
+        seen = seen or column in row
         if column is not None and column not in row:
             yield Raw(where, None, "missing", f"no column {column!r}; it has {', '.join(map(repr, row)) or 'none'}")
         else:
             yield Raw(where, row[column] if column is not None else None)
-    if first and text_column is not None and not found:
-        raise ValueError(f"{name}: no row has the column {text_column!r}; {first}")
+    if first_row and text_column is not None and not seen:
+        raise ValueError(f"{name}: no row has the column {text_column!r}; {first_row}")
 
 
 def _guess_column(where: str, texts: list[str], names: list[str]) -> str:
@@ -211,4 +211,4 @@ def _guess_column(where: str, texts: list[str], names: list[str]) -> str:
     if usual or len(texts) == 1:
         return (usual or texts)[0]
     columns = ", ".join(map(repr, names)) or "none"
-    raise ValueError(f"{where}: which column has the text? It has {columns}; name one with text_column")
+    raise ValueError(f"{where}: can't infer the text column from {columns}; set text_column")

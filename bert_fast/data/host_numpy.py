@@ -1,8 +1,8 @@
-"""The numpy twin of `bert_fast._host`: planning, packing and masking, the same bits as the C++.
+"""Planning, packing and masking in numpy: the definition of `bert_fast._host`, whose C++ gives the same bits.
 
-All randomness is Philox4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
-keyed by (seed, epoch) and counted by what is being decided; every decision compares integers. So both implementations,
-on any machine and in any order of calls, decide alike.
+All randomness is Philox4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The
+key is derived from (seed, epoch), the counter from what is decided, and every decision compares integers. So the
+results depend neither on the implementation and the machine nor on the order of calls.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 CONTINUATION, SPECIAL = 1, 2
-CONTINUES = 2**30  # in a token of a shard: it continues the word of the token before it
+CONTINUES = 2**30  # set in a token of a shard that continues the word of the token before it
 IGNORE = -100
-# The last word of every counter says what the bits are for, so that no two uses share any.
+# The purpose of random bits: the last word of every counter, so that no two purposes share random bits.
 KEY, PLAN, SHUFFLE, WORDS, REPLACE, SPANS = range(6)
 _MASK32 = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -26,18 +26,18 @@ _SHIFT = np.uint64(32)
 
 @dataclass(frozen=True)
 class Masking:
-    """What `build_batch` needs to know about the vocabulary and the settings.
+    """The vocabulary and the settings of masking.
 
     Attributes:
-        kinds: uint8 (V,), bit 1 for a `##` continuation, bit 2 for a special token.
-        replacements: int32 (R,), the ids that a random replacement may take.
-        cls_id, sep_id, mask_id: the special tokens' ids.
-        select_threshold: share of tokens to predict, in units of 2^-32, at least 1.
-        mask_threshold, random_threshold: a predicted token becomes [MASK] below the first, a random token below the
-            second, and stays as it is above, in units of 2^-32.
+        kinds: uint8 (V,), bits `CONTINUATION` (a `##` piece) and `SPECIAL`.
+        replacements: int32 (R,), the ids of random replacements.
+        cls_id, sep_id, mask_id: the ids of the special tokens.
+        select_threshold: fraction of the tokens to predict, in units of 2^-32, at least 1.
+        mask_threshold, random_threshold: a predicted token is replaced by [MASK] if its 32 random bits are below the
+            first threshold, by a random token if below the second, and is kept otherwise.
         whole_words: whether the pieces of a word are masked together.
-        span_thresholds: int64 (n,), rising, of 2^32: where it isn't empty, spans of 1 to n + 1 words are masked; a span
-            is one word longer for each threshold that 32 random bits reach. See `span_thresholds`.
+        span_thresholds: int64 (n,), non-decreasing, at most 2^32. If not empty, spans of 1 to n + 1 words are masked:
+            one word, and another for each threshold that 32 random bits reach. See the function `span_thresholds`.
     """
 
     kinds: Array
@@ -53,20 +53,20 @@ class Masking:
 
 
 def span_thresholds(longest: int, p: float) -> Array:
-    """What `Masking` needs for spans of geometric lengths, P(k) ~ p (1 - p)^(k - 1) for k of 1 to `longest` words.
+    """The thresholds of `Masking` for spans of geometric length, P(k) ~ p (1 - p)^(k - 1) for 1 <= k <= `longest`.
 
-    Joshi et al., "SpanBERT: Improving pre-training by representing and predicting spans", 2019, section 3.1: p = 0.2,
-    at most 10 words, 3.8 on average.
+    Source: Joshi et al., "SpanBERT: Improving pre-training by representing and predicting spans", 2019, section 3.1:
+    p = 0.2, at most 10 words, 3.8 on average.
     """
     shares = (1 - p) ** np.arange(1, longest)
     return np.round((1 - shares) / (1 - (1 - p) ** longest) * 2**32).astype(np.int64)
 
 
 def philox(first: Any, second: Any, third: Any, purpose: int, key: Array) -> Array:
-    """Philox4x32-10 of counters that broadcast to a shape: uint32 (shape, 4).
+    """Philox4x32-10 of counters broadcast to a common shape: uint32 (*shape, 4).
 
     Args:
-        first, second, third, purpose: the four counter words, integers below 2^32.
+        first, second, third, purpose: the four words of the counter, integers below 2^32.
         key: uint32 (2,).
     """
     words = [np.asarray(word, dtype=np.uint64) for word in (first, second, third, purpose)]
@@ -92,14 +92,14 @@ def epoch_key(seed: int, epoch: int) -> Array:
 
 
 def shuffled(count: int, key: Array) -> Array:
-    """A permutation of 0 .. count - 1, int64: the order of 64-bit random keys, ties in order."""
+    """A permutation of 0 .. count - 1, int64: the stable order of 64-bit random keys."""
     index = np.arange(count, dtype=np.uint64)
     words = philox(index & _MASK32, index >> _SHIFT, 0, SHUFFLE, key).astype(np.uint64)
     return np.argsort(words[:, 0] << _SHIFT | words[:, 1], kind="stable")
 
 
 def _below(random: Array, count: Array | int) -> Array:
-    """32 random bits to 0 .. count - 1, int64."""
+    """Map 32 random bits to 0 .. count - 1, int64."""
     return (random.astype(np.uint64) * np.asarray(count, dtype=np.uint64) >> _SHIFT).astype(np.int64)
 
 
@@ -124,13 +124,13 @@ def _check_units(ends: Array, documents: Array, max_tokens: int, short_threshold
         raise ValueError(f"document_units has {documents.size - 1} documents; sentence pairs need at least 2")
     if documents[0] != 0 or documents[-1] != ends.size:
         raise ValueError(f"document_units must start at 0 and end at the number of units, {ends.size}")
-    if (flat := np.flatnonzero(np.diff(documents) <= 0)).size:
-        raise ValueError(f"document_units does not rise at element {flat[0] + 1}")
+    if (invalid := np.flatnonzero(np.diff(documents) <= 0)).size:
+        raise ValueError(f"document_units does not increase at element {invalid[0] + 1}")
     limit = max_tokens // 2 if pairs else max_tokens
     lengths = np.diff(ends, prepend=0)
-    if (wrong := np.flatnonzero((lengths < 1) | (lengths > limit))).size:
+    if (invalid := np.flatnonzero((lengths < 1) | (lengths > limit))).size:
         raise ValueError(
-            f"unit_ends element {wrong[0]} makes a unit of {lengths[wrong[0]]} tokens; expected 1 to {limit}"
+            f"unit_ends element {invalid[0]} makes a unit of {lengths[invalid[0]]} tokens; expected 1 to {limit}"
         )
 
 
@@ -139,28 +139,28 @@ def plan(
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
     """Cut documents into examples, each a range of tokens A and, for pairs, a range B.
 
-    A *unit* is a sentence, or a piece of one that is too long. From the first unit not yet used, units are taken while
-    they fit the target length (but at least two, for pairs, where the document has them); a target is `max_tokens`, or
-    with the probability of `short_threshold` uniform in 2 .. `max_tokens`. A pair is split between two random units.
-    Half of the time B is the rest, half of the time it is replaced by whole units from a random place in another
-    document, about as long as the rest was, and the rest is used again. A last unit that is left alone is paired with
-    the unit before it. So every token of every document is in an A or in a true B.
+    A *unit* is a sentence, or a part of a long one. Starting at the first unused unit, units are taken while they fit
+    the target length, but at least two for pairs, if the document has them. The target is `max_tokens` or, with
+    probability `short_threshold`, uniform in 2 .. `max_tokens`. A pair is split between two units at random. With
+    probability 1/2 B is the second half; otherwise B consists of units from a random place in another document, of
+    about the same length, and the second half is reused. A single remaining unit is paired with the unit before it. So
+    every token of every document is in an A or in a true B.
 
     Args:
         unit_ends: int64 (U,), the position after each unit in the concatenation of all documents; a unit has 1 to
             `max_tokens` tokens, 1 to `max_tokens // 2` for pairs (so that any two fit).
-        document_units: int64 (documents + 1,), the first unit of each document, and U.
+        document_units: int64 (documents + 1,), the first unit of each document, then U.
         key: uint32 (2,), see `epoch_key`.
-        max_tokens: the most tokens of A and B together.
-        short_threshold: the probability of a short target, in units of 2^-32.
-        pairs: whether to make A and B, or A alone.
+        max_tokens: maximum number of tokens of A and B together.
+        short_threshold: probability of a short target, in units of 2^-32.
+        pairs: whether an example is a pair A, B, or A alone.
 
     Returns:
         a_start int64, a_length int32, b_start int64, b_length int32, label int8 (0 true next, 1 random, -100 no B),
-        document int32, b_document int32 (-1 where there is no B); each (examples,), in the order of the documents.
+        document int32, b_document int32 (-1 without B); each (examples,), in the order of the documents.
 
     Raises:
-        ValueError: an argument is not as above; it is named.
+        ValueError: an argument is invalid; the message names it.
     """
     ends = _checked(unit_ends, "unit_ends", np.int64)
     documents = _checked(document_units, "document_units", np.int64)
@@ -168,15 +168,15 @@ def plan(
     _check_units(ends, documents, max_tokens, short_threshold, pairs)
     columns = []
     bounds = np.concatenate([[0], ends])  # unit u is the tokens bounds[u] .. bounds[u + 1]
-    # All documents walk in step: what a document draws for its k-th example depends on (document, k) alone.
+    # Documents advance in lockstep: the random bits of the k-th example of a document depend on (document, k) alone.
     document = np.arange(documents.size - 1, dtype=np.int64)
     unit = documents[:-1].copy()
     step = 0
     while document.size:
-        made, unit = _plan_step(bounds, documents, key, max_tokens, short_threshold, pairs, document, unit, step)
-        columns.append(made)
-        going = unit < documents[document + 1]
-        document, unit, step = document[going], unit[going], step + 1
+        rows, unit = _plan_step(bounds, documents, key, max_tokens, short_threshold, pairs, document, unit, step)
+        columns.append(rows)
+        unfinished = unit < documents[document + 1]
+        document, unit, step = document[unfinished], unit[unfinished], step + 1
     table = [np.concatenate(column) for column in zip(*columns, strict=True)] if columns else [np.empty(0)] * 7
     order = np.argsort(table[5], kind="stable")
     types = (np.int64, np.int32, np.int64, np.int32, np.int8, np.int32, np.int32)
@@ -194,7 +194,7 @@ def _plan_step(
     unit: Array,
     step: int,
 ) -> tuple[tuple[Array, ...], Array]:
-    """The next example of each document, and the unit that each goes on from."""
+    """The next example of each document, and the unit at which its following example starts."""
     ends = bounds[1:]
     blocks = [philox((2 * step + i) & 0xFFFFFFFF, document, 0, PLAN, key) for i in (0, 1)]
     random = np.concatenate(blocks, axis=1)
@@ -203,29 +203,29 @@ def _plan_step(
     fit = np.searchsorted(ends, bounds[unit] + target, side="right")
     end = np.minimum(np.maximum(fit, unit + (2 if pairs else 1)), last)
     if not pairs:
-        none = np.full(document.size, -1)
+        no_document = np.full(document.size, -1)
         zero = np.zeros(document.size, dtype=np.int64)
-        return (bounds[unit], bounds[end] - bounds[unit], zero, zero, zero + IGNORE, document, none), end
+        return (bounds[unit], bounds[end] - bounds[unit], zero, zero, zero + IGNORE, document, no_document), end
 
     is_next = random[:, 2] >> np.uint32(31) == 0
     several = end - unit >= 2
-    left_over = ~several & (unit > first)
+    single = ~several & (unit > first)
     split = np.where(several, unit + 1 + _below(random[:, 3], np.maximum(end - unit - 1, 1)), end)
-    want = np.where(several, bounds[end] - bounds[split], bounds[end] - bounds[unit])
-    want = np.where(left_over & ~is_next, bounds[unit] - bounds[unit - 1], want)
-    a_unit = np.where(left_over & is_next, unit - 1, unit)
-    split = np.where(left_over & is_next, unit, split)
+    b_target = np.where(several, bounds[end] - bounds[split], bounds[end] - bounds[unit])
+    b_target = np.where(single & ~is_next, bounds[unit] - bounds[unit - 1], b_target)
+    a_unit = np.where(single & is_next, unit - 1, unit)
+    split = np.where(single & is_next, unit, split)
     a_start, a_length = bounds[a_unit], bounds[split] - bounds[a_unit]
     true_next = is_next & (split < end)
 
     other = _below(random[:, 4], documents.size - 2)
     other += other >= document
     other_unit = documents[other] + _below(random[:, 5], documents[other + 1] - documents[other])
-    room = max_tokens - a_length
-    reach = np.searchsorted(ends, bounds[other_unit] + want, side="left") + 1
-    fits = np.searchsorted(ends, bounds[other_unit] + room, side="right")
+    b_capacity = max_tokens - a_length
+    reach = np.searchsorted(ends, bounds[other_unit] + b_target, side="left") + 1
+    fits = np.searchsorted(ends, bounds[other_unit] + b_capacity, side="right")
     other_end = np.minimum(np.minimum(reach, fits), documents[other + 1])
-    other_length = np.where(other_end > other_unit, bounds[other_end] - bounds[other_unit], room)
+    other_length = np.where(other_end > other_unit, bounds[other_end] - bounds[other_unit], b_capacity)
 
     b_start = np.where(true_next, bounds[split], bounds[other_unit])
     b_length = np.where(true_next, bounds[end] - bounds[split], other_length)
@@ -235,22 +235,22 @@ def _plan_step(
 
 
 def pack(lengths: Array, token_budget: int) -> Array:
-    """Cut a sequence of examples into batches: each takes consecutive examples while they fit the budget.
+    """Cut a sequence of examples into batches of consecutive examples, each filled up to the token budget.
 
     Args:
-        lengths: int32 (n,), tokens of each example, from 1 to `token_budget`.
-        token_budget: the most tokens of a batch.
+        lengths: int32 (n,), number of tokens of each example, from 1 to `token_budget`.
+        token_budget: maximum number of tokens of a batch.
 
     Returns:
-        int64 (batches + 1,), the first example of each batch, and n; (1,) where n is 0.
+        int64 (batches + 1,), the first example of each batch, then n; (1,) if n is 0.
 
     Raises:
         ValueError: a length is outside 1 .. `token_budget`.
     """
     _checked(lengths, "lengths", np.int32)
-    if (wrong := np.flatnonzero((lengths < 1) | (lengths > token_budget))).size:
+    if (invalid := np.flatnonzero((lengths < 1) | (lengths > token_budget))).size:
         raise ValueError(
-            f"lengths element {wrong[0]} is {lengths[wrong[0]]}; expected 1 to the token budget, {token_budget}"
+            f"lengths element {invalid[0]} is {lengths[invalid[0]]}; expected 1 to the token budget, {token_budget}"
         )
     total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     starts = [0]
@@ -262,40 +262,42 @@ def pack(lengths: Array, token_budget: int) -> Array:
 def build_batch(
     tokens: Array, a_lengths: Array, b_lengths: Array, indices: Array, key: Array, masking: Masking
 ) -> tuple[Array, Array, Array, Array, Array, int]:
-    """Assemble and mask examples: [CLS] A [SEP] B [SEP] each, or [CLS] A [SEP] where B is empty, one after the other.
+    """Assemble, mask and concatenate examples: [CLS] A [SEP] B [SEP], or [CLS] A [SEP] if B is empty.
 
-    Of an example's n tokens that are not special, max(1, round(share n)) are predicted: words in random order, each
-    taken if it still fits (Devlin et al. 2019, section 3.1, with whole words). Where no word fits, a shortest is taken.
-    With spans, the words after a taken one are taken too, as many as its random length says, while they fit; the tokens
-    of a span become [MASK], random or stay together.
+    Of the n non-special tokens of an example, max(1, round(`select_threshold` n / 2^32)) are predicted: words are
+    visited in random order and selected if they fit this budget. If no word fits, a shortest one is selected. With
+    spans, the words after a selected word are selected as well, up to a random length, while they fit; the tokens of a
+    span are all replaced by [MASK], all by random tokens, or all kept.
 
     Args:
-        tokens: int32 (n,), the texts A, B of the first example, of the second, ...; ids, and `CONTINUES` where a token
-            continues the word before it without being a `##` piece.
-        a_lengths, b_lengths: int32 (B,), adding up to n; A has at least one token.
-        indices: int64 (B,), the examples' numbers in the epoch: what their random bits depend on, with `key`.
+        tokens: int32 (n,), the texts A, B of the first example, of the second, ...: ids, with `CONTINUES` set in a
+            token that continues a word without being a `##` piece.
+        a_lengths, b_lengths: int32 (B,), lengths of A, at least 1, and of B, with the sum n.
+        indices: int64 (B,), the indices of the examples in the epoch; with `key` they determine the random bits.
         key: uint32 (2,), see `epoch_key`.
         masking: vocabulary and settings.
 
     Returns:
-        input_ids, token_type_ids, position_ids int64 (T,), cu_seqlens int32 (B + 1,), labels int64 (T,) with -100
-        where nothing is predicted, and the length of the longest example.
+        input_ids, token_type_ids, position_ids int64 (T,), cu_seqlens int32 (B + 1,), labels int64 (T,) with -100 for
+        tokens that are not predicted, and the length of the longest example.
 
     Raises:
-        ValueError: an argument is not as above; it is named.
+        ValueError: an argument is invalid; the message names it.
+
+    Source: Devlin et al., "BERT: Pre-training of deep bidirectional transformers", 2019, section 3.1.
     """
-    longest = _check_batch(tokens, a_lengths, b_lengths, indices, key, masking)
-    made = []
+    max_seqlen = _check_batch(tokens, a_lengths, b_lengths, indices, key, masking)
+    examples = []
     begin = 0
     for a_length, b_length, index in zip(a_lengths.tolist(), b_lengths.tolist(), indices.tolist(), strict=True):
         text = tokens[begin : begin + a_length + b_length]
-        made.append(_example(text, a_length, b_length, index & (2**64 - 1), key, masking))
+        examples.append(_example(text, a_length, b_length, index & (2**64 - 1), key, masking))
         begin += a_length + b_length
     cu_seqlens = np.zeros(a_lengths.size + 1, dtype=np.int32)
-    np.cumsum([ids.size for ids, *_ in made], out=cu_seqlens[1:])
-    columns = zip(*made, strict=True) if made else [[np.empty(0, dtype=np.int64)]] * 4
+    np.cumsum([ids.size for ids, *_ in examples], out=cu_seqlens[1:])
+    columns = zip(*examples, strict=True) if examples else [[np.empty(0, dtype=np.int64)]] * 4
     input_ids, types, positions, labels = (np.concatenate(column) for column in columns)
-    return input_ids, types, positions, cu_seqlens, labels, longest
+    return input_ids, types, positions, cu_seqlens, labels, max_seqlen
 
 
 def _check_batch(
@@ -321,17 +323,17 @@ def _check_batch(
     ids = np.where(tokens < 0, tokens, tokens & ~CONTINUES)
     for i in np.flatnonzero((ids < 0) | (ids >= vocab))[:1]:
         raise ValueError(f"tokens element {i} is id {ids[i]}; expected 0 to {vocab - 1} as in masking.kinds")
-    full = lengths + np.where(b_lengths > 0, 3, 2)
-    if full.sum() >= 2**31:
-        raise ValueError(f"the batch has {full.sum()} tokens; expected less than 2^31")
-    return int(full.max(initial=0))
+    with_special = lengths + np.where(b_lengths > 0, 3, 2)
+    if with_special.sum() >= 2**31:
+        raise ValueError(f"the batch has {with_special.sum()} tokens; expected less than 2^31")
+    return int(with_special.max(initial=0))
 
 
 def _check_masking(masking: Masking) -> None:
     vocab = _checked(masking.kinds, "masking.kinds", np.uint8).size
     replacements = _checked(masking.replacements, "masking.replacements", np.int32)
     if replacements.size == 0:
-        raise ValueError("masking.replacements is empty; expected the ids that a random replacement may take")
+        raise ValueError("masking.replacements is empty; expected the ids of random replacements")
     for token in replacements[(replacements < 0) | (replacements >= vocab)][:1]:
         raise ValueError(f"masking.replacements has id {token}; expected 0 to {vocab - 1}")
     ranges = [(name, 0, vocab - 1) for name in ("cls_id", "sep_id", "mask_id")]
@@ -340,8 +342,7 @@ def _check_masking(masking: Masking) -> None:
     spans = _checked(masking.span_thresholds, "masking.span_thresholds", np.int64)
     for i in np.flatnonzero((np.diff(spans, prepend=0) < 0) | (spans > 2**32))[:1]:
         raise ValueError(
-            f"masking.span_thresholds element {i} is {spans[i]}; expected 0 to 4294967296, and none below the one "
-            "before"
+            f"masking.span_thresholds element {i} is {spans[i]}; expected 0 to 4294967296 in non-decreasing order"
         )
     for name, low, high in ranges:
         if not low <= getattr(masking, name) <= high:
@@ -361,22 +362,22 @@ def _example(
     is_text = np.ones(ids.size, dtype=bool)
     is_text[[0, a_length + 1, -1]] = False
     kinds = masking.kinds[ids] | (marked & CONTINUES != 0) * np.uint8(CONTINUATION)
-    chosen, begins = _choose(kinds, is_text, index, key, masking)
-    labels[chosen] = ids[chosen]
-    random = philox(chosen, index & 0xFFFFFFFF, index >> 32, REPLACE, key)
+    targets, begins = _select(kinds, is_text, index, key, masking)
+    labels[targets] = ids[targets]
+    random = philox(targets, index & 0xFFFFFFFF, index >> 32, REPLACE, key)
     if masking.span_thresholds.size:
         random[:, 0] = philox(begins, index & 0xFFFFFFFF, index >> 32, REPLACE, key)[:, 0]
     replaced = masking.replacements[_below(random[:, 1], masking.replacements.size)]
-    ids[chosen] = np.where(
+    ids[targets] = np.where(
         random[:, 0] < masking.mask_threshold,
         masking.mask_id,
-        np.where(random[:, 0] < masking.random_threshold, replaced, ids[chosen]),
+        np.where(random[:, 0] < masking.random_threshold, replaced, ids[targets]),
     )
     return ids, types, np.arange(ids.size, dtype=np.int64), labels
 
 
-def _choose(kinds: Array, is_text: Array, index: int, key: Array, masking: Masking) -> tuple[Array, Array]:
-    """The positions to predict, and where the span of each begins, int64: words (or single tokens) up to the budget."""
+def _select(kinds: Array, is_text: Array, index: int, key: Array, masking: Masking) -> tuple[Array, Array]:
+    """The positions to predict, and the position at which the span of each begins, int64."""
     candidate = is_text & (kinds & SPECIAL == 0)
     begins = candidate.copy()
     if masking.whole_words:
@@ -387,26 +388,26 @@ def _choose(kinds: Array, is_text: Array, index: int, key: Array, masking: Maski
     lengths = np.bincount(np.cumsum(begins)[candidate] - 1, minlength=starts.size)
     blocks, low, high = np.arange((starts.size + 3) // 4), index & 0xFFFFFFFF, index >> 32
     order = np.argsort(philox(blocks, low, high, WORDS, key).reshape(-1)[: starts.size], kind="stable")
-    wanted = np.ones(starts.size, dtype=np.int64)
+    span_words = np.ones(starts.size, dtype=np.int64)
     if masking.span_thresholds.size:
         random = philox(blocks, low, high, SPANS, key).reshape(-1)[: starts.size]
-        wanted += np.searchsorted(masking.span_thresholds, random.astype(np.int64), side="right")
-    left = max(1, (int(candidate.sum()) * masking.select_threshold + 2**31) >> 32)
-    taken: dict[int, int] = {}  # word: the word that its span begins with
+        span_words += np.searchsorted(masking.span_thresholds, random.astype(np.int64), side="right")
+    budget = max(1, (int(candidate.sum()) * masking.select_threshold + 2**31) >> 32)
+    span_of: dict[int, int] = {}  # selected word: first word of its span
     for first in order.tolist():
-        if first in taken or lengths[first] > left:
+        if first in span_of or lengths[first] > budget:
             continue
-        for word in range(first, min(first + int(wanted[first]), starts.size)):
-            adjoins = word == first or starts[word] == starts[word - 1] + lengths[word - 1]
-            if word in taken or not adjoins or lengths[word] > left:
+        for word in range(first, min(first + int(span_words[first]), starts.size)):
+            adjacent = word == first or starts[word] == starts[word - 1] + lengths[word - 1]
+            if word in span_of or not adjacent or lengths[word] > budget:
                 break
-            taken[word] = first
-            left -= int(lengths[word])
-        if left == 0:
+            span_of[word] = first
+            budget -= int(lengths[word])
+        if budget == 0:
             break
-    if not taken:
+    if not span_of:
         shortest = int(order[np.argmin(lengths[order])])
-        taken = {shortest: shortest}
-    positions = [np.arange(starts[word], starts[word] + lengths[word]) for word in taken]
-    spans = [np.full(lengths[word], starts[first]) for word, first in taken.items()]
+        span_of = {shortest: shortest}
+    positions = [np.arange(starts[word], starts[word] + lengths[word]) for word in span_of]
+    spans = [np.full(lengths[word], starts[first]) for word, first in span_of.items()]
     return np.concatenate(positions), np.concatenate(spans)

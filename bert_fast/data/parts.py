@@ -1,16 +1,16 @@
 """The two jobs of `bert-fast prepare`, each on one part: text to cleaned documents, documents to shards.
 
-A job writes a folder that appears whole or not at all, named by the hash of all that it depends on. So a preparation
-that was stopped goes on with the folders that are there, and a changed source or setting never meets old ones.
+A job writes one folder atomically, named by the hash of everything it depends on. So an interrupted preparation resumes
+with the finished folders, and a changed source or setting never reuses an old one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,42 +20,41 @@ from typing import Any
 
 import numpy as np
 
+from bert_fast import _io
 from bert_fast.data.cleaning import REASONS, UNREADABLE, Document, clean, digest, splitter
 from bert_fast.data.files import read_piece
 from bert_fast.data.host_numpy import Array
 from bert_fast.data.prepare_config import PrepareConfig
-from bert_fast.data.shards import SPLITS, ShardWriter, file_entry, fsync, sha256
+from bert_fast.data.shards import SPLITS, ShardWriter, file_entry, sha256
 from bert_fast.data.sources import Piece, versions
 from bert_fast.data.tokens import Encoder
 
-_LAYOUT = 1  # of the folders of finished parts; another layout never meets old ones
+_LAYOUT = 1  # version of the folders of finished parts
 _COUNTS = "counts.json"
-_CHARACTERS_AT_ONCE = 2**20
+_CHARACTERS_PER_BATCH = 2**20
 
 
 def job_key(*parts: Any) -> str:
-    """The name of the folder of a job that depends on `parts`, which JSON can hold."""
+    """The hash of `parts`, JSON values, in the name of the folder of a job that depends on them."""
     text = json.dumps([_LAYOUT, *parts], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @contextmanager
 def finished_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    """A temporary folder that becomes `folder` on success, unless an identical job has finished it meanwhile."""
+    temporary = _io.temporary_path(folder)
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            fsync(path)
-        if not folder.exists():
-            temporary.rename(folder)
+        with contextlib.suppress(FileExistsError):
+            _io.commit_folder(temporary, folder, overwrite=False)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_counts(folder: Path) -> dict[str, Any]:
-    """What a finished job counted."""
+    """The counts of a finished job."""
     counts: dict[str, Any] = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
     return counts
 
@@ -66,7 +65,7 @@ def _write_counts(folder: Path, counts: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class CleanJob:
-    """Read and clean the pieces of a part into `folder`: text.arrow, digests.npy (uint64 a document), counts.json."""
+    """Clean the pieces of a part into `folder`: text.arrow, digests.npy (one uint64 per document), counts.json."""
 
     pieces: tuple[Piece, ...]
     config: PrepareConfig
@@ -110,7 +109,7 @@ class CleanJob:
                     yield document
                     continue
                 if self.config.errors == "raise" and raw.problem in UNREADABLE:
-                    raise ValueError(f"{raw.where}: {raw.detail}; errors='drop' leaves such documents out")
+                    raise ValueError(f"{raw.where}: {raw.detail}; errors='drop' drops such documents")
                 dropped[raw.problem] += 1
                 counts["first_dropped"].setdefault(raw.problem, f"{raw.where}: {raw.detail}")
                 counts["dropped"] = {name: dropped[name] for name in REASONS if name in dropped}
@@ -125,21 +124,21 @@ class TextWriter:
         self._schema = pa.schema([("sentences", pa.list_(pa.string()))])
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
         self._file = pa.ipc.new_stream(path, self._schema, options=options)
-        self._waiting: list[Document] = []
+        self._pending: list[Document] = []
         self._characters = 0
 
     def add(self, document: Document) -> None:
-        self._waiting.append(document)
+        self._pending.append(document)
         self._characters += sum(map(len, document))
-        if self._characters >= _CHARACTERS_AT_ONCE:
+        if self._characters >= _CHARACTERS_PER_BATCH:
             self._flush()
 
     def _flush(self) -> None:
         import pyarrow as pa
 
-        if self._waiting:
-            self._file.write_batch(pa.record_batch([self._waiting], schema=self._schema))
-        self._waiting, self._characters = [], 0
+        if self._pending:
+            self._file.write_batch(pa.record_batch([self._pending], schema=self._schema))
+        self._pending, self._characters = [], 0
 
     def __enter__(self) -> TextWriter:
         return self
@@ -151,7 +150,7 @@ class TextWriter:
 
 
 def read_text(folder: Path, keep: Array) -> Iterator[list[tuple[int, Document]]]:
-    """The documents of a finished `CleanJob` whose number is true in `keep`, bool (documents,): some at a time."""
+    """The documents of a finished `CleanJob` selected by `keep`, bool (documents,), with their numbers, in batches."""
     import pyarrow as pa
 
     number = 0
@@ -159,21 +158,21 @@ def read_text(folder: Path, keep: Array) -> Iterator[list[tuple[int, Document]]]
         for batch in reader:
             rows = range(number, number + batch.num_rows)
             number += batch.num_rows
-            if chosen := [row for row in rows if keep[row]]:
-                documents = batch.column(0).take([row - rows[0] for row in chosen]).to_pylist()
-                yield list(zip(chosen, documents, strict=True))
+            if selected := [row for row in rows if keep[row]]:
+                documents = batch.column(0).take([row - rows[0] for row in selected]).to_pylist()
+                yield list(zip(selected, documents, strict=True))
 
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Turn the documents of a finished `CleanJob` into the shards of a part in `folder`.
+    """Tokenise the documents of a finished `CleanJob` into the shards of a part in `folder`.
 
     Attributes:
         source: the folder of the `CleanJob`.
-        keep: which documents, `numpy.packbits` of bool (documents,).
-        documents: how many the source has.
-        threshold: documents with a digest up to this are held out; -1 for none.
-        tokenizer: the tokenizer.json.
+        keep: the documents to tokenise, `numpy.packbits` of bool (documents,).
+        documents: number of documents of the source.
+        threshold: documents with a digest of at most this are held out; -1 for none.
+        tokenizer: path of the tokenizer.json.
         words: as in `PrepareConfig`.
         shard_tokens: as in `PrepareConfig`.
     """
@@ -188,9 +187,9 @@ class EncodeJob:
 
     @property
     def folder(self) -> Path:
-        what = [self.source.name, self.keep.hex(), self.threshold, self.words, self.shard_tokens]
-        made_by = versions(["bert_fast", "tokenizers", "rjieba"])
-        return self.source.parent / f"tokens-{job_key(what, sha256(self.tokenizer), made_by)}"
+        settings = [self.source.name, self.keep.hex(), self.threshold, self.words, self.shard_tokens]
+        packages = versions(["bert_fast", "tokenizers", "rjieba"])
+        return self.source.parent / f"tokens-{job_key(settings, sha256(self.tokenizer), packages)}"
 
     def __call__(self) -> None:
         if self.folder.is_dir():
@@ -220,14 +219,8 @@ class EncodeJob:
             _write_counts(folder, counts)
 
 
-def remove_unfinished(folder: Path, pattern: str) -> None:
-    """Remove the temporary folders that were left by a process that was killed."""
-    for path in folder.glob(pattern):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system has no hard links."""
+    """Link a file; copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

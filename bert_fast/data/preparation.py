@@ -1,7 +1,7 @@
-"""Corpus to prepared folder, as a stream: cleaned text, vocabulary, tokens, shards; a part at a time.
+"""Prepares a corpus part by part: clean the text, train the vocabulary, tokenise, write shards.
 
-The memory that is needed does not grow with the corpus, but for a byte a document; to drop duplicates takes half a
-gigabyte more at most. Finished parts stay in a work folder until all is done, about as large as the text.
+Peak memory is independent of the size of the corpus, except for one byte per document; dropping duplicates takes up to
+half a gigabyte more. Finished parts, about as large as the text, stay in a work folder until the end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bert_fast import _io
 from bert_fast._progress import ProgressBar
 from bert_fast.data.builtin import DEFAULT_PACKAGES
 from bert_fast.data.cleaning import REASONS
@@ -34,12 +35,11 @@ from bert_fast.data.parts import (
     link_or_copy,
     read_counts,
     read_text,
-    remove_unfinished,
 )
 from bert_fast.data.prepare_config import PrepareConfig
 from bert_fast.data.remote import check_remote_free, upload
 from bert_fast.data.selection import heldout_threshold, select
-from bert_fast.data.shards import SPLITS, atomic_folder, check_free, write_manifest
+from bert_fast.data.shards import SPLITS, check_free, write_manifest
 from bert_fast.data.sources import plan_parts, versions
 from bert_fast.data.vocab import is_lowercase, load_wordpiece, save_tokenizer, train_vocab
 
@@ -51,17 +51,18 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What was prepared.
+    """The counts of a preparation.
 
     Attributes:
-        output: the folder.
-        read, kept: documents that were read, and those that are in the shards.
-        dropped: how many documents were left out, by reason, see `bert_fast.data.cleaning.REASONS`.
-        first_dropped: of each reason the first one: where it is, and what is wrong.
-        splits: documents, sentences and tokens of train and heldout.
-        vocab_size: tokens of the vocabulary.
-        unknown: tokens that are [UNK].
-        seconds: how long it took.
+        output: the prepared folder.
+        read: number of documents read.
+        kept: number of documents in the shards.
+        dropped: number of documents dropped, by reason, see `bert_fast.data.cleaning.REASONS`.
+        first_dropped: position and problem of the first document dropped for each reason.
+        splits: number of documents, sentences and tokens of `train` and `heldout`.
+        vocab_size: number of tokens of the vocabulary.
+        unknown: number of [UNK] tokens.
+        seconds: duration.
     """
 
     output: str
@@ -89,32 +90,37 @@ class PrepareReport:
 
 
 def prepare(config: PrepareConfig) -> PrepareReport:
-    """Read a corpus, train or take a vocabulary, and write tokenised shards; see `bert_fast.data.shards`.
+    """Read a corpus, train or load a vocabulary, and write tokenised shards; see `bert_fast.data.shards`.
 
-    The folder appears complete or not at all. The same corpus and settings give the same files, whatever the number of
-    workers, and whether or not the preparation was stopped in between: the same call goes on where it was.
+    The output folder is written atomically. The same corpus and settings give the same files for any number of workers;
+    calling `prepare` again after an interruption resumes with the finished parts.
+
+    Args:
+        config: see `PrepareConfig`.
 
     Returns:
-        Counts, which are printed too where `config.progress` is set; report.json in the folder has them as well.
+        The counts, which are also in report.json in the output folder and, if `config.progress` is True, printed.
 
     Raises:
-        ValueError: a source, the vocabulary or the output folder can't be used; it is named, with file and line.
-        ImportError: a package that a setting needs is not installed.
+        ValueError: `config` is invalid, a source, the vocabulary or the output can't be used (the message names it,
+            with file and line), no document is left, a worker died, or another preparation uses the same work folder.
+        ImportError: a package required by a setting is not installed.
     """
     begin = time.perf_counter()
-    config.__post_init__()  # again: a dataclass can be changed after it was made
+    config.__post_init__()  # again: its attributes may have changed
     remote = "://" in config.output
     output = Path(config.work or "") / "output" if remote else Path(config.output)
+    _io.recover(output.parent, exclusive=False)
     if remote:
         check_remote_free(config.output, config.overwrite)
     else:
         check_free(output, config.overwrite)
     tokenizer = load_wordpiece(config.vocab) if config.vocab else None
     if config.words == "rjieba":
-        importlib.import_module("rjieba")  # its absence is told now, not after the corpus was read
+        importlib.import_module("rjieba")  # fails now, not after the corpus is read
     parts = plan_parts(config)
     work = Path(config.work) if config.work else output.with_name(f".{output.name}.work")
-    with _working(work, output):
+    with _locked(work):
         cleaned = _clean([CleanJob(pieces, config, str(work)) for pieces in parts], config)
         keep, duplicates = select(cleaned, config.max_documents, drop_duplicates=config.drop_duplicates)
         threshold = heldout_threshold(cleaned, keep, config.heldout_fraction)
@@ -126,37 +132,36 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             for folder, mask in zip(cleaned, keep, strict=True)
         ]
         _run(encoded, "tokens", config)
-        if remote:
-            shutil.rmtree(output, ignore_errors=True)
-        with atomic_folder(output, overwrite=config.overwrite) as folder:
-            found = _assemble(folder, cleaned, [job.folder for job in encoded], vocabulary, duplicates, config)
+        if not remote:
+            check_free(output, config.overwrite)
+        with _io.atomic_folder(output, overwrite=True) as folder:
+            counts = _assemble(folder, cleaned, [job.folder for job in encoded], vocabulary, duplicates, config)
         if remote:
             upload(output, config.output)
     shutil.rmtree(work)
-    report = PrepareReport(**{**found, "seconds": time.perf_counter() - begin, "output": config.output})
+    report = PrepareReport(**{**counts, "seconds": time.perf_counter() - begin, "output": config.output})
     if config.progress:
         print(report)
     return report
 
 
 @contextmanager
-def _working(work: Path, output: Path) -> Iterator[None]:
-    """The work folder, locked: two preparations must not meet in it. What a killed one left half done is removed."""
+def _locked(work: Path) -> Iterator[None]:
+    """Lock the work folder against other preparations, and remove the unfinished folders of killed ones."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"another bert-fast prepare is at work in {work}; wait for it, or end it") from error
-        remove_unfinished(work, "*.tmp")
-        remove_unfinished(output.parent, f".{output.name}.*.tmp")
+            raise ValueError(f"another bert-fast prepare is using {work}; wait for it or stop it") from error
+        _io.recover(work)
         yield
 
 
 def _run(jobs: Sequence[Job], what: str, config: PrepareConfig, enough: int | None = None) -> int:
-    """Run jobs with a progress bar, and stop after so many documents of the first ones; how many jobs to go on with."""
+    """Run jobs with a progress bar until the first ones have `enough` documents; the number of these jobs."""
     done = [False] * len(jobs)
-    first = documents = 0  # all jobs before `first` are done, and have so many documents
+    first = documents = 0  # the jobs before `first` are done and have this number of documents
     running = run_jobs(jobs, workers=config.workers, engine=config.engine)
     with ProgressBar(len(jobs), description=what, unit=" parts", shown=config.progress) as bar:
         for number in running:
@@ -176,7 +181,7 @@ def _clean(jobs: list[CleanJob], config: PrepareConfig) -> list[Path]:
     """The finished folders of the cleaned parts.
 
     Raises:
-        ValueError: no document is left; why is in the message.
+        ValueError: no document is left; the message has the reasons.
     """
     used = _run(jobs, "text", config, config.max_documents)
     folders = [job.folder for job in jobs[:used]]
@@ -186,15 +191,15 @@ def _clean(jobs: list[CleanJob], config: PrepareConfig) -> list[Path]:
         dropped.update(count["dropped"])
     if read == dropped.total():
         first = {reason: where for count in reversed(counts) for reason, where in count["first_dropped"].items()}
-        why = "; ".join(f"{REASONS[reason]}, first {first[reason]}" for reason in dropped)
-        raise ValueError(f"the corpus has no documents of the {read} that were read ({why or 'are the files empty?'})")
+        reasons = "; ".join(f"{REASONS[reason]}, first {first[reason]}" for reason in dropped) or "are the files empty?"
+        raise ValueError(f"the corpus has no documents: {read} read and dropped ({reasons})")
     return folders
 
 
 def _vocabulary(
     work: Path, cleaned: list[Path], keep: list[Array], tokenizer: Tokenizer | None, config: PrepareConfig
 ) -> Path:
-    """The tokenizer.json: of the tokenizer that was given, or trained and kept in the work folder."""
+    """The tokenizer.json in the work folder, of `tokenizer`, or trained if it is None."""
     if tokenizer is not None:
         key = job_key("given", tokenizer.to_str())
     else:
@@ -216,7 +221,7 @@ def _vocabulary(
 
 
 class _Sample:
-    """The sentences that the vocabulary is trained on, as often as asked."""
+    """An iterable of the sentences to train the vocabulary on."""
 
     def __init__(self, cleaned: list[Path], keep: list[Array], config: PrepareConfig) -> None:
         self.parts = list(zip(cleaned, keep, strict=True))
@@ -236,7 +241,7 @@ class _Sample:
         digests = np.load(folder / "digests.npy")
         if self.share == 1.0:
             return np.ones(digests.size, dtype=bool)
-        # Other bits than those that choose the held-out documents: the digest times an odd number.
+        # Multiplied by an odd number, so that the choice is independent of that of the held-out documents.
         mixed = digests * np.uint64(0x9E3779B97F4A7C15)
         return np.asarray(mixed < np.uint64(round(self.share * 2**64)))
 
@@ -249,7 +254,7 @@ def _assemble(
     duplicates: int,
     config: PrepareConfig,
 ) -> dict[str, Any]:
-    """Put the prepared folder together from finished parts; what `PrepareReport` says."""
+    """Assemble the prepared folder from finished parts; returns the counts of `PrepareReport`."""
     tokenizer = load_wordpiece(vocabulary)
     save_tokenizer(tokenizer, folder)
     files: dict[str, Any] = {}
@@ -297,7 +302,7 @@ def _assemble(
 
 
 def _versions(config: PrepareConfig) -> dict[str, str]:
-    """Versions that the built-in corpus, the sentences and the tokens depend on."""
+    """The versions of the packages that determine the built-in corpus, the sentences and the tokens."""
     names = ["bert_fast", "tokenizers", "sentencex", *(["rjieba"] if config.words == "rjieba" else [])]
     if "builtin" in config.sources:
         names += DEFAULT_PACKAGES if config.packages is None else config.packages

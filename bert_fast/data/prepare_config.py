@@ -1,4 +1,4 @@
-"""What `bert-fast prepare` is told: one typed dataclass, checked once."""
+"""The settings of `bert-fast prepare`, one typed dataclass."""
 
 from __future__ import annotations
 
@@ -6,50 +6,54 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
-# Settings that say where and how the work is done, and change nothing in the files that come out.
+# Settings that do not affect the contents of the prepared files.
 _NOT_ABOUT_DATA = ("output", "workers", "engine", "work", "overwrite", "progress")
 
 
 @dataclass
 class PrepareConfig:
-    """What `bert-fast prepare` reads and writes.
+    """The settings of `bert-fast prepare`.
 
     Attributes:
-        output: the folder to make; also a URL that fsspec knows (s3://bucket/data), which needs `work`.
-        sources: `builtin` (English prose that Python installations have: the language reference and docstrings),
-            files, folders or patterns (`crawl/**/*.jsonl.gz`), URLs of them that fsspec knows, or `datasets:NAME` or
-            `datasets:NAME:CONFIGURATION`, which is streamed. Files end in .txt, .jsonl, .csv or .parquet, and all but
-            the last may end in .gz, .bz2, .xz or .zst besides.
-        packages: the packages whose docstrings `builtin` reads besides the standard library's; if null, torch, numpy,
-            sympy, networkx and mpmath where installed.
-        text_column: the column with the text in .jsonl, .csv, .parquet and datasets; guessed if null.
-        boundary: what ends a document in .txt: `blank_line`, `line` or `file`.
-        sentences: how a text becomes sentences. `lines`: a line is one. `split`: every line is split by sentencex.
-            `split_wrapped`: likewise, after the lines of a paragraph (up to a blank line) are joined. `auto`: `lines`
-            for .txt with the boundary `blank_line`, `split` for all else. A list of sentences is taken as it is.
-        language: for sentencex, a code such as en, de or zh.
-        words: what a whole word is, for masking. `pieces`: the pieces that the vocabulary joins by `##`. `spaces`: what
-            stands between spaces, for text that is segmented already. `rjieba`: Chinese words by rjieba.
-        max_documents: stop after so many documents.
-        min_characters: documents of fewer characters, white space aside, are dropped.
-        errors: whether rows and documents that can't be read are dropped and counted (`drop`) or end it all (`raise`).
-        drop_duplicates: keep only the first of documents that are equal but for case, white space and Unicode form.
+        output: the folder to write; or a URL supported by fsspec (s3://bucket/data), which requires `work`.
+        sources: `builtin` (English prose of this Python installation: the language reference and docstrings), files,
+            folders or patterns (`crawl/**/*.jsonl.gz`), URLs of these supported by fsspec, or `datasets:NAME` or
+            `datasets:NAME:CONFIGURATION`, which is streamed. Files end in .txt, .jsonl, .csv or .parquet; the first
+            three may be compressed: .gz, .bz2, .xz, .zst.
+        packages: the packages whose docstrings `builtin` reads in addition to the standard library; if null, torch,
+            numpy, sympy, networkx and mpmath if installed.
+        text_column: the text column of .jsonl, .csv, .parquet and datasets; inferred if null.
+        boundary: the end of a document in .txt: `blank_line`, `line` or `file`.
+        sentences: how text is split into sentences. `lines`: each line is a sentence. `split`: each line is split by
+            sentencex. `split_wrapped`: the lines of a paragraph (up to a blank line) are joined, then split. `auto`:
+            `lines` for .txt with the boundary `blank_line`, else `split`. A list of sentences is not split.
+        language: the language for sentencex, a code such as en, de or zh.
+        words: the words of whole-word masking. `pieces`: pieces that the vocabulary joins by `##`. `spaces`: text
+            between spaces, for text that is already segmented. `rjieba`: Chinese words, segmented by rjieba.
+        max_documents: maximum number of documents.
+        min_characters: documents with fewer characters, not counting white space, are dropped.
+        errors: rows and documents that can't be read are dropped and counted (`drop`), or raise an error (`raise`).
+        drop_duplicates: keep only the first of documents that are equal up to case, white space and Unicode form.
         vocab: a vocab.txt, a tokenizer.json or a folder with one, to use instead of training a vocabulary.
-        vocab_size: tokens of the vocabulary to train.
-        alphabet_size: the most different characters of the vocabulary to train; Chinese text has about 8000.
-        vocab_characters: the vocabulary is trained on about so many characters of a larger corpus, whole documents
-            that their hash chooses.
+        vocab_size: number of tokens of the vocabulary to train.
+        alphabet_size: maximum number of characters of the vocabulary to train; Chinese text has about 8000.
+        vocab_characters: the vocabulary is trained on documents with about this many characters in total, sampled by
+            their hash if the corpus is larger.
         lowercase: whether the vocabulary to train is lower-case, as bert-base-uncased.
-        heldout_fraction: share of the documents that are kept out of training, for evaluation; their hash chooses.
-        shard_tokens: tokens of a shard, after which the next one is begun.
-        part_bytes: input is worked on in parts of about so many bytes; a compressed file is never cut.
-        workers: processes, or parts at once on a Ray cluster; 0 takes one a core. The files that come out are the same
-            for any number.
-        engine: `processes` of this machine, or `ray`, the machines of a Ray cluster (`RAY_ADDRESS`), all of which see
-            the sources and the folder `work`.
-        work: a folder for finished parts, so that a preparation that was stopped goes on; beside `output` if null.
-        overwrite: replace an earlier prepared folder at `output`.
+        heldout_fraction: fraction of the documents held out for evaluation, sampled by their hash.
+        shard_tokens: number of tokens after which a shard is complete.
+        part_bytes: approximate size of the parts into which the input is cut; a compressed file is never cut.
+        workers: number of processes, or of concurrent parts on a Ray cluster; 0 means one per core. The output does not
+            depend on it.
+        engine: `processes` of this machine, or `ray`, a Ray cluster (`RAY_ADDRESS`) whose machines share the sources
+            and the folder `work`.
+        work: a folder for finished parts, from which an interrupted preparation resumes; if null, a hidden folder next
+            to `output`.
+        overwrite: replace an existing prepared folder at `output`.
         progress: whether to show a progress bar and print the report.
+
+    Raises:
+        ValueError: a value is out of range, or `output` is a URL and `work` is null.
     """
 
     output: str
@@ -97,9 +101,9 @@ class PrepareConfig:
             raise ValueError(f"language is {self.language!r}; expected a code such as 'en', 'de' or 'zh'")
         if "://" in self.output and self.work is None:
             raise ValueError(
-                f"output is the URL {self.output}: name a folder of this machine for unfinished parts, work"
+                f"output is the URL {self.output}, which requires work, a local folder for unfinished parts"
             )
 
     def about_data(self) -> dict[str, Any]:
-        """The settings on which the files depend."""
+        """The settings that determine the contents of the files."""
         return {name: value for name, value in asdict(self).items() if name not in _NOT_ABOUT_DATA}

@@ -1,18 +1,19 @@
-"""Prepared folders behind a URL, through fsspec: written with the manifest last, read through a checked local copy."""
+"""Prepared folders at a URL, through fsspec: written with the manifest last, read through a verified local copy."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
-import tempfile
 from pathlib import Path
 
+from bert_fast import _io
 from bert_fast.data.shards import MANIFEST, read_manifest, sha256, verify_files
 from bert_fast.data.sources import filesystem
 
 
 def check_remote_free(url: str, overwrite: bool) -> None:
-    """Raise ValueError unless a prepared folder may be written to `url`: nothing is there, or one to overwrite."""
+    """Raise ValueError unless `url` is absent, or a prepared folder that may be overwritten."""
     files, path = filesystem(url)
     if not files.exists(path) or not files.find(path):
         return
@@ -23,7 +24,7 @@ def check_remote_free(url: str, overwrite: bool) -> None:
 
 
 def upload(folder: Path, url: str) -> None:
-    """Copy a prepared folder to `url`; the manifest comes last, so that a half-written folder is none."""
+    """Copy a prepared folder to `url`, the manifest last: without it an incomplete folder is not a prepared one."""
     files, path = filesystem(url)
     if files.exists(path):
         if files.exists(f"{path}/{MANIFEST}"):
@@ -35,18 +36,22 @@ def upload(folder: Path, url: str) -> None:
 
 
 def local_folder(folder: str | Path, cache: str | Path | None = None) -> Path:
-    """A prepared folder on this machine: the folder itself, or the copy of a URL's in the cache.
+    """A local path of a prepared folder; a URL's files are downloaded into a cache, from which they are memory-mapped.
 
-    A file:// URL is no copy. Of other URLs, files that the cache lacks are fetched, each whole and with its SHA-256
-    checked, and memory-mapped from there; one process of a machine fetches, the others wait.
+    A file:// URL is read in place. Of other URLs only files missing from the cache are downloaded, and their SHA-256 is
+    verified; one process per machine downloads while the others wait.
 
     Args:
-        folder: a path, or a URL that fsspec knows.
-        cache: where copies are kept; $XDG_CACHE_HOME/bert_fast/data if None. The copy of a folder is named by the hash
-            of its manifest, so another content never meets an old copy.
+        folder: a path, or a URL supported by fsspec.
+        cache: the folder of the copies; $XDG_CACHE_HOME/bert_fast/data if None. A copy is named after the hash of its
+            manifest, so data prepared anew never mixes with an old copy.
+
+    Returns:
+        `folder` itself, the path of a file:// URL, or the copy in the cache.
 
     Raises:
-        ValueError: there is no prepared folder, or a file of it is missing, truncated or corrupt; it is named.
+        ValueError: there is no prepared folder, or one of its files is missing, truncated or corrupt (the message names
+            it), or fsspec does not support the URL.
     """
     url = str(folder)
     if "://" not in url:
@@ -57,40 +62,33 @@ def local_folder(folder: str | Path, cache: str | Path | None = None) -> Path:
     cache = (
         Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_fast/data"
     )
-    cache.mkdir(parents=True, exist_ok=True)
     try:
         manifest = files.cat_file(f"{path}/{MANIFEST}")
     except FileNotFoundError as error:
         raise ValueError(
             f"{url} is not a prepared data folder (no {MANIFEST}); make one with bert-fast prepare"
         ) from error
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        (Path(temporary) / MANIFEST).write_bytes(manifest)
-        target = cache / sha256(Path(temporary) / MANIFEST)[:32]
-    target.mkdir(exist_ok=True)
+    target = cache / hashlib.sha256(manifest).hexdigest()[:32]
+    target.mkdir(parents=True, exist_ok=True)
     with (target / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / MANIFEST).is_file():
-            _write(target / MANIFEST, manifest)
-        for name, entry in read_manifest(target)["files"].items():
-            if not (target / name).is_file() or (target / name).stat().st_size != entry["bytes"]:
-                (target / name).parent.mkdir(exist_ok=True)
-                part = target / f"{name}.part"
+            with _io.atomic_file(target / MANIFEST) as temporary:
+                temporary.write_bytes(manifest)
+        entries = read_manifest(target)["files"]
+        for parent in {(target / name).parent for name in entries}:
+            _io.recover(parent)
+        for name, entry in entries.items():
+            if (target / name).is_file() and (target / name).stat().st_size == entry["bytes"]:
+                continue
+            with _io.atomic_file(target / name) as temporary:
                 try:
-                    files.get_file(f"{path}/{name}", str(part))
+                    files.get_file(f"{path}/{name}", str(temporary))
                 except FileNotFoundError as error:
                     raise ValueError(f"{url}/{name} is missing; prepare the data again") from error
-                if part.stat().st_size != entry["bytes"] or sha256(part) != entry["sha256"]:
-                    part.unlink()
+                if temporary.stat().st_size != entry["bytes"] or sha256(temporary) != entry["sha256"]:
                     raise ValueError(
-                        f"{url}/{name} is corrupt (its size or SHA-256 is not the manifest's); prepare it again"
+                        f"{url}/{name} is corrupt (its size or SHA-256 differs from its manifest); prepare it again"
                     )
-                part.rename(target / name)
     verify_files(target)
     return target
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.rename(path)

@@ -1,4 +1,4 @@
-"""Which documents are kept, and which of them are held out: by the 64-bit hashes of all parts."""
+"""Selects the documents to keep and to hold out, by their 64-bit hashes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from bert_fast.data.host_numpy import Array
 
-_BUCKET = 2**23  # documents whose hashes are sorted at once, which takes about 50 bytes each
+_BUCKET = 2**23  # number of documents whose hashes are sorted at once; about 50 bytes each
 
 
 def _digests(folders: list[Path]) -> Iterator[Array]:
@@ -18,12 +18,12 @@ def _digests(folders: list[Path]) -> Iterator[Array]:
 
 
 def select(folders: list[Path], max_documents: int | None, *, drop_duplicates: bool) -> tuple[list[Array], int]:
-    """Which documents of each finished part are kept, bool (documents,) a part, and how many duplicates are not."""
+    """The documents to keep, bool (documents,) for each finished part, and the number of duplicates dropped."""
     keep = [np.ones(digests.size, dtype=bool) for digests in _digests(folders)]
-    left = sum(mask.size for mask in keep) if max_documents is None else max_documents
+    remaining = sum(mask.size for mask in keep) if max_documents is None else max_documents
     for mask in keep:
-        mask[left:] = False
-        left -= min(left, mask.size)
+        mask[remaining:] = False
+        remaining -= min(remaining, mask.size)
     before = sum(int(mask.sum()) for mask in keep)
     if drop_duplicates:
         _drop_later(folders, keep, max(1, -(-before // _BUCKET)))
@@ -31,15 +31,13 @@ def select(folders: list[Path], max_documents: int | None, *, drop_duplicates: b
 
 
 def _drop_later(folders: list[Path], keep: list[Array], buckets: int) -> None:
-    """Of the kept documents with the same hash keep the first; hashes are sorted by their remainders, one at a time."""
+    """Keep only the first document with a given hash; hashes are sorted in buckets, by remainder, to bound memory."""
     for bucket in range(buckets):
-        found, parts, rows = [], [], []
-        for number, of_part in enumerate(_digests(folders)):
-            chosen = np.flatnonzero(keep[number] & (of_part % np.uint64(buckets) == bucket))
-            found.append(of_part[chosen])
-            parts.append(np.full(chosen.size, number, dtype=np.int32))
-            rows.append(chosen.astype(np.int32))
-        digests, part, row = np.concatenate(found), np.concatenate(parts), np.concatenate(rows)
+        columns = []
+        for number, digests in enumerate(_digests(folders)):
+            rows = np.flatnonzero(keep[number] & (digests % np.uint64(buckets) == bucket))
+            columns.append((digests[rows], np.full(rows.size, number, dtype=np.int32), rows.astype(np.int32)))
+        digests, part, row = (np.concatenate(column) for column in zip(*columns, strict=True))
         later = np.ones(digests.size, dtype=bool)
         later[np.unique(digests, return_index=True)[1]] = False
         for number in np.unique(part[later]).tolist():
@@ -47,13 +45,13 @@ def _drop_later(folders: list[Path], keep: list[Array], buckets: int) -> None:
 
 
 def heldout_threshold(folders: list[Path], keep: list[Array], fraction: float) -> int:
-    """The largest hash of a held-out document, -1 for none: so copies of a document fall on the same side.
+    """The largest hash of a held-out document, -1 for none; copies of a document are in the same split.
 
-    The hashes are as good as uniform, so a share of them is a share of the documents; where that is too few, two are
-    held out, and two are left to train on.
+    Hashes are uniform, so a fraction of their range is that fraction of the documents. At least two different documents
+    are held out, and at least two are left for training.
 
     Raises:
-        ValueError: there are not four different documents.
+        ValueError: there are fewer than four different documents.
     """
     if fraction == 0.0:
         return -1
@@ -65,6 +63,6 @@ def heldout_threshold(folders: list[Path], keep: list[Array], fraction: float) -
     if low.size < 4:
         raise ValueError(
             f"the corpus has {low.size} different documents; expected at least 4, 2 for training and 2 "
-            "held out (or set heldout_fraction to 0); if a line is a document, set boundary=line"
+            "held out (or set heldout_fraction to 0); if each line is a document, set boundary=line"
         )
     return min(max(int(fraction * 2**64), int(low[1])), int(high[-3]))

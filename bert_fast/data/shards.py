@@ -1,25 +1,21 @@
-"""Tokenised shards on disk: written all or not at all, read through memory maps, checked against a manifest.
+"""Tokenised shards on disk: memory-mapped and verified against a manifest.
 
 A prepared folder:
 
-    manifest.json            schema version, counts, and size and sha256 of every other file
+    manifest.json            schema version, counts, and size and SHA-256 of every other file
     vocab.txt  tokenizer.json  tokenizer_config.json
-    train/00000.arrow ...    Arrow IPC files, one row a document:
-    heldout/00000.arrow ...      tokens         list<int32>  the token ids, no special tokens added; bit 30
-                                              is set where a token continues a word that
-                                              the pieces don't show (`prepare --words`)
-                                 sentence_ends  list<int32>  the position after each sentence; rising
+    train/00000.arrow ...    Arrow IPC files, one row per document:
+    heldout/00000.arrow ...      tokens         list<int32>  token ids without special tokens; bit 30 is set in a
+                                                             token that continues a word without being a `##`
+                                                             piece (`prepare --words`)
+                                 sentence_ends  list<int32>  the position after each sentence, increasing
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +27,7 @@ from bert_fast.data.host_numpy import CONTINUES, Array
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
+_COLUMNS = ("tokens", "sentence_ends")
 _ROWS_PER_BATCH = 4096
 _TOKENS_PER_BATCH = 2**22
 
@@ -42,18 +39,15 @@ def _schema() -> Any:
     return pa.schema(fields, metadata={"bert_fast.schema_version": str(SCHEMA_VERSION)})
 
 
-_COLUMNS = ("tokens", "sentence_ends")
-
-
 class ShardWriter:
-    """Writes documents into numbered shards of a folder; a context manager.
+    """Writes documents to numbered shards in a folder; a context manager.
 
     Args:
-        folder: where; it is made.
-        shard_tokens: a shard is closed when it has at least so many tokens.
+        folder: the folder to create.
+        shard_tokens: number of tokens after which a shard is complete.
 
     Attributes:
-        documents, sentences, tokens: counts of what was added.
+        documents, sentences, tokens: number of documents, sentences and tokens added.
     """
 
     def __init__(self, folder: Path, shard_tokens: int) -> None:
@@ -61,26 +55,26 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.documents = self.sentences = self.tokens = 0
         self._rows: tuple[list[Array], list[Array]] = ([], [])
-        self._waiting_tokens = self._written_tokens = self._shards = 0
+        self._pending_tokens = self._written_tokens = self._shards = 0
         self._file: Any = None
         folder.mkdir(parents=True)
 
     def add(self, tokens: Array, sentence_ends: Array) -> None:
-        """Add a document: its token ids and the position after each of its sentences, none of which is empty."""
+        """Add a document: its token ids, and the position after each of its sentences, which are not empty."""
         self._rows[0].append(tokens)
         self._rows[1].append(sentence_ends)
         self.documents += 1
         self.sentences += len(sentence_ends)
         self.tokens += len(tokens)
-        self._waiting_tokens += len(tokens)
-        full = self._written_tokens + self._waiting_tokens >= self.shard_tokens
-        if full or self._waiting_tokens >= _TOKENS_PER_BATCH or len(self._rows[0]) >= _ROWS_PER_BATCH:
+        self._pending_tokens += len(tokens)
+        full = self._written_tokens + self._pending_tokens >= self.shard_tokens
+        if full or self._pending_tokens >= _TOKENS_PER_BATCH or len(self._rows[0]) >= _ROWS_PER_BATCH:
             self._flush()
         if full:
             self._close()
 
     def counts(self) -> dict[str, int]:
-        """What the manifest says of a split."""
+        """The entry of a split in the manifest."""
         return {"documents": self.documents, "sentences": self.sentences, "tokens": self.tokens}
 
     def _flush(self) -> None:
@@ -97,8 +91,8 @@ class ShardWriter:
             values = np.concatenate(rows).astype(np.int32, copy=False)
             columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=field.type))
         self._file.write_batch(pa.record_batch(columns, schema=_schema()))
-        self._written_tokens += self._waiting_tokens
-        self._rows, self._waiting_tokens = ([], []), 0
+        self._written_tokens += self._pending_tokens
+        self._rows, self._pending_tokens = ([], []), 0
 
     def _close(self) -> None:
         if self._file is not None:
@@ -118,35 +112,8 @@ class ShardWriter:
         self._close()
 
 
-@contextmanager
-def atomic_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `folder` that becomes `folder` when the block ends well, and disappears when it fails.
-
-    Raises:
-        ValueError: `folder` is there and holds something, and `overwrite` is false; or it is no prepared folder.
-    """
-    check_free(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            fsync(path)
-        if folder.exists():
-            replaced = temporary.with_suffix(".old")
-            folder.rename(replaced)
-            temporary.rename(folder)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(folder)
-        fsync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError unless `folder` may be written: absent, empty, or a prepared one that may be overwritten."""
+    """Raise ValueError unless `folder` is absent, empty, or a prepared folder that may be overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / MANIFEST).is_file():
@@ -155,17 +122,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder} is a prepared data folder already; use it, or pass overwrite=true to replace it")
 
 
-def fsync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def file_entry(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file: its size and its SHA-256."""
+    """The entry of a file in the manifest: its size and SHA-256."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -181,7 +139,10 @@ def sha256(path: Path) -> str:
 def write_manifest(folder: Path, contents: dict[str, Any], known: dict[str, Any]) -> None:
     """Write `manifest.json`: `contents`, the schema version, and size and checksum of every file in the folder.
 
-    `known` has the sizes and checksums of some files already, by their names in the folder.
+    Args:
+        folder: the folder.
+        contents: further entries of the manifest.
+        known: file entries that need not be computed, by name.
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: known.get(name) or file_entry(folder / name) for name in names}
@@ -193,7 +154,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
-        ValueError: there is none, it is not JSON, or it has another schema version.
+        ValueError: there is no manifest, it is corrupt, or its schema version is not supported.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -209,7 +170,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def verify_files(folder: str | Path, names: list[str] | None = None, *, checksums: bool = False) -> None:
-    """Check files of a prepared folder against its manifest: that they exist, their sizes, and their checksums.
+    """Check that the files of a prepared folder exist and have the sizes in its manifest.
 
     Args:
         folder: the prepared folder.
@@ -217,7 +178,7 @@ def verify_files(folder: str | Path, names: list[str] | None = None, *, checksum
         checksums: also read the files and compare their SHA-256.
 
     Raises:
-        ValueError: a file is missing, truncated or corrupt; it is named.
+        ValueError: a file is missing, truncated or corrupt; the message names it.
     """
     files = read_manifest(folder)["files"]
     for name in files if names is None else names:
@@ -225,25 +186,28 @@ def verify_files(folder: str | Path, names: list[str] | None = None, *, checksum
         if not path.is_file():
             raise ValueError(f"{path} is missing; prepare the data again")
         if (size := path.stat().st_size) != expected["bytes"]:
-            raise ValueError(f"{path} has {size} bytes; its manifest says {expected['bytes']}: prepare the data again")
+            raise ValueError(
+                f"{path} has {size} bytes; expected {expected['bytes']}, as in its manifest: prepare the data again"
+            )
         if checksums and sha256(path) != expected["sha256"]:
-            raise ValueError(f"{path} is corrupt (its SHA-256 is not the manifest's); prepare the data again")
+            raise ValueError(f"{path} is corrupt (its SHA-256 differs from its manifest); prepare the data again")
 
 
 class TokenStore:
-    """The documents of one split, memory-mapped, addressed as one sequence of tokens.
+    """The documents of one split, memory-mapped and addressed as one sequence of tokens.
 
     Args:
         folder: a prepared folder.
         split: `train` or `heldout`.
-        checksums: verify the shards' checksums, not only their sizes.
+        checksums: verify the checksums of the shards in addition to their sizes.
 
     Attributes:
-        sentence_ends: int64 (sentences,), the position after each sentence among all tokens of the split.
-        document_sentences: int64 (documents + 1,), the first sentence of each document, and their number.
+        sentence_ends: int64 (sentences,), the position after each sentence in the sequence.
+        document_sentences: int64 (documents + 1,), the first sentence of each document, then the number of sentences.
 
     Raises:
-        ValueError: the folder or the split doesn't exist, or a shard is missing, truncated or corrupt; it is named.
+        ValueError: the folder or the split doesn't exist, or a shard is missing, truncated or corrupt; the message
+            names it.
     """
 
     def __init__(self, folder: str | Path, split: str, *, checksums: bool = True) -> None:
@@ -264,9 +228,9 @@ class TokenStore:
         self._starts = np.array(starts, dtype=np.int64)
         self.sentence_ends = np.concatenate(ends)
         self.document_sentences = np.cumsum(np.concatenate(counts))
-        found = {"documents": self.documents, "sentences": self.sentence_ends.size, "tokens": self.tokens}
-        if found != manifest["splits"][split]:
-            raise ValueError(f"{folder}, {split}: found {found}, its manifest says {manifest['splits'][split]}")
+        totals = {"documents": self.documents, "sentences": self.sentence_ends.size, "tokens": self.tokens}
+        if totals != (expected := manifest["splits"][split]):
+            raise ValueError(f"{folder}, {split} has {totals}; expected {expected}, as in its manifest")
 
     @property
     def documents(self) -> int:
@@ -277,9 +241,9 @@ class TokenStore:
         return int(self._starts[-1])
 
     def gather(self, starts: Array, lengths: Array) -> Array:
-        """The token ranges [start, start + length) one after the other, int32; each must lie in one document.
+        """The concatenated token ranges [start, start + length), int32; each must lie in one document.
 
-        Bit 30 (`CONTINUES`) of a token marks a word's continuation; the id is the rest.
+        Bit 30 (`CONTINUES`) marks a token that continues a word; the other bits are the id.
         """
         parts = np.searchsorted(self._starts, starts, side="right") - 1
         begins = starts - self._starts[parts]
@@ -289,7 +253,7 @@ class TokenStore:
 
 
 def _read_shard(path: Path, vocab_size: int) -> Iterator[tuple[Array, Array, Array]]:
-    """For each record batch: its tokens, the ends of its sentences among them, the number of sentences a document."""
+    """For each record batch: its tokens, the ends of its sentences, and the number of sentences of each document."""
     import pyarrow as pa
 
     try:
@@ -306,13 +270,13 @@ def _read_shard(path: Path, vocab_size: int) -> Iterator[tuple[Array, Array, Arr
         lengths, counts = (column.value_lengths().to_numpy().astype(np.int64) for column in batch.columns)
         lowest, highest = (int(tokens.min()), int((tokens & ~CONTINUES).max())) if tokens.size else (0, 0)
         if lowest < 0 or highest >= vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"{path} has token id {wrong}; expected 0 to {vocab_size - 1}: prepare the data again")
+            invalid = lowest if lowest < 0 else highest
+            raise ValueError(f"{path} has token id {invalid}; expected 0 to {vocab_size - 1}: prepare the data again")
         last = np.cumsum(counts) - 1
         if (counts < 1).any() or (ends[last] != lengths).any():
             raise ValueError(f"{path}: the sentences do not end where the document ends; prepare the data again")
         document_ends = np.cumsum(lengths)
         positions = ends + np.repeat(document_ends - lengths, counts)
         if (np.diff(positions, prepend=0) < 1).any():
-            raise ValueError(f"{path}: sentence_ends do not rise; prepare the data again")
+            raise ValueError(f"{path}: sentence_ends do not increase; prepare the data again")
         yield tokens, positions, counts

@@ -1,7 +1,6 @@
-"""Where the text lies: files, folders, patterns, URLs and data sets, cut into parts to work on one at a time.
+"""The sources of text: files, folders, patterns, URLs and datasets, cut into parts that are processed independently.
 
-The parts depend on the sources and on `part_bytes` alone, so that a corpus gives the same shards whatever the number of
-workers.
+The parts depend on the sources and on `part_bytes` only, so a corpus gives the same shards for any number of workers.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 @dataclass(frozen=True)
 class Piece:
-    """A file or a range of one: what a part is made of.
+    """A file, or a range of a file; one or more pieces form a part.
 
     Attributes:
-        kind: `builtin`, `datasets`, or the ending of the file without its compression.
-        name: the path or URL, or the name of the data set.
-        start, end: the range: bytes of .txt and .jsonl, row groups of .parquet, shards of a data set; end is -1 where
-            the piece is the whole.
-        state: what changes when the source does: size and time of a file, versions of packages.
+        kind: `builtin`, `datasets`, or the suffix of the file without that of its compression.
+        name: the path, the URL, or the name of the dataset.
+        start, end: the range: bytes of .txt and .jsonl, row groups of .parquet, shards of a dataset; end is -1 if the
+            piece is the entire file.
+        state: changes with the source: size and modification time of a file, versions of packages.
     """
 
     kind: str
@@ -46,7 +45,7 @@ class Piece:
 
 
 def endings(name: str) -> tuple[str, str]:
-    """The format and the compression of a file name, "" where it has none: (".txt", ".gz") of "notes.txt.gz"."""
+    """The suffixes of format and compression of a file name, "" if absent: (".txt", ".gz") for "notes.txt.gz"."""
     path = Path(name.lower())
     if path.suffix in COMPRESSIONS:
         return Path(path.stem).suffix, path.suffix
@@ -54,42 +53,43 @@ def endings(name: str) -> tuple[str, str]:
 
 
 def is_known(name: str) -> bool:
-    """Whether a file of this name can be read."""
+    """Whether the format of a file of this name is supported."""
     form, compression = endings(name)
     return form in FORMATS and not (form == ".parquet" and compression)
 
 
 def find_files(source: str) -> list[str]:
-    """The files that `source` names, sorted: a file, the known ones under a folder, or those that match a pattern.
+    """The files of `source`, sorted: a file, those below a folder with a supported format, or the matches of a pattern.
 
     Raises:
-        ValueError: there is nothing of that name, the folder has no file that can be read, or the ending is not known.
+        ValueError: `source` doesn't exist, has no file with a supported format, or matches a file with another format.
     """
     known = f"{', '.join(FORMATS)}, or one of these and {', '.join(COMPRESSIONS)}"
     if "://" in source:
-        found, several = _find_remote(source)
+        names, is_folder = _find_remote(source)
     elif (path := Path(source)).is_dir():
-        found, several = [str(file) for file in path.rglob("*") if file.is_file()], True
+        names, is_folder = [str(file) for file in path.rglob("*") if file.is_file()], True
     elif path.is_file():
-        found, several = [source], False
+        names, is_folder = [source], False
     elif glob.has_magic(source):
-        found, several = [name for name in glob.glob(source, recursive=True) if Path(name).is_file()], False
+        names, is_folder = [name for name in glob.glob(source, recursive=True) if Path(name).is_file()], False
     else:
         raise ValueError(
             f"source {source!r} is no file or folder; expected a path, a pattern, a URL, 'builtin' or 'datasets:NAME'"
         )
-    if not found:
+    if not names:
         raise ValueError(f"the source {source} has no file")
-    usable = sorted(name for name in found if is_known(name))
-    if several and not usable:
+    supported = sorted(name for name in names if is_known(name))
+    if is_folder and not supported:
         raise ValueError(f"the folder {source} has no file that ends in {known}")
-    if not several and (wrong := sorted(set(found) - set(usable))):
-        ending = "".join(endings(wrong[0])) or "nothing"
-        raise ValueError(f"{wrong[0]} ends in {ending!r}; expected one of {known}")
-    return usable
+    if not is_folder and (others := sorted(set(names) - set(supported))):
+        suffix = "".join(endings(others[0])) or "nothing"
+        raise ValueError(f"{others[0]} ends in {suffix!r}; expected one of {known}")
+    return supported
 
 
 def _find_remote(source: str) -> tuple[list[str], bool]:
+    """The files at a URL, and whether it is a folder."""
     files, path = filesystem(source)
     if files.isdir(path):
         return [files.unstrip_protocol(name) for name in files.find(path)], True
@@ -97,28 +97,28 @@ def _find_remote(source: str) -> tuple[list[str], bool]:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it.
+    """The fsspec file system of a URL, and the path in it.
 
     Raises:
-        ValueError: fsspec, or the package that knows this kind of URL, is not installed.
+        ValueError: fsspec, or the package for this protocol, is not installed.
     """
     try:
         import fsspec
 
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        files, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(
             f"{url} can't be opened: {error} (pip install 'bert_fast[data]', and s3fs, gcsfs, ...)"
         ) from error
-    return found
+    return files, path
 
 
 @contextlib.contextmanager
 def open_file(name: str) -> Iterator[IO[bytes]]:
-    """The bytes of a local file or a URL, decompressed by its ending.
+    """The bytes of a local file or a URL, decompressed according to its suffix.
 
     Raises:
-        ValueError: in the block, where the compressed bytes are broken or end too early; the file is named.
+        ValueError: in the block, if the compressed bytes are corrupt or truncated; the message names the file.
     """
     with contextlib.ExitStack() as stack:
         if "://" in name:
@@ -147,20 +147,20 @@ def _decompressed(raw: IO[bytes], compression: str) -> Any:
 
 
 def plan_parts(config: PrepareConfig) -> list[tuple[Piece, ...]]:
-    """The parts of all sources in their order: small files together, large ones cut where their format allows it.
+    """The parts of all sources, in order: small files are grouped, large ones cut if their format allows it.
 
     Raises:
-        ValueError: a source doesn't exist, or has a format that isn't known.
+        ValueError: a source doesn't exist, or its format is not supported.
     """
     parts: list[tuple[Piece, ...]] = []
-    waiting: list[Piece] = []
+    pending: list[Piece] = []
     size = 0
 
     def close() -> None:
-        nonlocal waiting, size
-        if waiting:
-            parts.append(tuple(waiting))
-        waiting, size = [], 0
+        nonlocal pending, size
+        if pending:
+            parts.append(tuple(pending))
+        pending, size = [], 0
 
     for source in config.sources:
         if source == "builtin" or source.startswith("datasets:"):
@@ -171,7 +171,7 @@ def plan_parts(config: PrepareConfig) -> list[tuple[Piece, ...]]:
             for piece, piece_bytes in _pieces(name, config):
                 if size and size + piece_bytes > config.part_bytes:
                     close()
-                waiting.append(piece)
+                pending.append(piece)
                 size += piece_bytes
     close()
     return parts
@@ -183,16 +183,16 @@ def _builtin(config: PrepareConfig) -> list[Piece]:
 
 
 def versions(names: tuple[str, ...] | list[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    found = {}
+    """The versions of the packages that are installed."""
+    installed = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def open_dataset(source: str) -> Any:
-    """The train split of `datasets:NAME` or `datasets:NAME:CONFIGURATION`, as a stream.
+    """The train split of `datasets:NAME` or `datasets:NAME:CONFIGURATION`, streamed.
 
     Raises:
         ValueError: the package `datasets` is not installed.
@@ -211,7 +211,7 @@ def _dataset(source: str) -> list[Piece]:
 
 
 def _pieces(name: str, config: PrepareConfig) -> Iterator[tuple[Piece, int]]:
-    """The pieces of one file and their bytes."""
+    """The pieces of one file, and their sizes in bytes."""
     form, compression = endings(name)
     if "://" in name:
         files, path = filesystem(name)
@@ -224,8 +224,8 @@ def _pieces(name: str, config: PrepareConfig) -> Iterator[tuple[Piece, int]]:
         for start, end, group_bytes in _row_groups(name, config.part_bytes):
             yield Piece(form, name, start, end, state), group_bytes
         return
-    whole = compression or form == ".csv" or (form == ".txt" and config.boundary == "file")
-    step = size if whole else config.part_bytes
+    indivisible = compression or form == ".csv" or (form == ".txt" and config.boundary == "file")
+    step = size if indivisible else config.part_bytes
     if size <= step:
         yield Piece(form, name, state=state), size
         return
@@ -247,10 +247,10 @@ def _row_groups(name: str, part_bytes: int) -> Iterator[tuple[int, int, int]]:
 
 @contextlib.contextmanager
 def open_parquet(name: str) -> Iterator[Any]:
-    """The parquet file of a path or URL.
+    """The Parquet file of a path or URL.
 
     Raises:
-        ValueError: it is not a parquet file, or broken; the file is named.
+        ValueError: it is not a Parquet file, or it is corrupt; the message names it.
     """
     import pyarrow
     import pyarrow.parquet

@@ -1,7 +1,7 @@
-"""The tokenizer of any checkpoint folder that `bert_fast.models` reads.
+"""Loads the tokenizer of a checkpoint of `bert_fast.models`.
 
-WordPiece (BERT, DistilBERT, ELECTRA), byte-level BPE (RoBERTa) and Unigram (XLM-RoBERTa, CamemBERT) come from
-`tokenizer.json`; WordPiece from `vocab.txt` too. The other formats are older, and transformers converts them.
+WordPiece (BERT, DistilBERT, ELECTRA), byte-level BPE (RoBERTa) and Unigram (XLM-RoBERTa, CamemBERT) are read from
+`tokenizer.json`, WordPiece also from `vocab.txt`. Older formats are converted by transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bert_fast.data.vocab import load_wordpiece
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# What a folder may have of a tokenizer, and a model folder made from it needs.
+# The files of a tokenizer, to be copied with the model.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,13 +38,16 @@ _MASKS = ("[MASK]", "<mask>")
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a checkpoint from a folder, a `tokenizer.json` or a `vocab.txt`.
 
-    Of a folder `tokenizer.json` is read where there is one, else `vocab.txt`, else `vocab.json` with `merges.txt` or
-    `sentencepiece.bpe.model`, which transformers converts (extra `tokenizers`).
+    Args:
+        path: a file, or a folder with `tokenizer.json`, else `vocab.txt`, else `vocab.json` and `merges.txt`, else
+            `sentencepiece.bpe.model`. The last two are converted by transformers (extra `tokenizers`).
+
+    Returns:
+        The tokenizer, without padding and truncation.
 
     Raises:
-        ValueError: there is no such file, it can't be read, or it puts no special tokens around a text; the message
-            says what is wrong with it.
-        ImportError: a package that converts an older format is not installed.
+        ValueError: there is no such file, it can't be read, or it adds no special tokens to a text.
+        ImportError: a package required to convert an older format is not installed.
     """
     from tokenizers import Tokenizer
 
@@ -66,7 +69,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _kind(file: Path) -> str:
-    """The type of model in a `tokenizer.json`; "" where it says none."""
+    """The type of model in a `tokenizer.json`, "" if it is not specified."""
     try:
         model = json.loads(file.read_text(encoding="utf-8"))["model"]
         return str(model.get("type", "WordPiece" if "continuing_subword_prefix" in model else ""))
@@ -77,7 +80,7 @@ def _kind(file: Path) -> str:
 def _checked(where: Path, tokenizer: Tokenizer) -> Tokenizer:
     if tokenizer.num_special_tokens_to_add(False) < 2 or tokenizer.num_special_tokens_to_add(True) < 3:
         raise ValueError(
-            f"{where}: the tokenizer puts no special tokens around a text; expected a post_processor that does, as in "
+            f"{where}: the tokenizer adds no special tokens; expected a post_processor that does, as in "
             "[CLS] text [SEP] or <s> text </s>"
         )
     tokenizer.no_padding()
@@ -106,14 +109,14 @@ def _converted(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        found: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
     except Exception as error:  # of any kind, from three libraries
         raise ValueError(f"{folder}: {shown} can't be read ({error})") from error
-    return found
+    return tokenizer
 
 
 def mask_token(tokenizer: Tokenizer) -> str:
-    """The token that stands for a masked one.
+    """The mask token.
 
     Raises:
         ValueError: the tokenizer has none.

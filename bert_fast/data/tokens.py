@@ -1,7 +1,7 @@
-"""Documents to token ids, and the marks of whole words that the pieces themselves don't show.
+"""Tokenises documents, and marks words that `##` pieces don't show.
 
-A token of a shard is its id, and bit 30 is set where it continues the word of the token before it: a Chinese word's
-characters, or the pieces of a word of segmented text. `##` pieces need no mark, the vocabulary has it.
+A token of a shard is its id, with bit 30 set if it continues the word of the token before it: the characters of a
+Chinese word, or the pieces of a word of segmented text. `##` pieces are not marked, the vocabulary shows them.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from bert_fast.data.cleaning import Document
 from bert_fast.data.host_numpy import CONTINUES, Array
 from bert_fast.data.vocab import load_wordpiece
 
-_SENTENCES_AT_ONCE = 4096
+_SENTENCES_PER_BATCH = 4096
 
 
 class Encoder:
-    """Turns documents into tokens.
+    """Tokenises documents.
 
     Args:
-        tokenizer: the tokenizer.json.
+        tokenizer: path of the tokenizer.json.
         words: `pieces`, `spaces` or `rjieba`, see `PrepareConfig`.
 
     Attributes:
-        unknown: how many tokens were [UNK] so far.
+        unknown: number of [UNK] tokens so far.
 
     Raises:
-        ImportError: `words` is `rjieba`, which is not installed.
+        ImportError: `words` is `rjieba`, and rjieba is not installed.
     """
 
     def __init__(self, tokenizer: Path, words: str) -> None:
         self._tokenizer = load_wordpiece(tokenizer)
-        self._tokenizer.encode_special_tokens = True  # "[SEP]" in a text is six letters and brackets, no separator
+        self._tokenizer.encode_special_tokens = True  # "[SEP]" in a text is not a separator
         self._unknown = self._tokenizer.token_to_id("[UNK]")
         self._words = words
         self._cut: Any = None
@@ -47,21 +47,21 @@ class Encoder:
         self.unknown = 0
 
     def encode(self, documents: Iterable[Document]) -> Iterator[tuple[Array, Array]]:
-        """For each document its tokens, int32 (T,), and the position after each of its sentences, int32."""
+        """For each document the tokens, int32 (T,), and the position after each sentence, int32 (sentences,)."""
         documents = list(documents)
         encoded = self._sentences(sentence for document in documents for sentence in document)
         for document in documents:
-            # White space and control characters may leave nothing of a sentence.
+            # A sentence of white space and control characters has no tokens.
             tokens = [ids for ids in islice(encoded, len(document)) if ids.size]
             ends = np.cumsum([ids.size for ids in tokens], dtype=np.int32)
             yield np.concatenate([np.empty(0, dtype=np.int32), *tokens]), ends
 
     def _sentences(self, sentences: Iterable[str]) -> Iterator[Array]:
         sentences = iter(sentences)
-        # encode_batch_fast leaves out the offsets, which only words need.
+        # encode_batch_fast computes no offsets, which are needed for words only.
         encode = self._tokenizer.encode_batch_fast if self._words == "pieces" else self._tokenizer.encode_batch
-        while several := list(islice(sentences, _SENTENCES_AT_ONCE)):
-            for sentence, encoding in zip(several, encode(several, add_special_tokens=False), strict=True):
+        while batch := list(islice(sentences, _SENTENCES_PER_BATCH)):
+            for sentence, encoding in zip(batch, encode(batch, add_special_tokens=False), strict=True):
                 tokens = np.array(encoding.ids, dtype=np.int32)
                 self.unknown += int(np.count_nonzero(tokens == self._unknown))
                 if self._words != "pieces" and tokens.size > 1:
@@ -71,7 +71,7 @@ class Encoder:
                 yield tokens
 
     def _word_numbers(self, sentence: str) -> Array:
-        """The number of the word that each character is in, int64 (characters,)."""
+        """The index of the word of each character, int64 (characters,)."""
         if self._words == "spaces":
             return np.cumsum([character == " " for character in sentence])
         lengths = [len(word) for word in self._cut(sentence)]

@@ -1,6 +1,6 @@
-"""BERT's WordPiece vocabulary: train one or take one, and load the tokenizer of a folder.
+"""BERT's WordPiece vocabulary: training, loading and saving.
 
-A folder has `vocab.txt`, `tokenizer.json` and `tokenizer_config.json`, which transformers' AutoTokenizer reads too.
+A folder has `vocab.txt`, `tokenizer.json` and `tokenizer_config.json`, which AutoTokenizer of transformers also reads.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def train_vocab(
     sentences: Iterable[str], *, vocab_size: int = 8192, lowercase: bool = True, alphabet_size: int = 1000
 ) -> Tokenizer:
-    """Train a WordPiece vocabulary; the same sentences give the same vocabulary.
+    """Train a WordPiece vocabulary, deterministically.
 
     Args:
-        sentences: the text; it is read twice.
-        vocab_size: tokens, counting the special ones, which have the ids 0 to 4; fewer where the text has no more.
-        lowercase: lower-case the text and strip its accents first, as bert-base-uncased does.
-        alphabet_size: the most different characters; rarer ones are unknown. Chinese text has about 8000.
+        sentences: the text; iterated over twice.
+        vocab_size: maximum number of tokens, including the special ones, whose ids are 0 to 4.
+        lowercase: lower-case the text and strip accents first, as bert-base-uncased does.
+        alphabet_size: maximum number of characters; rarer ones become [UNK]. Chinese text has about 8000.
+
+    Returns:
+        The tokenizer.
 
     Raises:
-        ValueError: `vocab_size` is too small for the text's alphabet.
+        ValueError: `vocab_size` is too small for the alphabet of the text.
     """
     from tokenizers import trainers
 
@@ -43,9 +46,9 @@ def train_vocab(
         counts.update(tokenizer.normalizer.normalize_str(sentence))
     counts = Counter({character: count for character, count in counts.items() if not character.isspace()})
     alphabet = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:alphabet_size])
-    # The trainer numbers letters in the order of a hash map, and breaks ties by number: given as special tokens, they
-    # are numbered in the order given, and training is deterministic.
-    # The normalizer puts spaces around a Chinese character: it continues nothing.
+    # The trainer numbers characters in the order of a hash map, and breaks ties by number. Passed as special tokens,
+    # they are numbered in the order passed, which makes training deterministic.
+    # The normalizer puts spaces around a Chinese character, so it never continues a word.
     inner = [character for character in alphabet if " " not in tokenizer.normalizer.normalize_str(character)]
     letters = [*alphabet, *(f"##{character}" for character in inner)]
     if vocab_size < len(SPECIAL_TOKENS) + len(letters):
@@ -69,11 +72,10 @@ def train_vocab(
 def load_wordpiece(path: str | Path) -> Tokenizer:
     """Load a BERT tokenizer from a folder, a `tokenizer.json` or a `vocab.txt`.
 
-    A `vocab.txt` is lower-casing unless a `tokenizer_config.json` beside it says `"do_lower_case": false`.
+    A `vocab.txt` is lower-case unless `tokenizer_config.json` in the same folder has `"do_lower_case": false`.
 
     Raises:
-        ValueError: there is no such file, it can't be read, or it is not BERT's WordPiece; the message says what is
-            wrong with it.
+        ValueError: there is no such file, it can't be read, or it is not BERT's WordPiece.
     """
     from tokenizers import Tokenizer
 
@@ -106,7 +108,7 @@ def _from_vocab_txt(file: Path) -> Tokenizer:
     for number, line in enumerate(lines):
         token = line.removesuffix("\r")
         if token in vocab:
-            raise ValueError(f"{file}, line {number + 1}: {token!r} again; it is line {vocab[token] + 1} already")
+            raise ValueError(f"{file}, line {number + 1}: {token!r} repeats line {vocab[token] + 1}")
         vocab[token] = number
     _check_special(file, vocab)
     lowercase = True
@@ -143,7 +145,7 @@ def _bert_tokenizer(vocab: dict[str, int], lowercase: bool) -> Tokenizer:
 
 
 def is_lowercase(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer lower-cases its text."""
+    """Whether a tokenizer lower-cases text."""
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
     return bool(normalizer.get("lowercase") or normalizer.get("type") == "Lowercase")
 
@@ -166,7 +168,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_length
 
 
 def token_kinds(tokenizer: Tokenizer) -> Array:
-    """For each id whether it is a `##` continuation or special, uint8 (V,), as `host_numpy.Masking` wants it."""
+    """`kinds` of `host_numpy.Masking`: whether each id is a `##` continuation or a special token, uint8 (V,)."""
     kinds = np.zeros(tokenizer.get_vocab_size(), dtype=np.uint8)
     for token, number in tokenizer.get_vocab().items():
         if token.startswith("##") and len(token) > 2:

@@ -38,7 +38,7 @@ Masking read_masking(const py::object& object, const py::array& kinds, const py:
   const auto table = view<uint8_t>(kinds, "masking.kinds");
   const auto random_ids = view<int32_t>(replacements, "masking.replacements");
   if (random_ids.size == 0) {
-    throw py::value_error("masking.replacements is empty; expected the ids that a random replacement may take");
+    throw py::value_error("masking.replacements is empty; expected the ids of random replacements");
   }
   for (int64_t i = 0; i < random_ids.size; ++i) {
     if (random_ids[i] < 0 || random_ids[i] >= table.size) {
@@ -50,7 +50,7 @@ Masking read_masking(const py::object& object, const py::array& kinds, const py:
   for (int64_t i = 0; i < spans.size; ++i) {
     if (spans[i] < (i == 0 ? 0 : spans[i - 1]) || spans[i] > one) {
       throw py::value_error("masking.span_thresholds element " + std::to_string(i) + " is " + std::to_string(spans[i]) +
-                            "; expected 0 to 4294967296, and none below the one before");
+                            "; expected 0 to 4294967296 in non-decreasing order");
     }
   }
   const int64_t masked = integer(object, "mask_threshold", 0, one);

@@ -5,7 +5,7 @@
 PYBIND11_MODULE(_host, module) {
   namespace host = bert_fast::host;
   using namespace pybind11::literals;
-  module.doc() = "Planning, packing and masking of training examples; see bert_fast.data.host.";
+  module.doc() = "Planning, packing and masking of training examples; see bert_fast.data.host_numpy.";
   module.def("plan", &host::plan, "unit_ends"_a, "document_units"_a, "key"_a, "max_tokens"_a, "short_threshold"_a,
              "pairs"_a);
   module.def("pack", &host::pack, "lengths"_a, "token_budget"_a);

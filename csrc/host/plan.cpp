@@ -144,7 +144,7 @@ void check(View<int64_t> ends, View<int64_t> documents, int64_t max_tokens, int6
   }
   for (int64_t i = 1; i < documents.size; ++i) {
     if (documents[i] <= documents[i - 1]) {
-      throw py::value_error("document_units does not rise at element " + std::to_string(i));
+      throw py::value_error("document_units does not increase at element " + std::to_string(i));
     }
   }
   const int64_t limit = pairs ? max_tokens / 2 : max_tokens;

@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from bert_fast._io import write_json
 from bert_fast.kernels._common import extensions
 
 RECORDED = ("triton", "cuda")  # the implementations that need a record; tests cover the others wherever they run
@@ -102,10 +103,7 @@ def write(
         impls.pop(impl, None)
         if cases is not None:
             impls[impl] = {"sources": sources_hash(op, impl), **about, "cases": cases}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_json(path, record, sort_keys=True)
     return path
 
 

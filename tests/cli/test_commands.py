@@ -1,4 +1,4 @@
-"""The commands from text to vectors, on a tiny corpus, and info and verify."""
+"""The commands from prepare to embed on a tiny corpus, info and verify."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, text_file: Path, tiny_config: Path) -> Path:
-    """prepare and pretrain on the command line: the folder of the final model."""
+    """The folder of the final model of `prepare` and `pretrain`."""
     base = tmp_path_factory.mktemp("cli")
     data, run = base / "data", base / "run"
     prepared = [
@@ -60,20 +60,20 @@ def test_pretrain_again_finds_the_run_finished(
     assert (run / "log.jsonl").read_text() == before
 
 
-def test_fill_mask_prints_the_likeliest_tokens(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fill_mask_prints_the_most_probable_tokens(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "the small [MASK] sings near the [MASK]."
     assert main(["fill-mask", str(trained), text, "--top_k", "4", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["text"] == text
-    assert [len(choices) for choices in found["masks"]] == [4, 4]
-    for choices in found["masks"]:
+    prediction = json.loads(capsys.readouterr().out)
+    assert prediction["text"] == text
+    assert [len(choices) for choices in prediction["masks"]] == [4, 4]
+    for choices in prediction["masks"]:
         probabilities = [choice["probability"] for choice in choices]
         assert probabilities == sorted(probabilities, reverse=True)
         assert 0 < sum(probabilities) <= 1.0001
     assert main(["fill-mask", str(trained), text]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == text
-    assert printed[1].startswith(f"  1: {found['masks'][0][0]['token']} ")
+    assert printed[1].startswith(f"  1: {prediction['masks'][0][0]['token']} ")
     assert main(["fill-mask", str(trained), "no mask here"]) == 2
     assert "no [MASK] in 'no mask here'" in capsys.readouterr().err
 
@@ -121,26 +121,26 @@ def test_embed_writes_every_format_alike(
     import pyarrow.parquet as pq
 
     texts = ["the cat sleeps.", "the grün bird"]
-    found = {}
+    vectors = {}
     for suffix in ("npy", "jsonl", "parquet"):
         path = tmp_path / f"vectors.{suffix}"
         assert main(["embed", str(trained), *texts, "--normalize", "--output", str(path)]) == 0
         if suffix == "npy":
-            found[suffix] = np.load(path).tolist()
+            vectors[suffix] = np.load(path).tolist()
         elif suffix == "jsonl":
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             assert [line["text"] for line in lines] == texts
-            found[suffix] = [line["embedding"] for line in lines]
+            vectors[suffix] = [line["embedding"] for line in lines]
         else:
             table = pq.read_table(path).to_pydict()
             assert table["text"] == texts
-            found[suffix] = table["embedding"]
-    assert found["npy"] == found["jsonl"] == found["parquet"]
-    assert np.linalg.norm(found["npy"], axis=1) == pytest.approx([1.0, 1.0], rel=1e-6)
+            vectors[suffix] = table["embedding"]
+    assert vectors["npy"] == vectors["jsonl"] == vectors["parquet"]
+    assert np.linalg.norm(vectors["npy"], axis=1) == pytest.approx([1.0, 1.0], rel=1e-6)
     capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts) + "\n"))
     assert main(["embed", str(trained), "--normalize"]) == 0
-    assert [json.loads(line)["embedding"] for line in capsys.readouterr().out.splitlines()] == found["npy"]
+    assert [json.loads(line)["embedding"] for line in capsys.readouterr().out.splitlines()] == vectors["npy"]
 
 
 def test_embed_cuts_long_texts_and_checks_the_limit(
@@ -161,41 +161,39 @@ def test_info_names_every_implementation_and_reason(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert f"torch            {torch.__version__}" in printed
     assert main(["info", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["machine"]["threads"] == torch.get_num_threads()
+    report = json.loads(capsys.readouterr().out)
+    assert report["machine"]["threads"] == torch.get_num_threads()
     for op, impls in kernels.available_impls().items():
         for impl, state in impls.items():
-            assert found["operations"][op][impl]["reason"] == state.reason
+            assert report["operations"][op][impl]["reason"] == state.reason
             assert state.ok or state.reason in printed
-        assert sum(state["chosen"] for state in found["operations"][op].values()) == 1
+        assert sum(state["chosen"] for state in report["operations"][op].values()) == 1
 
 
 def test_verify_covers_every_op_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(CASES) == sorted(OPS)
-    # In the interpreter the same cases are kernels/test_triton.py's; in the emulator they would take minutes.
-    asked = [impl for impl in ("reference", "triton", "cuda", "cpu") if not simulated(impl)]
-    assert main(["verify", "--impls", f"[{','.join(asked)}]"]) == 0
+    # tests/kernels runs the same cases in the Triton interpreter and the emulator, where they would take minutes here.
+    requested = [impl for impl in ("reference", "triton", "cuda", "cpu") if not simulated(impl)]
+    assert main(["verify", "--impls", f"[{','.join(requested)}]"]) == 0
     printed = capsys.readouterr().out
     for op, impls in kernels.available_impls().items():
         for impl, state in impls.items():
             rows = [line for line in printed.splitlines() if line.startswith(f"{op:<21} {impl:<10}")]
-            assert bool(rows) == (state.ok and impl in asked)
+            assert bool(rows) == (state.ok and impl in requested)
             assert all(line.endswith("  ok") for line in rows)
             dtypes = OPS[op].impls[impl].dtypes or (torch.float32, torch.bfloat16, torch.float16)
             tested = {str(dtype).removeprefix("torch.") for dtype in dtypes} - {"float64"}
             assert not rows or {line.split()[3] for line in rows} == tested
 
 
-def test_verify_fails_where_a_kernel_is_wrong(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_fails_if_a_kernel_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["bias_gelu"]
-    right = op.impls["reference"].call
+    reference = op.impls["reference"].call
 
     def raises(*_: object) -> torch.Tensor:
         raise RuntimeError("out of registers")
 
-    monkeypatch.setitem(op.impls, "triton", Implementation(lambda *inputs: right(*inputs) * 1.001, None, None))
+    monkeypatch.setitem(op.impls, "triton", Implementation(lambda *inputs: reference(*inputs) * 1.001, None, None))
     monkeypatch.setitem(op.impls, "cuda", Implementation(raises, None, None))
     assert main(["verify", "--ops", "[bias_gelu]"]) == 1
     captured = capsys.readouterr()

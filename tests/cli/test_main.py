@@ -1,4 +1,4 @@
-"""The command line itself: quick, one line an error, recipes, --print_config."""
+"""The command line: fast help, one-line errors, recipes, --print_config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_is_fast_and_imports_no_torch() -> None:
     code = "import sys; from bert_fast.cli.main import main; main(['--help']); print('torch' in sys.modules)"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -33,13 +33,13 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_lists_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     assert f"usage: bert-fast {command}" in capsys.readouterr().out
 
 
-def test_without_a_command_the_overview_and_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_command_the_overview_is_printed_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "usage: bert-fast COMMAND" in capsys.readouterr().out
     assert main(["--version"]) == 0
@@ -58,6 +58,7 @@ def test_without_a_command_the_overview_and_a_failure(capsys: pytest.CaptureFixt
         ),
         (["pretrain", "--config", "absent.yaml"], "absent.yaml"),
         (["pretrain", "--recipe", "absent"], "--recipe is 'absent'; expected one of"),
+        (["pretrain", "--recipe"], "--recipe is ''; expected one of"),
         (["pretrain", "--learning_rate", "1"], "learning_rate"),
         (
             ["finetune", "classification", "--model", "m", "--output_dir", "o", "--data.train", "t"],
@@ -122,9 +123,9 @@ def test_a_missing_package_is_named_with_the_extra(
 
 
 def test_print_config_round_trips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--output_dir", "out", "--data.folder", "d", "--steps", "7", "--optimizer.betas", "[0.8,0.9]"]
+    arguments = ["--output_dir", "out", "--data.folder", "d", "--steps", "7", "--optimizer.betas", "[0.8,0.9]"]
     with pytest.raises(SystemExit, match="0"):
-        main(["pretrain", *given, "--optimizer.lr", "3e-4", "--print_config"])
+        main(["pretrain", *arguments, "--optimizer.lr", "3e-4", "--print_config"])
     printed = capsys.readouterr().out
     values = yaml.safe_load(printed)
     assert (values["steps"], values["optimizer"]["lr"], values["optimizer"]["betas"]) == (7, 3e-4, [0.8, 0.9])

@@ -1,4 +1,4 @@
-"""A tiny corpus for the tests of the data side."""
+"""A tiny corpus for the tests of bert_fast.data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 from bert_fast.data import PrepareConfig, prepare
 
-# A machine with a GPU has no network: what it lacks can't be installed, and its tests can't run.
-_NEEDED = {"sentencex": ["cleaning", "files", "preparation"], "rjieba": ["words", "real_chinese"], "ray": ["ray"]}
+# GPU machines have no network, so missing packages can't be installed and their tests can't run.
+_REQUIRED = {"sentencex": ["cleaning", "files", "preparation"], "rjieba": ["words", "real_chinese"], "ray": ["ray"]}
 collect_ignore = [
     f"test_{name}.py"
-    for package, names in _NEEDED.items()
+    for package, names in _REQUIRED.items()
     for name in names
     if torch.cuda.is_available() and importlib.util.find_spec(package) is None
 ]
@@ -24,7 +24,7 @@ SYLLABLES = [consonant + vowel for consonant in "bdklmrst" for vowel in "aeio"]
 
 
 def make_documents(count: int = 80, seed: int = 0) -> list[list[str]]:
-    """Documents of 1 to 12 sentences of 1 to 40 words; some words are rare, so that they take several pieces."""
+    """Documents of 1 to 12 sentences of 1 to 40 words; some words are rare and have several pieces."""
     generator = random.Random(seed)
     common = ["".join(generator.choices(SYLLABLES, k=generator.randint(1, 3))) for _ in range(150)]
 
@@ -40,7 +40,7 @@ def make_documents(count: int = 80, seed: int = 0) -> list[list[str]]:
 
 @pytest.fixture(scope="session")
 def documents() -> Callable[..., list[list[str]]]:
-    """`make_documents`, for tests that want others than those of `text_file`."""
+    """`make_documents`, for tests with documents other than those of `text_file`."""
     return make_documents
 
 
@@ -53,7 +53,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(text_file: Path) -> Path:
-    """A prepared folder of several shards and record batches; tests must not change it."""
+    """A prepared folder with several shards and record batches; tests must not modify it."""
     folder = text_file.parent / "prepared"
     prepare(
         PrepareConfig(

@@ -1,4 +1,4 @@
-"""Sentences of raw text, and what makes two documents equal."""
+"""Sentences of raw text, and equality of documents."""
 
 from __future__ import annotations
 

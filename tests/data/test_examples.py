@@ -1,4 +1,4 @@
-"""Training examples: what they are made of, masking, packing; and that (seed, epoch, index) alone decides them."""
+"""Training examples: contents, masking, packing, and that they are a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def original(data: PretrainingData, example: Example) -> np.ndarray:
 
 
 def within_five_sigma(count: int, trials: int, probability: float) -> bool:
-    # Five standard deviations of a binomial: wrong once in 1.7 million for one seed, and the seed is fixed.
+    # Five standard deviations of a binomial: exceeded with probability 6e-7, and the seed is fixed.
     return abs(count - trials * probability) <= 5 * math.sqrt(trials * probability * (1 - probability))
 
 
@@ -110,9 +110,9 @@ def test_whole_words_are_masked_together_up_to_15_percent(prepared, data, exampl
             assert budget < shortest == masked, "over the budget only if no word fits, and then by one shortest word"
         elif masked < budget:
             left = [len(word) for word, taken in zip(words, chosen, strict=True) if not taken[0]]
-            assert not left or min(left) > budget - masked, "a word that still fits was left out"
+            assert not left or min(left) > budget - masked, "a word that fits is not masked"
             partly_filled += 1
-    assert pieces > 100, "the corpus has too few words of several pieces to show anything"
+    assert pieces > 100, "the corpus has too few words of several pieces"
     assert partly_filled < len(examples) / 4
 
 
@@ -133,17 +133,17 @@ def test_80_10_10(examples):
     changed = inputs[(inputs != 4) & (inputs != labels)]
     assert labels.size > 5000
     assert within_five_sigma(masked, labels.size, 0.8)
-    # A random token is the true one once in V - 5 times.
+    # A random token equals the original with probability 1 / (V - 5).
     assert within_five_sigma(kept, labels.size, 0.1 + 0.1 / (vocab - special))
     assert changed.min() >= special
-    # Uniform over the vocabulary: each quarter of it gets a quarter.
+    # Uniform over the vocabulary: a quarter in each quarter of it.
     for quarter in range(4):
         low, high = special + quarter * 395 / 4, special + (quarter + 1) * 395 / 4
         assert within_five_sigma(((changed >= low) & (changed < high)).sum(), changed.size, 0.25 + 1 / 395)
 
 
 def test_every_token_is_masked_about_as_often(data, prepared):
-    """Over many epochs each position of a document is predicted: none is out of reach of the masking."""
+    """Over many epochs each position of a document is predicted."""
     data = open_data(prepared, split="heldout", mask_prob=0.3)
     predicted = np.zeros(data.tokens, dtype=np.int64)
     for epoch in range(40):
@@ -151,7 +151,7 @@ def test_every_token_is_masked_about_as_often(data, prepared):
             example = data.example(epoch, i)
             chosen = example.labels != -100
             predicted[example.a_start : example.a_start + example.a_length] += chosen[1 : 1 + example.a_length]
-    # A token is in an A about every second epoch, and predicted in three of ten: six times expected, never is 0.2 %.
+    # A token is in an A in about half of the epochs and predicted in 30 % of these: 6 times of 40, never in 0.2 %.
     assert (predicted == 0).mean() < 0.05
 
 
@@ -195,7 +195,7 @@ def test_every_token_of_every_document_is_used(prepared, seq_len, short_seq_prob
     ):
         used[start : start + length + (b_length if true_next else 0)] += 1
     assert used.min() >= 1
-    # Only a sentence that its document leaves over is used with the one before it again.
+    # Only a single remaining sentence is paired with the sentence before it, which is used again.
     assert used.mean() < 1.4
     assert plan.lengths.max() <= seq_len
 
@@ -212,12 +212,12 @@ def test_a_split_between_a_and_b_is_between_sentences_or_words(prepared, data, e
         elif example.a_length > 0 and split < data.tokens:
             token = int(data.store.gather(np.array([split]), np.array([1]))[0])
             assert kinds[token] != 1, "a cut inside a word"
-    # The rest is cut out of sentences of over 22 tokens, half of a pair; about a seventh of them are.
+    # The others are cut in sentences of more than 22 tokens, half of a pair; about a seventh of them are.
     assert at_sentence > 0.5 * len(examples)
     assert (counts == 1).any(), "the corpus has no document of one sentence"
 
 
-def test_short_sequences_are_as_often_as_asked(prepared):
+def test_short_seq_prob_shortens_the_examples(prepared):
     means = [
         open_data(prepared, short_seq_prob=probability, seq_len=96).plan(0).lengths.mean()
         for probability in (0, 0.5, 1)
@@ -241,7 +241,7 @@ def test_a_text_without_pairs_covers_every_token_once(prepared):
     assert plan.lengths.max() <= SEQ_LEN
 
 
-def test_batches_are_the_examples_in_order_and_keep_to_the_budget(data):
+def test_batches_are_the_examples_in_order_within_the_budget(data):
     for epoch in range(2):
         i = 0
         for batch in data.batches(epoch):
@@ -269,17 +269,17 @@ def test_batch_dtypes_and_move(data):
     assert moved.max_seqlen == batch.max_seqlen
 
 
-def test_a_batch_does_not_depend_on_what_was_asked_before(prepared, data):
+def test_a_batch_does_not_depend_on_earlier_requests(prepared, data):
     expected = [fingerprint([data.batch(epoch, i)]) for epoch in range(3) for i in range(data.num_batches(epoch))]
     again = open_data(prepared)
-    wanted = [(epoch, i) for epoch in range(3) for i in range(again.num_batches(epoch))]
-    found = {}
-    for epoch, i in sorted(wanted, key=lambda pair: hashlib.sha256(str(pair).encode()).digest()):
-        found[epoch, i] = fingerprint([again.batch(epoch, i)])
-    assert [found[pair] for pair in wanted] == expected
+    indices = [(epoch, i) for epoch in range(3) for i in range(again.num_batches(epoch))]
+    fingerprints = {}
+    for epoch, i in sorted(indices, key=lambda pair: hashlib.sha256(str(pair).encode()).digest()):
+        fingerprints[epoch, i] = fingerprint([again.batch(epoch, i)])
+    assert [fingerprints[pair] for pair in indices] == expected
 
 
-def test_another_process_and_the_numpy_twin_give_the_same_batches(prepared, data):
+def test_another_process_and_numpy_give_the_same_batches(prepared, data):
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -304,7 +304,7 @@ def test_epochs_and_seeds_differ(prepared, data):
     assert orders[0] != tuple(sorted(orders[0])), "examples are not shuffled"
 
 
-def test_large_and_negative_seeds_are_taken(prepared):
+def test_large_and_negative_seeds_are_accepted(prepared):
     prints = {fingerprint(open_data(prepared, seed=seed).batches(0)) for seed in (0, -1, 2**40, 2**63)}
     assert len(prints) == 4
 
@@ -328,21 +328,21 @@ def test_held_out_documents_are_not_trained_on(prepared):
         ({"seq_len": 4}, "seq_len is 4; expected 5 or more"),
         ({"token_budget": 47}, "token_budget is 47; expected at least seq_len, 48: an example must fit"),
         ({"short_seq_prob": 1.5}, "short_seq_prob is 1.5; expected 0 to 1"),
-        ({"mask_prob": 0.0}, "mask_prob is 0.0; expected more than 0, to 1"),
+        ({"mask_prob": 0.0}, "mask_prob is 0.0; expected more than 0 and at most 1"),
         ({"max_span": 0}, "max_span is 0 and span_p 0.2; expected 1 to 1000 words"),
-        ({"span_p": 1.0}, "max_span is 1 and span_p 1.0; expected 1 to 1000 words, and more than 0, below 1"),
+        ({"span_p": 1.0}, "max_span is 1 and span_p 1.0; expected 1 to 1000 words, and more than 0 and less than 1"),
         ({"mask_token_prob": 0.8, "random_token_prob": 0.3}, r"mask_token_prob \+ random_token_prob is 1.1"),
         ({"split": "test"}, "has no split 'test'; it has train, heldout"),
         ({"host": "gpu"}, "the host implementation is 'gpu'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_configuration_that_contradicts_itself_is_refused(prepared, changes, message):
+def test_an_invalid_configuration_is_refused(prepared, changes, message):
     with pytest.raises(ValueError, match=message):
         open_data(prepared, **changes)
 
 
-def test_a_number_out_of_range_is_refused(data):
+def test_an_index_out_of_range_is_refused(data):
     with pytest.raises(IndexError, match=f"expected 0 to {data.num_batches(0) - 1}"):
         data.batch(0, data.num_batches(0))
     with pytest.raises(IndexError, match=f"expected 0 to {data.num_examples(0) - 1}"):
@@ -364,12 +364,12 @@ def test_selected_examples_are_those_of_the_epoch_in_any_order_and_number(data):
 def test_joined_batches_are_one_batch_of_their_examples(data):
     none = np.array([], dtype=np.int64)
     joined = PackedBatch.joined([data.select(0, np.array(rows, dtype=np.int64)) for rows in ([3, 4], none, [5, 6])])
-    whole = data.select(0, np.arange(3, 7))
-    assert joined.max_seqlen == whole.max_seqlen
+    selected = data.select(0, np.arange(3, 7))
+    assert joined.max_seqlen == selected.max_seqlen
     for name in ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "labels", "next_sentence_label"):
-        found, expected = getattr(joined, name), getattr(whole, name)
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected), name
+        value, expected = getattr(joined, name), getattr(selected, name)
+        assert value.dtype == expected.dtype
+        assert torch.equal(value, expected), name
 
 
 def test_a_padded_batch_has_the_same_examples_in_a_fixed_shape(data):

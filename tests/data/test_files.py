@@ -1,4 +1,4 @@
-"""The user's own documents: formats, compression, patterns, ranges of files, and what the errors say."""
+"""Documents of users: formats, compression, patterns, ranges of files, and error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settings(*sources: Path | str, **changes: object) -> PrepareConfig:
 
 
 def read(*sources: Path | str, **changes: object) -> tuple[list[list[str]], list[tuple[str, str]]]:
-    """The documents, and (problem, where: detail) of what was dropped."""
+    """The documents, and (problem, "where: detail") of the dropped ones."""
     config = settings(*sources, **changes)
     documents, problems = [], []
     for pieces in plan_parts(config):
@@ -83,7 +83,7 @@ def test_csv_with_quotes_and_line_breaks(tmp_path):
         writer = csv.writer(file)
         writer.writerows([["title", "body"], ["a", "One is first.\nTwo is second."], ["b", "Three stands alone."]])
     assert read(tmp_path / "a.csv", text_column="body") == (TWO, [])
-    assert read(tmp_path / "a.csv") == (TWO, []), "of two columns of text, body is the usual one"
+    assert read(tmp_path / "a.csv") == (TWO, []), "body is a usual name of the text column"
 
 
 def test_csv_with_a_very_long_field(tmp_path):
@@ -135,7 +135,7 @@ def test_folders_patterns_and_several_sources_in_order(tmp_path):
 @pytest.mark.parametrize("boundary", ["blank_line", "line"])
 @pytest.mark.parametrize("ending", [".txt", ".jsonl"])
 def test_ranges_of_a_file_have_each_document_once(tmp_path, ending, boundary):
-    """Whatever the size of the parts, and so wherever they cut: in a line, at its end, in a run of blank lines."""
+    """For any size of the parts, so wherever they are cut: in a line, at its end, between blank lines."""
     documents = [[f"Sentence {i} {'x' * (i * 7 % 23)}." for i in range(n)] for n in (1, 3, 1, 2, 5, 1)]
     if ending == ".jsonl":
         text = "\n".join(json.dumps({"text": document}) for document in documents)
@@ -151,9 +151,9 @@ def test_ranges_of_a_file_have_each_document_once(tmp_path, ending, boundary):
         assert read(path, **options) == (documents, []), part_bytes
 
 
-def test_a_document_without_end_is_cut_and_a_line_without_end_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr("bert_fast.data.files._LONGEST_DOCUMENT", 20)
-    monkeypatch.setattr("bert_fast.data.files._LONGEST_LINE", 30)
+def test_a_long_document_is_cut_and_a_long_line_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr("bert_fast.data.files._MAX_DOCUMENT", 20)
+    monkeypatch.setattr("bert_fast.data.files._MAX_LINE", 30)
     (tmp_path / "a.txt").write_text("Line one.\nLine two.\nLine three.\n\n" + "x" * 100 + "\n\nShort again.\n")
     documents, problems = read(tmp_path / "a.txt")
     assert documents == [["Line one.", "Line two."], ["Line three."], ["Short again."]]
@@ -168,8 +168,13 @@ def test_a_document_without_end_is_cut_and_a_line_without_end_is_passed_over(tmp
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "malformed", "a.jsonl, line 2: not JSON (Expecting value at column"),
         ("a.jsonl", b'{"text": "x"}\n"just text"\n', "malformed", "a.jsonl, line 2: a JSON str; expected an object"),
         ("a.jsonl", b'{"text": "x"}\n{"other": "y"}\n', "missing", "line 2: no column 'text'; it has 'other'"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "missing", "line 2: int where a text or a list of sentences"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', "missing", "line 2: nothing (null) where a text"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": 3}\n',
+            "missing",
+            "line 2: the value is int; expected text or",
+        ),
+        ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', "missing", "line 2: the value is null; expected text"),
         ("a.jsonl", b'{"text": "x"}\n{"text": " "}\n', "near_empty", "line 2: 0 characters"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}\n', "undecodable", "line 2: not Unicode (surrogates"),
         ("a.csv", b"text,n\nhello,1\nhello\n", "malformed", "a.csv, line 3: 1 fields; expected 2 as in the header"),
@@ -181,15 +186,15 @@ def test_a_broken_document_is_dropped_and_named(tmp_path, name, content, problem
     (tmp_path / name).write_bytes(content)
     documents, problems = read(tmp_path / name)
     assert len(documents) == 1
-    [(found, text)] = problems
-    assert found == problem
+    [(dropped, text)] = problems
+    assert dropped == problem
     assert message in text
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"p": "x", "q": "y"}\n', r"line 1: which column has the text\? It has 'p', 'q'; name one"),
+        ("a.jsonl", b'{"p": "x", "q": "y"}\n', r"line 1: can't infer the text column from 'p', 'q'; set text_column"),
         ("a.csv", b'text\n"never closed\n', r"a\.csv, line 2: not CSV \("),
         ("a.parquet", b"PAR1 but not really", r"a\.parquet: not a Parquet file that can be read"),
         ("a.docx", b"", r"a\.docx ends in '\.docx'; expected one of \.txt, \.jsonl, \.csv, \.parquet"),
@@ -204,7 +209,7 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
         read(tmp_path / name)
 
 
-def test_the_column_that_was_asked_for_must_be_there(tmp_path):
+def test_a_missing_text_column_is_refused(tmp_path):
     pa.parquet.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet: no column 'prose'; it has 'text'"):
         read(tmp_path / "a.parquet", text_column="prose")
@@ -213,7 +218,7 @@ def test_the_column_that_was_asked_for_must_be_there(tmp_path):
         read(tmp_path / "a.jsonl", text_column="prose")
 
 
-def test_sources_that_are_not_there(tmp_path):
+def test_missing_sources_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is no file or folder; expected a path, a pattern, a URL, 'builtin' or"):
         read(tmp_path / "none.txt")
     with pytest.raises(ValueError, match=r"has no file that ends in \.txt, \.jsonl"):
@@ -224,7 +229,7 @@ def test_sources_that_are_not_there(tmp_path):
         read("nosuch://x/a.txt")
 
 
-def test_datasets_is_optional_and_its_absence_says_what_to_install(monkeypatch):
+def test_datasets_is_optional_and_the_error_has_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"source 'datasets:imdb' needs the package datasets: pip install"):
         read("datasets:imdb")

@@ -1,4 +1,4 @@
-"""The C++ hot loops and their numpy twin give the same bits, and the same errors."""
+"""The C++ and the numpy implementation of planning, packing and masking give the same bits and errors."""
 
 from itertools import pairwise
 
@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bert_fast.data import host_numpy
-from bert_fast.data.host import host
+from bert_fast.data.examples import host
 
 try:
     NATIVE = [host("cpp")]
-except ImportError:  # no compiler: the twin alone
+except ImportError:  # not built: numpy only
     NATIVE = []
 BOTH = ["numpy", *(["cpp"] if NATIVE else [])]
 native = pytest.mark.parametrize("cpp", NATIVE, ids=["cpp"] * len(NATIVE))
@@ -63,12 +63,12 @@ def test_philox_is_the_published_generator():
     short_threshold=st.sampled_from([0, 1, round(0.1 * 2**32), 2**32]),
     pairs=st.booleans(),
 )
-def test_plan_twins_agree_to_the_bit(cpp, seed, max_tokens, documents, short_threshold, pairs):
+def test_plan_gives_the_same_bits(cpp, seed, max_tokens, documents, short_threshold, pairs):
     units = corpus(np.random.default_rng(seed), max_tokens // 2 if pairs else max_tokens, documents)
     arguments = (*units, host_numpy.epoch_key(seed, 7), max_tokens, short_threshold, pairs)
-    for ours, twin in zip(cpp.plan(*arguments), host_numpy.plan(*arguments), strict=True):
-        assert ours.dtype == twin.dtype
-        np.testing.assert_array_equal(ours, twin)
+    for column, expected in zip(cpp.plan(*arguments), host_numpy.plan(*arguments), strict=True):
+        assert column.dtype == expected.dtype
+        np.testing.assert_array_equal(column, expected)
 
 
 @native
@@ -83,7 +83,7 @@ def test_plan_twins_agree_to_the_bit(cpp, seed, max_tokens, documents, short_thr
     max_span=st.sampled_from([1, 2, 10]),
     marks=st.booleans(),
 )
-def test_build_batch_twins_agree_to_the_bit(
+def test_build_batch_gives_the_same_bits(
     cpp, seed, examples, longest, first_index, select, whole_words, max_span, marks
 ):
     generator = np.random.default_rng(seed)
@@ -96,18 +96,18 @@ def test_build_batch_twins_agree_to_the_bit(
         tokens |= generator.integers(0, 2, tokens.size, dtype=np.int32) * host_numpy.CONTINUES
     indices = np.arange(first_index, first_index + examples, dtype=np.int64)
     arguments = (tokens, a, b, indices, host_numpy.epoch_key(seed, 0), settings_)
-    *ours, ours_longest = cpp.build_batch(*arguments)
-    *twins, twin_longest = host_numpy.build_batch(*arguments)
-    assert ours_longest == twin_longest
-    for array, twin in zip(ours, twins, strict=True):
-        assert array.dtype == twin.dtype
-        np.testing.assert_array_equal(array, twin)
+    *columns, max_seqlen = cpp.build_batch(*arguments)
+    *expected_columns, expected_max_seqlen = host_numpy.build_batch(*arguments)
+    assert max_seqlen == expected_max_seqlen
+    for column, expected in zip(columns, expected_columns, strict=True):
+        assert column.dtype == expected.dtype
+        np.testing.assert_array_equal(column, expected)
 
 
 @native
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), max_size=60), spare=st.integers(0, 100))
-def test_pack_twins_agree_and_every_example_is_in_one_batch(cpp, lengths, spare):
+def test_pack_gives_the_same_bits_and_fills_every_batch(cpp, lengths, spare):
     sizes = np.array(lengths, dtype=np.int32)
     budget = max(lengths, default=1) + spare
     starts = host_numpy.pack(sizes, budget)
@@ -118,7 +118,7 @@ def test_pack_twins_agree_and_every_example_is_in_one_batch(cpp, lengths, spare)
     for first, last in pairwise(starts.tolist()):
         assert sizes[first:last].sum() <= budget
         if last < len(lengths):
-            assert sizes[first : last + 1].sum() > budget, "the batch had room for one more"
+            assert sizes[first : last + 1].sum() > budget, "another example fits the batch"
 
 
 KEY = np.zeros(2, dtype=np.uint32)
@@ -137,13 +137,13 @@ ENDS, DOCUMENTS = np.array([3, 5, 9]), np.array([0, 2, 3])
         ((ENDS, DOCUMENTS, KEY, 10, 2**32 + 1, True), "short_threshold is 4294967297; expected 0 to 2"),
         ((ENDS, DOCUMENTS[[0, 2]], KEY, 10, 0, True), "has 1 documents; sentence pairs need at least 2"),
         ((ENDS, np.array([0, 2, 4]), KEY, 10, 0, True), "must start at 0 and end at the number of units, 3"),
-        ((ENDS, np.array([0, 5, 3]), KEY, 10, 0, True), "document_units does not rise at element 2"),
+        ((ENDS, np.array([0, 5, 3]), KEY, 10, 0, True), "document_units does not increase at element 2"),
         ((ENDS, DOCUMENTS, KEY, 6, 0, True), "unit_ends element 2 makes a unit of 4 tokens; expected 1 to 3"),
         ((np.array([3, 3, 9]), DOCUMENTS, KEY, 20, 0, True), "element 1 makes a unit of 0 tokens; expected 1 to 10"),
     ],
     ids=lambda value: value.replace(" ", "-")[:40] if isinstance(value, str) else "",
 )
-def test_plan_names_what_is_wrong(impl, arguments, message):
+def test_plan_names_the_invalid_argument(impl, arguments, message):
     with pytest.raises(ValueError, match=message):
         host(impl).plan(*arguments)
 
@@ -183,7 +183,7 @@ TOKENS, A, B, INDICES = (
     ],
     ids=lambda value: value.replace(" ", "-")[:40] if isinstance(value, str) else "",
 )
-def test_build_batch_names_what_is_wrong(impl, changes, message):
+def test_build_batch_names_the_invalid_argument(impl, changes, message):
     arguments = {"tokens": TOKENS, "a_lengths": A, "b_lengths": B, "indices": INDICES, "key": KEY}
     of_masking = {name: value for name, value in changes.items() if name not in arguments}
     arguments.update({name: value for name, value in changes.items() if name in arguments})
@@ -199,7 +199,7 @@ def test_pack_refuses_an_example_that_does_not_fit(impl, length):
 
 
 @native
-def test_the_environment_and_the_argument_pick_the_implementation(monkeypatch, cpp):
+def test_the_environment_and_the_argument_select_the_implementation(monkeypatch, cpp):
     assert host() is cpp
     monkeypatch.setenv("BERT_FAST_HOST", "numpy")
     assert host() is host_numpy
@@ -209,7 +209,7 @@ def test_the_environment_and_the_argument_pick_the_implementation(monkeypatch, c
         host()
 
 
-def test_without_the_module_auto_is_numpy_and_cpp_says_what_to_do(monkeypatch):
+def test_without_the_extension_auto_is_numpy_and_cpp_is_refused_with_a_hint(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bert_fast._host", None)
     monkeypatch.delenv("BERT_FAST_HOST", raising=False)
     assert host() is host_numpy

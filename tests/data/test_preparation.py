@@ -1,4 +1,4 @@
-"""`prepare` as a stream: the same files however it is run, in bounded memory, and what is dropped is counted."""
+"""`prepare`: the same files however it is run, in bounded memory, with counts of dropped documents."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def corpus(documents: Callable[..., list[list[str]]], tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def once(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`corpus`, prepared in one go by one process."""
+    """`corpus`, prepared without interruption by one process."""
     folder = tmp_path_factory.mktemp("once") / "data"
     prepare(settings(corpus, folder))
     return folder
@@ -69,28 +69,27 @@ def test_two_workers_give_the_same_files(corpus, once, tmp_path):
 
 
 KILLED = """
-import os, signal
+import contextlib, os, signal
 from bert_fast.data import PrepareConfig, prepare, parts
-made = 0
-finish = parts.finished_folder.__wrapped__
+count = 0
+finish = parts.finished_folder
+@contextlib.contextmanager
 def stop(folder):
-    global made
-    made += 1
-    if made == {at}:
-        # In the middle of the folder that is being written.
-        (folder.parent / f"{{folder.name}}.killed.tmp").mkdir()
-        os.kill(os.getpid(), signal.SIGKILL)
-    yield from finish(folder)
-import contextlib
-parts.finished_folder = contextlib.contextmanager(stop)
+    global count
+    count += 1
+    with finish(folder) as temporary:
+        if count == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield temporary
+parts.finished_folder = stop
 prepare(PrepareConfig(**{config!r}))
 """
 
 
-def test_a_killed_preparation_goes_on_with_its_finished_parts(corpus, once, tmp_path, monkeypatch):
+def test_a_killed_preparation_resumes_with_its_finished_parts(corpus, once, tmp_path, monkeypatch):
     output, work = tmp_path / "data", tmp_path / ".data.work"
     config = vars(settings(corpus, output))
-    for at in (3, 4):  # the second run makes three parts more than the first
+    for at in (3, 4):  # the second run finishes three parts more than the first
         done = subprocess.run([sys.executable, "-c", KILLED.format(at=at, config=config)], check=False)
         assert done.returncode == -signal.SIGKILL
         assert not output.exists()
@@ -98,29 +97,29 @@ def test_a_killed_preparation_goes_on_with_its_finished_parts(corpus, once, tmp_
     assert len(finished) == 5
     assert len(list(work.glob("*.tmp"))) == 1
     times = {path.name: (path / "counts.json").stat().st_mtime_ns for path in finished}
-    # What a finished part is made of isn't read again.
+    # The work folder stays, to show that finished parts are not written again.
     monkeypatch.setattr("bert_fast.data.preparation.shutil.rmtree", lambda *_, **__: None)
     prepare(settings(corpus, output))
     assert {name: (work / name / "counts.json").stat().st_mtime_ns for name in times} == times
     assert contents(output) == contents(once)
 
 
-def test_an_interrupt_of_two_workers_leaves_no_process_and_goes_on(corpus, once, tmp_path):
+def test_a_kill_of_two_workers_leaves_no_process_and_the_next_run_resumes(corpus, once, tmp_path):
     config = vars(settings(corpus, tmp_path / "data", workers=2))
     code = f"from bert_fast.data import PrepareConfig, prepare\nprepare(PrepareConfig(**{config!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
     work = tmp_path / ".data.work"
-    until = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while not list(work.glob("clean-*[!p]")):
-        assert process.poll() is None, "it ended before the test could stop it"
-        assert time.monotonic() < until
+        assert process.poll() is None, "the process ended before the test could kill it"
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    until = time.monotonic() + 20
+    deadline = time.monotonic() + 20
     with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < until:
-            os.killpg(process.pid, 0)  # someone of its group lives
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)  # a process of its group is alive
             time.sleep(0.05)
         pytest.fail("workers outlive the process that started them")
     prepare(settings(corpus, tmp_path / "data"))
@@ -133,22 +132,22 @@ def test_a_changed_source_is_read_again(documents, tmp_path):
     path.write_text("\n\n".join(texts))
     with pytest.raises(ValueError, match="vocab_size is 5; expected at least"):
         prepare(settings(path, tmp_path / "data", vocab_size=5))
-    assert len(list((tmp_path / ".data.work").glob("clean-*"))) > 2, "what was read is kept"
+    assert len(list((tmp_path / ".data.work").glob("clean-*"))) > 2, "cleaned parts are kept"
     path.write_text("\n\n".join(reversed(texts)))
     for name in ("data", "fresh"):
         prepare(settings(path, tmp_path / name))
     assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
 
 
-def test_two_preparations_of_one_folder_do_not_meet(corpus, tmp_path):
+def test_a_second_preparation_of_the_same_folder_is_refused(corpus, tmp_path):
     (tmp_path / ".data.work").mkdir()
     with (tmp_path / ".data.work" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match=r"another bert-fast prepare is at work in .*\.data\.work; wait for it"):
+        with pytest.raises(ValueError, match=r"another bert-fast prepare is using .*\.data\.work; wait for it"):
             prepare(settings(corpus, tmp_path / "data"))
 
 
-def test_the_report_says_what_was_dropped_and_why(corpus, once, capsys, tmp_path):
+def test_the_report_counts_dropped_documents_by_reason(corpus, once, capsys, tmp_path):
     report = json.loads((once / "report.json").read_text())
     assert report["read"] == 60 + 5 + 4, "five documents are in two files, and four are broken"
     near_empty = report["dropped"].pop("near_empty")
@@ -165,15 +164,15 @@ def test_the_report_says_what_was_dropped_and_why(corpus, once, capsys, tmp_path
     assert "dropped 1: not UTF-8 (first: " in out
 
 
-def test_a_corpus_of_which_nothing_is_left_says_why(tmp_path):
+def test_a_corpus_without_documents_is_refused_with_the_reasons(tmp_path):
     (tmp_path / "a.txt").write_bytes("Größe und Länge.\n\nKürze.\n\nTiny.\n".encode("latin-1"))
-    message = r"no documents of the 3 that were read \(not UTF-8, first .*a\.txt, line 1: .*; fewer characters .*line 5"
+    message = r"no documents: 3 read and dropped \(not UTF-8, first .*a\.txt, line 1: .*; fewer characters .*line 5"
     with pytest.raises(ValueError, match=message):
         prepare(settings(tmp_path / "a.txt", tmp_path / "data"))
 
 
-def test_errors_end_the_preparation_where_asked(corpus, tmp_path):
-    message = r"b\.jsonl\.gz, line 21: nothing \(null\) where a text .*; errors='drop' leaves"
+def test_errors_raise_on_request(corpus, tmp_path):
+    message = r"b\.jsonl\.gz, line 21: the value is null; expected text .*; errors='drop' drops"
     with pytest.raises(ValueError, match=message):
         prepare(settings(corpus, tmp_path / "data", errors="raise"))
     assert not (tmp_path / "data").exists()
@@ -207,8 +206,8 @@ def documents_of(folder: Path, split: str) -> list[str]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_max_documents_are_the_first_ones(corpus, once, tmp_path, workers):
     prepare(settings(corpus, tmp_path / "data", max_documents=17, workers=workers, vocab=str(once)))
-    found = [len(documents_of(tmp_path / "data", split)) for split in ("train", "heldout")]
-    assert sum(found) == 17
+    counts = [len(documents_of(tmp_path / "data", split)) for split in ("train", "heldout")]
+    assert sum(counts) == 17
     first = set(documents_of(tmp_path / "data", "train"))
     assert first <= set(documents_of(once, "train")[:30])
 
@@ -230,7 +229,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 
 
 def test_memory_does_not_grow_with_the_corpus(documents, once, tmp_path):
-    """One compressed file, which can't be cut into parts, of 1 MB and of 10 MB of text."""
+    """With a compressed file, which can't be cut into parts, of 1 MB and of 10 MB of text."""
     lines = [json.dumps({"text": document}) + "\n" for document in documents(400, seed=5)]
     generator = random.Random(0)
     peaks = []
@@ -243,11 +242,11 @@ def test_memory_does_not_grow_with_the_corpus(documents, once, tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout))
     tokens = read_manifest(tmp_path / "large")["splits"]["train"]["tokens"]
-    assert tokens * 4 > 15e6, "the tokens alone are more than what memory may grow by"
+    assert tokens * 4 > 15e6, "the tokens alone exceed the allowed growth"
     assert peaks[1] - peaks[0] < 8, f"peak memory is {peaks} MB"
 
 
-def test_what_was_prepared_can_be_trained_on(once):
+def test_batches_are_read_from_the_prepared_folder(once):
     verify_files(once, checksums=True)
     data = PretrainingData(PretrainingDataConfig(str(once), seq_len=32, token_budget=256))
     assert sum(batch.num_tokens for batch in data.batches(0)) > 5000

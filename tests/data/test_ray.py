@@ -1,4 +1,4 @@
-"""Preparing through Ray Data, on a local Ray: the same files, and a job's error as it is."""
+"""Preparation with Ray Data on a local Ray: the same files, and the original exception of a job."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def test_a_local_ray_gives_the_same_files(text_file: Path, tmp_path: Path) -> No
     assert not (tmp_path / "none").exists()
 
 
-def test_the_absence_of_ray_says_what_to_install(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_ray_the_error_has_the_extra(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"engine 'ray' needs the package ray: pip install 'bert_fast\[ray\]'"):
         prepare(PrepareConfig(str(tmp_path / "data"), [str(text_file)], engine="ray", progress=False))

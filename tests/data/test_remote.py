@@ -1,4 +1,4 @@
-"""Prepared folders behind URLs: written with the manifest last, read through a checked copy, or in place."""
+"""Prepared folders at URLs: written with the manifest last, read through a verified copy, or in place."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from bert_fast import _io
 from bert_fast.cli.main import main
 from bert_fast.data import PrepareConfig, PretrainingData, PretrainingDataConfig, local_folder, prepare, remote
 from bert_fast.data.shards import TokenStore, read_manifest
@@ -19,7 +20,7 @@ URL = "memory://bucket/corpora/data"
 
 @pytest.fixture
 def store(prepared: Path) -> Iterator[fsspec.AbstractFileSystem]:
-    """A store in memory that holds the prepared folder at `URL`."""
+    """An in-memory file system with the prepared folder at `URL`."""
     files = fsspec.filesystem("memory")
     remote.upload(prepared, URL)
     yield files
@@ -32,10 +33,9 @@ def opened(folder: str, cache: Path) -> PretrainingData:
 
 
 def test_batches_of_a_url_are_those_of_the_folder(prepared, store, tmp_path):
-    ours = opened(URL, tmp_path)
-    twin = opened(str(prepared), tmp_path)
-    for one, other in zip(ours.batches(0), twin.batches(0), strict=True):
-        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+    remote_data, local_data = opened(URL, tmp_path), opened(str(prepared), tmp_path)
+    for batch, expected in zip(remote_data.batches(0), local_data.batches(0), strict=True):
+        np.testing.assert_array_equal(batch.input_ids, expected.input_ids)
     [copy] = tmp_path.iterdir()
     assert read_manifest(copy) == read_manifest(prepared)
 
@@ -49,7 +49,7 @@ def test_pretraining_reads_a_url(store, tiny_config, tmp_path, monkeypatch, caps
     assert len(list((tmp_path / "cache" / "bert_fast" / "data").iterdir())) == 1
 
 
-def test_a_copy_is_fetched_once_and_only_what_is_missing_again(store, tmp_path, monkeypatch):
+def test_files_are_downloaded_once_and_again_only_if_missing(store, tmp_path, monkeypatch):
     fetched = []
     get = store.get_file
 
@@ -63,11 +63,14 @@ def test_a_copy_is_fetched_once_and_only_what_is_missing_again(store, tmp_path, 
     fetched.clear()
     assert local_folder(URL, tmp_path) == folder
     assert fetched == []
+    leftover = _io.temporary_path(folder / "train/00001.arrow")
+    leftover.write_bytes(b"of a killed process")
     (folder / "train/00001.arrow").unlink()
     with (folder / "vocab.txt").open("ab") as file:
-        file.write(b"cut off?")
+        file.write(b"extra")
     local_folder(URL, tmp_path)
     assert sorted(fetched) == ["train/00001.arrow", "vocab.txt"]
+    assert not leftover.exists()
 
 
 def test_a_file_url_is_read_in_place(prepared, tmp_path):
@@ -77,12 +80,12 @@ def test_a_file_url_is_read_in_place(prepared, tmp_path):
     assert list(tmp_path.iterdir()) == [], "no copy is made of local shards"
 
 
-def test_damage_is_named_and_leaves_no_bad_copy(store, tmp_path):
+def test_a_corrupt_file_is_named_and_not_copied(store, tmp_path):
     name = "train/00001.arrow"
     content = bytearray(store.cat_file(f"{URL}/{name}"))
     content[len(content) // 2] ^= 1
     store.pipe_file(f"{URL}/{name}", bytes(content))
-    with pytest.raises(ValueError, match=rf"{URL}/{name} is corrupt \(its size or SHA-256 is not the manifest's\)"):
+    with pytest.raises(ValueError, match=rf"{URL}/{name} is corrupt \(its size or SHA-256 differs from its manifest\)"):
         local_folder(URL, tmp_path)
     assert not list(tmp_path.glob("*/train/00001.arrow*"))
     store.rm_file(f"{URL}/{name}")
@@ -90,7 +93,7 @@ def test_damage_is_named_and_leaves_no_bad_copy(store, tmp_path):
         local_folder(URL, tmp_path)
 
 
-def test_a_url_without_a_folder_says_how_to_make_one(tmp_path):
+def test_a_url_without_a_folder_is_refused_with_a_hint(tmp_path):
     with pytest.raises(ValueError, match=r"memory://bucket/nothing is not a prepared data folder .* bert-fast prepare"):
         local_folder("memory://bucket/nothing", tmp_path)
     with pytest.raises(ValueError, match="nosuch://x can't be opened: Protocol not known"):
@@ -102,24 +105,24 @@ def test_sources_and_output_can_be_urls(text_file, store, tmp_path):
     settings = {"vocab_size": 200, "min_characters": 1, "part_bytes": 2**14, "progress": False}
 
     def remotely(**changes: object) -> PrepareConfig:
-        where = {"output": "memory://bucket/made", "work": str(tmp_path / "work")}
+        where = {"output": "memory://bucket/output", "work": str(tmp_path / "work")}
         return PrepareConfig(**{**where, "sources": ["memory://bucket/text/*.txt"], **settings, **changes})
 
     prepare(remotely())
     prepare(PrepareConfig(str(tmp_path / "local"), [str(text_file)], **settings))
-    made = local_folder("memory://bucket/made", tmp_path / "cache")
-    ours, local = read_manifest(made), read_manifest(tmp_path / "local")
+    copy = local_folder("memory://bucket/output", tmp_path / "cache")
+    ours, local = read_manifest(copy), read_manifest(tmp_path / "local")
     assert ours["files"] == local["files"]
     assert not (tmp_path / "work").exists()
-    with pytest.raises(ValueError, match="memory://bucket/made is a prepared data folder already; use it, or pass"):
+    with pytest.raises(ValueError, match="memory://bucket/output is a prepared data folder already; use it, or pass"):
         prepare(remotely())
     with pytest.raises(ValueError, match="memory://bucket/text exists and is not a prepared data folder"):
         prepare(remotely(output="memory://bucket/text", overwrite=True))
     prepare(remotely(overwrite=True, vocab_size=150))
-    assert read_manifest(local_folder("memory://bucket/made", tmp_path / "cache"))["vocab_size"] == 150
+    assert read_manifest(local_folder("memory://bucket/output", tmp_path / "cache"))["vocab_size"] == 150
 
 
-def test_a_half_written_folder_is_none(prepared, store, monkeypatch, tmp_path):
+def test_an_incomplete_folder_is_not_a_prepared_one(prepared, store, monkeypatch, tmp_path):
     put, written = store.put_file, []
 
     def failing(source: str, target: str) -> None:

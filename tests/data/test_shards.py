@@ -1,4 +1,4 @@
-"""Prepared folders: complete or absent, and damage is named."""
+"""Prepared folders: complete or absent, and damage is detected."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pyarrow as pa
 import pytest
 
 from bert_fast.data import PrepareConfig, PretrainingData, PretrainingDataConfig, load_tokenizer, prepare
-from bert_fast.data.shards import TokenStore, atomic_folder, read_manifest, sha256, verify_files
+from bert_fast.data.shards import TokenStore, read_manifest, sha256, verify_files
 
 
 @pytest.fixture
 def damaged(prepared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy for a test to damage."""
     return Path(shutil.copytree(prepared, tmp_path / "data"))
 
 
@@ -35,7 +35,7 @@ def test_the_manifest_counts_and_checks_every_file(prepared):
     manifest = read_manifest(prepared)
     names = {path.relative_to(prepared).as_posix() for path in prepared.rglob("*") if path.is_file()}
     assert set(manifest["files"]) == names - {"manifest.json"}
-    assert len([name for name in names if name.startswith("train/")]) > 2, "a test of one shard shows little"
+    assert len([name for name in names if name.startswith("train/")]) > 2, "expected several shards"
     for name, expected in manifest["files"].items():
         assert expected == {"bytes": (prepared / name).stat().st_size, "sha256": sha256(prepared / name)}
     for split, counts in manifest["splits"].items():
@@ -73,7 +73,7 @@ def test_preparing_again_gives_the_same_files(text_file, tmp_path):
     assert first == second
 
 
-def test_an_earlier_folder_is_kept_unless_asked(text_file, tmp_path):
+def test_an_existing_folder_is_kept_unless_overwrite_is_true(text_file, tmp_path):
     output = tmp_path / "data"
     prepare(small(text_file, output))
     before = (output / "manifest.json").read_bytes()
@@ -86,22 +86,11 @@ def test_an_earlier_folder_is_kept_unless_asked(text_file, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_folder_of_something_else_is_never_replaced(text_file, tmp_path):
+def test_a_folder_with_other_contents_is_never_replaced(text_file, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="exists and is not a prepared data folder; choose another output"):
         prepare(small(text_file, tmp_path, overwrite=True))
     assert (tmp_path / "thesis.tex").read_text() == "precious"
-
-
-def test_a_failure_leaves_nothing(tmp_path):
-    def write_half() -> None:
-        with atomic_folder(tmp_path / "data") as folder:
-            (folder / "shard").write_text("half")
-            raise RuntimeError("half way")
-
-    with pytest.raises(RuntimeError, match="half way"):
-        write_half()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kill_leaves_no_folder_and_the_next_run_succeeds(text_file, tmp_path):
@@ -118,7 +107,7 @@ prepare(PrepareConfig(output={str(output)!r}, sources=[{str(text_file)!r}], voca
     assert not output.exists()
     prepare(small(text_file, output))
     verify_files(output, checksums=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"], "nothing half written is left"
+    assert [path.name for path in tmp_path.iterdir()] == ["data"], "unfinished folders are removed"
 
 
 def open_train(folder: Path, checksums: bool = True) -> PretrainingData:
@@ -135,7 +124,9 @@ def test_a_truncated_shard_is_named(damaged):
     path = damaged / "train/00001.arrow"
     size = path.stat().st_size
     os.truncate(path, size - 8)
-    with pytest.raises(ValueError, match=rf"train/00001\.arrow has {size - 8} bytes; its manifest says {size}"):
+    with pytest.raises(
+        ValueError, match=rf"train/00001\.arrow has {size - 8} bytes; expected {size}, as in its manifest"
+    ):
         open_train(damaged, checksums=False)
 
 
@@ -144,11 +135,11 @@ def test_a_flipped_bit_is_found_and_named(damaged, name):
     data = bytearray((damaged / name).read_bytes())
     data[len(data) // 2] ^= 1
     (damaged / name).write_bytes(data)
-    with pytest.raises(ValueError, match=rf"{name} is corrupt \(its SHA-256 is not the manifest's\)"):
+    with pytest.raises(ValueError, match=rf"{name} is corrupt \(its SHA-256 differs from its manifest\)"):
         open_train(damaged)
 
 
-def test_a_shard_that_is_no_arrow_file_is_named_without_checksums_too(damaged):
+def test_a_shard_that_is_not_an_arrow_file_is_named_without_checksums(damaged):
     path = damaged / "train/00000.arrow"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(ValueError, match=r"train/00000\.arrow is corrupt"):
@@ -159,14 +150,14 @@ def test_a_shard_that_is_no_arrow_file_is_named_without_checksums_too(damaged):
     ("tokens", "ends", "message"),
     [
         ([7, 8, 9], [1, 2], "do not end where the document ends"),
-        ([7, 8, 9], [2, 2, 3], "do not rise"),
+        ([7, 8, 9], [2, 2, 3], "do not increase"),
         ([7, 8, 9], [], "do not end where the document ends"),
         ([7, 8, 400], [1, 3], "token id 400; expected 0 to 399"),
         ([7, -8, 9], [1, 3], "token id -8; expected 0 to 399"),
     ],
     ids=["too-short", "repeated", "no-sentence", "above-the-vocabulary", "negative"],
 )
-def test_rows_that_contradict_themselves_are_named(damaged, tokens, ends, message):
+def test_inconsistent_rows_are_named(damaged, tokens, ends, message):
     path = damaged / "train/00000.arrow"
     schema = pa.ipc.open_file(path).schema
     with pa.ipc.new_file(path, schema) as file:
@@ -178,11 +169,11 @@ def test_rows_that_contradict_themselves_are_named(damaged, tokens, ends, messag
         open_train(damaged)
 
 
-def test_a_manifest_that_counts_otherwise_is_refused(damaged):
+def test_a_manifest_with_other_counts_is_refused(damaged):
     manifest = read_manifest(damaged)
     manifest["splits"]["train"]["tokens"] += 1
     (damaged / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="its manifest says"):
+    with pytest.raises(ValueError, match="as in its manifest"):
         open_train(damaged)
 
 
@@ -196,7 +187,7 @@ def test_a_manifest_that_counts_otherwise_is_refused(damaged):
             "schema version 99; expected 2: prepare the data again",
         ),
     ],
-    ids=["cut-off", "a-list", "of-the-future"],
+    ids=["truncated", "a-list", "future-version"],
 )
 def test_a_broken_manifest_is_named(damaged, text, message):
     (damaged / "manifest.json").write_text(text)
@@ -204,7 +195,7 @@ def test_a_broken_manifest_is_named(damaged, text, message):
         open_train(damaged)
 
 
-def test_a_folder_that_is_not_there_says_how_to_make_one(tmp_path):
+def test_a_missing_folder_is_refused_with_a_hint(tmp_path):
     with pytest.raises(ValueError, match=r"is not a prepared data folder .* make one with bert-fast prepare"):
         open_train(tmp_path / "none")
 
@@ -229,13 +220,13 @@ def test_a_corpus_that_is_too_small_is_refused(tmp_path, text, message):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_copied_document_is_on_one_side_only(tmp_path):
+def test_copies_of_a_document_are_in_one_split(tmp_path):
     documents = [f"word {'a' * i} first.\nAnd {'b' * i} second." for i in range(1, 11)]
     (tmp_path / "twice.txt").write_text("\n\n".join(documents * 2))
     prepare(small(tmp_path / "twice.txt", tmp_path / "data", heldout_fraction=0.3))
     counts = read_manifest(tmp_path / "data")["splits"]
     assert counts["train"]["documents"] + counts["heldout"]["documents"] == 20
-    assert counts["heldout"]["documents"] in (4, 6, 8), "a copy fell on the other side"
+    assert counts["heldout"]["documents"] in (4, 6, 8), "copies are in both splits"
 
 
 def test_the_report_counts(text_file, tmp_path, capsys):
@@ -256,7 +247,7 @@ def test_the_report_counts(text_file, tmp_path, capsys):
         ({"language": "English"}, "language is 'English'; expected a code such as 'en'"),
         ({"sources": []}, r"sources is \[\]; expected a list"),
         ({"sources": "builtin"}, "sources is 'builtin'; expected a list"),
-        ({"output": "memory://data"}, "output is the URL memory://data: name a folder of this machine .* work"),
+        ({"output": "memory://data"}, "output is the URL memory://data, which requires work, a local folder"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

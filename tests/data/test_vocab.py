@@ -1,4 +1,4 @@
-"""The vocabulary: deterministic, BERT's, readable by transformers."""
+"""The vocabulary: deterministic, BERT's, and loaded by transformers."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def test_vocab_txt_alone_gives_the_same_tokenizer(tmp_path, lowercase):
 
 
 def test_training_is_deterministic(text_file):
-    # The trainer's hash maps are seeded anew for each training, so without care even one process would show it.
+    # The hash maps of the trainer are seeded for each training, so one process suffices to show differences.
     lines = text_file.read_text().splitlines()
     trained = {train_vocab(lines, vocab_size=600).to_str() for _ in range(4)}
     assert len(trained) == 1
 
 
-def test_an_alphabet_that_does_not_fit_is_refused():
+def test_a_vocab_size_below_the_alphabet_is_refused():
     with pytest.raises(ValueError, match=r"vocab_size is 20; expected at least \d+: the text has \d+ different"):
         train_vocab(SENTENCES, vocab_size=20)
 
@@ -131,7 +131,7 @@ def test_the_name_of_a_special_token_in_a_text_is_text(tmp_path):
     ("name", "content", "message"),
     [
         ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\nhello\n", r"vocab\.txt: the vocabulary has no \[MASK\]; BERT needs"),
-        ("vocab.txt", "[PAD]\nhello\nhello\n", r"vocab\.txt, line 3: 'hello' again; it is line 2 already"),
+        ("vocab.txt", "[PAD]\nhello\nhello\n", r"vocab\.txt, line 3: 'hello' repeats line 2"),
         ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer\.json"),
         ("tokenizer.json", Tokenizer(models.BPE()).to_str(), r"tokenizer\.json: a BPE tokenizer; expected BERT's"),
     ],
@@ -143,12 +143,12 @@ def test_a_vocabulary_that_is_not_berts_is_named(tmp_path, name, content, messag
         load_wordpiece(tmp_path / name)
 
 
-def test_a_vocabulary_that_is_not_there(tmp_path):
+def test_a_missing_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected a tokenizer\.json, a vocab\.txt or a folder with one of them"):
         load_wordpiece(tmp_path)
 
 
-def test_a_broken_config_beside_vocab_txt_is_named(tmp_path):
+def test_an_invalid_config_of_vocab_txt_is_named(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, "a"]))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: not a JSON object"):

@@ -1,4 +1,4 @@
-"""Whole words that the pieces don't show: segmented text and Chinese; and spans of words."""
+"""Whole words that `##` pieces don't show: segmented text and Chinese; and spans of words."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_marks_of_chinese_words_are_those_of_rjieba(tmp_path):
     assert np.diff(starts, append=tokens.size).tolist() == [len(word) for word in words]
 
 
-def test_the_absence_of_rjieba_is_told_before_the_corpus_is_read(text_file, tmp_path, monkeypatch):
+def test_without_rjieba_prepare_fails_before_it_reads_the_corpus(text_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rjieba", None)
     with pytest.raises(ImportError, match="rjieba"):
         prepare(PrepareConfig(str(tmp_path / "data"), [str(text_file)], words="rjieba", progress=False))
@@ -131,7 +131,7 @@ def test_whole_words_of_several_characters_are_masked_together(segmented):
         for example in [alone.example(0, i)]
         for word in words_of(alone, example)
     )
-    assert parted > 200, "single characters are masked where whole words are not asked for"
+    assert parted > 200, "without whole_words single characters are masked"
 
 
 def test_no_word_is_cut_between_two_examples(segmented):
@@ -165,15 +165,15 @@ def test_spans_are_runs_of_words_of_the_lengths_that_were_drawn(segmented):
             runs += [int(end - start) for start, end in edges.reshape(-1, 2)]
             count = int((example.labels != -100).sum())
             assert count <= max(1, math.ceil(0.15 * (example.input_ids.size - 2)))
-            twin = single.example(epoch, i)
-            assert abs(count - int((twin.labels != -100).sum())) <= 4, "the budget is filled as without spans"
-    # Longer than 3.8 where two spans meet, shorter where the budget ends one; without spans the mean is 1.18.
+            expected = single.example(epoch, i)
+            assert abs(count - int((expected.labels != -100).sum())) <= 4, "the budget is the same as without spans"
+    # Longer than 3.8 if two spans meet, shorter if the budget ends one; without spans the mean is 1.18.
     assert len(runs) > 1000
     assert 2.5 < np.mean(runs) < 4.5
     assert max(runs) >= 10
 
 
-def test_the_tokens_of_a_span_share_their_fate(segmented):
+def test_the_tokens_of_a_span_are_replaced_alike(segmented):
     data = opened(segmented, seq_len=512, token_budget=512, max_span=10, next_sentence=False)
     mixed, pairs = 0, 0
     for epoch in range(10):
@@ -186,5 +186,5 @@ def test_the_tokens_of_a_span_share_their_fate(segmented):
                     pairs += 1
                     mixed += masked[left] != masked[right]
     assert pairs > 1000
-    # Neighbours differ only where two spans meet; with a fate of its own each, 0.32 of them would.
+    # Neighbours differ only where two spans meet; if each token were replaced independently, 0.32 would.
     assert mixed < 0.1 * pairs

@@ -1,0 +1,272 @@
+"""Atomic files and folders: after an exception, a kill or a refusal the old or the new target is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from bert_fast import _io
+
+OLD, NEW = {"a": "old a", "b": "old b"}, {"a": "new a", "sub": None, "sub/c": "new c"}
+
+
+def contents(folder: Path) -> dict[str, str | None]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() if path.is_file() else None for path in folder.rglob("*")
+    }
+
+
+def fill(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "a").write_text("new a")
+    (folder / "sub" / "c").write_text("new c")
+
+
+def old_folder(target: Path) -> None:
+    target.mkdir()
+    for name, text in OLD.items():
+        (target / name).write_text(text)
+
+
+def write(target: Path, *, overwrite: bool = True, meanwhile: Callable[[], None] = lambda: None) -> None:
+    with _io.atomic_folder(target, overwrite=overwrite) as folder:
+        fill(folder)
+        meanwhile()
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "replaced"])
+def test_a_folder_is_written_with_nothing_else_left(tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "parent" / "result"
+    if exists:
+        target.parent.mkdir()
+        old_folder(target)
+    write(target)
+    assert contents(target) == NEW
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_file_is_written_with_nothing_else_left(tmp_path: Path) -> None:
+    target = tmp_path / "parent" / "result.json"
+    for values in ({"old": 1}, {"b": "ü", "a": [Path("x")]}):
+        _io.write_json(target, values, sort_keys=True)
+    assert target.read_text(encoding="utf-8") == '{\n "a": [\n  "x"\n ],\n "b": "ü"\n}\n'
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_an_exception_in_the_block_keeps_the_old_target(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    old_folder(folder)
+    file.write_text("old")
+
+    def fail_half_way(writer: AbstractContextManager[Path], name: str) -> None:
+        with writer as temporary:
+            (temporary / name).write_text("half")
+            raise RuntimeError("half way")
+
+    for writer, name in ((_io.atomic_folder(folder, overwrite=True), "a"), (_io.atomic_file(file), "")):
+        with pytest.raises(RuntimeError, match="half way"):
+            fail_half_way(writer, name)
+    assert contents(folder) == OLD
+    assert file.read_text() == "old"
+    assert sorted(tmp_path.iterdir()) == [file, folder]
+
+
+# The steps of a replacement, in order.
+FOLDER_STEPS = ["fsync_tree", "rename", "rename", "fsync", "remove"]
+
+
+@pytest.mark.parametrize("step", range(len(FOLDER_STEPS)), ids=lambda step: f"{step}-{FOLDER_STEPS[step]}")
+def test_an_error_at_any_step_leaves_a_complete_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    target = tmp_path / "result"
+    old_folder(target)
+    calls: list[str] = []
+
+    def failing(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            calls.append(name)
+            if len(calls) == step + 1:
+                raise OSError(f"{name} failed")
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(_io, "fsync_tree", failing("fsync_tree", lambda _: None))
+    monkeypatch.setattr(_io, "fsync", failing("fsync", _io.fsync))
+    monkeypatch.setattr(_io, "remove", failing("remove", _io.remove))
+    monkeypatch.setattr(Path, "rename", failing("rename", Path.rename))
+    with pytest.raises(OSError, match=f"{FOLDER_STEPS[step]} failed"):
+        write(target)
+    assert calls[: step + 1] == FOLDER_STEPS[: step + 1]
+    assert contents(target) == (OLD if step < 3 else NEW)
+    assert [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_an_error_at_any_step_leaves_a_complete_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    for owner, name in ((_io, "fsync"), (Path, "replace")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fail)
+            with pytest.raises(OSError, match="no space left"):
+                _io.write_text(target, "new")
+        assert target.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [target]
+
+
+# The module is loaded from its file, since importing bert_fast imports torch.
+KILLED = """
+import importlib.util, os, shutil, signal
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("atomic", {module!r})
+atomic = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(atomic)
+calls = 0
+def killing(function):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == {kill_at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+Path.rename, Path.replace, shutil.rmtree = map(killing, (Path.rename, Path.replace, shutil.rmtree))
+target = Path({target!r})
+if {file}:
+    atomic.write_text(target, "new")
+else:
+    with atomic.atomic_folder(target, overwrite=True) as folder:
+        (folder / "a").write_text("new a")
+"""
+
+
+def killed(target: Path, kill_at: int, *, file: bool = False) -> None:
+    """Write `target` in a process that is killed before its rename, replace or rmtree number `kill_at`."""
+    code = KILLED.format(module=_io.__file__, kill_at=kill_at, target=str(target), file=file)
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 3], ids=["move-aside", "rename", "delete"])
+def test_after_a_kill_the_old_or_the_new_folder_is_complete(tmp_path: Path, kill_at: int) -> None:
+    target = tmp_path / "result"
+    old_folder(target)
+    killed(target, kill_at)
+    assert target.exists() == (kill_at != 2), "between the two renames no folder has the name"
+    _io.recover(tmp_path)
+    assert contents(target) == ({"a": "new a"} if kill_at == 3 else OLD)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_after_a_kill_the_old_file_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    target.write_text("old")
+    killed(target, 1, file=True)
+    assert target.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+    _io.recover(tmp_path)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_next_writer_recovers_what_a_killed_one_left(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    old_folder(target)
+    killed(target, 2)
+    with pytest.raises(FileExistsError, match="result exists"):
+        write(target, overwrite=False)
+    assert contents(target) == OLD
+    killed(target, 2)
+    write(target)
+    assert contents(target) == NEW
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_leftovers_of_processes_that_may_live_are_kept_unless_the_caller_is_exclusive(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    own = _io.temporary_path(target)
+    elsewhere = own.with_name(own.name.replace(_io._HOST, "00000000").replace(f"-{os.getpid()}-", "-4194304-"))
+    others = [tmp_path / name for name in (".result.tmp", ".hidden", ".result.12-34.tmp")]
+    for folder in (own, elsewhere, *others):
+        folder.mkdir()
+    write(target)
+    assert sorted(tmp_path.iterdir()) == sorted([target, own, elsewhere, *others])
+    _io.recover(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([target, *others]), "only names of this module are deleted"
+    _io.recover(tmp_path / "absent")
+
+
+def test_an_existing_target_is_refused_before_the_block_and_after_it(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    message = "result exists; choose another folder, or give --overwrite true"
+    with pytest.raises(FileExistsError, match=message):
+        write(target, overwrite=False, meanwhile=lambda: old_folder(target))
+    assert contents(target) == OLD
+    with pytest.raises(FileExistsError, match=message):
+        write(target, overwrite=False, meanwhile=lambda: pytest.fail("the block ran"))
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_slower_of_two_writers_is_refused_at_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "result"
+    monkeypatch.setattr(_io, "fsync_tree", lambda _: old_folder(target))  # after the check
+    with pytest.raises(FileExistsError, match="result exists"):
+        write(target, overwrite=False)
+    assert contents(target) == OLD
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_two_writers_have_two_temporary_names(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    with _io.atomic_folder(target, overwrite=True) as first, _io.atomic_folder(target, overwrite=True) as second:
+        assert first != second
+        fill(first)
+        (second / "a").write_text("of the second")
+    assert contents(target) == NEW, "the first writer finishes last"
+    assert _io.temporary_path(target) != _io.temporary_path(target)
+    with _io.atomic_file(tmp_path / "file") as first, _io.atomic_file(tmp_path / "file") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "file").read_text() == "first"
+
+
+def test_files_and_folders_are_flushed_before_and_after_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[int, bool]] = []  # inode, and whether the target exists
+    targets = (tmp_path / "folder", tmp_path / "file")
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_ino, any(target.exists() for target in targets)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    write(targets[0])
+    below = {path.stat().st_ino for path in (targets[0], *targets[0].rglob("*"))}
+    assert {(inode, False) for inode in below} == set(flushed[:-1])
+    assert flushed[-1] == (tmp_path.stat().st_ino, True)
+    shutil.rmtree(targets[0])
+    flushed.clear()
+    _io.write_text(targets[1], "text")
+    assert flushed == [(targets[1].stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+def test_links_in_a_folder_are_not_followed(tmp_path: Path) -> None:
+    with _io.atomic_folder(tmp_path / "result", overwrite=False) as folder:
+        (folder / "latest").symlink_to("absent")
+    assert (tmp_path / "result" / "latest").is_symlink()
+    _io.remove(tmp_path / "result" / "latest")
+    assert contents(tmp_path / "result") == {}
