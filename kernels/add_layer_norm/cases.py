@@ -1,0 +1,139 @@
+"""The one description of add_layer_norm for tools: see kernels/_common/cases.py."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bert_fast.kernels._common.benchmarks import (
+    Benchmark,
+    Plan,
+    autocast_parameters,
+    dtype_name,
+    eager_and_compiled,
+    normal,
+    rng_state,
+)
+from bert_fast.kernels._common.cases import (
+    DROPOUT,
+    DTYPES,
+    LENGTHS,
+    TOKENS,
+    WIDTHS,
+    E,
+    Lengths,
+    Malformed,
+    OpCases,
+    Sample,
+    meta,
+    randn,
+    with_dropout,
+)
+from bert_fast.kernels.add_layer_norm import add_layer_norm
+
+
+def samples(lengths: Lengths = None) -> list[Sample]:
+    """With every optional argument, without and with dropout."""
+    T = sum(LENGTHS if lengths is None else lengths)
+    inputs = {
+        "x": randn(T, E),
+        "residual": randn(T, E),
+        "weight": 1 + randn(E, scale=0.1),
+        "bias": randn(E, scale=0.1),
+        "x_bias": randn(E, scale=0.1),
+    }
+    return with_dropout(Sample("", add_layer_norm, inputs, parameters=("weight", "bias", "x_bias")))
+
+
+def malformed() -> list[Malformed]:
+    """Invalid calls, with the error expected."""
+    return []
+
+
+def launches() -> None:
+    """Each width in BF16, every dtype and option at 768, the widest tiles in BF16 and FP32."""
+    from bert_fast.kernels.add_layer_norm import triton
+
+    state, statistics = meta(2, dtype=torch.int64), meta(TOKENS)
+
+    def both(
+        width: int, dtype: torch.dtype, parameters: torch.dtype, dropout_p: float, has_x_bias: bool = True
+    ) -> None:
+        x, weight = meta(TOKENS, width, dtype=dtype), meta(width, dtype=parameters)
+        x_bias = weight if has_x_bias else None
+        triton.add_layer_norm_fwd(x, x, weight, weight, x_bias, dropout_p, 1e-12, state)
+        triton.add_layer_norm_bwd(x, x, x, weight, x_bias, statistics, statistics, dropout_p, state)
+
+    for width, dropout_p in product(WIDTHS, (0.0, DROPOUT)):
+        both(width, torch.bfloat16, torch.float32, dropout_p)
+    for dtype in DTYPES:
+        both(768, dtype, dtype, DROPOUT)
+    both(768, torch.bfloat16, torch.float32, DROPOUT, has_x_bias=False)
+    for width, dtype in product((2048, 4096, 8192), (torch.float32, torch.bfloat16)):
+        both(width, dtype, torch.float32, DROPOUT)
+
+
+def extra(impl: str, device: str) -> None:
+    """Rows wider than one program, for which a separate kernel computes the gradient of x_bias."""
+    x, residual = (torch.randn(5, 8100, device=device, requires_grad=True) for _ in range(2))
+    weight, bias, x_bias = (torch.randn(8100, device=device, requires_grad=True) for _ in range(3))
+    state = rng_state(torch.device(device))
+    out = add_layer_norm(x, residual, weight, bias, x_bias=x_bias, dropout_p=DROPOUT, rng_state=state, impl=impl)
+    out.sum().backward()
+
+
+def _eager(dropout_p: float, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
+    return functional.layer_norm(
+        residual + functional.dropout(x + x_bias, dropout_p), weight.shape, weight, bias, 1e-12
+    )
+
+
+def _benchmark(
+    device: torch.device, rows: int, cols: int, dtype: torch.dtype, which: str, dropout_p: float
+) -> Benchmark:
+    x, residual, dout = (normal(device, rows, cols, dtype=dtype) for _ in range(3))
+    parameters = [normal(device, cols, dtype=dtype) for _ in range(3)]
+    state = rng_state(device) if dropout_p else None
+
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, *, impl: str) -> Tensor:
+        return add_layer_norm(x, residual, weight, bias, x_bias=x_bias, dropout_p=dropout_p, rng_state=state, impl=impl)
+
+    peers = eager_and_compiled(partial(_eager, dropout_p), inputs=(x, residual, *parameters), comparable=not dropout_p)
+    # x, residual, out; x, residual, dout, dx, dresidual
+    tensors = {"forward": 3, "backward": 5, "forward + backward": 8}[which]
+    return Benchmark(
+        call,
+        (x, residual, *autocast_parameters(parameters)),
+        peers,
+        16 * torch.finfo(dtype).eps,
+        dtype,
+        which,
+        dout,
+        traffic=x.nbytes * tensors,
+    )
+
+
+def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
+    """Compared with eager PyTorch and torch.compile, whose parameters have the dtype of x."""
+    if device.type == "cuda":
+        sizes = ((16384, 1024), (8192, 768)) if quick else tuple(product((16384, 8192), (1024, 768)))
+        dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+        passes = (("forward", 0.0), ("backward", 0.0), ("forward", DROPOUT), ("backward", DROPOUT))
+    else:
+        sizes = ((128, 768), (1024, 768), (2048, 1024))
+        dtypes = (torch.float32, torch.bfloat16)
+        passes = (("forward", 0.0), ("forward + backward", 0.0), ("forward + backward", DROPOUT))
+    return [
+        Plan(
+            f"({rows}, {cols}) {dtype_name(dtype)} {which}" + ", dropout" * bool(dropout_p),
+            partial(_benchmark, device, rows, cols, dtype, which, dropout_p),
+        )
+        for (rows, cols), dtype, (which, dropout_p) in product(sizes, dtypes, passes)
+    ]
+
+
+CASES = OpCases("add_layer_norm", samples, malformed, launches=launches, extra=extra, benchmarks=benchmarks)

@@ -1,0 +1,154 @@
+"""The one description of embedding_layer_norm for tools: see kernels/_common/cases.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bert_fast.kernels._common.benchmarks import Benchmark, Plan, dtype_name, eager_and_compiled, normal, rng_state
+from bert_fast.kernels._common.cases import (
+    DROPOUT,
+    DTYPES,
+    LENGTHS,
+    TOKENS,
+    E,
+    Lengths,
+    Malformed,
+    OpCases,
+    Sample,
+    V,
+    invalid_ids,
+    meta,
+    randn,
+    with_dropout,
+)
+from bert_fast.kernels.embedding_layer_norm import embedding_layer_norm
+
+
+def samples(lengths: Lengths = None) -> list[Sample]:
+    """Without and with dropout; ids repeat, so that rows of the tables' gradients are sums."""
+    sizes = LENGTHS[:4] if lengths is None else lengths  # a sequence's end only sets positions
+    T = sum(sizes)
+    inputs = {
+        "input_ids": torch.randint(0, V, (T,)),
+        "token_type_ids": torch.randint(0, 2, (T,)),
+        "position_ids": torch.cat([torch.arange(length) for length in sizes]),
+        "word": randn(V, E),
+        "token_type": randn(2, E),
+        "position": randn(max(sizes), E),
+        "weight": 1 + randn(E, scale=0.1),
+        "bias": randn(E, scale=0.1),
+    }
+    return with_dropout(Sample("", embedding_layer_norm, inputs))
+
+
+def malformed() -> list[Malformed]:
+    """Invalid calls, with the error expected."""
+    return []
+
+
+def launches() -> None:
+    """FP32 tables under autocast at the widths of four tiles, all dtypes and options at 768, the widest tiles."""
+    from bert_fast.kernels.embedding_layer_norm import triton
+
+    state, statistics = meta(2, dtype=torch.int64), meta(TOKENS)
+
+    def both(width: int, table: torch.dtype, out: torch.dtype, dropout_p: float = DROPOUT, words: int = 30522) -> None:
+        # Up to 32767 rows of all tables the tokens are sorted by keys of 16 bits.
+        ids = [meta(TOKENS, dtype=torch.int64 if words < 2**15 else torch.int32)] * 3
+        tables = [meta(rows, width, dtype=table) for rows in (words, 2, 512)]
+        weight, dout = meta(width), meta(TOKENS, width, dtype=out)
+        triton.embedding_layer_norm_fwd(*ids, *tables, weight, weight, dropout_p, 1e-12, 0, state, out)
+        triton.embedding_layer_norm_bwd(dout, *ids, *tables, weight, statistics, statistics, dropout_p, 0, state)
+
+    for width in (128, 384, 768, 1024):
+        both(width, torch.float32, torch.bfloat16)
+    for dtype in DTYPES:
+        both(768, dtype, dtype)
+    both(768, torch.float32, torch.bfloat16, 0.0, words=119547)
+    for width in (4096, 8192):
+        both(width, torch.float32, torch.float32)
+
+
+def hostile(operators: Any, device: str) -> list[Callable[[], Any]]:
+    """Ids outside every table."""
+    tables = [torch.randn(rows, 48, device=device) for rows in (31, 2, 16)]
+    ids = [invalid_ids(len(table), device) for table in tables]
+    weight, dout = torch.randn(48, device=device), torch.randn(len(ids[0]), 48, device=device)
+    state = rng_state(torch.device(device))
+
+    def both() -> None:
+        _, mean, rstd = operators.embedding_layer_norm_fwd(
+            *ids, *tables, weight, weight, DROPOUT, 1e-12, 0, state, torch.float32
+        )
+        operators.embedding_layer_norm_bwd(dout, *ids, *tables, weight, mean, rstd, DROPOUT, 0, state)
+
+    return [both]
+
+
+def _eager(dtype: torch.dtype, dropout_p: float, *inputs: Tensor) -> Tensor:
+    word, types, position, weight, bias, ids, kinds, places = inputs
+    summed = (
+        functional.embedding(ids, word) + functional.embedding(kinds, types) + functional.embedding(places, position)
+    )
+    return functional.dropout(functional.layer_norm(summed, weight.shape, weight, bias, 1e-12).to(dtype), dropout_p)
+
+
+def _benchmark(
+    device: torch.device, tokens: int, hidden: int, words: int, dtype: torch.dtype, which: str, dropout_p: float
+) -> Benchmark:
+    stored = torch.float32 if device.type == "cuda" else dtype
+    tables = [normal(device, rows, hidden, dtype=stored) for rows in (words, 2, 512)]
+    ids = [torch.randint(0, rows, (tokens,), device=device) for rows in (words, 2)]
+    ids.append(torch.arange(tokens, device=device) % 512)
+    parameters = [normal(device, hidden, dtype=stored) for _ in range(2)]
+    dout = normal(device, tokens, hidden, dtype=dtype)
+    state = rng_state(device) if dropout_p else None
+
+    def call(*inputs: Tensor, impl: str) -> Tensor:
+        low = stored != dtype and inputs[0].dtype != torch.float64
+        with torch.autocast(device.type, dtype, enabled=low):
+            return embedding_layer_norm(*inputs[5:], *inputs[:5], dropout_p=dropout_p, rng_state=state, impl=impl)
+
+    # A word's row for each token, the small tables once, and out; again the rows and dout, and the tables' gradients.
+    rows = (tokens * hidden + tables[1].numel() + tables[2].numel()) * tables[0].element_size()
+    forward, backward = rows + dout.nbytes, rows + dout.nbytes + sum(table.nbytes for table in tables)
+    return Benchmark(
+        call,
+        (*tables, *parameters, *ids),
+        eager_and_compiled(partial(_eager, dtype, dropout_p), comparable=not dropout_p),
+        16 * torch.finfo(dtype).eps,
+        dtype,
+        which,
+        dout,
+        traffic={"forward": forward, "backward": backward}.get(which, forward + backward),
+    )
+
+
+def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
+    """Compared with eager PyTorch and torch.compile; on a GPU from FP32 tables to BF16, as under autocast."""
+    if device.type == "cuda":
+        widths = ((16384, 1024), (8192, 768)) if quick else tuple(product((16384, 8192), (1024, 768)))
+        sizes = tuple((tokens, hidden, 30522) for tokens, hidden in widths)
+        dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+        passes: tuple[tuple[str, float], ...] = (("forward", 0.0), ("backward", 0.0), ("forward", DROPOUT))
+    else:
+        sizes = ((1024, 256, 8192), (1024, 768, 30522))
+        dtypes = (torch.float32, torch.bfloat16)
+        passes = (("forward", 0.0), ("forward + backward", 0.0))
+    return [
+        Plan(
+            f"({tokens}, {hidden}) V {words} {dtype_name(dtype)} {which}" + ", dropout" * bool(dropout_p),
+            partial(_benchmark, device, tokens, hidden, words, dtype, which, dropout_p),
+        )
+        for (tokens, hidden, words), dtype, (which, dropout_p) in product(sizes, dtypes, passes)
+    ]
+
+
+CASES = OpCases("embedding_layer_norm", samples, malformed, hostile=hostile, launches=launches, benchmarks=benchmarks)
