@@ -48,6 +48,19 @@ class Sample:
     gradients: bool = True
     mean_of: int = 0
 
+    def cast(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+        """The inputs on `device`: floating-point ones in `dtype`, or float32 where they are `parameters` and stay so.
+
+        In float64 the parameters are float64 too.
+        """
+        low = torch.finfo(dtype).bits < 32
+        return {
+            name: x.to(device, torch.float32 if low and name in self.parameters else dtype)
+            if x.is_floating_point()
+            else x.to(device)
+            for name, x in self.inputs.items()
+        }
+
 
 @dataclass(frozen=True)
 class Malformed:
