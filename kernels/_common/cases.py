@@ -119,6 +119,16 @@ def with_dropout(sample: Sample) -> list[Sample]:
     ]
 
 
+def malformed_calls(
+    call: Fn, valid: Mapping[str, Any], changes: Mapping[str, tuple[Mapping[str, Any], type[Exception], str]]
+) -> list[Malformed]:
+    """`call(**valid)` with some arguments changed: by name, the changes, the error and its message's pattern."""
+    return [
+        Malformed(name, functools.partial(call, **{**valid, **changed}), error, match)
+        for name, (changed, error, match) in changes.items()
+    ]
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")

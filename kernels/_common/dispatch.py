@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 IMPLS = ("reference", "triton", "cuda", "cpu")
 _ENVIRONMENT = "BERT_FAST_IMPL"
@@ -85,6 +86,8 @@ class Op:
         """
         dtype = dtype or x.dtype
         asked = _default[-1] if impl == "auto" else impl
+        if asked != "reference" and _transformed():
+            return self._select_transformed(asked)
         if asked == "auto":
             for choice in self.auto_rules:
                 if choice.device == x.device.type and dtype in choice.dtypes:
@@ -107,12 +110,27 @@ class Op:
             )
         return chosen.call
 
+    def _select_transformed(self, requested: str) -> Callable[..., Any]:
+        if requested == "auto":
+            return self.impls["reference"].call
+        raise ImplUnavailableError(
+            f"{self.name}: impl={requested!r} supports neither the transforms of torch.func nor forward-mode "
+            "differentiation; impl='reference' does, and impl='auto' chooses it there"
+        )
+
     def _available(self) -> str:
         names = [impl for impl, found in self.impls.items() if found.availability.ok]
         return f"Available here: {', '.join(names)} (impl='auto' chooses)."
 
 
 OPS: dict[str, Op] = {}
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active; operators would ignore it."""
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def available_impls() -> dict[str, dict[str, Availability]]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bert_fast.kernels._common import extensions, records, triton_support
 from bert_fast.kernels._common.dispatch import AVAILABLE, Availability, Implementation
@@ -32,6 +33,7 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    higher_order: bool = False,
     triton: bool = True,
     cuda: bool = False,
 ) -> None:
@@ -39,6 +41,7 @@ def define(
 
     `backward(ops, ctx, *gradients)` finds the operators that it calls in `ops`, the namespace it is registered for.
     `triton=False` is for operators that only the compiled kernels have, `cuda=True` for those with CUDA kernels.
+    `higher_order=True` is for a `backward` whose operators are differentiable; others raise in a second derivative.
     """
     for namespace, library in _LIBRARIES.items():
         if (namespace == _TRITON and not triton) or (namespace == _CUDA and not cuda):
@@ -48,7 +51,32 @@ def define(
         torch.library.register_fake(qualified, fake, lib=library)
         if backward is not None:
             gradient = functools.partial(backward, getattr(torch.ops, namespace))
+            if not higher_order:
+                gradient = functools.partial(_first_order, qualified, gradient)
             torch.library.register_autograd(qualified, gradient, setup_context=setup_context, lib=library)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Returns the gradients of operator `name`, `tensors[count:]`; raises when they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tuple(None if x is None else x.view_as(x) for x in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError(f"{ctx.name} has no second derivative; use impl='reference', which has")
+
+
+def _first_order(name: str, backward: Callable[..., Any], ctx: Any, *douts: Tensor | None) -> Any:
+    """`backward`, whose results raise when they are differentiated: its operators have no gradient, or torch's 0."""
+    if not torch.is_grad_enabled():
+        return backward(ctx, *douts)
+    with torch.no_grad():
+        gradients = backward(ctx, *douts)
+    sources = (*ctx.saved_tensors, *douts)
+    return _NoSecondDerivative.apply(name, len(sources), *sources, *gradients)  # type: ignore[no-untyped-call]
 
 
 def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> None:

@@ -29,6 +29,7 @@ from bert_fast.kernels._common.cases import (
     Malformed,
     OpCases,
     Sample,
+    malformed_calls,
     meta,
     randn,
     with_dropout,
@@ -50,8 +51,44 @@ def samples(lengths: Lengths = None) -> list[Sample]:
 
 
 def malformed() -> list[Malformed]:
-    """Invalid calls, with the error expected."""
-    return []
+    """Each tensor of another shape, dtype or device, each number out of range."""
+    x, row, state = torch.randn(5, 24), torch.randn(24), torch.zeros(2, dtype=torch.int64)
+    valid = {"x": x, "residual": x, "weight": row, "bias": row, "x_bias": row}
+    return malformed_calls(
+        add_layer_norm,
+        valid,
+        {
+            "x of one dimension": ({"x": row}, ValueError, r"x has shape \(24,\); expected \(T, E\)"),
+            "integer x": ({"x": x.long()}, TypeError, r"x is torch\.int64; expected a floating-point tensor"),
+            "list for x": ({"x": x.tolist()}, TypeError, r"x is list; expected a torch\.Tensor"),
+            "short residual": ({"residual": x[1:]}, ValueError, r"residual has shape \(4, 24\); expected \(5, 24\)"),
+            "residual of another dtype": (
+                {"residual": x.bfloat16()},
+                TypeError,
+                r"residual is torch\.bfloat16; expected torch\.float32, the dtype of the first",
+            ),
+            "weight on another device": ({"weight": row.to("meta")}, ValueError, "weight is on meta; expected cpu"),
+            "short bias": ({"bias": row[1:]}, ValueError, r"bias has shape \(23,\); expected \(24,\)"),
+            "short x_bias": ({"x_bias": row[1:]}, ValueError, r"x_bias has shape \(23,\); expected \(24,\)"),
+            "everything dropped": (
+                {"dropout_p": 1.0},
+                ValueError,
+                r"dropout_p is 1\.0; expected 0 or a probability from 1/512 to 511/512",
+            ),
+            "eps of 0": ({"eps": 0.0}, ValueError, r"eps is 0\.0; expected a positive number"),
+            "rng_state of 3": (
+                {"dropout_p": DROPOUT, "rng_state": torch.zeros(3, dtype=torch.int64)},
+                ValueError,
+                r"rng_state has shape \(3,\); expected \(2,\)",
+            ),
+            "rng_state of another dtype": (
+                {"dropout_p": DROPOUT, "rng_state": state.int()},
+                TypeError,
+                r"rng_state is torch\.int32; expected torch\.int64",
+            ),
+            "unknown impl": ({"impl": "fastest"}, ValueError, "impl is 'fastest'"),
+        },
+    )
 
 
 def launches() -> None:

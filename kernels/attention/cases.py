@@ -31,6 +31,7 @@ from bert_fast.kernels._common.cases import (
     N,
     OpCases,
     Sample,
+    malformed_calls,
     meta,
     randn,
     with_dropout,
@@ -56,8 +57,48 @@ def samples(lengths: Lengths = None) -> list[Sample]:
 
 
 def malformed() -> list[Malformed]:
-    """Invalid calls, with the error expected."""
-    return []
+    """Wrong shapes and dtypes, lengths that don't fit the tokens, numbers out of range."""
+    qkv, ends = torch.randn(12, 3, 2, 8), torch.tensor([0, 5, 12], dtype=torch.int32)
+    valid = {"qkv": qkv, "cu_seqlens": ends, "max_seqlen": 7}
+
+    def lengths(*values: int) -> dict[str, Tensor]:
+        return {"cu_seqlens": torch.tensor(values, dtype=torch.int32)}
+
+    state = torch.zeros(2, dtype=torch.int32)
+    return malformed_calls(
+        attention,
+        valid,
+        {
+            "qkv of three dimensions": (
+                {"qkv": qkv[:, 0]},
+                ValueError,
+                r"qkv has shape \(12, 2, 8\); expected \(T, 3, N, D\)",
+            ),
+            "integer qkv": ({"qkv": qkv.long()}, TypeError, r"qkv is torch\.int64; expected a floating-point tensor"),
+            "head dimension of 0": ({"qkv": qkv[..., :0]}, ValueError, "head dimension D of at least 1"),
+            "flat bias": (
+                {"bias": torch.zeros(3, 16)},
+                ValueError,
+                r"bias has shape \(3, 16\); expected \(3, 2, 8\)",
+            ),
+            "int64 cu_seqlens": (
+                {"cu_seqlens": ends.long()},
+                TypeError,
+                r"cu_seqlens is torch\.int64; expected torch\.int32",
+            ),
+            "lengths of fewer tokens": (lengths(0, 5, 11), ValueError, "runs from 0 to 11; expected from 0 to 12"),
+            "decreasing cu_seqlens": (lengths(0, 15, 12), ValueError, "falls from 15 to 12 at index 2"),
+            "max_seqlen too small": ({"max_seqlen": 6}, ValueError, "of 7 tokens; expected at most max_seqlen = 6"),
+            "negative max_seqlen": ({"max_seqlen": -1}, ValueError, "max_seqlen is -1"),
+            "everything dropped": ({"dropout_p": 1.0}, ValueError, r"dropout_p is 1\.0"),
+            "rng_state of another dtype": (
+                {"dropout_p": DROPOUT, "rng_state": state},
+                TypeError,
+                r"rng_state is torch\.int32; expected torch\.int64",
+            ),
+            "unknown impl": ({"impl": "fastest"}, ValueError, "impl is 'fastest'"),
+        },
+    )
 
 
 def launches() -> None:

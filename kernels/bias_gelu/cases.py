@@ -18,7 +18,19 @@ from bert_fast.kernels._common.benchmarks import (
     eager_and_compiled,
     normal,
 )
-from bert_fast.kernels._common.cases import DTYPES, LENGTHS, TOKENS, F, Lengths, Malformed, OpCases, Sample, meta, randn
+from bert_fast.kernels._common.cases import (
+    DTYPES,
+    LENGTHS,
+    TOKENS,
+    F,
+    Lengths,
+    Malformed,
+    OpCases,
+    Sample,
+    malformed_calls,
+    meta,
+    randn,
+)
 from bert_fast.kernels.bias_gelu import bias_gelu
 
 
@@ -32,8 +44,19 @@ def samples(lengths: Lengths = None) -> list[Sample]:
 
 
 def malformed() -> list[Malformed]:
-    """Invalid calls, with the error expected."""
-    return []
+    """Wrong shapes, dtypes and names."""
+    x, bias = torch.randn(5, 24), torch.randn(24)
+    return malformed_calls(
+        bias_gelu,
+        {"x": x, "bias": bias},
+        {
+            "x of one dimension": ({"x": x[0]}, ValueError, r"x has shape \(24,\); expected \(T, F\)"),
+            "integer x": ({"x": x.long()}, TypeError, r"x is torch\.int64; expected a floating-point tensor"),
+            "short bias": ({"bias": bias[1:]}, ValueError, r"bias has shape \(23,\); expected \(24,\)"),
+            "unknown form": ({"approximate": "erf"}, ValueError, "approximate is 'erf'; expected 'none' or 'tanh'"),
+            "unknown impl": ({"impl": "fastest"}, ValueError, "impl is 'fastest'"),
+        },
+    )
 
 
 def launches() -> None:

@@ -24,6 +24,7 @@ from bert_fast.kernels._common.cases import (
     Sample,
     V,
     invalid_ids,
+    malformed_calls,
     meta,
     randn,
     with_dropout,
@@ -49,8 +50,74 @@ def samples(lengths: Lengths = None) -> list[Sample]:
 
 
 def malformed() -> list[Malformed]:
-    """Invalid calls, with the error expected."""
-    return []
+    """Ids outside their tables, wrong shapes, dtypes and devices, numbers out of range."""
+    ids, row = torch.arange(5), torch.randn(24)
+    word, position = torch.randn(97, 24), torch.randn(53, 24)
+    valid = {
+        "input_ids": ids,
+        "token_type_ids": ids % 2,
+        "position_ids": ids,
+        "word": word,
+        "token_type": word[:2],
+        "position": position,
+        "weight": row,
+        "bias": row,
+    }
+    return malformed_calls(
+        embedding_layer_norm,
+        valid,
+        {
+            "id beyond the vocabulary": (
+                {"input_ids": ids + 93},
+                ValueError,
+                r"input_ids has values from 93 to 97; expected 0 to 96 \(word has 97 rows\)",
+            ),
+            "negative position": (
+                {"position_ids": ids - 1},
+                ValueError,
+                r"position_ids has values from -1 to 3; expected 0 to 52 \(position has 53",
+            ),
+            "third segment": (
+                {"token_type_ids": torch.full((5,), 2)},
+                ValueError,
+                "token_type_ids has values from 2 to 2; expected 0 to 1",
+            ),
+            "ids of floats": (
+                {"input_ids": ids.float()},
+                TypeError,
+                r"input_ids is torch\.float32; expected torch\.int64 or torch\.int32",
+            ),
+            "ids of two dimensions": (
+                {"input_ids": ids[None]},
+                ValueError,
+                r"input_ids has shape \(1, 5\); expected \(T,\)",
+            ),
+            "fewer segments than ids": (
+                {"token_type_ids": ids[1:] % 2},
+                ValueError,
+                r"token_type_ids has shape \(4,\); expected \(5,\)",
+            ),
+            "narrow position table": (
+                {"position": position[:, 1:]},
+                ValueError,
+                r"position has shape \(53, 23\); expected \(rows, 24\)",
+            ),
+            "table of another dtype": (
+                {"token_type": word[:2].bfloat16()},
+                TypeError,
+                r"token_type is torch\.bfloat16; expected torch\.float32",
+            ),
+            "short bias": ({"bias": row[1:]}, ValueError, r"bias has shape \(23,\); expected \(24,\)"),
+            "weight on another device": ({"weight": row.to("meta")}, ValueError, "weight is on meta; expected cpu"),
+            "padding_idx beyond the vocabulary": (
+                {"padding_idx": 97},
+                ValueError,
+                "padding_idx is 97; expected None or a row of word, 0 to 96",
+            ),
+            "negative dropout_p": ({"dropout_p": -0.1}, ValueError, r"dropout_p is -0\.1; expected 0 or a probability"),
+            "negative eps": ({"eps": -1.0}, ValueError, r"eps is -1\.0; expected a positive number"),
+        },
+    )
 
 
 def launches() -> None:

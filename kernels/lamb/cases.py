@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, normal
-from bert_fast.kernels._common.cases import DTYPES, E, F, Lengths, Malformed, OpCases, Sample, meta, randn
+from bert_fast.kernels._common.cases import (
+    DTYPES,
+    E,
+    F,
+    Lengths,
+    Malformed,
+    OpCases,
+    Sample,
+    malformed_calls,
+    meta,
+    randn,
+)
 from bert_fast.kernels.lamb import clip_scale, lamb_step
 
 
@@ -30,8 +41,34 @@ def samples(lengths: Lengths = None) -> list[Sample]:
 
 
 def malformed() -> list[Malformed]:
-    """Invalid calls, with the error expected."""
-    return []
+    """Lists that don't match, numbers out of range; and of clip_scale."""
+    w, g, m, v = (torch.randn(3) for _ in range(4))
+    valid = {"params": [w], "grads": [g], "exp_avgs": [m], "exp_avg_sqs": [v], "step": 1, "lr": 0.1}
+    steps = malformed_calls(
+        lamb_step,
+        valid,
+        {
+            "no gradient": ({"grads": []}, ValueError, "grads has 0 tensors; expected 1"),
+            "short gradient": ({"grads": [g[:2]]}, ValueError, r"grads\[0\] has shape \(2,\); expected \(3,\)"),
+            "integer parameter": ({"params": [w.long()]}, TypeError, r"params\[0\] is torch\.int64"),
+            "step of 0": ({"step": 0}, ValueError, "step is 0; expected 1 for the first step"),
+            "beta of 1": ({"betas": (0.9, 1.0)}, ValueError, r"betas is \(0\.9, 1\.0\)"),
+            "negative weight_decay": (
+                {"weight_decay": -0.1},
+                ValueError,
+                r"weight_decay is -0\.1; expected neither below 0",
+            ),
+        },
+    )
+    clips = malformed_calls(
+        clip_scale,
+        {"grads": [g], "max_norm": 1.0},
+        {
+            "no gradients to clip": ({"grads": []}, ValueError, "grads is empty"),
+            "max_norm of 0": ({"max_norm": 0.0}, ValueError, r"max_norm is 0\.0"),
+        },
+    )
+    return steps + clips
 
 
 def launches() -> None:

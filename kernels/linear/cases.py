@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, dtype_name, normal
-from bert_fast.kernels._common.cases import LENGTHS, E, F, Lengths, Malformed, OpCases, Sample, randn
+from bert_fast.kernels._common.cases import LENGTHS, E, F, Lengths, Malformed, OpCases, Sample, malformed_calls, randn
 from bert_fast.kernels.linear import linear
 
 
@@ -33,8 +33,38 @@ def samples(lengths: Lengths = None) -> list[Sample]:
 
 
 def malformed() -> list[Malformed]:
-    """Invalid calls, with the error expected."""
-    return []
+    """Wrong shapes, dtypes and names; the weight as one and as several."""
+    x, weight, bias = torch.randn(5, 24), torch.randn(16, 24), torch.randn(16)
+    return malformed_calls(
+        linear,
+        {"x": x, "weight": weight, "bias": bias},
+        {
+            "x of one dimension": ({"x": x[0]}, ValueError, r"x has shape \(24,\); expected \(T, K\)"),
+            "narrow weight": (
+                {"weight": weight[:, 1:]},
+                ValueError,
+                r"weight has shape \(16, 23\); expected \(N, 24\)",
+            ),
+            "second weight of one dimension": (
+                {"weight": [weight, weight[0]]},
+                ValueError,
+                r"weight\[1\] has shape \(24,\); expected \(N, 24\)",
+            ),
+            "no weight": ({"weight": []}, ValueError, "weight is empty"),
+            "integer weight": (
+                {"weight": weight.long()},
+                TypeError,
+                r"weight is torch\.int64; expected a floating-point tensor",
+            ),
+            "short bias": ({"bias": bias[1:]}, ValueError, r"bias has shape \(15,\); expected \(16,\)"),
+            "unknown activation": (
+                {"activation": "relu"},
+                ValueError,
+                "activation is 'relu'; expected None, 'gelu' or 'gelu_tanh'",
+            ),
+            "unknown impl": ({"impl": "fastest"}, ValueError, "impl is 'fastest'"),
+        },
+    )
 
 
 LAYERS = {"qkv": (768, 2304, None), "up, GeLU": (768, 3072, "gelu"), "down": (3072, 768, None)}

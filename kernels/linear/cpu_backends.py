@@ -136,6 +136,7 @@ def pack(weight: Tensor) -> Tensor:
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """oneDNN's x weight^T, of a weight that is packed or not."""
     kind, algorithm = _ATTRIBUTES[activation]
+    bias = None if bias is None else bias.contiguous()  # oneDNN ignores its stride
     out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, kind, [], algorithm)
     return out
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, normal
-from bert_fast.kernels._common.cases import LENGTHS, E, F, Lengths, Malformed, OpCases, Sample, randn
+from bert_fast.kernels._common.cases import LENGTHS, E, F, Lengths, Malformed, OpCases, Sample, malformed_calls, randn
 from bert_fast.kernels.linear_int8 import Int8Weight, feed_forward_int8, linear_int8, quantize_weight
 
 
@@ -35,8 +35,31 @@ def samples(lengths: Lengths = None) -> list[Sample]:
 
 
 def malformed() -> list[Malformed]:
-    """Invalid calls, with the error expected."""
-    return []
+    """Wrong shapes, an input that requires a gradient; and of quantize_weight."""
+    x, weight = torch.randn(5, 24), quantize_weight(torch.randn(16, 24))
+    layers = malformed_calls(
+        linear_int8,
+        {"x": x, "weight": weight},
+        {
+            "narrow x": ({"x": x[:, 1:]}, ValueError, r"weight.values has shape \(16, 24\); expected \(N, 23\)"),
+            "short bias": ({"bias": torch.randn(15)}, ValueError, r"bias has shape \(15,\); expected \(16,\)"),
+            "range of 3": (
+                {"input_range": torch.randn(3)},
+                ValueError,
+                r"input_range has shape \(3,\); expected \(2,\)",
+            ),
+            "x requires a gradient": ({"x": x.clone().requires_grad_()}, ValueError, "^x .* gradient"),
+        },
+    )
+    weights = malformed_calls(
+        quantize_weight,
+        {"weight": torch.randn(2, 2)},
+        {
+            "NaN in the weight": ({"weight": torch.full((1, 2), torch.nan)}, ValueError, "expected finite numbers"),
+            "limit of 128": ({"limit": 128}, ValueError, "limit is 128"),
+        },
+    )
+    return layers + weights
 
 
 LAYERS = {"qkv": (768, 2304), "down": (3072, 768), "feed-forward": (768, 3072)}

@@ -25,6 +25,7 @@ from bert_fast.kernels._common.cases import (
     Sample,
     V,
     invalid_ids,
+    malformed_calls,
     meta,
     randn,
 )
@@ -36,10 +37,11 @@ def _loss(**arguments: Any) -> Tensor:
 
 
 def samples(lengths: Lengths = None) -> list[Sample]:
-    """15 % of the rows have labels, the first among them; plain cross entropy and with both regularisers."""
+    """15 % of the rows have labels, at least one; plain cross entropy and with both regularisers."""
     T = sum(LENGTHS if lengths is None else lengths)
     labelled = torch.rand(T) < 0.15
-    labelled[:1] = True
+    if not labelled.any():
+        labelled[:1] = True
     inputs = {
         "hidden": randn(T, E),
         "labels": torch.where(labelled, torch.randint(0, V, (T,)), -100),
@@ -59,8 +61,61 @@ def samples(lengths: Lengths = None) -> list[Sample]:
 
 
 def malformed() -> list[Malformed]:
-    """Invalid calls, with the error expected."""
-    return []
+    """Labels outside the vocabulary, wrong shapes and dtypes, numbers out of range."""
+    square, row, decoder = torch.randn(8, 8), torch.randn(8), torch.randn(31, 8)
+    valid = {
+        "hidden": square[:4],
+        "labels": torch.tensor([0, 30, -100, 4]),
+        "dense_weight": square,
+        "dense_bias": row,
+        "norm_weight": row,
+        "norm_bias": row,
+        "decoder_weight": decoder,
+        "decoder_bias": decoder[:, 0],
+    }
+    labels, smoothing = valid["labels"], "expected a number from 0 to below 1"
+    return malformed_calls(
+        masked_lm_loss,
+        valid,
+        {
+            "labels outside the vocabulary": (
+                {"labels": torch.tensor([31, -1, -100, 4])},
+                ValueError,
+                r"labels has 2 values outside the vocabulary \(from -1 to 31\); expected 0 to 30, or -100 ",
+            ),
+            "int32 labels": ({"labels": labels.int()}, TypeError, r"labels is torch\.int32; expected torch\.int64"),
+            "fewer labels than rows": ({"labels": labels[1:]}, ValueError, r"labels has shape \(3,\); expected \(4,\)"),
+            "integer hidden": (
+                {"hidden": square[:4].long()},
+                TypeError,
+                r"hidden is torch\.int64; expected a floating-point tensor",
+            ),
+            "short dense_weight": (
+                {"dense_weight": square[1:]},
+                ValueError,
+                r"dense_weight has shape \(7, 8\); expected \(8, 8\)",
+            ),
+            "short norm_bias": ({"norm_bias": row[1:]}, ValueError, r"norm_bias has shape \(7,\); expected \(8,\)"),
+            "narrow decoder_weight": (
+                {"decoder_weight": decoder[:, 1:]},
+                ValueError,
+                r"decoder_weight has shape \(31, 7\); expected \(V, 8\)",
+            ),
+            "short decoder_bias": (
+                {"decoder_bias": decoder[1:, 0]},
+                ValueError,
+                r"decoder_bias has shape \(30,\); expected \(31,\)",
+            ),
+            **{
+                f"label_smoothing {value}": ({"label_smoothing": value}, ValueError, f"is {value}; {smoothing}")
+                for value in (-0.1, 1.0, float("nan"))
+            },
+            **{
+                f"z_loss {value}": ({"z_loss": value}, ValueError, f"z_loss is {value}; expected")
+                for value in (-1e-4, float("inf"), float("nan"))
+            },
+        },
+    )
 
 
 def launches() -> None:

@@ -22,6 +22,7 @@ from bert_fast.kernels._common.cases import (
     OpCases,
     Sample,
     invalid_ids,
+    malformed_calls,
     meta,
     randn,
 )
@@ -40,8 +41,62 @@ def samples(lengths: Lengths = None) -> list[Sample]:
 
 
 def malformed() -> list[Malformed]:
-    """Invalid calls, with the error expected."""
-    return []
+    """Masks that are no masks, indices that unpad does not return."""
+    x, mask = torch.randn(3, 4, 5), torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
+    additive = torch.zeros(3, 4).masked_fill(mask == 0, float("-inf"))
+    packed, indices = x[mask.bool()], mask.flatten().nonzero().squeeze(1)
+    unpads = malformed_calls(
+        unpad,
+        {"x": x, "attention_mask": mask},
+        {
+            "x of one dimension": ({"x": x[0, 0]}, ValueError, r"x has shape \(5,\); expected \(B, S, ...\)"),
+            "transposed mask": (
+                {"attention_mask": mask.t()},
+                ValueError,
+                r"attention_mask has shape \(4, 3\); expected \(3, 4\)",
+            ),
+            "mask of other numbers": (
+                {"attention_mask": mask * torch.tensor([3, 2, 2, 2])},
+                ValueError,
+                r"attention_mask has the values 2, 3; expected only 1 .* and 0",
+            ),
+            "additive mask": (
+                {"attention_mask": additive},
+                ValueError,
+                "attention_mask has the values -inf; .*additive mask",
+            ),
+            "mask of NaN": (
+                {"attention_mask": torch.full((3, 4), torch.nan)},
+                ValueError,
+                "attention_mask has the values nan",
+            ),
+            "list for the mask": (
+                {"attention_mask": mask.tolist()},
+                TypeError,
+                r"attention_mask is list; expected a torch\.Tensor",
+            ),
+        },
+    )
+    pads = malformed_calls(
+        pad,
+        {"x": packed, "indices": indices, "batch": 3, "seqlen": 4},
+        {
+            "int32 indices": ({"indices": indices.int()}, TypeError, r"indices is torch\.int32; expected torch\.int64"),
+            "fewer tokens than indices": (
+                {"x": packed[1:]},
+                ValueError,
+                rf"indices has shape \({len(indices)},\); expected \({len(indices) - 1},\)",
+            ),
+            "indices beyond the batch": (
+                {"batch": 2},
+                ValueError,
+                "indices runs from 0 to 11; expected it to rise strictly within 0 to 7",
+            ),
+            "decreasing indices": ({"indices": indices.flip(0)}, ValueError, "rise strictly"),
+            "negative batch": ({"batch": -1}, ValueError, "batch is -1 and seqlen 4"),
+        },
+    )
+    return unpads + pads
 
 
 def launches() -> None:

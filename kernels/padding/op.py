@@ -65,6 +65,7 @@ define(
     fake=_gather_rows_fake,
     setup_context=_gather_setup_context,
     backward=_gather_backward,
+    higher_order=True,
 )
 define(
     "scatter_rows",
@@ -72,6 +73,7 @@ define(
     fake=_scatter_rows_fake,
     setup_context=_scatter_setup_context,
     backward=_scatter_backward,
+    higher_order=True,
 )
 
 
