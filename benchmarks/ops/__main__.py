@@ -1,7 +1,7 @@
 """Time the implementations of an op and its peers, as `kernels/<op>/cases.py` describes them.
 
-    python -m benchmarks.ops <op> [--device cpu|cuda] [--quick] [--record] [--budget SECONDS] [--results FOLDER]
-    python -m benchmarks.ops <op> --warm     compile and compare every case, time nothing
+python -m benchmarks.ops <op> [--device cpu|cuda] [--quick] [--record] [--budget SECONDS] [--results FOLDER]
+python -m benchmarks.ops <op> --warm     compile and compare every case, time nothing
 """
 
 from __future__ import annotations

@@ -157,13 +157,14 @@ def hostile(operators: Any, device: str) -> list[Callable[[], Any]]:
 
 
 def extra(impl: str, device: str) -> None:
-    """Sequences of several blocks of keys in BF16."""
-    ends = torch.tensor([0, 150, 150, 193, 202], dtype=torch.int32, device=device)
+    """BF16: sequences of several blocks of keys, and several sequences in one tile."""
     state = rng_state(torch.device(device))
-    for dim in (32, 64, 128):
-        qkv = torch.randn(202, 3, 1, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+    for ends, dim in product(([0, 150, 150, 193, 202], [0, 9, 9, 25, 30]), (32, 64, 128)):
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+        qkv = torch.randn(ends[-1], 3, 1, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
         bias = torch.randn(3, 1, dim, device=device, requires_grad=True)
-        attention(qkv, ends, 150, bias=bias, dropout_p=DROPOUT, rng_state=state, impl=impl).sum().backward()
+        longest = int(cu_seqlens.diff().max())
+        attention(qkv, cu_seqlens, longest, bias=bias, dropout_p=DROPOUT, rng_state=state, impl=impl).sum().backward()
 
 
 GPU_TOKENS = 16384
