@@ -1,15 +1,15 @@
-"""A whole BERT's inference beside transformers' own, on the same weights and batches; `pretraining.py` has the step.
+"""Inference of a whole BERT compared with transformers, on the same weights and batches; `pretraining.py` has training.
 
     python -m benchmarks.models.gpu_inference [--device cpu|cuda] [--size base|large|tiny ...]
         [--quick] [--record] [--budget S]
 
-Inference is the encoder's last hidden state, in bfloat16 autocast. transformers gets padded batches with a mask and its
-`sdpa` attention, with and without torch.compile; ours gets the same sequences packed, and the fused transformers model
-the padded ones. All are timed as they are called, by the host's clock with the device awaited after each call, the
-variants in turns, medians. Tokens per second count real tokens. Peak memory is what a call adds to what was there.
+Inference computes the encoder's last hidden state under BF16 autocast. transformers gets padded batches with a mask and
+its `sdpa` attention, with and without torch.compile; ours gets the same sequences packed, and the fused transformers
+model the padded ones. Calls are timed by the host's clock, which synchronizes the device after each; variants are
+interleaved, and the median is reported. Tokens per second count real tokens. Peak memory is what a call allocates.
 
-Before a case is timed the losses and hidden states without dropout are compared: ours may be three times as far from
-transformers in float32 as transformers under bfloat16 is, plus a floor; if it is not, nothing is reported.
+Before a case is timed, losses and hidden states without dropout are compared: the distance of ours from transformers in
+FP32 may be three times that of transformers under BF16, plus a floor; if it exceeds that, nothing is reported.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.runner.devices import Machine, environment, machine_of, reason, rounds_in
-from benchmarks.runner.lengths import half_filled
-from benchmarks.runner.runner import arguments, prepare_compiler, write
+from benchmarks.runner.devices import Machine, environment, reason, rounds_in
+from benchmarks.runner.runner import arguments, parse, write
 from bert_fast import fuse
 from bert_fast.data import PackedBatch
 from bert_fast.kernels import available_impls, use_impl
+from bert_fast.kernels._common.benchmarks import half_filled
 from bert_fast.models import BertConfig, BertForPreTraining
 from bert_fast.models.checkpoint import load
 from bert_fast.pretrain.cuda_graph import OPS_OF_A_STEP
@@ -44,13 +44,13 @@ from bert_fast.pretrain.passes import forward
 MASKED = 0.15
 PADDED_TOKENS = {"tiny": 256, "base": 16384, "large": 8192}  # of a batch
 VOCABULARY = {"tiny": 500, "base": 30522, "large": 30522}
-FACTOR, FLOOR = 3.0, 2e-3  # of the model-level bound; the floor is relative: a quarter of bfloat16's step
+FACTOR, FLOOR = 3.0, 2e-3  # of the model-level bound; the floor is relative, a quarter of BF16's eps
 WARMUPS = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run one scenario; `refused` says why where it did not run."""
+    """One variant of one scenario. A refused variant has no figures; `refused` is the reason."""
 
     case: str
     variant: str
@@ -73,12 +73,12 @@ class Scenario:
 
 
 def precision(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 autocast on CUDA; float32 on the CPU, where this only shows that the script works."""
+    """BF16 autocast on CUDA; FP32 on the CPU, where the benchmark only checks that it runs."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def batches(scenario: Scenario, vocabulary: int, device: torch.device) -> tuple[PackedBatch, dict[str, Tensor]]:
-    """The same random sequences packed, and padded as transformers takes them."""
+    """The same random sequences, packed and padded."""
     lengths, total = torch.tensor(scenario.lengths), sum(scenario.lengths)
     ids = torch.randint(5, vocabulary, (total,))
     labels = torch.randint(5, vocabulary, (total,)).where(torch.rand(total) < MASKED, torch.tensor(-100))
@@ -100,7 +100,7 @@ def batches(scenario: Scenario, vocabulary: int, device: torch.device) -> tuple[
 
 
 class Theirs:
-    """transformers' BertForPreTraining, compiled or not."""
+    """transformers' BertForPreTraining, compiled or not; compiled only for the lengths `seqlens`."""
 
     def __init__(self, model: Any, compiled: bool = False, seqlens: tuple[int, ...] = ()) -> None:
         self.model, self.seqlens = model, seqlens
@@ -118,13 +118,13 @@ class Theirs:
         return out
 
 
-def runs_here(variant: Theirs | Mine, scenario: Scenario) -> bool:
-    """Whether there is time for the variant: each length is another compilation."""
-    return isinstance(variant, Mine) or not variant.seqlens or scenario.seqlen in variant.seqlens
+def runs_here(variant: Variant, scenario: Scenario) -> bool:
+    """Whether the variant is timed: each length needs a compilation."""
+    return isinstance(variant, Ours) or not variant.seqlens or scenario.seqlen in variant.seqlens
 
 
-class Mine:
-    """bert_fast's BertForPreTraining on packed batches, with one choice of implementation."""
+class Ours:
+    """bert_fast's BertForPreTraining on packed batches, with one `impl`."""
 
     def __init__(self, model: Any, impl: str) -> None:
         self.model, self.impl = model, impl
@@ -142,8 +142,8 @@ class Mine:
         return out
 
 
-class Fused(Mine):
-    """transformers' BertForPreTraining after bert_fast.fuse, on the padded batches that transformers takes."""
+class Fused(Ours):
+    """transformers' BertForPreTraining after bert_fast.fuse, on padded batches."""
 
     def loss(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
         with use_impl(self.impl):
@@ -155,11 +155,14 @@ class Fused(Mine):
             return Theirs(self.model).hidden(packed, padded)
 
 
-def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[dict[str, Theirs | Mine], int]:
-    """Every variant by name, on the same initial weights, and the vocabulary's size.
+Variant = Theirs | Ours
 
-    The compiled and the eager variant share one model, and so do ours: the weights move a little while steps are timed,
-    after everything has been compared. `compiled` names the lengths at which torch.compile takes part.
+
+def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[dict[str, Variant], int]:
+    """Every variant by name, with the same initial weights, and the vocabulary's size.
+
+    The compiled and the eager variant share one model, and so do ours: timed steps change the weights a little, but
+    only after the comparison. `compiled` has the lengths at which torch.compile is timed.
     """
     import transformers
 
@@ -170,26 +173,26 @@ def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[
     torch.manual_seed(0)
     with device:
         theirs = transformers.BertForPreTraining(settings)
-        mine = BertForPreTraining(config)
-    load(mine, theirs.state_dict())
-    theirs, mine = theirs.to(device), mine.to(device)
-    found: dict[str, Theirs | Mine] = {"transformers": Theirs(theirs)}
+        ours = BertForPreTraining(config)
+    load(ours, theirs.state_dict())
+    theirs, ours = theirs.to(device), ours.to(device)
+    variants: dict[str, Variant] = {"transformers": Theirs(theirs)}
     if compiled:
-        found["transformers, torch.compile"] = Theirs(theirs, True, compiled)
-    found["bert_fast auto"] = Mine(mine, "auto")
-    found["transformers, fused"] = Fused(fuse(deepcopy(theirs)), "auto")
+        variants["transformers, torch.compile"] = Theirs(theirs, True, compiled)
+    variants["bert_fast auto"] = Ours(ours, "auto")
+    variants["transformers, fused"] = Fused(fuse(deepcopy(theirs)), "auto")
     impls = available_impls()
     if device.type == "cuda" and all(impls[op]["triton"].ok for op in OPS_OF_A_STEP):
-        found["bert_fast triton"] = Mine(mine, "triton")
-    return found, config.vocab_size
+        variants["bert_fast triton"] = Ours(ours, "triton")
+    return variants, config.vocab_size
 
 
-def check(variants: dict[str, Theirs | Mine], packed: PackedBatch, padded: dict[str, Tensor], name: str) -> None:
-    """SystemExit unless losses and hidden states of ours are as near to float32 as transformers' own are."""
+def check(variants: dict[str, Variant], packed: PackedBatch, padded: dict[str, Tensor], name: str) -> None:
+    """SystemExit if the loss or hidden states of ours exceed the bound on the distance from FP32."""
     device, keep = packed.input_ids.device, padded["attention_mask"].bool()
     theirs = variants["transformers"]
 
-    def loss_and_hidden(variant: Theirs | Mine) -> tuple[float, Tensor]:
+    def loss_and_hidden(variant: Variant) -> tuple[float, Tensor]:
         variant.model.eval()
         with torch.no_grad():
             hidden = variant.hidden(packed, padded)
@@ -197,20 +200,20 @@ def check(variants: dict[str, Theirs | Mine], packed: PackedBatch, padded: dict[
 
     loss, hidden = loss_and_hidden(theirs)
 
-    def errors(variant: Theirs | Mine) -> tuple[float, float]:
+    def errors(variant: Variant) -> tuple[float, float]:
         with precision(device):
-            found, states = loss_and_hidden(variant)
-        return abs(found - loss) / abs(loss), float((states - hidden).norm() / hidden.norm())
+            variant_loss, states = loss_and_hidden(variant)
+        return abs(variant_loss - loss) / abs(loss), float((states - hidden).norm() / hidden.norm())
 
     bounds = [FACTOR * error + FLOOR for error in errors(theirs)]
     for label, variant in variants.items():
-        if isinstance(variant, Mine):
+        if isinstance(variant, Ours):
             for what, error, bound in zip(("loss", "hidden states"), errors(variant), bounds, strict=True):
                 if not error <= bound:
-                    raise SystemExit(f"{name}, {label}: {what} {error:.2e} from float32, over {bound:.2e}; not timed")
+                    raise SystemExit(f"{name}, {label}: {what} {error:.2e} from float32, above {bound:.2e}; not timed")
 
 
-def inference(variant: Theirs | Mine, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
+def inference(variant: Variant, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
     device = packed.input_ids.device
 
     def step() -> None:
@@ -221,8 +224,8 @@ def inference(variant: Theirs | Mine, packed: PackedBatch, padded: dict[str, Ten
     return step
 
 
-def awaited(run: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call, to the end of what it started on the device."""
+def synchronized(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call until the device has finished it."""
     start = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -232,13 +235,13 @@ def awaited(run: Callable[[], None], device: torch.device) -> float:
 
 def measure(
     scenario: Scenario,
-    variants: dict[str, Theirs | Mine],
+    variants: dict[str, Variant],
     batch: tuple[PackedBatch, dict[str, Tensor]],
     machine: Machine,
     seconds: float,
-    make: Callable[[Theirs | Mine, PackedBatch, dict[str, Tensor]], Callable[[], None]] = inference,
+    make: Callable[[Variant, PackedBatch, dict[str, Tensor]], Callable[[], None]] = inference,
 ) -> list[Row]:
-    """Compare, warm up, time in turns what `make` makes of each variant."""
+    """Compare the variants, warm up, and time the calls that `make` creates of them, interleaved."""
     variants = {name: variant for name, variant in variants.items() if runs_here(variant, scenario)}
     device = machine.device
     packed, padded = batch
@@ -249,22 +252,22 @@ def measure(
     for name, variant in variants.items():
         try:
             run = make(variant, packed, padded)
-            for _ in range(WARMUPS):  # compiles, and makes the optimizer's state
+            for _ in range(WARMUPS):  # compiles, and creates the optimizer's state
                 run()
             peaks[name] = machine.with_peak(run)[1]
         except Exception as problem:
-            if isinstance(variant, Mine):
+            if isinstance(variant, Ours):
                 raise
             refused[name] = reason(problem)
             continue
         runs[name] = run
-    first = sum(awaited(run, device) for run in runs.values())
+    first = sum(synchronized(run, device) for run in runs.values())
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds_in(seconds, first)):
         for name, run in runs.items():
-            times[name].append(awaited(run, device))
-    medians = {name: median(found) for name, found in times.items()}
-    peers = [found for name, found in medians.items() if isinstance(variants[name], Theirs)]
+            times[name].append(synchronized(run, device))
+    medians = {name: median(samples) for name, samples in times.items()}
+    peers = [seconds for name, seconds in medians.items() if isinstance(variants[name], Theirs)]
     total = packed.num_tokens
     rows = []
     for name in variants:
@@ -286,13 +289,13 @@ def measure(
 
 
 def scenarios(size: str, lengths: tuple[int, ...], kind: str) -> list[Scenario]:
-    """What matters most first: a short budget leaves the rest out."""
-    found = []
+    """Full and half filled, the most important first: a short budget leaves out the rest."""
+    result = []
     for seqlen in (32,) if size == "tiny" else lengths:
         count = PADDED_TOKENS[size] // seqlen
-        found.append(Scenario(f"{size} S {seqlen} half filled {kind}", half_filled(count, seqlen), seqlen))
-        found.append(Scenario(f"{size} S {seqlen} {kind}", [seqlen] * count, seqlen))
-    return found
+        result.append(Scenario(f"{size} S {seqlen} half filled {kind}", half_filled(count, seqlen), seqlen))
+        result.append(Scenario(f"{size} S {seqlen} {kind}", [seqlen] * count, seqlen))
+    return result
 
 
 def table(rows: list[Row]) -> str:
@@ -315,7 +318,7 @@ def table(rows: list[Row]) -> str:
 
 
 def compiles_at(size: str, options: Namespace) -> tuple[int, ...]:
-    """The lengths at which torch.compile takes part: 24 layers take it minutes."""
+    """The lengths at which torch.compile is timed: it takes minutes for 24 layers."""
     if options.no_compile or size == "tiny" or (size == "large" and options.quick):
         return ()
     return (512,) if options.quick else (128, 512)
@@ -327,19 +330,18 @@ def run(
     machine: Machine,
     sizes: list[str],
     scenarios_of: Callable[[str], list[Scenario]],
-    measured: Callable[[Scenario, dict[str, Theirs | Mine], int], list[Row]],
-) -> dict[str, Any] | None:
-    """Measure every scenario of every size while there is time, and print the table.
+    measured: Callable[[Scenario, dict[str, Variant], int], list[Row]],
+    **extra: Any,
+) -> None:
+    """Measure every scenario of every size within the budget, and print and record the table.
 
     Args:
-        name: of the benchmark.
+        name: of the benchmark and of its report.
         options: of the command line.
-        sizes: where it names none.
-        scenarios_of: a size's.
-        measured: takes a scenario, the variants and the vocabulary's size.
-
-    Returns:
-        The report, or None where nothing was to be timed.
+        sizes: used if the command line names none.
+        scenarios_of: the scenarios of a size.
+        measured: (scenario, variants, size of the vocabulary) -> rows.
+        extra: further fields of the report.
     """
     begin = time.perf_counter()
     rows: list[Row] = []
@@ -352,7 +354,7 @@ def run(
                 continue
             try:
                 rows += measured(scenario, variants, vocabulary)
-            except KeyboardInterrupt:  # what was measured so far is worth its report
+            except KeyboardInterrupt:  # report what was measured so far
                 left_out.append(scenario.name)
                 options.budget = 0.0
             print(f"{scenario.name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
@@ -361,46 +363,40 @@ def run(
         gc.collect()
         machine.release()
     if options.warm:
-        return None
+        return
     import transformers
 
     about = {**environment(machine), "transformers": transformers.__version__}
     print(f"{name}: {json.dumps(about)}\n{table(rows)}")
     if left_out:
-        print(f"not measured, the time was over: {'; '.join(left_out)}")
-    report = {"environment": about, "rows": [asdict(row) for row in rows]}
-    return {**report, "left_out": left_out} if left_out else report
+        print(f"not measured, out of time: {'; '.join(left_out)}")
+    if options.record:
+        report = {"environment": about, "rows": [asdict(row) for row in rows], **extra}
+        write({**report, "left_out": left_out} if left_out else report, name, options.results)
 
 
 def command_line(what: str) -> tuple[Namespace, Machine]:
-    """The options of both benchmarks, and the machine."""
+    """The options of this benchmark and of pretraining's, and the machine."""
     parser = arguments(what)
-    parser.add_argument("--size", nargs="+", choices=tuple(PADDED_TOKENS), help="tiny shows that it runs")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    options = parser.parse_args()
-    prepare_compiler()
-    try:
-        return options, machine_of(options.device)
-    except ValueError as error:
-        parser.error(str(error))
+    parser.add_argument("--size", nargs="+", choices=tuple(PADDED_TOKENS), help="tiny checks that it runs")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    return parse(parser)
 
 
 def seconds_of(options: Namespace) -> float:
-    """How long a scenario is timed."""
+    """Seconds for which a scenario is timed."""
     return 0.0 if options.warm else 0.5 if options.quick else 1.5
 
 
 def main() -> int:
-    options, machine = command_line("a whole BERT's inference beside transformers' own")
+    options, machine = command_line("inference of a whole BERT compared with transformers")
 
-    def measured(scenario: Scenario, variants: dict[str, Theirs | Mine], vocabulary: int) -> list[Row]:
+    def measured(scenario: Scenario, variants: dict[str, Variant], vocabulary: int) -> list[Row]:
         batch = batches(scenario, vocabulary, machine.device)
         return measure(scenario, variants, batch, machine, seconds_of(options))
 
     lengths, sizes = ((512,), ["base"]) if options.quick else ((512, 128), ["base", "large"])
-    report = run("models", options, machine, sizes, lambda size: scenarios(size, lengths, "infer"), measured)
-    if report is not None and options.record:
-        print(f"written: {write(report, 'models', options.results)}")
+    run("gpu_inference", options, machine, sizes, lambda size: scenarios(size, lengths, "infer"), measured)
     return 0
 
 
