@@ -49,7 +49,7 @@ def test_available_impls_lists_exactly_the_ops() -> None:
 def test_op_is_complete(op: str) -> None:
     files = set(tracked())
     wanted = {f"kernels/{op}/{part}" for part in ("__init__.py", "api.py", "op.py", "reference.py", "README.md")}
-    wanted |= {f"tests/kernels/test_{op}.py", f"benchmarks/ops/{op}.py"}
+    wanted |= {f"tests/kernels/test_{op}.py", f"kernels/{op}/cases.py"}
     if op not in WITHOUT_CPU_KERNELS:
         wanted |= {f"csrc/{op}/cpu.cpp", f"csrc/{op}/cpu_kernels.h"}
     assert wanted <= files, f"missing: {sorted(wanted - files)}"

@@ -1,4 +1,4 @@
-"""The benchmark of the input pipeline, on a little text."""
+"""The benchmark of the input pipeline, on a small text."""
 
 from __future__ import annotations
 
