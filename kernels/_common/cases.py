@@ -79,8 +79,8 @@ class OpCases:
     Args:
         op: its name.
         samples: small valid calls, with the edges: `bert-fast verify`, the contract tests and the sanitizer run them.
-            samples(lengths) has sequences of those lengths instead of its own: a few tokens for the simulators, or
-            none. Called under a fixed seed.
+            samples(lengths) has sequences of those lengths instead of its own, and small weights: for simulators, or
+            an empty batch. Called under a fixed seed.
         malformed: invalid calls of the public function, with the error expected.
         hostile: (operators, device) -> calls of the raw operators with wrong values (indices, lengths): they may raise,
             but must not read or write memory that is not theirs. The sanitizer runs them.

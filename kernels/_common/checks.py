@@ -113,7 +113,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on the device of `x`, or None outside autocast."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def autocast(x: Tensor) -> Tensor:

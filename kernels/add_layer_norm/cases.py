@@ -159,11 +159,11 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     if device.type == "cuda":
         sizes = ((16384, 1024), (8192, 768)) if quick else tuple(product((16384, 8192), (1024, 768)))
         dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-        passes = (("forward", 0.0), ("backward", 0.0), ("forward", DROPOUT), ("backward", DROPOUT))
+        passes = [(which, dropout_p) for dropout_p in (0.0, DROPOUT) for which in ("forward", "backward")]
     else:
         sizes = ((128, 768), (1024, 768), (2048, 1024))
         dtypes = (torch.float32, torch.bfloat16)
-        passes = (("forward", 0.0), ("forward + backward", 0.0), ("forward + backward", DROPOUT))
+        passes = [("forward", 0.0), ("forward + backward", 0.0), ("forward + backward", DROPOUT)]
     return [
         Plan(
             f"({rows}, {cols}) {dtype_name(dtype)} {which}" + ", dropout" * bool(dropout_p),

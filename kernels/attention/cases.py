@@ -223,7 +223,7 @@ def _gpu_benchmark(
         exact = _exact(compared, which, dropout_p=dropout_p, rng_state=state)
     else:
         parts = zip(qkv.split(lengths), dout.split(lengths), lengths, strict=True)
-        exact = torch.cat([_exact(Batch(*tensors, [length]), which) for *tensors, length in parts])
+        exact = torch.cat([_exact(Batch(part, grad, [length]), which) for part, grad, length in parts])
     cu_seqlens = batch.cu_seqlens
 
     def call(qkv: Tensor, bias: Tensor | None = None, *, impl: str) -> Tensor:

@@ -35,18 +35,18 @@ from bert_fast.kernels.embedding_layer_norm import embedding_layer_norm
 def samples(lengths: Lengths = None) -> list[Sample]:
     """Without and with dropout; ids repeat, so that rows of the tables' gradients are sums."""
     sizes = LENGTHS[:4] if lengths is None else lengths  # a sequence's end only sets positions
-    T = sum(sizes)
+    T, vocabulary = sum(sizes), V if lengths is None else 70
     inputs = {
-        "input_ids": torch.randint(0, V, (T,)),
+        "input_ids": torch.randint(0, vocabulary, (T,)),
         "token_type_ids": torch.randint(0, 2, (T,)),
         "position_ids": torch.cat([torch.arange(length) for length in sizes]),
-        "word": randn(V, E),
+        "word": randn(vocabulary, E),
         "token_type": randn(2, E),
         "position": randn(max(sizes), E),
         "weight": 1 + randn(E, scale=0.1),
         "bias": randn(E, scale=0.1),
     }
-    return with_dropout(Sample("", embedding_layer_norm, inputs))
+    return with_dropout(Sample("", embedding_layer_norm, inputs, parameters=("weight", "bias")))
 
 
 def malformed() -> list[Malformed]:
@@ -128,8 +128,8 @@ def launches() -> None:
 
     def both(width: int, table: torch.dtype, out: torch.dtype, dropout_p: float = DROPOUT, words: int = 30522) -> None:
         # Up to 32767 rows of all tables the tokens are sorted by keys of 16 bits.
-        ids = [meta(TOKENS, dtype=torch.int64 if words < 2**15 else torch.int32)] * 3
-        tables = [meta(rows, width, dtype=table) for rows in (words, 2, 512)]
+        ids: Any = [meta(TOKENS, dtype=torch.int64 if words < 2**15 else torch.int32)] * 3
+        tables: Any = [meta(rows, width, dtype=table) for rows in (words, 2, 512)]
         weight, dout = meta(width), meta(TOKENS, width, dtype=out)
         triton.embedding_layer_norm_fwd(*ids, *tables, weight, weight, dropout_p, 1e-12, 0, state, out)
         triton.embedding_layer_norm_bwd(dout, *ids, *tables, weight, statistics, statistics, dropout_p, 0, state)

@@ -67,12 +67,13 @@ LAYERS = {"qkv": (768, 2304), "down": (3072, 768), "feed-forward": (768, 3072)}
 
 def _benchmark(device: torch.device, rows: int, layer: str) -> Benchmark:
     width, columns = LAYERS[layer]
-    layers: list[nn.Module] = [nn.Linear(width, columns)]
+    first = nn.Linear(width, columns)
+    layers: list[nn.Module] = [first]
     if layer == "feed-forward":
         layers += [nn.GELU(), nn.Linear(columns, width, bias=False)]
     eager = nn.Sequential(*layers).to(device).eval()
     weights = [quantize_weight(module.weight) for module in layers if isinstance(module, nn.Linear)]
-    bias = eager[0].bias.detach()  # type: ignore[union-attr]
+    bias = first.bias.detach()
     x = normal(device, rows, width)
 
     def call(x: Tensor, *, impl: str) -> Tensor:

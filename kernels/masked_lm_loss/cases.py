@@ -38,19 +38,19 @@ def _loss(**arguments: Any) -> Tensor:
 
 def samples(lengths: Lengths = None) -> list[Sample]:
     """15 % of the rows have labels, at least one; plain cross entropy and with both regularisers."""
-    T = sum(LENGTHS if lengths is None else lengths)
+    T, width, vocabulary = (sum(LENGTHS), E, V) if lengths is None else (sum(lengths), 24, 70)
     labelled = torch.rand(T) < 0.15
     if not labelled.any():
         labelled[:1] = True
     inputs = {
-        "hidden": randn(T, E),
-        "labels": torch.where(labelled, torch.randint(0, V, (T,)), -100),
-        "dense_weight": randn(E, E, scale=E**-0.5),
-        "dense_bias": randn(E, scale=0.1),
-        "norm_weight": 1 + randn(E, scale=0.1),
-        "norm_bias": randn(E, scale=0.1),
-        "decoder_weight": randn(V, E, scale=E**-0.5),
-        "decoder_bias": randn(V, scale=0.1),
+        "hidden": randn(T, width),
+        "labels": torch.where(labelled, torch.randint(0, vocabulary, (T,)), -100),
+        "dense_weight": randn(width, width, scale=width**-0.5),
+        "dense_bias": randn(width, scale=0.1),
+        "norm_weight": 1 + randn(width, scale=0.1),
+        "norm_bias": randn(width, scale=0.1),
+        "decoder_weight": randn(vocabulary, width, scale=width**-0.5),
+        "decoder_bias": randn(vocabulary, scale=0.1),
     }
     parameters = tuple(name for name in inputs if name not in ("hidden", "labels"))
     sample = functools.partial(Sample, inputs=inputs, parameters=parameters, mean_of=int(labelled.sum()))
@@ -126,7 +126,7 @@ def launches() -> None:
     labels, settings = meta(tokens, dtype=torch.int64), (1e-12, -100, 0.1, 1e-4)
     for width, dtype in dict.fromkeys([*product(WIDTHS, (torch.bfloat16,)), *product((768,), DTYPES)]):
         shapes = ((width, width), (width,), (width,), (width,), (words, width), (words,))
-        tensors = meta(tokens, width, dtype=dtype), labels, *(meta(*shape) for shape in shapes)
+        tensors: Any = (meta(tokens, width, dtype=dtype), labels, *(meta(*shape) for shape in shapes))
         triton.masked_lm_loss_fwd(*tensors, *settings, False)
         *_, gradients = triton.masked_lm_loss_fwd(*tensors, *settings, True)
         triton.masked_lm_loss_bwd(meta(), gradients)

@@ -37,12 +37,13 @@ def _fwd(
     with torch.autocast("cpu", enabled=False):
         rows = (labels != ignore_index).nonzero().squeeze(1)
         count = torch.tensor(rows.shape[0])
-        x, dense = hidden[rows].to(dtype), dense_weight.to(dtype)  # (M, E), M masked rows
+        # Contiguous, for the BLAS sums in another order where they are not. (M, E), M masked rows.
+        x, dense = hidden[rows].to(dtype).contiguous(), dense_weight.to(dtype).contiguous()
         scale, shift = norm_weight.float(), norm_bias.float()
         product = torch.mm(x, dense.T).float()
         activated = torch.ops.bert_fast.bias_gelu_fwd(product, dense_bias, False)
         normed, mean, rstd = torch.native_layer_norm(activated, [width], scale, shift, eps)
-        decoder = decoder_weight.to(dtype), decoder_bias
+        decoder = decoder_weight.to(dtype).contiguous(), decoder_bias
         loss, correct, ddecoder = _decode(normed, labels[rows], *decoder, label_smoothing, z_loss, needs_grad)
         if not needs_grad:
             return loss, correct, count, []
