@@ -134,6 +134,11 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def launchers(op: str) -> Any:
+    """The module of the op's Triton launchers; imports triton."""
+    return importlib.import_module(f"bert_fast.kernels.{op}.triton")
+
+
 def invalid_ids(size: int, device: str, count: int = 67) -> Tensor:
     """`count` ids into `size` rows, some of them negative, some at or beyond `size`, some beyond 2^31."""
     ids = torch.arange(count) % size

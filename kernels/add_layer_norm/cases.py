@@ -29,6 +29,7 @@ from bert_fast.kernels._common.cases import (
     Malformed,
     OpCases,
     Sample,
+    launchers,
     malformed_calls,
     meta,
     randn,
@@ -93,8 +94,7 @@ def malformed() -> list[Malformed]:
 
 def launches() -> None:
     """Each width in BF16, every dtype and option at 768, the widest tiles in BF16 and FP32."""
-    from bert_fast.kernels.add_layer_norm import triton
-
+    triton = launchers("add_layer_norm")
     state, statistics = meta(2, dtype=torch.int64), meta(TOKENS)
 
     def both(

@@ -31,6 +31,7 @@ from bert_fast.kernels._common.cases import (
     N,
     OpCases,
     Sample,
+    launchers,
     malformed_calls,
     meta,
     randn,
@@ -103,8 +104,7 @@ def malformed() -> list[Malformed]:
 
 def launches() -> None:
     """Every regime and packing at the head dims of BERT (64) and MiniLM (32), others with the dropout of training."""
-    from bert_fast.kernels.attention import triton
-
+    triton = launchers("attention")
     heads = 12
     cu_seqlens, state = meta(65, dtype=torch.int32), meta(2, dtype=torch.int64)
 
@@ -177,7 +177,7 @@ def _flops(lengths: list[int], heads: int, dim: int, which: str) -> int:
     return forward if which == "forward" else int(3.5 * forward)
 
 
-def _cpu_benchmark(device: torch.device, lengths: list[int], dtype: torch.dtype, which: str) -> Benchmark:
+def cpu_benchmark(device: torch.device, lengths: list[int], dtype: torch.dtype, which: str) -> Benchmark:
     heads, dim, tokens = 12, 64, sum(lengths)
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
@@ -212,7 +212,7 @@ def _leading(batch: Batch) -> Batch:
     return Batch(batch.qkv[:tokens], batch.dout[:tokens], batch.lengths[:count])
 
 
-def _gpu_benchmark(
+def gpu_benchmark(
     device: torch.device, lengths: list[int], dim: int, dtype: torch.dtype, which: str, dropout_p: float, compiled: bool
 ) -> Benchmark:
     tokens, heads = sum(lengths), 1024 // dim  # BERT-large
@@ -255,7 +255,7 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
             "1 x 32": [32],
         }
         return [
-            Plan(f"{name} {dtype_name(dtype)} {which}", partial(_cpu_benchmark, device, lengths, dtype, which))
+            Plan(f"{name} {dtype_name(dtype)} {which}", partial(cpu_benchmark, device, lengths, dtype, which))
             for (name, lengths), dtype, which in product(sizes.items(), (torch.float32, torch.bfloat16), passes)
         ]
     bf16, half = torch.bfloat16, " half filled"
@@ -287,7 +287,7 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
         name = (
             f"S {seqlen}{filling}{f' D {dim}' * (dim != 64)} {dtype_name(dtype)} {which}{', dropout' * bool(dropout_p)}"
         )
-        plans.append(Plan(name, partial(_gpu_benchmark, device, lengths, dim, dtype, which, dropout_p, compiled)))
+        plans.append(Plan(name, partial(gpu_benchmark, device, lengths, dim, dtype, which, dropout_p, compiled)))
     return plans
 
 

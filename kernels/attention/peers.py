@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bert_fast.kernels._common.benchmarks import Peer
+from bert_fast.kernels._common.benchmarks import Peer, first
 
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -74,9 +74,11 @@ def packed_sdpa(lengths: list[int], heads: int, dim: int) -> Callable[[Tensor, T
     return run
 
 
-def _sdpa(backend: SDPBackend, mask: Tensor | None, dropout_p: float, *qkv: Tensor) -> Tensor:
+def _sdpa(
+    backend: SDPBackend, mask: Tensor | None, dropout_p: float, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout_p)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
 
 
 def _eager(mask: Tensor | None, dropout_p: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -86,13 +88,12 @@ def _eager(mask: Tensor | None, dropout_p: float, query: Tensor, key: Tensor, va
     return F.dropout(torch.softmax(scores, dim=-1), dropout_p) @ value
 
 
-def _varlen_attn(ends: Tensor, seqlen: int, dropout_p: float, *qkv: Tensor) -> Tensor:
+def _varlen_attn(ends: Tensor, seqlen: int, dropout_p: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if dropout_p:
         raise NotImplementedError("varlen_attn has no dropout")
     from torch.nn.attention.varlen import varlen_attn
 
-    out: Tensor = varlen_attn(*qkv, ends, ends, seqlen, seqlen)
-    return out
+    return first(varlen_attn(query, key, value, ends, ends, seqlen, seqlen))
 
 
 def _flash_varlen(ends: Tensor, seqlen: int, dropout_p: float, *qkv: Tensor) -> Tensor:

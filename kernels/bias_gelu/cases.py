@@ -27,6 +27,7 @@ from bert_fast.kernels._common.cases import (
     Malformed,
     OpCases,
     Sample,
+    launchers,
     malformed_calls,
     meta,
     randn,
@@ -61,8 +62,7 @@ def malformed() -> list[Malformed]:
 
 def launches() -> None:
     """Every dtype and both forms of GeLU."""
-    from bert_fast.kernels.bias_gelu import triton
-
+    triton = launchers("bias_gelu")
     for dtype, tanh in product(DTYPES, (False, True)):
         x, bias = meta(TOKENS, 3072, dtype=dtype), meta(3072)
         triton.bias_gelu_fwd(x, bias, tanh)

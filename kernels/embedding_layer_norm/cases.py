@@ -24,6 +24,7 @@ from bert_fast.kernels._common.cases import (
     Sample,
     V,
     invalid_ids,
+    launchers,
     malformed_calls,
     meta,
     randn,
@@ -122,14 +123,13 @@ def malformed() -> list[Malformed]:
 
 def launches() -> None:
     """FP32 tables under autocast at the widths of four tiles, all dtypes and options at 768, the widest tiles."""
-    from bert_fast.kernels.embedding_layer_norm import triton
-
+    triton = launchers("embedding_layer_norm")
     state, statistics = meta(2, dtype=torch.int64), meta(TOKENS)
 
     def both(width: int, table: torch.dtype, out: torch.dtype, dropout_p: float = DROPOUT, words: int = 30522) -> None:
         # Up to 32767 rows of all tables the tokens are sorted by keys of 16 bits.
-        ids: Any = [meta(TOKENS, dtype=torch.int64 if words < 2**15 else torch.int32)] * 3
-        tables: Any = [meta(rows, width, dtype=table) for rows in (words, 2, 512)]
+        ids = [meta(TOKENS, dtype=torch.int64 if words < 2**15 else torch.int32)] * 3
+        tables = [meta(rows, width, dtype=table) for rows in (words, 2, 512)]
         weight, dout = meta(width), meta(TOKENS, width, dtype=out)
         triton.embedding_layer_norm_fwd(*ids, *tables, weight, weight, dropout_p, 1e-12, 0, state, out)
         triton.embedding_layer_norm_bwd(dout, *ids, *tables, weight, statistics, statistics, dropout_p, 0, state)

@@ -19,6 +19,7 @@ from bert_fast.kernels._common.cases import (
     Malformed,
     OpCases,
     Sample,
+    launchers,
     malformed_calls,
     meta,
     randn,
@@ -73,8 +74,7 @@ def malformed() -> list[Malformed]:
 
 def launches() -> None:
     """Every pair of dtypes, aligned and not, with host and device scalars; the kernels read sizes and counts."""
-    from bert_fast.kernels.lamb import triton
-
+    triton = launchers("lamb")
     scale, step = meta(), meta()
     dtypes = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), *((d, d) for d in DTYPES[1:]))
     for param, grad in dtypes:

@@ -25,6 +25,7 @@ from bert_fast.kernels._common.cases import (
     Sample,
     V,
     invalid_ids,
+    launchers,
     malformed_calls,
     meta,
     randn,
@@ -120,13 +121,12 @@ def malformed() -> list[Malformed]:
 
 def launches() -> None:
     """Each width in BF16, every dtype at 768; the products' tiles are the same at every width."""
-    from bert_fast.kernels.masked_lm_loss import triton
-
+    triton = launchers("masked_lm_loss")
     tokens, words = 4 * TOKENS, 30522  # several chunks in every dtype
     labels, settings = meta(tokens, dtype=torch.int64), (1e-12, -100, 0.1, 1e-4)
     for width, dtype in dict.fromkeys([*product(WIDTHS, (torch.bfloat16,)), *product((768,), DTYPES)]):
         shapes = ((width, width), (width,), (width,), (width,), (words, width), (words,))
-        tensors: Any = (meta(tokens, width, dtype=dtype), labels, *(meta(*shape) for shape in shapes))
+        tensors = (meta(tokens, width, dtype=dtype), labels, *(meta(*shape) for shape in shapes))
         triton.masked_lm_loss_fwd(*tensors, *settings, False)
         *_, gradients = triton.masked_lm_loss_fwd(*tensors, *settings, True)
         triton.masked_lm_loss_bwd(meta(), gradients)

@@ -22,6 +22,7 @@ from bert_fast.kernels._common.cases import (
     OpCases,
     Sample,
     invalid_ids,
+    launchers,
     malformed_calls,
     meta,
     randn,
@@ -101,8 +102,7 @@ def malformed() -> list[Malformed]:
 
 def launches() -> None:
     """Every width of the integers that rows are moved in: ids, hidden states, and rows of 6 and 3 bytes."""
-    from bert_fast.kernels.padding import triton
-
+    triton = launchers("padding")
     for seqlen in (128, 199, 512, 8192):
         mask = meta(32, seqlen, dtype=torch.bool)
         ends, block = triton.count_tokens(mask)

@@ -20,7 +20,7 @@ from benchmarks.runner.runner import Case, Plan, Variant
 from bert_fast.kernels import available_impls
 from bert_fast.kernels._common import cases
 from bert_fast.kernels._common.benchmarks import half_filled
-from bert_fast.kernels.attention.cases import _gpu_benchmark
+from bert_fast.kernels.attention.cases import gpu_benchmark
 
 CPU = torch.device("cpu")
 OPS = list(available_impls())
@@ -166,7 +166,7 @@ def test_every_variant_of_an_ops_first_benchmark_is_right(
 @pytest.mark.parametrize("which", ["forward", "forward + backward"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["no dropout", "dropout"])
 def test_the_gpu_benchmark_of_attention_is_right_on_a_cpu(which: str, dropout_p: float, machine: Cpu) -> None:
-    benchmark = _gpu_benchmark(CPU, [5, 9, 1], 512, torch.float32, which, dropout_p, False)
+    benchmark = gpu_benchmark(CPU, [5, 9, 1], 512, torch.float32, which, dropout_p, False)
     case = case_of("attention", CPU, benchmark)
     checked = runner.checked("attention", case, machine)
     assert {"SDPA math (eager)", "bert_fast cpu", "bert_fast cpu, with bias"} <= checked.runs.keys()
