@@ -186,6 +186,19 @@ def test_any_layout_of_each_argument(op: str, impl: str, device: str) -> None:
                 assert_layout_is_ignored(op, results, expected, f"{dtype}, {argument}: {layout}")
 
 
+@pytest.mark.parametrize(("op", "impl", "device"), [t for t in WITH_OPERATORS if t[0] != "embedding_layer_norm"])
+def test_rows_of_activations_far_apart(op: str, impl: str, device: str) -> None:
+    """Each stride fits into 32 bits, the offset of the third row does not. Of the memory only the rows are touched."""
+    sample = richest(op)
+    inputs = sample.cast(torch.bfloat16, device)
+    argument, x = next((name, x) for name, x in inputs.items() if x.is_floating_point())
+    memory = torch.empty((x.shape[0] - 1) * 2**30 + x[0].numel(), dtype=x.dtype, device=device)
+    far = memory.as_strided(x.shape, (2**30, *x.stride()[1:])).copy_(x)
+    results = run(sample, impl, {**inputs, argument: far})
+    del memory, far
+    assert_layout_is_ignored(op, results, run(sample, impl, inputs), argument)
+
+
 @pytest.mark.parametrize(("op", "impl", "device"), WITH_OPERATORS)
 def test_any_layout_of_each_argument_of_the_operators(op: str, impl: str, device: str) -> None:
     """Forward and backward: the gradients of outputs, the statistics and the packed weights too.

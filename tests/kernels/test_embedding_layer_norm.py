@@ -139,8 +139,8 @@ def test_int32_ids_give_the_same_bits(impl: str, device: str, tokens: int) -> No
     wide_leaves, narrow_leaves = with_gradients(inputs), with_gradients(narrow)
     outs, dout = (ours(**wide_leaves), ours(**narrow_leaves)), torch.randn(tokens, 40, device=device)
     assert torch.equal(*outs)
-    wanted, found = gradients(outs[0], wide_leaves, dout), gradients(outs[1], narrow_leaves, dout)
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    expected, results = gradients(outs[0], wide_leaves, dout), gradients(outs[1], narrow_leaves, dout)
+    assert all(torch.equal(expected[name], results[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,12 @@ def test_sums_of_many_bfloat16_rows_are_made_in_float32(impl: str, device: str, 
     inputs = cast(inputs, torch.bfloat16)
     leaves = with_gradients(inputs)
     dout = (torch.rand(tokens, 16, device=device) * torch.arange(16, device=device)).bfloat16()
-    found = gradients(functions(impl)[0](**leaves), leaves, dout)
+    results = gradients(functions(impl)[0](**leaves), leaves, dout)
     exact = with_gradients(cast(inputs, torch.float64))
     truth = gradients(functions("reference")[1](**exact), exact, dout.double())
     for name in TABLES_AND_PARAMETERS:
         scale = truth[name].abs().max()
-        assert (found[name] - truth[name]).abs().max() <= torch.finfo(torch.bfloat16).eps * scale, name
+        assert (results[name] - truth[name]).abs().max() <= torch.finfo(torch.bfloat16).eps * scale, name
 
 
 @pytest.mark.parametrize(
@@ -246,11 +246,11 @@ def test_autocast_rounds_once_and_leaves_the_tables_alone(impl: str, device: str
     else:
         assert torch.equal(out, exact.bfloat16())
     dout = torch.randn(25, 24, device=device).bfloat16()
-    found = gradients(out, inputs, dout)
-    wanted = gradients(ours(**inputs), inputs, dout.float())
+    results = gradients(out, inputs, dout)
+    expected = gradients(ours(**inputs), inputs, dout.float())
     for name in TABLES_AND_PARAMETERS:
-        assert found[name].dtype == torch.float32
-        assert torch.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-6)
+        assert results[name].dtype == torch.float32
+        assert torch.allclose(results[name], expected[name], rtol=1e-6, atol=1e-6)
 
 
 def test_autocast_to_a_dtype_that_no_cpu_kernel_takes() -> None:
@@ -304,8 +304,8 @@ def test_ids_outside_their_tables_read_the_nearest_row(impl: str, device: str, i
         out = operators(impl).embedding_layer_norm_fwd(*values, 0.0, 1e-12, 0, None, torch.float32)
         return [*out, *operators(impl).embedding_layer_norm_bwd(dout, *values[:-1], *statistics, 0.0, 0, None)]
 
-    for found, wanted in zip(run(*inputs.values()), run(*nearest.values()), strict=True):
-        assert torch.equal(found, wanted)
+    for results, expected in zip(run(*inputs.values()), run(*nearest.values()), strict=True):
+        assert torch.equal(results, expected)
 
 
 @pytest.mark.parametrize(("impl", "device"), [target for target in targets(OP) if target[0] == "triton"])

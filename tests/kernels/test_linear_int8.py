@@ -54,12 +54,12 @@ def test_matches_reference(
 ) -> None:
     """Inputs that 8 bits hold exactly: what is left are the roundings of the float32 arithmetic behind the product."""
     x, weight, bias = on_the_grid(rows, width).to(dtype), random_weight(columns, width), torch.randn(columns)
-    found = linear_int8(x, weight, bias, activation=activation, impl=impl)
+    results = linear_int8(x, weight, bias, activation=activation, impl=impl)
     exact = linear_int8(x.double(), weight, bias.double(), activation=activation, impl="reference")
-    assert found.dtype == dtype
+    assert results.dtype == dtype
     scale = float(exact.abs().max()) if rows else 0.0
     tolerance = (2 if dtype == torch.bfloat16 else 8) * torch.finfo(dtype).eps * scale
-    assert torch.allclose(found.double(), exact, rtol=0.0, atol=tolerance)
+    assert torch.allclose(results.double(), exact, rtol=0.0, atol=tolerance)
 
 
 def product_of(u: Tensor, values: Tensor, backend: str) -> Tensor:
@@ -76,12 +76,12 @@ def product_of(u: Tensor, values: Tensor, backend: str) -> Tensor:
 def test_tiles_have_the_bits_of_onednn(rows: int, width: int, columns: int) -> None:
     """Integers have one sum, and the rest is the same arithmetic: a trace and an eager call compute the same."""
     x, bias, weight = torch.randn(rows, width), torch.randn(columns), random_weight(columns, width)
-    found = []
+    results = []
     for backend in ("tiles", "onednn"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu_backends, "BACKEND", backend)
-            found.append([linear_int8(x, weight, bias, activation=name, impl="cpu") for name in (None, "gelu")])
-    assert all(torch.equal(tiles, onednn) for tiles, onednn in zip(*found, strict=True))
+            results.append([linear_int8(x, weight, bias, activation=name, impl="cpu") for name in (None, "gelu")])
+    assert all(torch.equal(tiles, onednn) for tiles, onednn in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("corner", ["all largest", "all lowest", "alternating"])
@@ -93,9 +93,9 @@ def test_extreme_values_are_exact(corner: str, backend: str) -> None:
     if corner == "alternating":
         u[:, ::4] = 0
         values[:, 1::2] = -limit
-    found = product_of(u, values, backend)
+    results = product_of(u, values, backend)
     exact = u.double() @ values.double().T
-    assert torch.equal(found.double(), exact.float().double())
+    assert torch.equal(results.double(), exact.float().double())
 
 
 @pytest.mark.parametrize("with_range", [False, True], ids=["by token", "calibrated"])
@@ -123,10 +123,10 @@ def test_feed_forward_is_two_layers(dtype: torch.dtype, activation: str, backend
     up, down = quantize_weight(torch.randn(200, 64) / 8), quantize_weight(torch.randn(64, 200) / 14)
     ranges = {"up_range": torch.tensor([-3.0, 3.0]), "down_range": torch.tensor([-0.2, 5.0])}
     for bounds in ({}, ranges):
-        found = feed_forward_int8(x, up, bias, down, activation=activation, impl="cpu", **bounds)
+        results = feed_forward_int8(x, up, bias, down, activation=activation, impl="cpu", **bounds)
         exact = feed_forward_int8(x.float(), up, bias, down, activation=activation, impl="reference", **bounds)
         # A rounding to 8 bits that falls on the other side moves an output by a 255th of a term of its sum.
-        assert torch.allclose(found.float(), exact, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 2e-3)
+        assert torch.allclose(results.float(), exact, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
 @pytest.mark.parametrize(("limit", "bound"), [(64, 0.018), (127, 0.012)])
@@ -151,9 +151,9 @@ def test_rows_that_are_not_finite_are_nan_and_no_others(backend: str) -> None:
     x[1, 5], x[2, 39], x[3, 0] = float("nan"), float("inf"), -float("inf")
     for bounds in (None, torch.tensor([-3.0, 3.0])):
         for impl in ("cpu", "reference"):
-            found = linear_int8(x, weight, input_range=bounds, impl=impl)
-            assert found[1:4].isnan().all()
-            assert found[[0, 4, 5]].isfinite().all()
+            results = linear_int8(x, weight, input_range=bounds, impl=impl)
+            assert results[1:4].isnan().all()
+            assert results[[0, 4, 5]].isfinite().all()
 
 
 def test_constant_rows_are_exact() -> None:

@@ -168,7 +168,7 @@ def test_label_smoothing_and_z_loss_by_their_formulas(impl: str, device: str) ->
     labels, smoothing, z_loss = torch.tensor([2, 5, IGNORE, 2, 10, 0], device=device), 0.2, 0.05
     parameters = [inputs[name] for name in PARAMETERS]
     parameters[-1].requires_grad_()
-    found = masked_lm_loss(
+    result = masked_lm_loss(
         inputs["hidden"], labels, *parameters, label_smoothing=smoothing, z_loss=z_loss, impl=impl
     ).loss
     logits = parameters[-1].detach().double()
@@ -176,9 +176,9 @@ def test_label_smoothing_and_z_loss_by_their_formulas(impl: str, device: str) ->
     target[torch.arange(5), labels[labels != IGNORE]] += 1 - smoothing
     lse = logits.logsumexp(0)
     expected = (target * (lse - logits)).sum(1).mean() + z_loss * lse**2
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert result.item() == pytest.approx(expected.item(), rel=1e-6)
     slope = logits.softmax(0) * (1 + 2 * z_loss * lse) - target.mean(0)
-    assert torch.allclose(torch.autograd.grad(found, parameters[-1])[0].double(), slope, atol=1e-7, rtol=1e-5)
+    assert torch.allclose(torch.autograd.grad(result, parameters[-1])[0].double(), slope, atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("masked", ["all", "one", "none"])
@@ -229,9 +229,9 @@ def test_many_chunks(
 def test_without_a_label_loss_and_gradients_are_zero(impl: str, device: str, rows: int, poisoned_empty: None) -> None:
     leaves = [x.requires_grad_() for x in make_inputs(rows, 8, 31, device).values()]
     labels = torch.full((rows,), IGNORE, device=device)
-    found = masked_lm_loss(leaves[0], labels, *leaves[1:], label_smoothing=0.1, z_loss=0.1, impl=impl)
-    assert (found.loss.item(), found.correct.item(), found.count.item()) == (0.0, 0, 0)
-    for gradient, leaf in zip(torch.autograd.grad(found.loss, leaves), leaves, strict=True):
+    result = masked_lm_loss(leaves[0], labels, *leaves[1:], label_smoothing=0.1, z_loss=0.1, impl=impl)
+    assert (result.loss.item(), result.correct.item(), result.count.item()) == (0.0, 0, 0)
+    for gradient, leaf in zip(torch.autograd.grad(result.loss, leaves), leaves, strict=True):
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
@@ -242,10 +242,10 @@ def test_counts_hits_and_takes_the_first_of_equal_logits(impl: str, device: str)
     inputs["decoder_weight"].zero_()
     inputs["decoder_bias"].zero_()[[2, 5]] = 3.0
     labels = torch.tensor([2, 5, IGNORE, 2, 10, 0], device=device)
-    found = masked_lm_loss(inputs["hidden"], labels, *(inputs[name] for name in PARAMETERS), impl=impl)
-    assert (found.correct.item(), found.count.item()) == (2, 5)
+    result = masked_lm_loss(inputs["hidden"], labels, *(inputs[name] for name in PARAMETERS), impl=impl)
+    assert (result.correct.item(), result.count.item()) == (2, 5)
     logsumexp = inputs["decoder_bias"].double().logsumexp(0)
-    assert found.loss.item() == pytest.approx(float(logsumexp - 9 / 5), rel=1e-6)
+    assert result.loss.item() == pytest.approx(float(logsumexp - 9 / 5), rel=1e-6)
 
 
 @pytest.mark.parametrize(("impl", "device"), TARGETS)
@@ -253,10 +253,10 @@ def test_hits_equal_the_reference(impl: str, device: str) -> None:
     inputs = make_inputs(300, 32, 13, device)
     parameters = [inputs[name] for name in PARAMETERS]
     labels = make_labels(300, 13, device=device)
-    found = masked_lm_loss(inputs["hidden"], labels, *parameters, impl=impl)
+    result = masked_lm_loss(inputs["hidden"], labels, *parameters, impl=impl)
     expected = masked_lm_loss(inputs["hidden"].double(), labels, *(x.double() for x in parameters), impl="reference")
-    assert (found.correct, found.count) == (expected.correct, expected.count)
-    assert 0 < found.correct < found.count
+    assert (result.correct, result.count) == (expected.correct, expected.count)
+    assert 0 < result.correct < result.count
 
 
 @pytest.mark.parametrize(("impl", "device"), TARGETS)
@@ -265,11 +265,11 @@ def test_ignore_index_may_be_a_token(impl: str, device: str) -> None:
     inputs = make_inputs(9, 8, 5, device)
     parameters = [inputs[name] for name in PARAMETERS]
     labels = torch.tensor([0, 1, 2, 0, 4, 0, 0, 3, 0], device=device)
-    found = masked_lm_loss(inputs["hidden"], labels, *parameters, ignore_index=0, impl=impl)
+    result = masked_lm_loss(inputs["hidden"], labels, *parameters, ignore_index=0, impl=impl)
     other = labels.where(labels != 0, torch.tensor(IGNORE, device=device))
     expected = masked_lm_loss(inputs["hidden"], other, *parameters, impl=impl)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert found.count == 4
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert result.count == 4
 
 
 @pytest.mark.parametrize(("impl", "device"), TARGETS)
@@ -385,9 +385,9 @@ def test_backward_twice_and_without_grad(impl: str, device: str) -> None:
     again = torch.autograd.grad(3 * loss, leaves)
     assert all(torch.allclose(3 * a, b, rtol=1e-6) for a, b in zip(first, again, strict=True))
     with torch.no_grad():
-        quiet = masked_lm_loss(leaves[0], labels, *leaves[1:], impl=impl).loss
-    assert torch.equal(quiet, loss.detach())
-    assert not quiet.requires_grad
+        without_grad = masked_lm_loss(leaves[0], labels, *leaves[1:], impl=impl).loss
+    assert torch.equal(without_grad, loss.detach())
+    assert not without_grad.requires_grad
 
 
 @pytest.mark.parametrize(("impl", "device"), CPU)
@@ -447,10 +447,10 @@ def test_labels_outside_the_vocabulary_take_no_part(impl: str, device: str) -> N
     labels = torch.tensor([1, IGNORE, 31, -1, 2**40, 30, -(2**40)], device=device)
     valid = torch.tensor([1, *[IGNORE] * 4, 30, IGNORE], device=device)
     settings = (*(inputs[name] for name in PARAMETERS), 1e-12, IGNORE, 0.1, 0.01, True)
-    *found, gradients = operators(impl).masked_lm_loss_fwd(inputs["hidden"], labels, *settings)
+    *results, gradients = operators(impl).masked_lm_loss_fwd(inputs["hidden"], labels, *settings)
     *expected, exact = operators(impl).masked_lm_loss_fwd(inputs["hidden"], valid, *settings)
-    assert found[2] == 2
-    assert all(torch.equal(a, b) for a, b in zip([*found, *gradients], [*expected, *exact], strict=True))
+    assert results[2] == 2
+    assert all(torch.equal(a, b) for a, b in zip([*results, *gradients], [*expected, *exact], strict=True))
 
 
 @pytest.mark.parametrize(("impl", "device"), TRITON)

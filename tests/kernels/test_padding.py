@@ -32,14 +32,14 @@ NATIVE = available_impls()["padding"]["cpu"].ok
 def check_round_trip(x: Tensor, mask: Tensor, impl: str) -> None:
     """unpad against indexing with the mask, pad against masking: both move values and change none."""
     real = mask.bool()
-    found = unpad(x, mask, impl=impl)
+    unpadded = unpad(x, mask, impl=impl)
     lengths = real.sum(1)
-    assert torch.equal(found.x, x[real])
-    assert torch.equal(found.indices, real.flatten().nonzero().squeeze(1))
-    assert found.cu_seqlens.dtype == torch.int32
-    assert torch.equal(found.cu_seqlens.long(), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
-    assert found.max_seqlen == (int(lengths.max()) if len(lengths) else 0)
-    back = pad(found.x, found.indices, *mask.shape, impl=impl)
+    assert torch.equal(unpadded.x, x[real])
+    assert torch.equal(unpadded.indices, real.flatten().nonzero().squeeze(1))
+    assert unpadded.cu_seqlens.dtype == torch.int32
+    assert torch.equal(unpadded.cu_seqlens.long(), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+    assert unpadded.max_seqlen == (int(lengths.max()) if len(lengths) else 0)
+    back = pad(unpadded.x, unpadded.indices, *mask.shape, impl=impl)
     assert torch.equal(back, torch.where(real.view(*real.shape, *[1] * (x.dim() - 2)), x, x.new_zeros(())))
 
 
@@ -119,14 +119,14 @@ def test_memory_that_starts_anywhere(impl: str, device: str, start: int) -> None
 def test_gradients_are_the_other_function(impl: str, device: str) -> None:
     mask = torch.tensor(MASKS["holes"], device=device)
     x = torch.randn(3, 4, 5, device=device, requires_grad=True)
-    found = unpad(x, mask, impl=impl)
-    dout = torch.randn_like(found.x)
-    (dx,) = torch.autograd.grad(found.x, x, dout)
-    assert torch.equal(dx, pad(dout, found.indices, 3, 4, impl=impl))
+    unpadded = unpad(x, mask, impl=impl)
+    dout = torch.randn_like(unpadded.x)
+    (dx,) = torch.autograd.grad(unpadded.x, x, dout)
+    assert torch.equal(dx, pad(dout, unpadded.indices, 3, 4, impl=impl))
 
-    packed = torch.randn(found.x.shape, device=device, requires_grad=True)
+    packed = torch.randn(unpadded.x.shape, device=device, requires_grad=True)
     dpadded = torch.randn(3, 4, 5, device=device)
-    (dpacked,) = torch.autograd.grad(pad(packed, found.indices, 3, 4, impl=impl), packed, dpadded)
+    (dpacked,) = torch.autograd.grad(pad(packed, unpadded.indices, 3, 4, impl=impl), packed, dpadded)
     assert torch.equal(dpacked, dpadded[mask.bool()])
 
 
@@ -150,8 +150,8 @@ def test_gradcheck(impl: str, device: str, fast: bool) -> None:
 def test_padding_never_leaks(impl: str, device: str) -> None:
     mask = torch.tensor(MASKS["holes"], device=device)
     x = torch.randn(3, 4, 5, device=device).masked_fill(mask.unsqueeze(-1) == 0, float("nan")).requires_grad_()
-    found = unpad(x, mask, impl=impl)
-    padded = pad(found.x, found.indices, 3, 4, impl=impl)
+    unpadded = unpad(x, mask, impl=impl)
+    padded = pad(unpadded.x, unpadded.indices, 3, 4, impl=impl)
     (dx,) = torch.autograd.grad(padded.square().sum(), x)
     assert padded.isfinite().all()
     assert torch.equal(dx, 2 * padded)
@@ -171,8 +171,8 @@ def test_compiles_whole(impl: str, device: str, compile_backend: str) -> None:
     """T comes out of the mask's values, and one compiled function serves every T."""
 
     def function(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        found = unpad(x, mask, impl=impl)
-        return pad(found.x.sin(), found.indices, *mask.shape, impl=impl), found.cu_seqlens
+        results = unpad(x, mask, impl=impl)
+        return pad(results.x.sin(), results.indices, *mask.shape, impl=impl), results.cu_seqlens
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager" if impl == "reference" else compile_backend)
     x = torch.randn(3, 4, 5, device=device, requires_grad=True)
@@ -181,8 +181,8 @@ def test_compiles_whole(impl: str, device: str, compile_backend: str) -> None:
         (out, cu_seqlens), (expected, expected_cu_seqlens) = compiled(x, mask), function(x, mask)
         assert torch.allclose(out, expected, atol=1e-6)
         assert torch.equal(cu_seqlens, expected_cu_seqlens)
-        found, wanted = (torch.autograd.grad(y.sum(), x)[0] for y in (out, expected))
-        assert torch.allclose(found, wanted, atol=1e-6)
+        results, expected_gradient = (torch.autograd.grad(y.sum(), x)[0] for y in (out, expected))
+        assert torch.allclose(results, expected_gradient, atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -252,7 +252,7 @@ def test_triton_reaches_nothing_out_of_bounds(impl: str, device: str, indices: l
         assert torch.equal(row, x[index] if 0 <= index < 12 else torch.zeros_like(row))
     scattered = operators(impl).scatter_rows(x[:2], places, 12)
     rows = [torch.zeros(5, device=device), x[0], x[1]]
-    assert all(any(torch.equal(found, row) for row in rows) for found in scattered)
+    assert all(any(torch.equal(results, row) for row in rows) for results in scattered)
 
 
 @pytest.mark.parametrize(("impl", "device"), [target for target in targets("padding") if target[0] == "triton"])
