@@ -37,10 +37,10 @@ from torch import Tensor, nn
 
 import bert_fast
 from benchmarks.gpu import targets
-from benchmarks.models.fuse_speed import FACTOR, FLOOR_ULPS, Size, model_of
 from benchmarks.runner.cpu_peers import PEERS, AbsentError, Encode, ModelForms, Peer, versions
 from benchmarks.runner.devices import Cpu
 from benchmarks.runner.runner import PRECISIONS, Case, Plan, Variant, arguments, parse, run, warm, write
+from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Size, model_of
 from bert_fast.kernels._common.benchmarks import evenly_spaced
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.models.checkpoint import load

@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.models.cpu_inference import conclude, processor_options, processor_parser, settings_of
-from benchmarks.models.fuse_speed import FACTOR, FLOOR_ULPS, Size, model_of
-from benchmarks.models.gpu_inference import Scenario, batches
 from benchmarks.runner.devices import Cpu
 from benchmarks.runner.runner import Case, Plan, Variant, run, warm
+from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Scenario, Size, batches, model_of
 from bert_fast.data import PackedBatch
 from bert_fast.kernels._common.benchmarks import evenly_spaced
 from bert_fast.models import BertForMaskedLM

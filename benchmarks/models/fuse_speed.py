@@ -17,58 +17,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from benchmarks.runner.runner import Case, Plan, Variant, arguments, main, parse
+from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Size, model_of
 from bert_fast import fuse
 from bert_fast.kernels._common.benchmarks import dtype_name, half_filled
 
-FACTOR, FLOOR_ULPS = 3.0, 4.0  # of the model-level bound; the floor covers an eager error that is small by chance
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model and its batch of `batch` sequences, padded to `seqlen`."""
-
-    name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int = 12
-    vocabulary: int = 30522
-    batch: int = 4
-    seqlen: int = 128
-
-    def flops(self, lengths: list[int]) -> int:
-        """FLOPs of the encoder's matrix products in the forward pass of sequences of these lengths."""
-        weights = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
-        scores = sum(2 * n * n * self.hidden for n in lengths)
-        return self.layers * 2 * (weights * sum(lengths) + scores)
-
-
 SIZES = (Size("base, 4 layers", 4, 768, 3072), Size("MiniLM-L6-H384", 6, 384, 1536, batch=8))
-
-
-def model_of(size: Size, kind: str = "BertForSequenceClassification") -> Any:
-    """transformers' model of the class `kind` with random weights; dropout 0.1 is its default."""
-    transformers.logging.set_verbosity_error()
-    config = transformers.BertConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        intermediate_size=size.intermediate,
-        initializer_range=0.05,  # attention that is not uniform
-    )
-    config._attn_implementation = "sdpa"
-    return getattr(transformers, kind)(config)
 
 
 def batch_of(size: Size, lengths: list[int]) -> dict[str, Tensor]:

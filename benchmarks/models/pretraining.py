@@ -6,8 +6,8 @@
 Same weights and batches for both: both losses (15 % of the tokens masked, next sentence), dropout 0.1, BF16 autocast,
 gradients clipped to norm 1. transformers takes padded batches with `sdpa` attention, with and without torch.compile.
 Ours is the step of `bert-fast pretrain` (`bert_fast.pretrain.step`, with its guard and log sums, and the last layer at
-masked tokens only), called eagerly and as one CUDA graph (`bert_fast.pretrain.cuda_graph`). `gpu_inference.py` has the
-comparison and the timing. A replayed step must also have the bits of the eager step's loss and gradient norm. MFU is
+masked tokens only), called eagerly and as one CUDA graph (`bert_fast.pretrain.cuda_graph`). A replayed step must have
+the bits of the eager step's loss and gradient norm. `runner/whole_models.py` has the comparison and the timing. MFU is
 model FLOPs, without padding, over the rate of a large matrix product measured at the start. `--size tiny` checks on a
 CPU, in FP32, that the benchmark runs.
 """
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.models.gpu_inference import (
+from benchmarks.runner.devices import Machine
+from benchmarks.runner.whole_models import (
     Fused,
     Ours,
     Row,
@@ -37,7 +38,6 @@ from benchmarks.models.gpu_inference import (
     scenarios,
     seconds_of,
 )
-from benchmarks.runner.devices import Machine
 from bert_fast.data import PackedBatch
 from bert_fast.kernels import use_impl
 from bert_fast.optim.params import make_optimizer, set_rate

@@ -1,1 +1,1 @@
-"""Measuring: devices and timing, the runner of cases, and the other runtimes on a CPU."""
+"""Measuring: devices and timing, the runner of cases, whole models, and the other runtimes on a CPU."""

@@ -14,9 +14,10 @@ import torch
 
 from benchmarks.models import gpu_inference, pretraining
 from benchmarks.reports import plots
+from benchmarks.runner import whole_models
 from benchmarks.runner.devices import Cpu
 
-SCENARIO = gpu_inference.Scenario("tiny S 8 train", [8, 3], 8)
+SCENARIO = whole_models.Scenario("tiny S 8 train", [8, 3], 8)
 
 
 class EagerCapture:
@@ -41,17 +42,20 @@ class EagerCapture:
 
 @pytest.fixture
 def variants() -> dict[str, Any]:
-    return gpu_inference.models("tiny", torch.device("cpu"), ())[0]
+    return whole_models.models("tiny", torch.device("cpu"), ())[0]
 
 
 def test_inference_is_compared_with_transformers_and_timed(variants: dict[str, Any]) -> None:
-    batch = gpu_inference.batches(SCENARIO, 500, torch.device("cpu"))
-    rows = {row.variant: row for row in gpu_inference.measure(SCENARIO, variants, batch, Cpu(), 0.01)}
+    batch = whole_models.batches(SCENARIO, 500, torch.device("cpu"))
+    rows = {
+        row.variant: row
+        for row in whole_models.measure(SCENARIO, variants, batch, Cpu(), 0.01, gpu_inference.inference)
+    }
     assert set(rows) == {"transformers", "transformers, fused", "bert_fast auto"}
     assert all(row.ms and row.fill == pytest.approx(11 / 16) and not row.refused for row in rows.values())
     with torch.no_grad():
         variants["bert_fast auto"].model.bert.encoder.layer[0].attention.self.qkv.weight.mul_(1.5)
-    check = partial(gpu_inference.check, variants, *batch)
+    check = partial(whole_models.check, variants, *batch)
     with pytest.raises(SystemExit, match=r"bert_fast auto: .* from float32"):
         check("tiny")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.models import fuse_speed
 from benchmarks.ops.__main__ import case_of, plans
 from benchmarks.reports import plots
-from benchmarks.runner import runner
+from benchmarks.runner import runner, whole_models
 from benchmarks.runner.devices import Cpu, machine_of
 from benchmarks.runner.runner import Case, Plan, Variant
 from bert_fast.kernels import available_impls
@@ -191,7 +191,7 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("kind", ["infer", "train"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_model_is_timed_before_and_after_fuse(dtype: torch.dtype, kind: str, machine: Cpu) -> None:
-    size = fuse_speed.Size("tiny", 1, 24, 32, heads=2, vocabulary=50, batch=3, seqlen=8)
+    size = whole_models.Size("tiny", 1, 24, 32, heads=2, vocabulary=50, batch=3, seqlen=8)
     assert size.flops([8, 8]) == 2 * size.flops([8])
     case = fuse_speed.case(CPU, size, " half filled", dtype, kind)
     rows = runner.measure("tiny", case, machine, LIMITS, 0.01)
