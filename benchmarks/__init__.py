@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.ops.<op>` sets the implementations of an op beside their peers."""
+"""Benchmarks and reports: single ops, whole models, compile tables, and everything that runs on a GPU."""

@@ -51,7 +51,7 @@ def test_available_impls_lists_the_ops_and_the_implementations_that_exist() -> N
 def test_op_is_complete(op: str) -> None:
     files = set(tracked())
     expected = {f"kernels/{op}/{part}" for part in ("__init__.py", "api.py", "op.py", "reference.py", "README.md")}
-    expected.add(f"tests/kernels/test_{op}.py")
+    expected |= {f"kernels/{op}/cases.py", f"tests/kernels/test_{op}.py"}
     assert expected <= files, f"missing: {sorted(expected - files)}"
 
 

@@ -1,1 +1,1 @@
-"""What a machine with a CUDA device runs: the whole run, compute-sanitizer, targets."""
+"""Scripts for a GPU: the run of `make gpu`, compute-sanitizer, and the targets of recorded results."""

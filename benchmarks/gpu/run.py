@@ -1,12 +1,12 @@
-"""`make gpu`: everything that a GPU can prove, with no network, in under nine minutes.
+"""`make gpu`: everything that a GPU can show, without network, in under nine minutes.
 
     python -m benchmarks.gpu.run [--steps build,tests,...] [--out FOLDER] [--full] [--seconds 525]
 
-Each step is a process of its own with a limit: its share of the time, and what the steps before it left. A step that
-fails or is cut does not stop the next. The exit code is 0 where every step that was asked for passed, 1 where one did
-not, 2 where there is no CUDA device. The output of each is build/gpu/<step>.log, the table at the end
-build/gpu/summary.txt. With `--out` everything that the run wrote is also packed into FOLDER/gpu.tar.gz, anew after each
-step, to be unpacked in another checkout. This file needs nothing but Python, so that it can report a broken build.
+Each step is a process with a time limit: its share of the time, plus what earlier steps left. A step that fails or
+exceeds its limit does not stop the next. The exit code is 0 if every requested step passed, 1 if one did not, 2 without
+a CUDA device. Each step's output is build/gpu/<step>.log, the final table build/gpu/summary.txt. With `--out`
+everything that the run wrote is also packed into FOLDER/gpu.tar.gz after each step, for unpacking in another checkout.
+This file needs only Python, so that it can report a broken build.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "build" / "gpu"
-TAIL = 25  # lines of a failed step's output that are shown
-ATTENTION_WEIGHT = 3  # of the benchmarks' time, in shares of another op's
-MARGIN = 8  # seconds before its limit at which a benchmark begins no further case, so that it can still write
-GRACE = 5.0  # seconds between the interrupt, at which pytest and the benchmarks report what they have, and the kill
-PLAIN = 25.0  # seconds of the build's limit that are kept for a build without the CPU kernels
-# One compiler a process: eight processes compile at a time when they warm up, and the timed runs find it all cached.
+TAIL = 25  # lines shown of a failed step's output
+CPU_OPS = {"linear_int8"}  # ops without GPU kernels
+ATTENTION_WEIGHT = 3  # attention's share of the benchmarks' time, relative to another op's
+MARGIN = 8  # seconds before its limit after which a benchmark begins no case, so that it can still write
+GRACE = 5.0  # seconds between the interrupt, on which pytest and the benchmarks report what they have, and the kill
+PLAIN = 25.0  # seconds of the build's limit reserved for a build without the CPU kernels
+# One compiler thread a process: eight processes compile at once in the warm-up, and the timed runs use their caches.
 COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-MODELS = {"pretraining": "models.pretraining", "peers": "models.gpu_inference"}  # steps that measure whole models
+MODELS = {"pretraining": "benchmarks.models.pretraining", "inference": "benchmarks.models.gpu_inference"}
+AFTERWARDS = {"targets": "benchmarks.gpu.targets", "plots": "benchmarks.reports.plots"}  # read the recorded results
 COMMAND_LINE_TESTS = ("tests/cli", "tests/pretrain/test_kill.py")
 VERIFY = """
 from types import SimpleNamespace
@@ -46,7 +49,7 @@ raise SystemExit(run(SimpleNamespace(ops=None, impls=None, seed=0, record=True))
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The parsed command line."""
 
     full: bool
     results: Path
@@ -57,7 +60,7 @@ class Outcome:
     """A line of the summary."""
 
     name: str
-    result: str  # passed, failed, cut or not run
+    result: str  # passed, failed, stopped or not run
     seconds: float
     detail: str = ""
 
@@ -77,7 +80,7 @@ def log_of(name: str) -> Path:
 
 
 def run(name: str, command: list[str], limit: float, environment: dict[str, str] | None = None) -> Outcome:
-    """Run a command for at most `limit` seconds; all of its processes end with it."""
+    """Run a command for at most `limit` seconds, then end all of its processes."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = log_of(name)
     begin = time.perf_counter()
@@ -90,22 +93,22 @@ def run(name: str, command: list[str], limit: float, environment: dict[str, str]
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        cut = not ends_in(process, limit - GRACE)
-        if cut:
+        stopped = not ends_in(process, limit - GRACE)
+        if stopped:
             process.send_signal(signal.SIGINT)
             ends_in(process, GRACE)
             end_group(process)
     seconds = time.perf_counter() - begin
-    said = last_line(log)
-    if cut:
-        return Outcome(name, "cut", seconds, f"after {limit:.0f} s; {said}")
+    detail = last_line(log)
+    if stopped:
+        return Outcome(name, "stopped", seconds, f"after {limit:.0f} s; {detail}")
     if process.returncode:
-        return Outcome(name, "failed", seconds, f"exit code {process.returncode}; {said}")
-    return Outcome(name, "passed", seconds, said)
+        return Outcome(name, "failed", seconds, f"exit code {process.returncode}; {detail}")
+    return Outcome(name, "passed", seconds, detail)
 
 
 def ends_in(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Wait for a process; it ends with this one where that is interrupted."""
+    """Whether the process ends within `seconds`; a KeyboardInterrupt here ends it too."""
     try:
         process.wait(timeout=max(0.5, seconds))
     except subprocess.TimeoutExpired:
@@ -123,7 +126,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something; a benchmark's is the one that counts its cases."""
+    """The last non-empty line of a log; of a benchmark's, the line that counts its cases."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     counts = [line for line in lines if re.search(r": \d+ of \d+ cases in ", line)]
     return (counts or lines or [""])[-1][:110]
@@ -134,18 +137,18 @@ def module(*arguments: str) -> list[str]:
 
 
 def build(options: Options, limit: float) -> list[Outcome]:
-    """With the CPU kernels; where that does not end well, without them, since no later step could do anything."""
+    """With the CPU kernels; if that fails, without them, since no later step could run otherwise."""
     flags = ("-qq", "--no-index", "--no-deps", "--no-build-isolation", "--editable", ".")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    found = [run("build", module("pip", "install", *flags), limit - PLAIN, {"PATH": path})]
-    if found[0].result != "passed":
+    outcomes = [run("build", module("pip", "install", *flags), limit - PLAIN, {"PATH": path})]
+    if outcomes[0].result != "passed":
         plain = {"PATH": path, "BERT_FAST_NATIVE": "0"}
-        found.append(run("build without CPU kernels", module("pip", "install", *flags), PLAIN, plain))
-    return found
+        outcomes.append(run("build without CPU kernels", module("pip", "install", *flags), PLAIN, plain))
+    return outcomes
 
 
 def has_command_line() -> bool:
-    """Whether the package is there that bert-fast's command line is made with, and the kernels do without."""
+    """Whether the package that bert-fast's command line needs is installed; the kernels do not need it."""
     return importlib.util.find_spec("jsonargparse") is not None
 
 
@@ -156,115 +159,89 @@ def tests(options: Options, limit: float) -> list[Outcome]:
     left_out = () if has_command_line() else COMMAND_LINE_TESTS
     others = [f"--ignore={path}" for path in ("tests/kernels", *left_out)]
     end = time.perf_counter() + limit
-    found = []
+    outcomes = []
     for name, which, share in (("tests kernels", ["tests/kernels"], 0.6), ("tests others", ["tests", *others], 1.0)):
         command = module("pytest", "-q", "--durations=15", *parallel, *which)
-        outcome = run(name, command, share * (end - time.perf_counter()), {"OMP_NUM_THREADS": "2"})
-        found.append(outcome)
+        outcomes.append(run(name, command, share * (end - time.perf_counter()), {"OMP_NUM_THREADS": "2"}))
     if left_out:
-        found.append(Outcome("tests command line", "not run", 0.0, f"jsonargparse is missing: {', '.join(left_out)}"))
-    return found
+        detail = f"jsonargparse is not installed: {', '.join(left_out)}"
+        outcomes.append(Outcome("tests command line", "not run", 0.0, detail))
+    return outcomes
 
 
 def verify(options: Options, limit: float) -> list[Outcome]:
-    """`bert-fast verify --record`, by the function behind it where the command line's package is missing."""
+    """`bert-fast verify --record`, by a direct call of its function without the command line's package."""
     direct = [sys.executable, "-c", VERIFY]
     command = module("bert_fast.cli.main", "verify", "--record") if has_command_line() else direct
     return [run("verify", command, limit)]
 
 
 def sanitizer(options: Options, limit: float) -> list[Outcome]:
-    each = f"{max(10.0, limit - GRACE - 10):.0f}"  # its processes run at the same time
+    each = f"{max(10.0, limit - GRACE - 10):.0f}"  # its processes run concurrently
     flags = ("--record", "--limit", each, "--results", str(options.results))
     return [run("sanitizer", module("benchmarks.gpu.sanitize", *flags), limit)]
 
 
-CPU_OPS = {"linear_int8"}  # without kernels for a GPU
-
-
 def ops() -> list[str]:
-    """The ops that have a benchmark on a GPU, the one with the most cases first."""
-    found = {
-        path.stem for path in (ROOT / "benchmarks" / "ops").glob("[a-z]*.py") if not path.stem.endswith("_peers")
-    } - CPU_OPS
-    return sorted(sorted(found), key=lambda op: op != "attention")
+    """The ops with a benchmark on a GPU, the one with the most cases first."""
+    names = {path.parent.name for path in (ROOT / "kernels").glob("*/cases.py")} - {"_common"} - CPU_OPS
+    return sorted(sorted(names), key=lambda op: op != "attention")
+
+
+def benchmark_of(name: str) -> list[str]:
+    """The command of an op's or a model's benchmark."""
+    return module(MODELS[name]) if name in MODELS else module("benchmarks.ops", name)
 
 
 def warm_up(options: Options, limit: float) -> list[Outcome]:
-    """Compile what the benchmarks need, all of them at a time. What this does not reach they do themselves."""
+    """Compile what the benchmarks need, concurrently; they compile the rest themselves."""
     quick = [] if options.full else ["--quick"]
-    files = {op: f"ops.{op}" for op in ops()} | MODELS
+    names = [*ops(), *MODELS]
     begin = time.perf_counter()
 
     def warm(name: str) -> Outcome:
-        command = module(f"benchmarks.{files[name]}", "--warm", *quick)
+        command = [*benchmark_of(name), "--warm", *quick]
         return run(f"warm-up {name}", command, limit, {} if name in MODELS else COMPILER)
 
-    with ThreadPoolExecutor(len(files)) as pool:
-        found = list(pool.map(warm, files))
-    bad = [
-        f"{outcome.name.removeprefix('warm-up ')} {outcome.result}" for outcome in found if outcome.result != "passed"
-    ]
-    detail = f"{len(found) - len(bad)} of {len(found)} ready" + f" ({', '.join(bad)})" * bool(bad)
+    with ThreadPoolExecutor(len(names)) as pool:
+        outcomes = dict(zip(names, pool.map(warm, names), strict=True))
+    bad = [f"{name} {outcome.result}" for name, outcome in outcomes.items() if outcome.result != "passed"]
+    detail = f"{len(names) - len(bad)} of {len(names)} ready" + f" ({', '.join(bad)})" * bool(bad)
     return [Outcome("warm-up", "passed", time.perf_counter() - begin, detail)]
 
 
 def recorded(options: Options, limit: float) -> list[str]:
-    """The options of a benchmark that is to end within `limit`."""
+    """The options of a benchmark that must end within `limit`."""
     flags = ["--device", "cuda", "--record", "--results", str(options.results)]
     flags += ["--budget", f"{max(4.0, limit - GRACE - MARGIN):.0f}"]
     return flags if options.full else [*flags, "--quick"]
 
 
 def benchmarks(options: Options, limit: float) -> list[Outcome]:
-    """One process an op: a fault of one op's kernels, which ends the process, leaves the others their turn."""
-    found: list[Outcome] = []
+    """One process per op, so that a fault in one op's kernels does not end the other benchmarks."""
+    outcomes: list[Outcome] = []
     end = time.perf_counter() + limit
     weights = {op: ATTENTION_WEIGHT if op == "attention" else 1 for op in ops()}
     for op in ops():
-        left = max(1.0, end - time.perf_counter())
-        own = left * weights[op] / sum(weights.values())
+        share = max(1.0, end - time.perf_counter()) * weights[op] / sum(weights.values())
         del weights[op]
-        command = module(f"benchmarks.ops.{op}", *recorded(options, own))
-        found.append(run(f"benchmark {op}", command, own, COMPILER))
-    return found
-
-
-def pretraining(options: Options, limit: float) -> list[Outcome]:
-    return whole_model("pretraining", options, limit)
-
-
-def peers(options: Options, limit: float) -> list[Outcome]:
-    return whole_model("peers", options, limit)
+        outcomes.append(run(f"benchmark {op}", [*benchmark_of(op), *recorded(options, share)], share, COMPILER))
+    return outcomes
 
 
 def whole_model(name: str, options: Options, limit: float) -> list[Outcome]:
-    return [run(name, module(f"benchmarks.{MODELS[name]}", *recorded(options, limit - MARGIN)), limit)]
-
-
-def of_gpus(options: Options) -> list[str]:
-    """The results' folders of GPUs."""
-    found = sorted(path for path in options.results.glob("*") if path.is_dir() and not path.name.startswith("cpu-"))
-    return [str(path) for path in found]
-
-
-def targets(options: Options, limit: float) -> list[Outcome]:
-    return after_benchmarks("targets", options, limit)
-
-
-def plots(options: Options, limit: float) -> list[Outcome]:
-    return after_benchmarks("plots", options, limit)
+    return [run(name, [*benchmark_of(name), *recorded(options, limit - MARGIN)], limit)]
 
 
 def after_benchmarks(name: str, options: Options, limit: float) -> list[Outcome]:
-    """Run the script `name` over what the benchmarks recorded."""
-    folders = of_gpus(options)
+    """Run a script over the GPUs' recorded results."""
+    folders = sorted(path for path in options.results.glob("*") if path.is_dir() and not path.name.startswith("cpu-"))
     if not folders:
         return [Outcome(name, "not run", 0.0, "no benchmark on a GPU is recorded")]
-    return [run(name, module(f"benchmarks.{name}", *folders), limit)]
+    return [run(name, module(AFTERWARDS[name], *map(str, folders)), limit)]
 
 
-# What is proven comes before what is measured. `verify` is before the benchmarks since `auto` relies on its record.
+# Correctness before speed. `verify` precedes the benchmarks since `auto` relies on its record.
 STEPS = (
     Step("build", 90, False, build),
     Step("tests", 110, True, tests),
@@ -272,50 +249,48 @@ STEPS = (
     Step("sanitizer", 55, True, sanitizer),
     Step("warm-up", 50, True, warm_up),
     Step("benchmarks", 125, True, benchmarks),
-    Step("pretraining", 45, True, pretraining),
-    Step("peers", 15, True, peers),
-    Step("targets", 5, False, targets),
-    Step("plots", 10, False, plots),
+    Step("pretraining", 45, True, partial(whole_model, "pretraining")),
+    Step("inference", 15, True, partial(whole_model, "inference")),
+    Step("targets", 5, False, partial(after_benchmarks, "targets")),
+    Step("plots", 10, False, partial(after_benchmarks, "plots")),
 )
 
 
 def missing() -> str:
-    """Why nothing can run on a CUDA device here, asked in a process of its own; "" where it can."""
+    """The reason why nothing can run on a CUDA device here, from a process of its own, or ""."""
     code = "import torch; print(torch.__version__, torch.cuda.is_available())"
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        problem = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return f"{sys.executable} can't import torch ({problem}); PYTHON=... names the Python that has it"
-    version, found = asked.stdout.split()
-    return (
-        "" if found == "True" else f"no CUDA device was found: torch {version} says torch.cuda.is_available() is False"
-    )
+    query = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if query.returncode:
+        problem = (query.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return f"{sys.executable} cannot import torch ({problem}); set PYTHON to the Python that has it"
+    version, available = query.stdout.split()
+    return "" if available == "True" else f"no CUDA device: torch.cuda.is_available() is False in torch {version}"
 
 
 def show(outcome: Outcome) -> None:
-    """A line for an outcome, and the end of its log where it failed."""
+    """Print a line for an outcome, and the end of its log if it failed."""
     print(f"== gpu: {outcome.name}: {outcome.result}, {outcome.seconds:.0f} s  {outcome.detail}", flush=True)
     log = log_of(outcome.name)
-    if outcome.result in ("failed", "cut") and log.exists():
+    if outcome.result in ("failed", "stopped") and log.exists():
         print("    " + "\n    ".join(log.read_text(errors="replace").splitlines()[-TAIL:]), flush=True)
 
 
 def run_steps(
-    steps: list[Step], options: Options, seconds: float, after: Callable[[list[Outcome]], None] = lambda found: None
+    steps: list[Step], options: Options, seconds: float, after: Callable[[list[Outcome]], None] = lambda outcomes: None
 ) -> list[Outcome]:
-    """Every step in turn. What a step leaves of its share goes to those after it, in proportion to theirs."""
+    """Run the steps in order. Time that a step leaves goes to those after it, in proportion to their shares."""
     end = time.perf_counter() + seconds
-    found: list[Outcome] = []
+    outcomes: list[Outcome] = []
     for index, step in enumerate(steps):
         left = end - time.perf_counter()
         limit = left * step.share / sum(later.share for later in steps[index:])
         print(f"== gpu: {step.name}, at most {limit:.0f} s", flush=True)
-        outcomes = step.run(options, limit) if left > 0 else [Outcome(step.name, "not run", 0.0, "the time was over")]
-        for outcome in outcomes:
+        new = step.run(options, limit) if left > 0 else [Outcome(step.name, "not run", 0.0, "out of time")]
+        for outcome in new:
             show(outcome)
-        found += outcomes
-        after(found)
-    return found
+        outcomes += new
+        after(outcomes)
+    return outcomes
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -323,13 +298,13 @@ def table(outcomes: list[Outcome]) -> str:
     width = max(len(outcome.name) for outcome in outcomes)
     lines = [f"{o.name:<{width}}  {o.result:<8} {o.seconds:6.0f} s  {o.detail}" for o in outcomes]
     passed, seconds = sum(o.result == "passed" for o in outcomes), sum(o.seconds for o in outcomes)
-    return "\n".join([*lines, f"{'in all':<{width}}  {passed} of {len(outcomes)} passed, {seconds:.0f} s"])
+    return "\n".join([*lines, f"{'total':<{width}}  {passed} of {len(outcomes)} passed, {seconds:.0f} s"])
 
 
 def pack(folder: Path, results: Path, since: float) -> Path:
-    """Pack the logs, results, plots and records that were written since then into folder/gpu.tar.gz.
+    """Pack the logs, results, plots and records written after `since` into folder/gpu.tar.gz.
 
-    The paths in it are those of a checkout; a record too that went to the user's cache, for want of a checkout.
+    Its paths are those of a checkout, also of a record that was written to the user's cache.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_fast" / "verified"
     records = "bert_fast/verified"
@@ -346,19 +321,19 @@ def pack(folder: Path, results: Path, since: float) -> Path:
 
 def main() -> int:
     names = ",".join(step.name for step in STEPS)
-    parser = argparse.ArgumentParser(description="everything that a GPU can prove")
+    parser = argparse.ArgumentParser(description="everything that a GPU can show")
     parser.add_argument("--steps", default=names, help=f"some of {names}")
-    parser.add_argument("--seconds", type=float, default=525, help="for all of it")
-    parser.add_argument("--full", action="store_true", help="the benchmarks' full set of cases: give it more seconds")
+    parser.add_argument("--seconds", type=float, default=525, help="for all steps together")
+    parser.add_argument("--full", action="store_true", help="every case of the benchmarks; needs more seconds")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, help="a folder for gpu.tar.gz, which has everything that the run wrote")
     parsed = parser.parse_args()
-    asked = parsed.steps.split(",")
-    unknown = sorted(set(asked) - set(names.split(",")))
+    requested = parsed.steps.split(",")
+    unknown = sorted(set(requested) - set(names.split(",")))
     if unknown:
         parser.error(f"--steps has {', '.join(unknown)}; expected some of {names}")
     since = time.time() - 1  # file systems round
-    steps = [step for step in STEPS if step.name in asked]
+    steps = [step for step in STEPS if step.name in requested]
     reason = missing() if any(step.needs_gpu for step in steps) else ""
     if reason:
         print(f"gpu: {reason}; nothing was run", file=sys.stderr)

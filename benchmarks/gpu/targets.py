@@ -1,9 +1,9 @@
-"""The targets of a device, as ratios of what one run measured: met, missed or not measured.
+"""The targets of a device, as ratios of figures from one run: met, missed or not measured.
 
-    python -m benchmarks.gpu.targets [FOLDER ...]      benchmarks/results/<device>; every device's where none is named
+    python -m benchmarks.gpu.targets [FOLDER ...]      folders benchmarks/results/<device>; without one, all of them
 
-Reads the recorded benchmarks of a device and writes targets.json beside them. A missed target is a result and no
-failure: the exit code is 0. Where ours has several implementations, the fastest is judged.
+Reads the recorded benchmarks of a device and writes targets.json next to them. A missed target is a result, not a
+failure: the exit code is 0. Of our implementations the fastest is judged.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runner.runner import at_least
+from benchmarks.runner.runner import RESULTS, at_least
+from bert_fast._io import write_json
 
-RESULTS = Path(__file__).parents[1] / "results"
 OURS = re.compile(r"bert_fast (?!.*with bias)")  # attention's peers add no bias
 Row = dict[str, Any]
 
 
 def of_copy(ours: Row, rows: list[Row]) -> tuple[float, str] | None:
-    """The share of the measured copy bandwidth that the floor's bytes move at."""
+    """The bandwidth of the minimal traffic over the measured copy bandwidth."""
     return ours["share_of_ceiling"], "copy bandwidth"
 
 
 def faster_than(peers: str) -> Callable[[Row, list[Row]], tuple[float, str] | None]:
-    """How many times faster than the fastest of the peers whose name matches."""
+    """The speedup over the fastest peer whose name matches."""
 
     def ratio(ours: Row, rows: list[Row]) -> tuple[float, str] | None:
         timed = [row for row in rows if row["ms"] and re.match(peers, row["variant"])]
@@ -43,31 +43,36 @@ def faster_than(peers: str) -> Callable[[Row, list[Row]], tuple[float, str] | No
 
 
 def of_rate(tokens_per_s: float) -> Callable[[Row, list[Row]], tuple[float, str] | None]:
-    """The share of so many real tokens a second."""
+    """The rate of real tokens over `tokens_per_s`."""
     return lambda ours, rows: (ours["tokens_per_s"] / tokens_per_s, f"{tokens_per_s:,.0f} real tokens/s")
 
 
 def as_precise(ours: Row, rows: list[Row]) -> tuple[float, str] | None:
-    """How many times faster than the fastest peer of the same or a higher precision."""
-    beside = [row for row in rows if at_least(row["precision"], ours["precision"])]
-    return faster_than("(?!bert_fast)")(ours, beside)
+    """The speedup over the fastest peer of the same or a higher precision."""
+    rivals = [row for row in rows if at_least(row["precision"], ours["precision"])]
+    return faster_than("(?!bert_fast)")(ours, rivals)
 
 
 def nearer_than(peer: str) -> Callable[[Row, list[Row]], tuple[float, str] | None]:
-    """How many times smaller the error is than that of the peer whose name matches."""
+    """The error of the peer whose name matches over ours."""
 
     def ratio(ours: Row, rows: list[Row]) -> tuple[float, str] | None:
-        found = next((row for row in rows if row["error"] and re.match(peer, row["variant"])), None)
-        return found and (found["error"] / ours["error"], f"error of {found['variant']}")
+        row = next((row for row in rows if row["error"] and re.match(peer, row["variant"])), None)
+        return row and (row["error"] / ours["error"], f"error of {row['variant']}")
 
     return ratio
 
 
 @dataclass(frozen=True)
 class Target:
-    """`ratio` is to be at least `goal` in every case of `op` whose name matches, for ours whose name does.
+    """`ratio` must be at least `goal` in every case of `op` whose name matches `cases`.
 
-    Where it is one device's target, `device` is in the name of its folder.
+    Args:
+        op, cases: name of the report, and a pattern for the names of its cases.
+        goal: the least ratio.
+        ratio: (row of ours, all rows of the case) -> the ratio and what it refers to, or None without a peer.
+        ours: a pattern for the names of the variants that are judged.
+        device: part of the name of the device's folder, for a target of some devices only.
     """
 
     op: str
@@ -85,7 +90,7 @@ TARGETS = (
         for which, goal in (("forward", 0.85), ("backward", 0.75))
     ),
     Target("attention", r"S 512 bfloat16 forward", 1.0, faster_than("SDPA ")),
-    # A backend without dropout refuses the case, so that those which were timed have it.
+    # A backend without dropout refuses the case, so every timed peer has it.
     Target("attention", r"S 512 bfloat16 forward \+ backward, dropout", 1.5, faster_than("(?!bert_fast|copy of)")),
     Target("attention", r"S 512 half filled bfloat16 .*", 1.8, faster_than("SDPA |torch.compile")),
     Target("pretraining", r"(base|large) S \d+ train", 2.0, faster_than("transformers, torch.compile")),
@@ -130,47 +135,47 @@ CPU_TARGETS = (
 
 
 def targets_of(device: str) -> tuple[Target, ...]:
-    """The targets of a device, by the name of its folder."""
+    """The targets of the device with this folder name."""
     return tuple(t for t in (CPU_TARGETS if device.startswith("cpu-") else TARGETS) if t.device in device)
 
 
 def judge(target: Target, report: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """An entry for each case of the target, at least one."""
+    """One entry per case of the target, at least one."""
     about = {"op": target.op, "goal": target.goal}
     if report is None:
-        return [{**about, "case": target.cases, "result": "not measured", "reason": "the op has no report"}]
+        return [{**about, "case": target.cases, "result": "not measured", "reason": "no report"}]
     about |= {name: report["environment"][name] for name in ("commit", "date")}
     cases: dict[str, list[Row]] = {}
     for row in report["rows"]:
         if re.fullmatch(target.cases, row["case"]):
             cases.setdefault(row["case"], []).append(row)
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for case, rows in cases.items():
         ours = min(
             (r for r in rows if r["ms"] and target.ours.match(r["variant"])), key=lambda r: r["ms"], default=None
         )
         ratio = target.ratio(ours, rows) if ours else None
         if ours is None or ratio is None:
-            reason = "no peer could be timed" if ours else "no implementation of ours was timed"
-            found.append({**about, "case": case, "result": "not measured", "reason": reason})
+            reason = "no peer was timed" if ours else "no implementation of ours was timed"
+            entries.append({**about, "case": case, "result": "not measured", "reason": reason})
             continue
         verdict = "met" if ratio[0] >= target.goal else "missed"
-        beside = {"variant": ours["variant"], "ratio": round(ratio[0], 3), "to": ratio[1]}
-        found.append({**about, "case": case, "result": verdict, **beside})
+        figures = {"variant": ours["variant"], "ratio": round(ratio[0], 3), "to": ratio[1]}
+        entries.append({**about, "case": case, "result": verdict, **figures})
     for case in report.get("left_out", []):
         if re.fullmatch(target.cases, case):
-            found.append({**about, "case": case, "result": "not measured", "reason": "the time was over"})
-    nothing = {**about, "case": target.cases, "result": "not measured", "reason": "the report has no such case"}
-    return found or [nothing]
+            entries.append({**about, "case": case, "result": "not measured", "reason": "out of time"})
+    missing = {**about, "case": target.cases, "result": "not measured", "reason": "the report has no such case"}
+    return entries or [missing]
 
 
 def judge_folder(folder: Path) -> list[dict[str, Any]]:
-    """The entries of every target, from the reports in the folder of a device."""
-    found = []
+    """The entries of every target, from the reports in a device's folder."""
+    entries = []
     for target in targets_of(folder.name):
         file = folder / f"{target.op}.json"
-        found += judge(target, json.loads(file.read_text()) if file.exists() else None)
-    return found
+        entries += judge(target, json.loads(file.read_text()) if file.exists() else None)
+    return entries
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -187,14 +192,13 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="the targets of a device, from its recorded benchmarks")
-    parser.add_argument("folders", nargs="*", type=Path, help="results/<device>; every device's where none is named")
-    named = parser.parse_args().folders
-    folders = named or sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    parser.add_argument("folders", nargs="*", type=Path, help="results/<device>; all of them if none is named")
+    folders = parser.parse_args().folders or sorted(path for path in RESULTS.iterdir() if path.is_dir())
     if all(folder.name.startswith("cpu-") for folder in folders):
-        print("targets on a GPU: no benchmark is recorded; make gpu does it on a machine that has one")
+        print("targets on a GPU: no benchmark is recorded; run make gpu on a machine with a CUDA device")
     for folder in folders:
         entries = judge_folder(folder)
-        (folder / "targets.json").write_text(json.dumps({"targets": entries}, indent=1) + "\n")
+        write_json(folder / "targets.json", {"targets": entries})
         counts = (
             f"{sum(e['result'] == result for e in entries)} {result}" for result in ("met", "missed", "not measured")
         )

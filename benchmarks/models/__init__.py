@@ -1,1 +1,1 @@
-"""Benchmarks of whole models: inference, training steps, data, and the demo."""
+"""Benchmarks of whole models: inference, training steps and the input pipeline; and the demo."""

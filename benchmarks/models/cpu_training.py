@@ -1,19 +1,19 @@
-"""A step of masked-language-model training on a CPU beside transformers: forward, backward and AdamW.
+"""A step of masked-language-model training on a CPU compared with transformers: forward, backward and AdamW.
 
     python -m benchmarks.models.cpu_training [--record] [--threads N] [--precisions fp32 bf16] [--compile] [--seconds S]
-    python -m benchmarks.models.cpu_training --smoke     a tiny model: shows that it runs, no figures
+    python -m benchmarks.models.cpu_training --smoke     a tiny model: checks that it runs, without figures
 
 BERT-base, 8 sequences of 128 tokens, full and half filled (lengths evenly spaced from 4 to 128), 15 % of the tokens
-masked, dropout 0.1; float32, and bfloat16 autocast. transformers gets padded batches and `sdpa` attention, ours the
-same sequences packed; both fused AdamW at a rate of zero, which is the same work and leaves the weights where they are.
-FLOPs are those of the matrix products over real and masked tokens, three times the forward's. Attention alone is timed
-by `benchmarks.ops.attention`.
+masked, dropout 0.1; FP32, and BF16 autocast. transformers gets padded batches and `sdpa` attention, ours the same
+sequences packed; both use fused AdamW with a learning rate of zero, which is the same work and keeps the weights. FLOPs
+are those of the matrix products over real and masked tokens, three times the forward's. `benchmarks.ops attention`
+times attention alone.
 
-Before a case is timed, the loss and the gradient of the word embeddings, which all of the backward pass leads to, are
-compared without dropout with transformers in float64: ours may be three times as far from it as transformers in the
-same precision is, plus a floor; if one is not, nothing is reported.
+Before a case is timed, the loss and the gradient of the word embeddings, which depends on the whole backward pass, are
+compared without dropout with transformers in float64: the error of ours may be three times that of transformers in the
+same precision, plus a floor; if one exceeds that, nothing is reported.
 
-A processor without AVX-512 takes minutes for a step in bfloat16, so that it is left out there unless it is named.
+Without AVX-512 a step in BF16 takes minutes, so it is skipped there unless `--precisions` names it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.models.cpu_inference import conclude, processor_options, processor_parser, settings_of
-from benchmarks.models.fuse_speed import FACTOR, FLOOR_ULPS, Size, model_of
-from benchmarks.models.gpu_inference import Scenario, batches
 from benchmarks.runner.devices import Cpu
-from benchmarks.runner.lengths import evenly_spaced
 from benchmarks.runner.runner import Case, Plan, Variant, run, warm
+from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Scenario, Size, batches, model_of
 from bert_fast.data import PackedBatch
+from bert_fast.kernels._common.benchmarks import evenly_spaced
 from bert_fast.models import BertForMaskedLM
 
 BASE = Size("BERT-base", 12, 768, 3072, batch=8, seqlen=128)
@@ -53,38 +52,38 @@ class Side:
 
 
 def theirs_of(model: Any, call: Callable[..., Any] | None = None) -> Side:
-    """transformers' BertForMaskedLM, or `call`, which is it compiled."""
+    """transformers' BertForMaskedLM, through `call` if given (the compiled model)."""
 
     def loss(batch: Batches) -> Tensor:
         inputs = {name: batch[1][name] for name in ("input_ids", "attention_mask", "labels")}
-        found: Tensor = (call or model)(**inputs).loss
-        return found
+        result: Tensor = (call or model)(**inputs).loss
+        return result
 
     return Side(model, loss)
 
 
 def ours_of(model: BertForMaskedLM) -> Side:
-    """Ours, packed."""
+    """Ours on the packed batch."""
 
     def loss(batch: Batches) -> Tensor:
         names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "max_seqlen", "labels")
-        found: Tensor = model(**{name: getattr(batch[0], name) for name in names}).loss
-        return found
+        result: Tensor = model(**{name: getattr(batch[0], name) for name in names}).loss
+        return result
 
     return Side(model, loss)
 
 
 @cache
 def variants_of(size: Size, compiled: bool) -> dict[str, Side]:
-    """transformers' model, the same compiled where that is asked for, and ours with the same weights."""
+    """transformers' model, the same compiled if `compiled`, and ours with the same weights."""
     torch.manual_seed(0)
     theirs = model_of(size, "BertForMaskedLM")
     ours = BertForMaskedLM(settings_of(theirs))
     ours.load_hf(theirs.state_dict())
-    found: dict[str, Side] = {"transformers": theirs_of(theirs)}
+    variants: dict[str, Side] = {"transformers": theirs_of(theirs)}
     if compiled:
-        found["transformers, torch.compile"] = theirs_of(theirs, torch.compile(theirs, dynamic=False))
-    return {**found, "bert_fast": ours_of(ours)}
+        variants["transformers, torch.compile"] = theirs_of(theirs, torch.compile(theirs, dynamic=False))
+    return {**variants, "bert_fast": ours_of(ours)}
 
 
 def autocast(precision: str) -> AbstractContextManager[Any]:
@@ -92,7 +91,7 @@ def autocast(precision: str) -> AbstractContextManager[Any]:
 
 
 def loss_and_gradient(variant: Side, batch: Batches, precision: str) -> Tensor:
-    """What is compared, without dropout: the loss, and the gradient of the word embeddings over its largest value."""
+    """The compared values, without dropout: the loss, and the word embeddings' gradient over its largest value."""
     variant.model.eval()
     with autocast(precision):
         loss = variant.loss(batch)
@@ -121,8 +120,8 @@ def case(size: Size, lengths: list[int], precision: str, compiled: bool) -> Case
     torch.manual_seed(0)
     batch = batches(Scenario("", lengths, size.seqlen), size.vocabulary, torch.device("cpu"))
     theirs = variants["transformers"]
-    truth = loss_and_gradient(theirs_of(copy.deepcopy(theirs.model).double()), batch, "fp64")
-    error = float((loss_and_gradient(theirs, batch, precision) - truth).abs().max() / truth.abs().max())
+    exact = loss_and_gradient(theirs_of(copy.deepcopy(theirs.model).double()), batch, "fp64")
+    error = float((loss_and_gradient(theirs, batch, precision) - exact).abs().max() / exact.abs().max())
     masked = int((batch[0].labels >= 0).sum())
     head = 2 * masked * (size.hidden**2 + size.hidden * size.vocabulary)
     return Case(
@@ -134,7 +133,7 @@ def case(size: Size, lengths: list[int], precision: str, compiled: bool) -> Case
             )
             for name, variant in variants.items()
         },
-        truth,
+        exact,
         FACTOR * error + FLOOR_ULPS * torch.finfo(DTYPES[precision]).eps,
         flops=3 * (size.flops(lengths) + head),
         graph=False,
@@ -143,30 +142,30 @@ def case(size: Size, lengths: list[int], precision: str, compiled: bool) -> Case
 
 
 def plans(size: Size, precisions: list[str], compiled: bool) -> list[Plan]:
-    found = []
+    result = []
     for precision in precisions:
         for half in (False, True):
             lengths = evenly_spaced(size.batch, 4, size.seqlen) if half else [size.seqlen] * size.batch
             title = f"({size.batch}, {size.seqlen}){' half filled' if half else ''} train {size.name} {precision}"
-            found.append(Plan(title, partial(case, size, lengths, precision, compiled)))
-    return found
+            result.append(Plan(title, partial(case, size, lengths, precision, compiled)))
+    return result
 
 
 def main() -> int:
-    parser = processor_parser("a training step on a CPU beside transformers", seconds=30.0)
+    parser = processor_parser("a training step on a CPU compared with transformers", seconds=30.0)
     parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=None, help="bf16 needs AVX-512")
-    parser.add_argument("--compile", action="store_true", help="torch.compile as a peer too, which takes minutes")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes")
     options = processor_options(parser)
     wide = "AVX512" in torch.backends.cpu.get_cpu_capability() or options.smoke
     precisions = options.precisions or [name for name in DTYPES if name == "fp32" or wide]
-    chosen = plans(SMOKE if options.smoke else BASE, precisions, options.compile)
+    selected = plans(SMOKE if options.smoke else BASE, precisions, options.compile)
     if options.warm:
-        warm(chosen, Cpu())
+        warm(selected, Cpu())
         return 0
     seconds = 0.01 if options.smoke else 5.0 if options.quick else options.seconds
-    report = run("cpu_training", chosen, Cpu(), seconds, options.budget)
+    report = run("cpu_training", selected, Cpu(), seconds, options.budget)
     if "bf16" not in precisions:
-        print("bf16: not measured: no AVX-512 here, and a step takes minutes without (--precisions bf16 takes them)")
+        print("bf16: not measured: without AVX-512 a step takes minutes; --precisions bf16 measures it")
     conclude("cpu_training", report, options)
     return 0
 

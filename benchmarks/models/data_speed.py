@@ -1,10 +1,10 @@
-"""How fast the input pipeline is alone: planning, reading, assembling and masking packed batches, on one core.
+"""Throughput of the input pipeline alone: planning, reading, assembling and masking packed batches, on one core.
 
     python -m benchmarks.models.data_speed [--tokens N] [--seconds S] [--record]
 
-The text is made up: documents of 8 sentences of 24 tokens on average with the vocabulary of BERT, a fifth of the tokens
-pieces of the word before. A core is a second of CPU time of this process, so that a busy machine doesn't count against
-it; the load of the machine at the start and the tokens/s of the clock stand beside it. `FLOOR` is the least wanted.
+The text is synthetic: documents of 8 sentences of 24 tokens on average with BERT's vocabulary; a fifth of the tokens
+are `##` pieces. Rates are per second of CPU time of this process, so that other load does not affect them; the load at
+the start and the tokens/s of wall time are reported too. `FLOOR` is the lowest acceptable rate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bert_fast.data.host_numpy import CONTINUES
 from bert_fast.data.shards import SPLITS, ShardWriter, write_manifest
 from bert_fast.data.vocab import SPECIAL_TOKENS, load_wordpiece, save_tokenizer
 
-FLOOR = 1_000_000  # tokens a second a core
+FLOOR = 1_000_000  # tokens per second and core
 VOCABULARY, PIECES = 30522, 6104  # tokens, and how many of them are `##` pieces
 SPANS = {"max_span": 10}
 CASES: dict[str, tuple[str, dict[str, object]]] = {
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 
 @dataclass(frozen=True)
 class DataRow:
-    """One case: `plan` and `batch` are tokens a second of CPU time, `wall` batches' tokens a second of the clock."""
+    """One case: tokens per second of CPU time (`plan`, `batch`), and of batches per second of wall time (`wall`)."""
 
     case: str
     host: str
@@ -53,10 +53,10 @@ class DataRow:
 
 
 def make_folder(folder: Path, kind: str, tokens: int) -> None:
-    """A prepared folder of random tokens; the words of `chinese` are marked, those of `english` are `##` pieces."""
+    """Write a prepared folder of random tokens: words continue by marks in "chinese", by `##` pieces in "english"."""
     generator = np.random.default_rng(0)
-    whole = [f"word{i}" for i in range(VOCABULARY - PIECES - len(SPECIAL_TOKENS))]
-    vocabulary = [*SPECIAL_TOKENS, *whole, *(f"##piece{i}" for i in range(PIECES))]
+    words = [f"word{i}" for i in range(VOCABULARY - PIECES - len(SPECIAL_TOKENS))]
+    vocabulary = [*SPECIAL_TOKENS, *words, *(f"##piece{i}" for i in range(PIECES))]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     save_tokenizer(load_wordpiece(folder / "vocab.txt"), folder)
     splits = {}
@@ -74,7 +74,7 @@ def make_folder(folder: Path, kind: str, tokens: int) -> None:
 
 
 def measure(case: str, folder: Path, changes: dict[str, object], host: str, seconds: float) -> DataRow:
-    """Plan epochs, then make the batches of one, for about `seconds` each."""
+    """Time the planning of epochs, then the batches of one epoch, for about `seconds` each."""
     settings = {"folder": str(folder), "token_budget": 16384, "checksums": False, "host": host, **changes}
     data = PretrainingData(PretrainingDataConfig(**settings))  # type: ignore[arg-type]
     data.batch(0, 0)
@@ -84,18 +84,18 @@ def measure(case: str, folder: Path, changes: dict[str, object], host: str, seco
         data.plan(epochs)
     plan = epochs * int(data.plan(0).lengths.sum()) / (time.process_time() - begin)
     order = np.random.default_rng(0).permutation(data.num_batches(0)).tolist()
-    begin, clock, tokens, made = time.process_time(), time.perf_counter(), 0, 0
+    begin, clock, tokens, batches = time.process_time(), time.perf_counter(), 0, 0
     while time.process_time() - begin < seconds:
-        tokens += data.batch(0, order[made % len(order)]).num_tokens
-        made += 1
-    used, passed = time.process_time() - begin, time.perf_counter() - clock
-    return DataRow(case, host, tokens, round(plan), round(tokens / used), round(tokens / passed))
+        tokens += data.batch(0, order[batches % len(order)]).num_tokens
+        batches += 1
+    cpu_time, wall_time = time.process_time() - begin, time.perf_counter() - clock
+    return DataRow(case, host, tokens, round(plan), round(tokens / cpu_time), round(tokens / wall_time))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens of the made-up text")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of CPU time for each number")
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens of the synthetic text")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of CPU time for each figure")
     parser.add_argument("--host", default="auto", choices=["auto", "cpp", "numpy"])
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/<device>/data_speed.json")
     options = parser.parse_args()
@@ -105,16 +105,18 @@ def main() -> int:
         for kind in ("english", "chinese"):
             (Path(temporary) / kind).mkdir()
             make_folder(Path(temporary) / kind, kind, options.tokens)
-        print(f"{'million tokens/s':<42}{'plan':>9}{'batches':>9}{'by the clock':>14}")
+        print(f"{'million tokens/s':<42}{'plan':>9}{'batches':>9}{'wall time':>14}")
         for case, (kind, changes) in CASES.items():
             row = measure(case, Path(temporary) / kind, changes, options.host, options.seconds)
             rows.append(row)
             print(f"{case:<42}{row.plan / 1e6:>9.1f}{row.batch / 1e6:>9.1f}{row.wall / 1e6:>14.1f}")
     slow = [row.case for row in rows if row.batch < FLOOR]
-    print(f"load of the machine: {load:.1f} on {os.cpu_count()} cores; floor {FLOOR / 1e6:.0f} million tokens/s a core")
+    print(
+        f"load of the machine: {load:.1f} on {os.cpu_count()} cores; floor {FLOOR / 1e6:.0f} million tokens/s per core"
+    )
     report = {"environment": environment(Cpu()), "load": load, "floor": FLOOR, "rows": [asdict(row) for row in rows]}
     if options.record:
-        print(f"written: {write(report, 'data_speed')}")
+        write(report, "data_speed")
     else:
         print(json.dumps(report["environment"]))
     print(f"below the floor: {', '.join(slow)}" if slow else "every case is above the floor")

@@ -1,13 +1,12 @@
 """`make demo`: from the text of this Python installation to a pretrained BERT-mini that transformers loads.
 
-Prepares the corpus, measures one training step beside transformers' own, pretrains for about three minutes on 2 cores,
-shows the held-out loss beside the unigram baseline, fills masks, and compares the logits with transformers'. Everything
-goes to demo_output/; a corpus that is already there is used again.
+Prepares the corpus, compares one training step with transformers, pretrains for about three minutes on 2 cores, prints
+the held-out loss and the unigram baseline, fills masks, and compares the logits with transformers. Everything is
+written to demo_output/; an existing corpus is reused.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -24,6 +23,7 @@ import yaml
 from torch import Tensor
 
 from bert_fast._config import from_mapping
+from bert_fast._io import write_json
 from bert_fast.cli.main import RECIPES
 from bert_fast.cli.models import load
 from bert_fast.data import PackedBatch, PrepareConfig, prepare
@@ -42,12 +42,12 @@ TEXTS = (
     "the default [MASK] is none.",
     "returns true if the object is an instance of the given [MASK].",
 )
-WARMUPS, ROUNDS = 2, 7  # of the comparison: each round times one step of either side, one after the other
+WARMUPS, ROUNDS = 2, 7  # of the comparison; each round times one step of each model
 STEP_SEQ_LEN, STEP_TOKENS = 128, 2048  # of the comparison: BERT's usual first-phase length
-LOSS_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-4  # fp32 in a different order of additions; logits are of the order of 10
+LOSS_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-4  # FP32 with another order of additions; logits are about 10
 
 
-def say(title: str) -> None:
+def heading(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
@@ -57,15 +57,15 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def prepare_corpus(config: PrepareConfig) -> None:
-    """Prepare the built-in corpus, unless an earlier run did."""
+    """Prepare the built-in corpus unless it exists."""
     if (Path(config.output) / "manifest.json").is_file():
-        print(f"{config.output} is there already and is used again")
+        print(f"reusing {config.output}")
     else:
         prepare(config)
 
 
 def padded(batch: PackedBatch) -> dict[str, Tensor]:
-    """The same examples as transformers takes them: (B, S) with a mask."""
+    """The same examples padded to (B, S), with a mask."""
     lengths = batch.cu_seqlens.diff().long()
     B, S = len(lengths), int(lengths.max())
     mask = torch.arange(S)[None] < lengths[:, None]
@@ -77,7 +77,7 @@ def padded(batch: PackedBatch) -> dict[str, Tensor]:
 
 
 def training_step(model: torch.nn.Module, run: Callable[[], Any]) -> Callable[[], float]:
-    """Forward, backward and AdamW; returns the loss."""
+    """A call of forward, backward and AdamW that returns the loss."""
     optimizer = make_optimizer(model, OptimizerOptions(lr=1e-5))
 
     def step() -> float:
@@ -91,7 +91,7 @@ def training_step(model: torch.nn.Module, run: Callable[[], Any]) -> Callable[[]
 
 
 def same_model_twice(config: PretrainConfig) -> tuple[BertForPreTraining, Any, PackedBatch]:
-    """Ours, transformers' BertForPreTraining with the same weights, and a batch; dropout 0.1 in both."""
+    """Our model, transformers' BertForPreTraining with the same weights, and a batch; dropout 0.1 in both."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -109,7 +109,7 @@ def same_model_twice(config: PretrainConfig) -> tuple[BertForPreTraining, Any, P
 
 
 def interleaved_medians(steps: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """Median seconds of each step, one after the other in every round: what disturbs one disturbs the other."""
+    """Median seconds of each step, interleaved so that disturbances affect all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARMUPS + ROUNDS):
         for name, step in steps.items():
@@ -117,11 +117,11 @@ def interleaved_medians(steps: dict[str, Callable[[], float]]) -> dict[str, floa
             step()
             if number >= WARMUPS:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: statistics.median(samples) for name, samples in seconds.items()}
 
 
 def compare_steps(config: PretrainConfig) -> dict[str, Any]:
-    """Real tokens per second of one training step, ours and transformers', the same weights, batch and AdamW."""
+    """Real tokens per second of one training step of each model, with the same weights, batch and AdamW."""
     ours, theirs, batch = same_model_twice(config)
     rectangle = padded(batch)
     with torch.no_grad():
@@ -139,9 +139,9 @@ def compare_steps(config: PretrainConfig) -> dict[str, Any]:
     )
     rates = {name: batch.num_tokens / median for name, median in seconds.items()}
     for name, median in seconds.items():
-        print(f"{name:<13} {1000 * median:8.1f} ms a step   {rates[name]:8,.0f} real tokens/s")
+        print(f"{name:<13} {1000 * median:8.1f} ms per step   {rates[name]:8,.0f} real tokens/s")
     speedup = seconds["transformers"] / seconds["bert_fast"]
-    print(f"bert_fast is {speedup:.2f} times as fast (median of {ROUNDS} interleaved steps, dropout 0.1)")
+    print(f"bert_fast is {speedup:.2f} times as fast (medians of {ROUNDS} interleaved steps, dropout 0.1)")
     return {
         "tokens": batch.num_tokens,
         "padded_tokens": rectangle["input_ids"].numel(),
@@ -153,18 +153,18 @@ def compare_steps(config: PretrainConfig) -> dict[str, Any]:
 
 
 def fill_masks(folder: str) -> list[dict[str, Any]]:
-    """What the model puts in the place of each [MASK]."""
+    """The model's candidates for each [MASK]."""
     model, tokenizer = load("BertForMaskedLM", folder, "cpu")
     rows = []
     for text in TEXTS:
-        found = fill_mask(model, tokenizer, text)[0]
-        rows.append({"text": text, "candidates": [list(candidate) for candidate in found]})
-        print(f"{text}\n    " + "  ".join(f"{token} {probability:.1%}" for token, probability in found))
+        candidates = fill_mask(model, tokenizer, text)[0]
+        rows.append({"text": text, "candidates": [list(candidate) for candidate in candidates]})
+        print(f"{text}\n    " + "  ".join(f"{token} {probability:.1%}" for token, probability in candidates))
     return rows
 
 
 def compare_logits(folder: str, data: RunData) -> float:
-    """The largest difference of ours and transformers' logits from the saved checkpoint, on held-out examples."""
+    """The largest difference between our and transformers' logits of the saved checkpoint, on held-out examples."""
     import transformers
 
     batch = padded(data.held_out.batch(0, 0))
@@ -178,7 +178,7 @@ def compare_logits(folder: str, data: RunData) -> float:
         float((a.prediction_logits[real] - b.prediction_logits[real]).abs().max()),
         float((a.seq_relationship_logits - b.seq_relationship_logits).abs().max()),
     )
-    print(f"transformers loads {folder}; largest difference of the logits: {difference:.2e}")
+    print(f"transformers loads {folder}; largest logit difference: {difference:.2e}")
     if difference > LOGIT_TOLERANCE:
         raise AssertionError(f"the logits differ by {difference}; expected at most {LOGIT_TOLERANCE}")
     return difference
@@ -192,7 +192,7 @@ def table(summary: dict[str, Any]) -> str:
         ("one training step, transformers", f"{step['tokens_per_second']['transformers']:,.0f} real tokens/s"),
         ("bert_fast / transformers", f"{step['speedup']:.2f}x"),
         ("pretraining", f"{run['steps']} steps, {run['tokens']:,} tokens, {run['seconds']:.0f} s"),
-        ("held-out MLM loss, token frequencies alone", f"{run['unigram_loss']:.3f}"),
+        ("held-out MLM loss, unigram baseline", f"{run['unigram_loss']:.3f}"),
         ("held-out MLM loss, the model", f"{run['mlm_loss']:.3f}"),
         ("held-out MLM accuracy", f"{run['mlm_accuracy']:.1%}"),
         ("held-out NSP accuracy", f"{run['nsp_accuracy']:.1%}"),
@@ -204,7 +204,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def machine() -> str:
-    """The processor, its threads in use, and torch."""
+    """The processor, torch's threads and version."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -227,31 +227,31 @@ def summarise(result: PretrainResult, unigram: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run the demo; exit code 0 where every comparison held."""
+    """Run the demo; exit code 0 if every comparison passed."""
     begin = time.perf_counter()
     print(f"bert_fast demo on {machine()}")
-    say("corpus: the language reference and the docstrings of this Python installation")
+    heading("corpus: the language reference and the docstrings of this Python installation")
     prepare_corpus(PrepareConfig(**recipe("demo-prepare")))
     config = from_mapping(PretrainConfig, recipe("demo"))
     output = Path(config.output_dir).parent
-    say("one training step of BERT-mini, ours and transformers', same weights, same batch, AdamW")
+    heading("one training step of BERT-mini, compared with transformers: same weights, same batch, AdamW")
     step = compare_steps(config)
 
     data = open_data(config.data, config.seed)
     unigram = data.unigram_loss()
-    say(f"pretraining: {config.steps} steps of {config.data.token_budget} tokens, about three minutes on 2 cores")
-    print(f"held-out MLM loss of always predicting the token frequencies: {unigram:.3f}", flush=True)
+    heading(f"pretraining: {config.steps} steps of {config.data.token_budget} tokens, about three minutes on 2 cores")
+    print(f"held-out MLM loss of the unigram baseline: {unigram:.3f}", flush=True)
     shutil.rmtree(config.output_dir, ignore_errors=True)
     result = pretrain(config)
     if result.interrupted is not None:
         return 128 + result.interrupted
     metrics = result.metrics
-    print(f"held-out MLM loss {metrics['mlm_loss']:.3f}, token frequencies alone {unigram:.3f}")
+    print(f"held-out MLM loss {metrics['mlm_loss']:.3f}, unigram baseline {unigram:.3f}")
     print(f"held-out MLM accuracy {metrics['mlm_accuracy']:.1%}, NSP accuracy {metrics['nsp_accuracy']:.1%}")
 
-    say("fill in the masks")
+    heading("fill in the masks")
     filled = fill_masks(result.model_dir)
-    say("the checkpoint in transformers")
+    heading("the checkpoint in transformers")
     difference = compare_logits(result.model_dir, data)
     summary = {
         "machine": machine(),
@@ -262,8 +262,8 @@ def main() -> int:
         "model": result.model_dir,
         "seconds": time.perf_counter() - begin,
     }
-    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    say(f"summary, {summary['seconds']:.0f} s in all; also in {output / 'summary.json'}")
+    write_json(output / "summary.json", summary)
+    heading(f"summary, {summary['seconds']:.0f} s in total; also in {output / 'summary.json'}")
     print(table(summary))
     print(f'\nTry:  bert-fast fill-mask {os.path.relpath(result.model_dir)} "the [MASK] of the list."')
     return 0

@@ -1,74 +1,35 @@
-"""What `bert_fast.fuse` is worth: a transformers model before and after it, inference and a step of fine-tuning.
+"""The speedup of `bert_fast.fuse`: a transformers model before and after it, inference and a step of fine-tuning.
 
     OMP_NUM_THREADS=1 python -m benchmarks.models.fuse_speed [--device cpu|cuda] [--quick] [--record]
 
 `BertForSequenceClassification` with transformers' `sdpa` attention, and a fused copy of it, on the same padded batches:
-four layers of BERT-base, and the six layers of MiniLM-L6-H384; full length and half filled; float32 and bfloat16
+four layers of BERT-base, and the six layers of MiniLM-L6-H384; full length and half filled; FP32 and BF16
 autocast. "infer" is the logits; "train" is forward, backward and AdamW with dropout 0.1. FLOPs are those of the
-encoder's matrix products over the real tokens, so a share of the ceiling is of what has to be done. A processor without
-AVX-512 takes minutes for a step in bfloat16, transformers and fused alike: there it is MiniLM's inference alone.
+encoder's matrix products over the real tokens. Without AVX-512 a step in BF16 takes minutes for both models, so only
+MiniLM's inference is timed there.
 
-Before a case is timed, its logits and, for a step, the loss's gradient of every weight are compared without dropout
-with transformers in float64: a fused model may be three times as far from it as transformers is in the same
-precision, plus a floor; if it is not, nothing is reported.
+Before a case is timed, its logits and, for a step, the gradient of every weight are compared without dropout with
+transformers in float64: the error of a fused model may be three times that of transformers in the same precision, plus
+a floor; if it exceeds that, nothing is reported.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-from benchmarks.runner.lengths import half_filled
-from benchmarks.runner.runner import Case, Plan, Setting, Variant, main
+from benchmarks.runner.runner import Case, Plan, Variant, arguments, main, parse
+from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Size, model_of
 from bert_fast import fuse
-
-FACTOR, FLOOR_ULPS = 3.0, 4.0  # of the model-level bound: an error that eager PyTorch may hit by luck
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model and its batch of `batch` sequences, padded to `seqlen`."""
-
-    name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int = 12
-    vocabulary: int = 30522
-    batch: int = 4
-    seqlen: int = 128
-
-    def flops(self, lengths: list[int]) -> int:
-        """Of the encoder's matrix products, forward, for sequences of these lengths."""
-        weights = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
-        scores = sum(2 * n * n * self.hidden for n in lengths)
-        return self.layers * 2 * (weights * sum(lengths) + scores)
-
+from bert_fast.kernels._common.benchmarks import dtype_name, half_filled
 
 SIZES = (Size("base, 4 layers", 4, 768, 3072), Size("MiniLM-L6-H384", 6, 384, 1536, batch=8))
-
-
-def model_of(size: Size, kind: str = "BertForSequenceClassification") -> Any:
-    """transformers' model of the class `kind` with random weights; dropout 0.1 is its default."""
-    transformers.logging.set_verbosity_error()
-    config = transformers.BertConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        intermediate_size=size.intermediate,
-        initializer_range=0.05,  # attention that is not uniform
-    )
-    config._attn_implementation = "sdpa"
-    return getattr(transformers, kind)(config)
 
 
 def batch_of(size: Size, lengths: list[int]) -> dict[str, Tensor]:
@@ -81,7 +42,7 @@ def batch_of(size: Size, lengths: list[int]) -> dict[str, Tensor]:
 
 
 def logits_and_gradients(model: Any, inputs: dict[str, Tensor], dtype: torch.dtype, train: bool) -> Tensor:
-    """What is compared, in one row: logits over the largest, and each weight's gradient over its norm."""
+    """The compared values, concatenated: the logits and each weight's gradient, each over its norm."""
     model.eval()
     with (
         torch.autocast(inputs["labels"].device.type, dtype, enabled=dtype is torch.bfloat16),
@@ -96,9 +57,9 @@ def logits_and_gradients(model: Any, inputs: dict[str, Tensor], dtype: torch.dty
 
 
 def variant(model: Any, inputs: dict[str, Tensor], dtype: torch.dtype, train: bool) -> Variant:
-    """The call that is timed, and, as its result, what it computes without dropout."""
+    """The call that is timed, with the model's values without dropout as its result."""
     autocast = partial(torch.autocast, inputs["labels"].device.type, dtype, enabled=dtype is torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # the work of a step, and weights that stay
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # the work of a step, without changing the weights
 
     def infer() -> None:
         model.eval()
@@ -116,44 +77,45 @@ def variant(model: Any, inputs: dict[str, Tensor], dtype: torch.dtype, train: bo
     return Variant(step if train else infer, lambda _: logits_and_gradients(model, inputs, dtype, train))
 
 
-def case(setting: Setting, size: Size, filled: str, dtype: torch.dtype, kind: str) -> Case:
+def case(device: torch.device, size: Size, filled: str, dtype: torch.dtype, kind: str) -> Case:
     """One size: transformers' model and its fused copy."""
     torch.manual_seed(0)
     train = kind == "train"
     lengths = half_filled(size.batch, size.seqlen) if filled else [size.seqlen] * size.batch
-    theirs = model_of(size).to(setting.device)
-    inputs = {name: x.to(setting.device) for name, x in batch_of(size, lengths).items()}
+    theirs = model_of(size).to(device)
+    inputs = {name: x.to(device) for name, x in batch_of(size, lengths).items()}
     compared: Callable[[Any, torch.dtype], Tensor] = partial(logits_and_gradients, inputs=inputs, train=train)
-    truth = compared(copy.deepcopy(theirs).double(), dtype=torch.float64)
-    error = float((compared(theirs, dtype=dtype) - truth).abs().max() / truth.abs().max())
+    exact = compared(copy.deepcopy(theirs).double(), dtype=torch.float64)
+    error = float((compared(theirs, dtype=dtype) - exact).abs().max() / exact.abs().max())
     return Case(
         {
             "transformers": variant(theirs, inputs, dtype, train),
             "bert_fast fuse": variant(fuse(copy.deepcopy(theirs)), inputs, dtype, train),
         },
-        truth,
+        exact,
         FACTOR * error + FLOOR_ULPS * torch.finfo(dtype).eps,
         flops=size.flops(lengths) * (3 if train else 1),
         dtype=dtype,
-        graph=False,  # the number of real tokens is the host's
+        graph=False,  # the host reads the number of real tokens
     )
 
 
-def plans(setting: Setting) -> list[Plan]:
+def plans(device: torch.device, quick: bool) -> list[Plan]:
     bf16 = torch.bfloat16
-    chosen = list(product(SIZES, (torch.float32, bf16), ("infer", "train"), ("", " half filled")))
-    if setting.quick:
-        chosen = [one for one in chosen if one[1] is not bf16]
-    elif not (setting.on_gpu or "AVX512" in torch.backends.cpu.get_cpu_capability()):
-        chosen = [one for one in chosen if one[1] is not bf16 or (one[0] is SIZES[1] and one[2] == "infer")]
+    cases = list(product(SIZES, (torch.float32, bf16), ("infer", "train"), ("", " half filled")))
+    if quick:
+        cases = [one for one in cases if one[1] is not bf16]
+    elif device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        cases = [one for one in cases if one[1] is not bf16 or (one[0] is SIZES[1] and one[2] == "infer")]
     return [
         Plan(
-            f"{size.name}, {size.batch} x {size.seqlen}{filled} {str(dtype).removeprefix('torch.')} {kind}",
-            partial(case, setting, size, filled, dtype, kind),
+            f"{size.name}, {size.batch} x {size.seqlen}{filled} {dtype_name(dtype)} {kind}",
+            partial(case, device, size, filled, dtype, kind),
         )
-        for size, dtype, kind, filled in chosen
+        for size, dtype, kind, filled in cases
     ]
 
 
 if __name__ == "__main__":
-    main("fuse", plans)
+    options, machine = parse(arguments("a transformers model before and after bert_fast.fuse"))
+    main("fuse", plans(machine.device, options.quick), options, machine)

@@ -1,15 +1,15 @@
-"""A whole step of pretraining beside transformers': forward, backward, clipping and AdamW, same weights, same batches.
+"""A whole step of pretraining compared with transformers: forward, backward, clipping and AdamW.
 
     python -m benchmarks.models.pretraining [--device cpu|cuda] [--size base|large|tiny ...]
         [--quick] [--record] [--budget S]
 
-Both losses (15 % of the tokens masked, next sentence), dropout 0.1, bfloat16 autocast, gradients clipped to norm 1.
-transformers takes padded batches with `sdpa` attention, with and without torch.compile. Ours is the step that
-`bert-fast pretrain` makes (`bert_fast.pretrain.step`: verdict of the guard, sums for the log, last layer at masked
-tokens), called, and as one CUDA graph (`bert_fast.pretrain.cuda_graph`). `gpu_inference.py` says how it is timed, and
-compared before that. Also, a replayed step has to have, to the bit, the loss and gradient norm of the called one. MFU
-is model FLOPs, padding not counted, over what a large matrix product reaches at the start. On a CPU, in float32,
-`--size tiny` shows that it runs.
+Same weights and batches for both: both losses (15 % of the tokens masked, next sentence), dropout 0.1, BF16 autocast,
+gradients clipped to norm 1. transformers takes padded batches with `sdpa` attention, with and without torch.compile.
+Ours is the step of `bert-fast pretrain` (`bert_fast.pretrain.step`, with its guard and log sums, and the last layer at
+masked tokens only), called eagerly and as one CUDA graph (`bert_fast.pretrain.cuda_graph`). A replayed step must have
+the bits of the eager step's loss and gradient norm. `runner/whole_models.py` has the comparison and the timing. MFU is
+model FLOPs, without padding, over the rate of a large matrix product measured at the start. `--size tiny` checks on a
+CPU, in FP32, that the benchmark runs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.models.gpu_inference import (
+from benchmarks.runner.devices import Machine
+from benchmarks.runner.whole_models import (
     Fused,
-    Mine,
+    Ours,
     Row,
     Scenario,
-    Theirs,
+    Variant,
     batches,
     command_line,
     measure,
@@ -37,8 +38,6 @@ from benchmarks.models.gpu_inference import (
     scenarios,
     seconds_of,
 )
-from benchmarks.runner.devices import Machine
-from benchmarks.runner.runner import write
 from bert_fast.data import PackedBatch
 from bert_fast.kernels import use_impl
 from bert_fast.optim.config import OptimizerOptions
@@ -54,8 +53,8 @@ CLIP = 1.0
 GRAPH = ", CUDA graph"
 
 
-class Graphed(Mine):
-    """bert_fast's, its step recorded by what `capture` makes."""
+class Graphed(Ours):
+    """bert_fast's model whose step is recorded by `capture()`."""
 
     def __init__(self, model: Any, impl: str, capture: Callable[[], Capture]) -> None:
         super().__init__(model, impl)
@@ -63,13 +62,13 @@ class Graphed(Mine):
 
 
 class OurStep:
-    """A step of `bert-fast pretrain` on one batch, with dropout that is another each time."""
+    """A step of `bert-fast pretrain` on one batch, with new dropout masks each time."""
 
-    def __init__(self, variant: Mine, packed: PackedBatch, capture: Capture | None) -> None:
+    def __init__(self, variant: Ours, packed: PackedBatch, capture: Capture | None) -> None:
         device = packed.input_ids.device
         self._impl, self._config, self._numbers = variant.impl, variant.model.config, count(1)
         optimizer = make_optimizer(variant.model, OptimizerOptions(), capturable=capture is not None)
-        set_lr(optimizer, 0.0)  # as much work, and weights with which replayed and called steps can be compared
+        set_lr(optimizer, 0.0)  # the same work, and constant weights, so that replayed and eager steps can be compared
         totals = Totals(device)
         kind = kind_of(device)
         guard = Guard("stop", 0.0, device)
@@ -96,23 +95,23 @@ def masked_and_pairs(packed: PackedBatch) -> list[int]:
     return [int((x != -100).sum()) for x in (packed.labels, packed.next_sentence_label)]
 
 
-def our_step(variant: Mine, packed: PackedBatch) -> OurStep:
-    """SystemExit where a recorded step, replayed, is not the called one."""
+def our_step(variant: Ours, packed: PackedBatch) -> OurStep:
+    """Our step; SystemExit if the replayed step differs from the eager one."""
     if not isinstance(variant, Graphed):
         return OurStep(variant, packed, None)
     with use_impl(variant.impl):
-        replayed, called = OurStep(variant, packed, variant.capture()), OurStep(variant, packed, None)
+        replayed, eager = OurStep(variant, packed, variant.capture()), OurStep(variant, packed, None)
     for _ in range(WARM_UPS + 1):
         replayed()
-        called()
-    found, expected = replayed.work.verdict.tolist(), called.work.verdict.tolist()
-    if found != expected:
-        raise SystemExit(f"the replayed step has loss and norm {found[1:]}, the called one {expected[1:]}; not timed")
+        eager()
+    values, expected = replayed.work.verdict.tolist(), eager.work.verdict.tolist()
+    if values != expected:
+        raise SystemExit(f"the replayed step has loss and norm {values[1:]}, the eager one {expected[1:]}; not timed")
     return replayed
 
 
-def their_step(variant: Theirs | Mine, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
-    """A plain loop's step of a transformers model."""
+def their_step(variant: Variant, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
+    """A step of a transformers model in a plain training loop."""
     device, parameters = packed.input_ids.device, list(variant.model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=device.type == "cuda")
 
@@ -128,42 +127,42 @@ def their_step(variant: Theirs | Mine, packed: PackedBatch, padded: dict[str, Te
     return step
 
 
-def training_step(variant: Theirs | Mine, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
-    """What is timed of a variant."""
-    ours = isinstance(variant, Mine) and not isinstance(variant, Fused)
+def training_step(variant: Variant, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
+    """The timed call of a variant."""
+    ours = isinstance(variant, Ours) and not isinstance(variant, Fused)
     return our_step(variant, packed) if ours else their_step(variant, packed, padded)  # type: ignore[arg-type]
 
 
-def with_graphs(variants: dict[str, Theirs | Mine], capture: Callable[[], Capture]) -> dict[str, Theirs | Mine]:
-    """The variants, and each of ours recorded too, but where an op would wait for the device."""
-    found: dict[str, Theirs | Mine] = {}
+def with_graphs(variants: dict[str, Variant], capture: Callable[[], Capture]) -> dict[str, Variant]:
+    """The variants, and each of ours as a CUDA graph too, unless an op synchronizes with the device."""
+    result: dict[str, Variant] = {}
     for name, variant in variants.items():
-        found[name] = variant
-        if isinstance(variant, Mine) and not isinstance(variant, Fused):
+        result[name] = variant
+        if isinstance(variant, Ours) and not isinstance(variant, Fused):
             device = next(variant.model.parameters()).device
             with use_impl(variant.impl):
                 waiting = synchronizing_ops(device, kind_of(device))
             if waiting:
-                print(f"{name + GRAPH}: left out, {', '.join(waiting)} would run the reference", file=sys.stderr)
+                print(f"{name + GRAPH}: skipped, {', '.join(waiting)} would run the reference", file=sys.stderr)
             else:
-                found[name + GRAPH] = Graphed(variant.model, variant.impl, capture)
-    return found
+                result[name + GRAPH] = Graphed(variant.model, variant.impl, capture)
+    return result
 
 
 def kind_of(device: torch.device) -> str:
-    """The precision of a step there."""
+    """The precision of a step on `device`."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
 def measure_step(
     scenario: Scenario,
-    variants: dict[str, Theirs | Mine],
+    variants: dict[str, Variant],
     vocabulary: int,
     machine: Machine,
     seconds: float,
     ceiling: float,
 ) -> list[Row]:
-    """The rows of a scenario, with the share of `ceiling` (FLOP/s) that the model's FLOPs take."""
+    """The rows of a scenario, with the MFU against `ceiling` (FLOP/s)."""
     packed, padded = batches(scenario, vocabulary, machine.device)
     rows = measure(scenario, variants, (packed, padded), machine, seconds, training_step)
     lengths = scenario.lengths
@@ -178,13 +177,13 @@ def measure_step(
 
 
 def main() -> int:
-    options, machine = command_line("a whole step of pretraining beside transformers'")
+    options, machine = command_line("a whole step of pretraining compared with transformers")
     device = machine.device
     kind = kind_of(device)
     ceiling = float(gemm_ceiling(device, kind))
     print(f"pretraining: matrix products reach {ceiling / 1e12:.3g} TFLOP/s in {kind}", flush=True)
 
-    def measured(scenario: Scenario, variants: dict[str, Theirs | Mine], vocabulary: int) -> list[Row]:
+    def measured(scenario: Scenario, variants: dict[str, Variant], vocabulary: int) -> list[Row]:
         if device.type == "cuda":
             variants = with_graphs(variants, lambda: capture_on(Ranks("cuda"), kind))
         return measure_step(scenario, variants, vocabulary, machine, seconds_of(options), ceiling)
@@ -192,10 +191,8 @@ def main() -> int:
     def scenarios_of(size: str) -> list[Scenario]:
         return steps_of(size, options.quick)
 
-    report = run("pretraining", options, machine, ["base", "large"], scenarios_of, measured)
-    if report is not None and options.record:
-        report["ceilings"] = {f"{kind}_gemm_gflops": ceiling / 1e9}
-        print(f"written: {write(report, 'pretraining', options.results)}")
+    ceilings = {f"{kind}_gemm_gflops": ceiling / 1e9}
+    run("pretraining", options, machine, ["base", "large"], scenarios_of, measured, ceilings=ceilings)
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks of single ops: `python -m benchmarks.ops.<op>` compares the implementations of an op with their peers."""
+"""Benchmarks of single ops: `python -m benchmarks.ops <op>` compares an op's implementations with its peers."""

@@ -1,1 +1,1 @@
-"""Reports that need no GPU: compile tables, recipes, plots of recorded results."""
+"""Reports that need no GPU: compile tables, the cost of the recipes, plots of recorded results."""

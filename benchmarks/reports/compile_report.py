@@ -1,13 +1,13 @@
-"""Compile every Triton kernel ahead of time, for every GPU that is supported, on a machine without one.
+"""Compile every Triton kernel ahead of time for every supported GPU; needs no GPU.
 
-    python -m benchmarks.reports.compile_report            compare with the checked-in table; exit code 1 where stale
-    python -m benchmarks.reports.compile_report --sample   compile each kernel once more, for sm_90, and compare it too
+    python -m benchmarks.reports.compile_report            compare with the checked-in table; exit code 1 if it is stale
+    python -m benchmarks.reports.compile_report --sample   also recompile each kernel once, for sm_90, and compare it
     python -m benchmarks.reports.compile_report --write    compile what is new or changed and write the table
 
 A row of `results/triton_compile.json` is one kernel in one configuration that dispatch can choose (dtypes, constexprs,
-warps, stages) on one architecture: registers a thread, bytes of stack (what Triton spills), bytes of shared memory, and
-the matrix instructions in the machine code. `sources` is the hash of the kernel and what it calls: rows whose hash is
-still right are not compiled again.
+warps, stages) on one architecture: registers per thread, bytes of stack (Triton's spills), bytes of shared memory, and
+the matrix instructions in the machine code. `sources` is the hash of the kernel and of the functions it calls: rows
+whose hash is current are not recompiled. The configurations are the `launches` of `kernels/<op>/cases.py`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from benchmarks.reports.compile_cases import CASES
+from bert_fast._io import write_text
+from bert_fast.kernels import available_impls
+from bert_fast.kernels._common import cases
 from bert_fast.kernels._common.triton_launch import Launch, recording
 
 TABLE = Path(__file__).parents[1] / "results" / "triton_compile.json"
 ARCHITECTURES = (80, 90, 100, 120)
-# Shared memory that one block may take, in bytes: CUDA C++ programming guide, compute capabilities.
+# Shared memory available to one block, in bytes: CUDA C++ programming guide, compute capabilities.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # The most bytes of stack a kernel may have on an architecture. All are attention's: its tiles are chosen for Hopper,
-# where 16 bits don't spill at all; where products go to HMMA, accumulators take more registers. float32's dQ spills at
-# D 64 (8 bytes) and 256 on Hopper too. Which rows: kernels/attention/README.md.
+# where BF16 and FP16 do not spill; with HMMA, accumulators take more registers. FP32's dQ spills at D 64 (8 bytes) and
+# 256 on Hopper too. Which rows: kernels/attention/README.md.
 KNOWN_SPILLS = {
     ("attention.bwd_one_kernel", "sm_120"): 16,
     ("attention.dkv_kernel", "sm_80"): 16,
@@ -72,7 +74,7 @@ _TYPES = {
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str]]:
-    """Signature, constexprs and the arguments divisible by 16, as Triton's own launcher would make them."""
+    """Signature, constexprs and the arguments divisible by 16, as Triton's launcher derives them."""
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     aligned = []
@@ -95,7 +97,7 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str
 
 
 def describe(launch: Launch, architecture: int) -> dict[str, Any]:
-    """What identifies a row."""
+    """The fields that identify a row."""
     signature, constexprs, aligned = specialise(launch)
     kinds = {name: kind + ("/16" if name in aligned and kind[0] == "i" else "") for name, kind in signature.items()}
     return {
@@ -110,7 +112,7 @@ def describe(launch: Launch, architecture: int) -> dict[str, Any]:
 
 def sources(kernel: Any) -> str:
     """Hash of the kernel's source, of the functions that it calls, and of the compiler's version."""
-    # Triton's key of a function has the constants of those it calls only where their keys were there before.
+    # Triton's key of a function includes the constants of its callees only if their keys exist already.
     for name in kernel.fn.__code__.co_names:
         called = kernel.fn.__globals__.get(name)
         if isinstance(called, triton.JITFunction) and called.hash is None and called is not kernel:
@@ -121,17 +123,17 @@ def sources(kernel: Any) -> str:
 @functools.cache
 def launches() -> list[Launch]:
     """Every launch of every op's cases, each configuration once."""
-    found: dict[str, Launch] = {}
-    for cases in CASES.values():
+    by_configuration: dict[str, Launch] = {}
+    for op in available_impls():
         with recording() as recorded:
-            cases()
+            cases.load(op).launches()
         for launch in recorded:
-            found.setdefault(json.dumps(describe(launch, 0)), launch)
-    return [found[key] for key in sorted(found)]
+            by_configuration.setdefault(json.dumps(describe(launch, 0)), launch)
+    return [by_configuration[key] for key in sorted(by_configuration)]
 
 
 def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
-    """Compile one configuration and read the machine code's resources."""
+    """The resources that the machine code of one configuration uses."""
     signature, constexprs, aligned = specialise(launch)
     names = list(signature)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -141,7 +143,7 @@ def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
     result = triton.compile(source, target=target, options=options.__dict__)
     usage = cuobjdump("--dump-resource-usage", result.asm["cubin"])
     registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    # Disassembling takes longer than compiling. Without such an instruction in the PTX the machine code has none.
+    # Disassembling takes longer than compiling, and without such an instruction in the PTX there is none to find.
     code = cuobjdump("--dump-sass", result.asm["cubin"]) if "mma" in result.asm["ptx"] else ""
     return {
         "registers": registers,
@@ -152,7 +154,7 @@ def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
 
 
 def cuobjdump(option: str, cubin: bytes) -> str:
-    """What cuobjdump, which comes with Triton, prints about a binary."""
+    """The output of cuobjdump, which comes with Triton, for a binary."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -162,7 +164,7 @@ def cuobjdump(option: str, cubin: bytes) -> str:
 
 def _row(index_and_architecture: tuple[int, int]) -> dict[str, Any]:
     index, architecture = index_and_architecture
-    launch = launches()[index]  # kernels don't pickle; each process records them for itself
+    launch = launches()[index]  # kernels cannot be pickled: each process records its own
     return describe(launch, architecture) | {"sources": sources(launch.kernel)} | compiled(launch, architecture)
 
 
@@ -171,8 +173,8 @@ def key(row: dict[str, Any]) -> str:
     return json.dumps([row[name] for name in names])
 
 
-def wanted() -> dict[str, tuple[int, int]]:
-    """The key of every row that the table must have, and which launch and architecture it is."""
+def required() -> dict[str, tuple[int, int]]:
+    """The key of every row that the table must have, with the index of its launch and its architecture."""
     return {
         key(describe(launch, architecture) | {"sources": sources(launch.kernel)}): (index, architecture)
         for index, launch in enumerate(launches())
@@ -187,58 +189,58 @@ def read() -> list[dict[str, Any]]:
 
 def write(rows: Iterable[dict[str, Any]]) -> None:
     lines = ",\n".join(json.dumps(row) for row in rows)
-    TABLE.write_text(f"[\n{lines}\n]\n")
+    write_text(TABLE, f"[\n{lines}\n]\n")
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row: a spill beyond what is known, or more shared memory than a block may have."""
+    """A spill above the known bound, or more shared memory than a block has."""
     name = f"{row['kernel']} {row['arch']} ({row['arguments']}; {row['constexprs']})"
     limit, known = SHARED_LIMIT[int(row["arch"][3:])], KNOWN_SPILLS.get((row["kernel"], row["arch"]), 0)
-    found = [f"{name}: {row['stack']} bytes of stack, {known} are known"] if row["stack"] > known else []
-    return found + ([f"{name}: {row['shared']} of {limit} bytes of shared memory"] if row["shared"] > limit else [])
+    spill = [f"{name}: {row['stack']} bytes of stack, at most {known} expected"] if row["stack"] > known else []
+    return spill + ([f"{name}: {row['shared']} of {limit} bytes of shared memory"] if row["shared"] > limit else [])
 
 
-def compile_all(where: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """The rows of launches by index and architecture as they are compiled, a process a core."""
-    # Not forked: a copy of a process that holds the compiler's threads can wait for them for ever.
+def compile_all(launches_and_architectures: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """Yield rows as they are compiled, in one process per core."""
+    # Not forked: a fork of a process with the compiler's threads can deadlock.
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        yield from pool.map(_row, where)
+        yield from pool.map(_row, launches_and_architectures)
 
 
 def differences(rows: dict[str, tuple[int, int]], table: dict[str, dict[str, Any]]) -> list[str]:
-    """Compile the first row of each kernel on sm_90 anew: which of the table's figures are other ones."""
+    """Recompile the first row of each kernel on sm_90; one message for each that differs from the table."""
     sample: dict[str, tuple[int, int]] = {}
-    for name, where in rows.items():
-        if where[1] == 90:
-            sample.setdefault(table[name]["kernel"], where)
-    found = []
-    for row in compile_all(list(sample.values())):
-        if (old := table[key(row)]) != row:
-            found.append(f"{row['kernel']} {row['arch']}: the table says {old}, compiled now {row}")
-    return found
+    for name, (index, architecture) in rows.items():
+        if architecture == 90:
+            sample.setdefault(table[name]["kernel"], (index, architecture))
+    return [
+        f"{row['kernel']} {row['arch']}: the table has {table[key(row)]}, compiled now {row}"
+        for row in compile_all(list(sample.values()))
+        if table[key(row)] != row
+    ]
 
 
 def main() -> int:
     table = {key(row): row for row in read()}
-    rows = wanted()
+    rows = required()
     missing = [where for name, where in rows.items() if name not in table]
     if "--write" in sys.argv[1:]:
         try:
             for row in compile_all(missing):
                 table[key(row)] = row
         finally:
-            write(table[name] for name in rows if name in table)  # what an interrupted run compiled is kept
+            write(table[name] for name in rows if name in table)  # keep what an interrupted run compiled
         print(f"{TABLE.name}: {len(rows)} rows, {len(missing)} of them compiled now")
     elif missing or len(table) > len(rows):
-        old = len(set(table) - set(rows))
-        print(f"{TABLE.name} is stale: {len(missing)} rows are missing, {old} are of old sources or never launched")
+        outdated = len(set(table) - set(rows))
+        print(f"{TABLE.name} is stale: {len(missing)} rows are missing, {outdated} are of old or unused sources")
         print("python -m benchmarks.reports.compile_report --write")
         return 1
     wrong = [fault for name in rows for fault in faults(table[name])]
     if "--sample" in sys.argv[1:]:
         wrong += differences(rows, table)
     spilling = sum(table[name]["stack"] > 0 for name in rows)
-    print("\n".join(wrong) or f"{len(rows)} rows: {spilling} spill as is known, no shared-memory overflow")
+    print("\n".join(wrong) or f"{len(rows)} rows: {spilling} spill within their bounds, no shared-memory overflow")
     return 1 if wrong else 0
 
 

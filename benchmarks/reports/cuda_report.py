@@ -1,13 +1,12 @@
-"""Compile every CUDA source ahead of time, for every GPU that is supported, on a machine that needs nvcc and no GPU.
+"""Compile every CUDA source ahead of time for every supported GPU; needs nvcc and no GPU.
 
     python -m benchmarks.reports.cuda_report            compile what is out of date, compare; exit code 1 if it differs
     python -m benchmarks.reports.cuda_report --write    compile what is out of date and write the table
 
 A row of `results/cuda_compile.json` is one instantiation of a kernel on one architecture, as `ptxas -v` reports it:
-registers a thread, bytes that it spills, bytes of stack and of static shared memory. `matrix`, in rows of sources for
-Hopper, has the matrix and copy instructions of the machine code, and how many (cuobjdump, which comes with Triton).
-`sources` is the hash of the file and of every header of the project that it includes: files whose hash is still right
-are not compiled again.
+registers per thread, spilled bytes, bytes of stack and of static shared memory. In rows of sources for Hopper, `matrix`
+counts the matrix and copy instructions of the machine code (cuobjdump, which comes with Triton). `sources` is the hash
+of the file and of every header of the project that it includes: files whose hash is current are not recompiled.
 """
 
 from __future__ import annotations
@@ -27,19 +26,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from bert_fast._io import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "cuda_compile.json"
 ARCHITECTURES = ("80", "90a", "100")
-HOPPER = "hopper"  # in the names of sources whose kernels have a body on sm_90a alone
+HOPPER = "hopper"  # in the names of sources whose kernels have a body only on sm_90a
 TORCH_TARGET_VERSION = runpy.run_path(str(ROOT / "csrc" / "build_flags.py"))["TORCH_TARGET_VERSION"]
 FLAGS = (
     "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     "-DBERT_FAST_HOPPER", "-Xptxas=-v",
 )  # fmt: skip
-# The most bytes a kernel may spill, by the beginning and the end of its name; any other spills none. A row of more than
-# 4096 columns takes 1024 threads, each of which can have 64 registers; backward wants about 100. No BERT is so wide.
-# dk and dv of 64 keys with D of 128 take 128 registers, P and dP 64: with the mask of dropout that is more than 232.
-# attention's other kernels spill where ptxas saves registers for the sake of one more block, nearly all on sm_100.
+# The most bytes a kernel may spill, by the beginning and the end of its name; no other kernel may spill. Rows of more
+# than 4096 columns take 1024 threads with 64 registers each; the backward pass needs about 100. No BERT is that wide.
+# dk and dv of 64 keys at D 128 take 128 registers, P and dP 64: with the dropout mask that exceeds 232.
+# attention's other kernels spill where ptxas saves registers for one more block per SM, nearly all on sm_100.
 KNOWN_SPILLS = {
     ("add_layer_norm_backward<", ", 1024>"): 664,
     ("hopper_dkv<", ", 128, true>"): 100,
@@ -78,7 +79,7 @@ def compile_source(source: Path) -> list[dict[str, Any]]:
     """Rows of one source, for every architecture.
 
     Raises:
-        RuntimeError: nvcc failed, or found products of a warpgroup that can't overlap; the message is its own.
+        RuntimeError: nvcc failed, or serialized the matrix products of a warpgroup; the message is nvcc's.
     """
     from torch.utils.cpp_extension import include_paths
 
@@ -91,21 +92,21 @@ def compile_source(source: Path) -> list[dict[str, Any]]:
         if done.returncode:
             raise RuntimeError(f"nvcc failed on {source.relative_to(ROOT)}:\n{done.stderr}")
         if "instructions are serialized" in done.stderr:
-            raise RuntimeError(f"ptxas takes the products of {source.name} one after the other:\n{done.stderr}")
+            raise RuntimeError(f"ptxas serializes the matrix products of {source.name}:\n{done.stderr}")
         rows = parse(done.stderr)
         if HOPPER in source.name:
-            found = matrix_instructions(target)
-            rows = [{**row, "matrix": found[row["kernel"]]} for row in rows]
+            counts = matrix_instructions(target)
+            rows = [{**row, "matrix": counts[row["kernel"]]} for row in rows]
     return rows
 
 
 def architectures(source: Path) -> tuple[str, ...]:
-    """What a source is compiled for."""
+    """The architectures that a source is compiled for."""
     return ("90a",) if HOPPER in source.name else ARCHITECTURES
 
 
 def matrix_instructions(target: Path) -> dict[str, dict[str, int]]:
-    """Of each kernel in an object file: how many instructions of MATRIX its machine code has.
+    """For each kernel in an object file, the number of instructions in MATRIX of its machine code.
 
     Raises:
         RuntimeError: cuobjdump is missing or failed.
@@ -124,7 +125,7 @@ def matrix_instructions(target: Path) -> dict[str, dict[str, int]]:
 
 
 def parse(report: str) -> list[dict[str, Any]]:
-    """Rows of what `ptxas -v` printed; device functions that were not inlined are part of no row."""
+    """Rows of the output of `ptxas -v`; device functions that were not inlined are in no row."""
     starts = list(COMPILING.finditer(report))
     names = demangled([start.group(1) for start in starts])
     rows = []
@@ -133,7 +134,7 @@ def parse(report: str) -> list[dict[str, Any]]:
         block = report[start.end() : end]
         spills, used, shared = SPILLS.search(block), USED.search(block), SHARED.search(block)
         if spills is None or used is None:
-            raise RuntimeError(f"ptxas said nothing of registers for {name}; its report has changed:\n{block}")
+            raise RuntimeError(f"no registers for {name} in the output of ptxas, whose format has changed:\n{block}")
         rows.append(
             {
                 "kernel": name,
@@ -148,9 +149,9 @@ def parse(report: str) -> list[dict[str, Any]]:
 
 
 def demangled(names: list[str]) -> list[str]:
-    """Names as C++ writes them, without return type, arguments and namespaces."""
+    """Demangled names without return type, arguments and namespaces."""
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    found = []
+    results = []
     for line in done.stdout.splitlines():
         name = re.sub(r"\(anonymous namespace\)::|bert_fast::|c10::", "", line).removeprefix("void ")
         depth = 0
@@ -159,8 +160,8 @@ def demangled(names: list[str]) -> list[str]:
             if character == "(" and depth == 0:
                 name = name[:place]
                 break
-        found.append(re.sub(r"\((?:int|bool)\)", "", name))
-    return found
+        results.append(re.sub(r"\((?:int|bool)\)", "", name))
+    return results
 
 
 def read() -> dict[str, Any]:
@@ -170,7 +171,7 @@ def read() -> dict[str, Any]:
 
 
 def stale(table: dict[str, Any]) -> list[Path]:
-    """The sources whose rows are missing or of another version of the sources."""
+    """The sources whose rows are missing or of an older version."""
     files = table["files"]
     return [
         path
@@ -186,14 +187,14 @@ def release() -> str:
         RuntimeError: there is no nvcc.
     """
     if shutil.which("nvcc") is None:
-        raise RuntimeError("no nvcc was found on $PATH; the CUDA kernels can't be compiled here")
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"release ([\d.]+)", said)
-    return found.group(1) if found else said.strip()
+        raise RuntimeError("nvcc is not on $PATH; it is needed to compile the CUDA kernels")
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release ([\d.]+)", version)
+    return match.group(1) if match else version.strip()
 
 
 def allowed(kernel: str) -> int:
-    """Bytes that `kernel` is known to spill."""
+    """The most bytes that `kernel` may spill."""
     bounds = [
         bound for (first, last), bound in KNOWN_SPILLS.items() if kernel.startswith(first) and kernel.endswith(last)
     ]
@@ -201,9 +202,9 @@ def allowed(kernel: str) -> int:
 
 
 def problems(table: dict[str, Any]) -> list[str]:
-    """Rows that spill more than is known."""
+    """One message per row that spills more than allowed."""
     return [
-        f"{row['kernel']} on {row['arch']} spills {row['spilled']} bytes; known are {allowed(row['kernel'])}"
+        f"{row['kernel']} on {row['arch']} spills {row['spilled']} bytes; expected at most {allowed(row['kernel'])}"
         for entry in table["files"].values()
         for row in entry["rows"]
         if row["spilled"] > allowed(row["kernel"])
@@ -213,7 +214,7 @@ def problems(table: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the table")
-    parser.add_argument("--all", action="store_true", help="compile every source, also those whose rows are right")
+    parser.add_argument("--all", action="store_true", help="compile every source, also those with current rows")
     options = parser.parse_args()
     before, nvcc = read(), release()
     outdated = cuda_sources() if options.all else stale(before)
@@ -227,14 +228,13 @@ def main() -> int:
     table = {"nvcc": nvcc if outdated else before["nvcc"], "files": dict(sorted(files.items()))}
     wrong = problems(table)
     if options.write:
-        TABLE.write_text(
-            json.dumps(table, indent=None, separators=(",", ":")).replace('{"kernel"', '\n{"kernel"') + "\n"
-        )
+        text = json.dumps(table, indent=None, separators=(",", ":"))
+        write_text(TABLE, text.replace('{"kernel"', '\n{"kernel"') + "\n")
     elif nvcc == before["nvcc"] and files != before["files"]:
-        wrong.append("the table is not what nvcc says now: python -m benchmarks.reports.cuda_report --write")
+        wrong.append("the table differs from nvcc's output: python -m benchmarks.reports.cuda_report --write")
     rows = [row for entry in files.values() for row in entry["rows"]]
     spilling = sum(bool(row["spilled"]) for row in rows)
-    print("\n".join(wrong) or f"{len(rows)} rows; {spilling} spill, as is known, the others don't")
+    print("\n".join(wrong) or f"{len(rows)} rows: {spilling} spill within their bounds, the others do not spill")
     return 1 if wrong else 0
 
 

@@ -1,9 +1,9 @@
-"""Draw the recorded benchmarks: one SVG an op beside its JSON.
+"""Draw the recorded benchmarks: one SVG per report, next to its JSON.
 
-    python -m benchmarks.reports.plots [FOLDER ...]      benchmarks/results/<device>; every device's where none is named
+    python -m benchmarks.reports.plots [FOLDER ...]      folders benchmarks/results/<device>; without one, all of them
 
-A panel a kind of pass, a group a size, a bar a variant: what it reaches of the floor's bytes or FLOPs in a second, so
-longer is better at every size; the time stands behind the bar. Needs matplotlib, which nothing else here does.
+One panel per kind of pass, one group per size, one bar per variant. A bar is the minimal traffic or FLOPs over the
+time, so longer is better at every size; its label is the time. Only this module needs matplotlib.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results"
+from benchmarks.runner.runner import RESULTS, YARDSTICK
+
 OURS = ("#1b6ca8", "#4c9bd6", "#0b3c5d", "#7db9e8")
 PEERS = (
     *("#b8b8b8", "#8f8f8f", "#d9c79a", "#a89f91", "#c9b7c4", "#9fb59a", "#6f6f6f"),
@@ -28,63 +29,63 @@ BAR = 0.17  # inches
 
 
 def split(case: str) -> tuple[str, str]:
-    """A case's name -> its size and the kind of pass."""
-    found = KIND.match(case)
-    return (found["size"], found["kind"]) if found else (case, "")
+    """Split the name of a case into its size and the kind of pass."""
+    match = KIND.match(case)
+    return (match["size"], match["kind"]) if match else (case, "")
 
 
 def panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """kind -> size -> rows."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    """The rows by kind of pass and size."""
+    by_kind: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         size, kind = split(row["case"])
-        found.setdefault(kind, {}).setdefault(size, []).append(row)
-    return found
+        by_kind.setdefault(kind, {}).setdefault(size, []).append(row)
+    return by_kind
 
 
 def colours(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """A colour a variant: blues are ours, greys the peers."""
+    """One colour per variant: blue for ours, grey and brown for peers."""
     names = list(dict.fromkeys(row["variant"] for row in rows))
     ours = [name for name in names if name.startswith("bert_fast")]
     peers = [name for name in names if name not in ours]
-    found = {name: OURS[index % len(OURS)] for index, name in enumerate(ours)}
-    found |= {name: PEERS[index % len(PEERS)] for index, name in enumerate(peers)}
-    return {name: YARDSTICK_COLOUR if name.startswith("copy of") else found[name] for name in names}
+    palette = {name: OURS[index % len(OURS)] for index, name in enumerate(ours)}
+    palette |= {name: PEERS[index % len(PEERS)] for index, name in enumerate(peers)}
+    return {name: YARDSTICK_COLOUR if name == YARDSTICK else palette[name] for name in names}
 
 
 def measure_of(rows: list[dict[str, Any]]) -> tuple[str, float, str]:
-    """The column that is drawn, what to divide it by, and its unit."""
+    """The column to draw, its divisor, and the unit of the quotient."""
     if any(row.get("tokens_per_s") for row in rows):
-        return "tokens_per_s", 1000.0, "thousand real tokens a second"
+        return "tokens_per_s", 1000.0, "thousand real tokens per second"
     flops = max((row["gflops"] or 0.0 for row in rows), default=0.0)
     column, top = ("gflops", flops) if flops else ("gbytes_per_s", max(row["gbytes_per_s"] or 0.0 for row in rows))
     large = top >= 1000
-    unit = ("FLOP/s", "of the FLOPs that have to be done") if flops else ("B/s", "of the bytes that have to be moved")
+    unit = ("FLOP/s", "of the minimal FLOPs") if flops else ("B/s", "of the minimal traffic")
     return column, 1000.0 if large else 1.0, f"{'T' if large else 'G'}{unit[0]} {unit[1]}"
 
 
 def milliseconds(ms: float) -> str:
-    """Three digits."""
+    """`ms` with three digits."""
     return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f} ms"
 
 
 def draw_panel(
     axes: Any, sizes: dict[str, list[dict[str, Any]]], colour: dict[str, str], column: str, by: float
 ) -> None:
-    """Groups of bars from the top down, a gap of one bar between groups."""
-    place, ticks = 0.0, []
+    """Draw groups of bars from the top down, one bar apart."""
+    y, ticks = 0.0, []
     for size, rows in sizes.items():
-        first = place
+        top = y
         for row in rows:
             value = (row[column] or 0.0) / by
             if row["ms"] is None:
                 text = "refused"
             else:
-                axes.barh(place, value, height=0.92, color=colour[row["variant"]])
+                axes.barh(y, value, height=0.92, color=colour[row["variant"]])
                 text = milliseconds(row["ms"])
             axes.annotate(
                 text,
-                (value if value else axes.get_xlim()[0], place),
+                (value if value else axes.get_xlim()[0], y),
                 xytext=(3, 0),
                 textcoords="offset points",
                 va="center",
@@ -92,11 +93,11 @@ def draw_panel(
                 color="#444444" if row["ms"] is not None else "#a04040",
                 bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.4},
             )
-            place += 1.0
-        ticks.append(((first + place - 1) / 2, size))
-        place += 1.0
+            y += 1.0
+        ticks.append(((top + y - 1) / 2, size))
+        y += 1.0
     axes.set_yticks([tick for tick, _ in ticks], [name for _, name in ticks], fontsize=7)
-    axes.set_ylim(place - 1.3, -0.8)
+    axes.set_ylim(y - 1.3, -0.8)
     axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.6, which="major")
@@ -106,7 +107,7 @@ def draw_panel(
 
 
 def draw(op: str, report: dict[str, Any], file: Path) -> None:
-    """One figure of a report's rows."""
+    """Draw a report's rows as one figure."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -119,12 +120,12 @@ def draw(op: str, report: dict[str, Any], file: Path) -> None:
     kinds = panels(rows)
     column, by, unit = measure_of(rows)
     values = [(row[column] or 0.0) / by for row in rows if row["ms"] is not None]
-    best = [max((row[column] or 0.0) for row in found) for sizes in kinds.values() for found in sizes.values()]
+    best = [max((row[column] or 0.0) for row in group) for sizes in kinds.values() for group in sizes.values()]
     log = max(best) > 50 * min(value for value in best if value > 0)
     columns = min(2, len(kinds))
     lines = -(-len(kinds) // columns)
     most = [
-        max(sum(len(found) + 1 for found in sizes.values()) for sizes in list(kinds.values())[i * columns :][:columns])
+        max(sum(len(group) + 1 for group in sizes.values()) for sizes in list(kinds.values())[i * columns :][:columns])
         for i in range(lines)
     ]
     heights = [BAR * bars + 0.55 for bars in most]
@@ -172,18 +173,18 @@ def draw(op: str, report: dict[str, Any], file: Path) -> None:
 
 
 def ceiling_of(report: dict[str, Any], column: str, by: float) -> dict[str, float]:
-    """The ceilings that belong to the column, by the name that is written beside them."""
-    found = report.get("ceilings", {})
+    """The measured ceilings of the column, by label."""
+    ceilings = report.get("ceilings", {})
     if column == "tokens_per_s":
         return {}
     if column == "gbytes_per_s":
-        return {"copy": found["copy_gbytes_per_s"] / by}
-    name = "bf16" if "bf16_gemm_gflops" in found else "fp32"
-    return {f"{name} GEMM": found[f"{name}_gemm_gflops"] / by}
+        return {"copy": ceilings["copy_gbytes_per_s"] / by}
+    name = "bf16" if "bf16_gemm_gflops" in ceilings else "fp32"
+    return {f"{name} GEMM": ceilings[f"{name}_gemm_gflops"] / by}
 
 
 def draw_folder(folder: Path, suffix: str = ".svg") -> list[Path]:
-    """Every report in the folder of a device; returns the files that were written."""
+    """Draw every report in a device's folder; returns the written files."""
     written = []
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
@@ -197,13 +198,13 @@ def draw_folder(folder: Path, suffix: str = ".svg") -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="draw the recorded benchmarks")
-    parser.add_argument("folders", nargs="*", type=Path, help="results/<device>; every device's where none is named")
-    parser.add_argument("--png", action="store_true", help="PNG in the place of SVG")
+    parser.add_argument("folders", nargs="*", type=Path, help="results/<device>; all of them if none is named")
+    parser.add_argument("--png", action="store_true", help="PNG instead of SVG")
     options = parser.parse_args()
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        print("plots need matplotlib, which the benchmarks alone use: pip install matplotlib", file=sys.stderr)
+        print("plots need matplotlib: pip install matplotlib", file=sys.stderr)
         return 1
     folders = options.folders or sorted(path for path in RESULTS.iterdir() if path.is_dir())
     for folder in folders:

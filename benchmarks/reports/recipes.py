@@ -1,12 +1,12 @@
-"""What the pretraining recipes ask of a machine: tokens, memory and hours, computed from their settings.
+"""Tokens, memory and hours of the pretraining recipes, computed from their settings.
 
     python -m benchmarks.reports.recipes
 
-Nothing of it was measured on a GPU. FLOPs are those of `bert_fast.pretrain.metrics.model_flops`, which training
-reports too, for sequences as long as the recipe allows. Hours are FLOPs over `PEAK` (dense bf16 of an H200) times
-`MFU`, and over 8 GPUs with the efficiency `SCALING`; both shares are assumed. Memory is 16 bytes a parameter (weights,
-gradients and two moments in float32), 34 E bytes a layer and token of a micro-batch, and `OTHER`. The recipes carry the
-lines of `Estimate`; a test holds them to what is computed here.
+None of this was measured on a GPU. FLOPs are those of `bert_fast.pretrain.metrics.model_flops`, which training
+reports too, for sequences of the recipe's maximum length. Hours are FLOPs over `PEAK` (dense BF16 of an H200) times
+`MFU`, and over 8 GPUs with the efficiency `SCALING`; both shares are assumed. Memory is 16 bytes per parameter
+(weights, gradients and two moments in FP32), 34 E bytes per layer and token of a micro-batch, and `OTHER`. The recipes
+contain the lines of `Estimate`, and a test compares them with what is computed here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHINESE, ENGLISH = 21128, 30522
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a recipe asks for: `batch` and `tokens` are of a step and of all steps, `memory` bytes on one GPU."""
+    """Cost of a recipe: tokens of a step (`batch`) and of all steps (`tokens`), FLOPs per token, bytes on one GPU."""
 
     steps: int
     batch: int
@@ -39,11 +39,11 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """On one GPU."""
+        """Hours on one GPU."""
         return self.flops * self.tokens / (PEAK * MFU) / 3600
 
     def lines(self) -> list[str]:
-        """The comment that stands in the recipe."""
+        """The comment in the recipe."""
         flops, tokens = f"{self.flops / 1e6:.0f} MFLOP a token", f"{self.tokens / 1e9:.1f} G"
         eight = self.hours / 8 / SCALING
         return [
@@ -55,7 +55,7 @@ class Estimate:
 
 
 def estimate(config: PretrainConfig, vocab_size: int) -> Estimate:
-    """The estimate for a recipe, `config.model.size` with a vocabulary of `vocab_size` tokens."""
+    """The cost of a recipe with a vocabulary of `vocab_size` tokens."""
     size = BertConfig.size(config.model.size, vocab_size=vocab_size)
     hidden, layers, inner = size.hidden_size, size.num_hidden_layers, size.intermediate_size
     length = config.data.seq_len
@@ -73,19 +73,19 @@ def estimate(config: PretrainConfig, vocab_size: int) -> Estimate:
 
 
 def recipes() -> dict[str, Estimate]:
-    """The estimate of every pretraining recipe for GPUs, by its name."""
-    found = {}
+    """The estimate of every pretraining recipe for GPUs, by name."""
+    estimates = {}
     for path in sorted(RECIPES.glob("*.yaml")):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if path.stem.startswith("bert-"):
             config = from_mapping(PretrainConfig, values)
-            found[path.stem] = estimate(config, CHINESE if "chinese" in path.stem else ENGLISH)
-    return found
+            estimates[path.stem] = estimate(config, CHINESE if "chinese" in path.stem else ENGLISH)
+    return estimates
 
 
 def main() -> int:
-    for name, found in recipes().items():
-        print("\n".join([name, *found.lines()]))
+    for name, cost in recipes().items():
+        print("\n".join([name, *cost.lines()]))
     return 0
 
 

@@ -1,1 +1,1 @@
-"""How benchmarks measure: devices, timing, cases, peers on a CPU."""
+"""Measuring: devices and timing, the runner of cases, whole models, and the other runtimes on a CPU."""

@@ -1,7 +1,7 @@
-"""What else computes a BERT encoder on a CPU: each peer as a function of padded token ids and their mask.
+"""Other runtimes of a BERT encoder on a CPU: each peer is a function of padded token ids and their mask.
 
-A peer that is not installed, or that the processor can't run, raises when it is made; the message is what the
-benchmark's table says of it. `INSTALL` names the packages: none is a dependency of bert_fast.
+The constructor of a peer that is not installed, or that the processor does not support, raises; the benchmark's table
+shows the message. `INSTALL` names the packages; none is a dependency of bert_fast.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ INSTALL = {
     "onnx": "onnx onnxscript onnxruntime",
     "openvino": "onnx onnxscript openvino",
 }
-OPSET = 17  # the graph that ONNX Runtime's BERT fusions know is of the exporter up to here
+OPSET = 17  # ONNX Runtime's BERT fusions recognise graphs of the exporter up to this one
 CALIBRATION = 4  # batches
 Encode = Callable[[Tensor, Tensor], Tensor]  # ids (B, S), mask (B, S) -> (B, S, E)
 
 
 class AbsentError(RuntimeError):
-    """A peer that can't run here; the message says why."""
+    """A peer cannot run here, for the reason in the message."""
 
 
 def need(*packages: str) -> None:
-    """Raise `AbsentError` unless the packages are installed."""
+    """AbsentError unless the packages are installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise AbsentError(f"missing: pip install {INSTALL[package]}")
+            raise AbsentError(f"not installed: pip install {INSTALL[package]}")
 
 
-def twin(model: nn.Module) -> Any:
+def copy_sharing_weights(model: nn.Module) -> Any:
     """A copy of a model that shares its parameters and buffers."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 class Encoder(nn.Module):
-    """transformers' model as an exporter wants it: tensors in, one tensor out."""
+    """transformers' model as exporters need it: tensors in, one tensor out."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ class Encoder(nn.Module):
         return hidden
 
 
-class Workshop:
-    """One model, and the forms of it that peers read, each made when it is first asked for.
+class ModelForms:
+    """One model in the forms that peers read, each created on first use.
 
     Args:
         model: transformers' BertModel in float32, in eval mode, with `sdpa` attention.
@@ -73,9 +73,9 @@ class Workshop:
 
     @cached_property
     def eager(self) -> Any:
-        found = twin(self.model)
-        found.set_attn_implementation("eager")
-        return found
+        model = copy_sharing_weights(self.model)
+        model.set_attn_implementation("eager")
+        return model
 
     @cached_property
     def bf16(self) -> Any:
@@ -90,7 +90,7 @@ class Workshop:
         axes = {0: "batch", 1: "seqlen"}
         names = ["input_ids", "attention_mask"]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the traced exporter is deprecated, and its graph the one that is known
+            warnings.simplefilter("ignore")  # the tracing exporter is deprecated, but fusions recognise its graph
             torch.onnx.export(
                 Encoder(self.eager).eval(), (ids, mask), str(file), dynamo=False, opset_version=OPSET,
                 input_names=names, output_names=["hidden"], dynamic_axes=dict.fromkeys([*names, "hidden"], axes),
@@ -104,20 +104,20 @@ class Workshop:
 
         config = self.model.config
         with quiet():
-            found = optimizer.optimize_model(
+            optimized = optimizer.optimize_model(
                 str(self.onnx), model_type="bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size,
                 opt_level=0,
             )  # fmt: skip
-        fused = found.get_fused_operator_statistics()["Attention"]
+        fused = optimized.get_fused_operator_statistics()["Attention"]
         if fused != config.num_hidden_layers:
-            raise AbsentError(f"{fused} of {config.num_hidden_layers} layers were recognised")
+            raise AbsentError(f"ONNX Runtime fused {fused} of {config.num_hidden_layers} layers")
         file = self.folder / "fused.onnx"
-        found.save_model_to_file(str(file))
+        optimized.save_model_to_file(str(file))
         return file
 
     @cached_property
     def onnx_dynamic(self) -> Path:
-        """The model with int8 weights per channel, and activations quantised as they come."""
+        """The model with INT8 weights per channel and dynamically quantized activations."""
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         file = self.folder / "dynamic.onnx"
@@ -127,7 +127,7 @@ class Workshop:
 
     @cached_property
     def onnx_static(self) -> Path:
-        """The model with quantised inputs of its linear layers, their ranges from random batches (no NNCF needed)."""
+        """The model with quantized linear layers, their input ranges calibrated on random batches."""
         import onnx
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -138,7 +138,7 @@ class Workshop:
                 return next(batches, None)
 
         graph = onnx.load(str(self.onnx)).graph
-        weights = {one.name for one in graph.initializer}
+        weights = {tensor.name for tensor in graph.initializer}
         linear = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
         file = self.folder / "static.onnx"
         with quiet():
@@ -155,7 +155,7 @@ class Workshop:
 
 
 class quiet:  # noqa: N801  # reads as a statement
-    """Without what onnxruntime's tools advise by the root logger."""
+    """Context that silences the advice of onnxruntime's tools in the root logger."""
 
     def __enter__(self) -> None:
         logging.disable(logging.WARNING)
@@ -165,12 +165,12 @@ class quiet:  # noqa: N801  # reads as a statement
 
 
 def feed(ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    """The inputs as the other runtimes take them."""
+    """The inputs as ONNX Runtime and OpenVINO take them."""
     return {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
 
 
 def of_torch(model: Any) -> Encode:
-    """A peer that is a torch module."""
+    """A torch module as a peer."""
     encoder = Encoder(model).eval()
 
     def run(ids: Tensor, mask: Tensor) -> Tensor:
@@ -181,11 +181,11 @@ def of_torch(model: Any) -> Encode:
 
 
 def compiled(model: Any) -> Encode:
-    """Every layer through torch.compile, a compilation a size: what PyTorch advises for models of equal layers."""
-    found = twin(model)
-    for layer in found.encoder.layer:
+    """Each layer through torch.compile, recompiled per size: PyTorch's advice for models of repeated layers."""
+    model = copy_sharing_weights(model)
+    for layer in model.encoder.layer:
         layer.compile(dynamic=False)
-    encoder = Encoder(found).eval()
+    encoder = Encoder(model).eval()
 
     def run(ids: Tensor, mask: Tensor) -> Tensor:
         with torch.no_grad():
@@ -194,46 +194,46 @@ def compiled(model: Any) -> Encode:
     return run
 
 
-def dynamic_int8(shop: Workshop) -> Encode:
-    """torch's own quantised linear layers."""
+def dynamic_int8(forms: ModelForms) -> Encode:
+    """torch's dynamically quantized linear layers."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated in favour of torchao, which is another package
-        return of_torch(torch.ao.quantization.quantize_dynamic(shop.model, {nn.Linear}, dtype=torch.qint8))
+        warnings.simplefilter("ignore")  # deprecated in favour of torchao, a separate package
+        return of_torch(torch.ao.quantization.quantize_dynamic(forms.model, {nn.Linear}, dtype=torch.qint8))
 
 
-def of_onnxruntime(file: Callable[[Workshop], Path]) -> Callable[[Workshop], Encode]:
-    """A peer that ONNX Runtime runs."""
+def of_onnxruntime(file: Callable[[ModelForms], Path]) -> Callable[[ModelForms], Encode]:
+    """ONNX Runtime as a peer."""
 
-    def make(shop: Workshop) -> Encode:
+    def make(forms: ModelForms) -> Encode:
         need("onnx", "onnxruntime")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = shop.threads
+        options.intra_op_num_threads = forms.threads
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(file(shop)), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(file(forms)), options, providers=["CPUExecutionProvider"])
         return lambda ids, mask: torch.from_numpy(session.run(None, feed(ids, mask))[0])
 
     return make
 
 
-def of_openvino(file: Callable[[Workshop], Path], precision: str) -> Callable[[Workshop], Encode]:
-    """A peer that OpenVINO runs, with activations of `precision` ("f32", "bf16")."""
+def of_openvino(file: Callable[[ModelForms], Path], precision: str) -> Callable[[ModelForms], Encode]:
+    """OpenVINO as a peer, with activations of `precision` ("f32", "bf16")."""
 
-    def make(shop: Workshop) -> Encode:
+    def make(forms: ModelForms) -> Encode:
         need("openvino")
         import openvino
 
         core = openvino.Core()
-        can = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision == "bf16" and "BF16" not in can:
-            raise AbsentError(f"OpenVINO has no bfloat16 on this processor (it has {', '.join(can)})")
+        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and "BF16" not in capabilities:
+            raise AbsentError(f"OpenVINO has no BF16 on this processor (only {', '.join(capabilities)})")
         settings = {
             "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": shop.threads,
+            "INFERENCE_NUM_THREADS": forms.threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        request = core.compile_model(str(file(shop)), "CPU", settings).create_infer_request()
+        request = core.compile_model(str(file(forms)), "CPU", settings).create_infer_request()
 
         def run(ids: Tensor, mask: Tensor) -> Tensor:
             request.infer(feed(ids, mask), share_inputs=True)
@@ -246,31 +246,31 @@ def of_openvino(file: Callable[[Workshop], Path], precision: str) -> Callable[[W
 
 @dataclass(frozen=True)
 class Peer:
-    """`make` gives the function that is timed."""
+    """`make` creates the function that is timed."""
 
     name: str
     precision: str
-    make: Callable[[Workshop], Encode]
+    make: Callable[[ModelForms], Encode]
 
 
 PEERS = (
-    Peer("transformers, eager", "fp32", lambda shop: of_torch(shop.eager)),
-    Peer("transformers", "fp32", lambda shop: of_torch(shop.model)),
-    Peer("transformers, torch.compile", "fp32", lambda shop: compiled(shop.model)),
-    Peer("ONNX Runtime", "fp32", of_onnxruntime(lambda shop: shop.onnx)),
-    Peer("ONNX Runtime, BERT fusions", "fp32", of_onnxruntime(lambda shop: shop.onnx_fused)),
-    Peer("OpenVINO", "fp32", of_openvino(lambda shop: shop.onnx, "f32")),
-    Peer("transformers", "bf16", lambda shop: of_torch(shop.bf16)),
-    Peer("transformers, torch.compile", "bf16", lambda shop: compiled(shop.bf16)),
-    Peer("OpenVINO", "bf16", of_openvino(lambda shop: shop.onnx, "bf16")),
+    Peer("transformers, eager", "fp32", lambda forms: of_torch(forms.eager)),
+    Peer("transformers", "fp32", lambda forms: of_torch(forms.model)),
+    Peer("transformers, torch.compile", "fp32", lambda forms: compiled(forms.model)),
+    Peer("ONNX Runtime", "fp32", of_onnxruntime(lambda forms: forms.onnx)),
+    Peer("ONNX Runtime, BERT fusions", "fp32", of_onnxruntime(lambda forms: forms.onnx_fused)),
+    Peer("OpenVINO", "fp32", of_openvino(lambda forms: forms.onnx, "f32")),
+    Peer("transformers", "bf16", lambda forms: of_torch(forms.bf16)),
+    Peer("transformers, torch.compile", "bf16", lambda forms: compiled(forms.bf16)),
+    Peer("OpenVINO", "bf16", of_openvino(lambda forms: forms.onnx, "bf16")),
     Peer("torch, dynamic", "int8", dynamic_int8),
-    Peer("ONNX Runtime, dynamic", "int8", of_onnxruntime(lambda shop: shop.onnx_dynamic)),
-    Peer("OpenVINO, static", "int8", of_openvino(lambda shop: shop.onnx_static, "f32")),
+    Peer("ONNX Runtime, dynamic", "int8", of_onnxruntime(lambda forms: forms.onnx_dynamic)),
+    Peer("OpenVINO, static", "int8", of_openvino(lambda forms: forms.onnx_static, "f32")),
 )
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """The versions of the runtimes that are installed."""
+    """The versions of the installed runtimes."""
     from importlib.metadata import PackageNotFoundError, version
 
     for package in ("transformers", "onnxruntime", "openvino"):

@@ -87,7 +87,7 @@ Tensor bias_gelu_fwd(const Tensor& x, const Tensor& bias, bool tanh) {
   const Tensor in = as_contiguous(x), shift = as_float(bias);
   const int64_t rows = x.size(0), cols = x.size(1);
   const Tensor out = empty_like_rows(x, {rows, cols}, x.scalar_type());
-  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {in, out}, [&](auto element, auto full) {
+  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {in, shift, out}, [&](auto element, auto full) {
     using T = decltype(element);
     constexpr bool kFull = decltype(full)::value;
     const auto kernel = tanh ? bias_gelu_forward<T, kFull, true> : bias_gelu_forward<T, kFull, false>;
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dout, const Tensor& x, co
   const Tensor dx = empty_like_rows(x, {rows, cols}, x.scalar_type());
   const DeviceParts parts(rows);
   const Tensor partial = empty_like_rows(x, {parts.count, cols}, ScalarType::Float);
-  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {grad, in, dx}, [&](auto element, auto full) {
+  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {grad, in, shift, dx}, [&](auto element, auto full) {
     using T = decltype(element);
     constexpr bool kFull = decltype(full)::value;
     const auto kernel = tanh ? bias_gelu_backward<T, kFull, true> : bias_gelu_backward<T, kFull, false>;

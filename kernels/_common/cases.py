@@ -6,15 +6,25 @@ over these descriptions; none of them describes an op a second time.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bert_fast.kernels._common.benchmarks import Plan
+
 Fn = Callable[..., Any]
+Lengths = Sequence[int] | None
+LENGTHS = (1, 2, 63, 64, 65, 0, 127, 33)  # around the sizes of vectors and tiles, and an empty sequence
+E, F, N, D, V = 128, 512, 2, 32, 1000  # sizes of the samples: width, feed-forward width, heads, head dim, vocabulary
+DROPOUT = 0.1
+# Of the configurations that `launches` compiles: rows that are a multiple of no tile, and the BERT family's widths.
+TOKENS, WIDTHS = 8192 + 7, (128, 256, 384, 512, 768, 1024)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,19 @@ class Sample:
     gradients: bool = True
     mean_of: int = 0
 
+    def cast(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+        """The inputs on `device`: floating-point ones in `dtype`, or float32 where they are `parameters` and stay so.
+
+        In float64 the parameters are float64 too.
+        """
+        low = torch.finfo(dtype).bits < 32
+        return {
+            name: x.to(device, torch.float32 if low and name in self.parameters else dtype)
+            if x.is_floating_point()
+            else x.to(device)
+            for name, x in self.inputs.items()
+        }
+
 
 @dataclass(frozen=True)
 class Malformed:
@@ -50,56 +73,77 @@ class Malformed:
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """One size of an op to time.
-
-    Args:
-        name: shape, dtype, pass and options.
-        call: called with `inputs` as positional arguments and impl=...; returns a tensor.
-        inputs: tensors on the device; floating-point ones get gradients where `which` includes the backward pass.
-        dout: the gradient of the output.
-        which: "forward", "backward" or "forward + backward".
-        peers: other ways to compute the same, by name; called with `inputs`. Ours are not among them.
-        traffic: bytes that must be read and written (the floor).
-        flops: floating-point operations that must be done (the floor).
-        tolerance: on the largest absolute error over the largest value of the float64 result.
-        comparable_peers: False where the peers' results are random (dropout masks of their own).
-    """
-
-    name: str
-    call: Fn
-    inputs: Sequence[Tensor]
-    dtype: torch.dtype
-    dout: Tensor | None = None
-    which: str = "forward"
-    peers: Mapping[str, Fn] = field(default_factory=dict)
-    traffic: int = 0
-    flops: int = 0
-    tolerance: float = 0.0
-    comparable_peers: bool = True
-
-
-@dataclass(frozen=True)
 class OpCases:
     """The one description of an op.
 
     Args:
         op: its name.
         samples: small valid calls, with the edges: `bert-fast verify`, the contract tests and the sanitizer run them.
+            samples(lengths) has sequences of those lengths instead of its own, and small weights: for simulators, or
+            an empty batch. Called under a fixed seed.
         malformed: invalid calls of the public function, with the error expected.
         hostile: (operators, device) -> calls of the raw operators with wrong values (indices, lengths): they may raise,
             but must not read or write memory that is not theirs. The sanitizer runs them.
         launches: calls the op's Triton launchers on meta tensors in every configuration that dispatch can choose; the
             compile report records what they launch.
+        own_gpu_kernels: False where the GPU kernels are another op's, whose record of passing runs counts.
         extra: (impl, device): launches that the samples are too small for; the sanitizer runs it.
+        benchmarks: (device, quick) -> what `python -m benchmarks.ops` times there, the most important first; fewer
+            sizes if quick is True.
     """
 
     op: str
-    samples: Callable[[], list[Sample]]
+    samples: Callable[..., list[Sample]]
     malformed: Callable[[], list[Malformed]]
-    hostile: Callable[[Any, str], list[Callable[[], Any]]] | None = None
-    launches: Callable[[], None] | None = None
-    extra: Callable[[str, str], None] | None = None
+    hostile: Callable[[Any, str], list[Callable[[], Any]]] = lambda operators, device: []
+    launches: Callable[[], None] = lambda: None
+    extra: Callable[[str, str], None] = lambda impl, device: None
+    own_gpu_kernels: bool = True
+    benchmarks: Callable[[torch.device, bool], list[Plan]] = lambda device, quick: []
+
+
+def randn(*shape: int, scale: float = 1.0) -> Tensor:
+    """Normal float64 values times `scale`."""
+    return scale * torch.randn(*shape, dtype=torch.float64)
+
+
+def with_dropout(sample: Sample) -> list[Sample]:
+    """`sample` without dropout and with it; its name follows "no dropout" or "dropout 0.1"."""
+    rng_state = torch.tensor([1234, 5678])
+    call = functools.partial(sample.call, dropout_p=DROPOUT)
+    return [
+        replace(sample, name=f"no dropout{sample.name}"),
+        replace(
+            sample, name=f"dropout {DROPOUT}{sample.name}", call=call, inputs={**sample.inputs, "rng_state": rng_state}
+        ),
+    ]
+
+
+def malformed_calls(
+    call: Fn, valid: Mapping[str, Any], changes: Mapping[str, tuple[Mapping[str, Any], type[Exception], str]]
+) -> list[Malformed]:
+    """`call(**valid)` with some arguments changed: by name, the changes, the error and its message's pattern."""
+    return [
+        Malformed(name, functools.partial(call, **{**valid, **changed}), error, match)
+        for name, (changed, error, match) in changes.items()
+    ]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launchers(op: str) -> Any:
+    """The module of the op's Triton launchers; imports triton."""
+    return importlib.import_module(f"bert_fast.kernels.{op}.triton")
+
+
+def invalid_ids(size: int, device: str, count: int = 67) -> Tensor:
+    """`count` ids into `size` rows, some of them negative, some at or beyond `size`, some beyond 2^31."""
+    ids = torch.arange(count) % size
+    ids[1::7], ids[2::7], ids[3::7], ids[4::7] = -1, size, 2**31 + 5, -(2**40)
+    return ids.to(device)
 
 
 def load(op: str) -> OpCases:

@@ -113,7 +113,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype on the device of `x`, or None where autocast is off."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

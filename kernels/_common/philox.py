@@ -57,7 +57,7 @@ def dropout_state(dropout_p: float, rng_state: Tensor | None, x: Tensor) -> Tens
         check_rng_state(rng_state, x)
     if dropout_threshold(dropout_p) == 0:
         return None
-    return new_rng_state(x.device) if rng_state is None else rng_state
+    return new_rng_state(x.device) if rng_state is None else rng_state.contiguous()
 
 
 def _round(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:

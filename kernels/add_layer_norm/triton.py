@@ -163,6 +163,7 @@ def add_layer_norm_bwd(
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dout, x, residual = rows_contiguous(dout), rows_contiguous(x), rows_contiguous(residual)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
     state, threshold, scale = dropout_arguments(dropout_p, rng_state)
     T, E = x.shape
     tile = bwd_tile(E)

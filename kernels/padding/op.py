@@ -66,6 +66,7 @@ define(
     arguments_of=gather_rows_reference,
     setup_context=_gather_setup_context,
     backward=_gather_backward,
+    higher_order=True,
 )
 define(
     "scatter_rows",
@@ -74,6 +75,7 @@ define(
     setup_context=_scatter_setup_context,
     backward=_scatter_backward,
     symbolic=("rows",),
+    higher_order=True,
 )
 
 

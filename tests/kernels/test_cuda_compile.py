@@ -1,4 +1,4 @@
-"""The table of what nvcc made of the CUDA kernels: complete, of these sources, without spills."""
+"""The table of the CUDA kernels compiled by nvcc: complete, current, and without new spills."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ptxas info    : Used 12 registers, used 0 barriers, 360 bytes cmem[0]
 """
 
 
-def test_table_is_of_these_sources() -> None:
+def test_table_is_current() -> None:
     stale = [str(path) for path in cuda_report.stale(cuda_report.read())]
-    assert not stale, f"python -m benchmarks.reports.cuda_report --write, for {stale}"
+    assert not stale, f"run python -m benchmarks.reports.cuda_report --write for {stale}"
 
 
 def test_known_spills_are_bounded() -> None:
@@ -40,14 +40,14 @@ def test_table_has_every_source_on_every_architecture_and_no_other_spills() -> N
     assert sorted(table["files"]) == [str(path.relative_to(cuda_report.ROOT)) for path in cuda_report.cuda_sources()]
     for name, entry in table["files"].items():
         kernels = {row["kernel"] for row in entry["rows"]}
-        found = {(row["kernel"], row["arch"]) for row in entry["rows"]}
+        rows = {(row["kernel"], row["arch"]) for row in entry["rows"]}
         expected = cuda_report.architectures(cuda_report.ROOT / name)
-        assert found == {(kernel, f"sm_{arch}") for kernel in kernels for arch in expected}
+        assert rows == {(kernel, f"sm_{arch}") for kernel in kernels for arch in expected}
     assert not cuda_report.problems(table)
 
 
-def test_kernels_for_hopper_take_its_instructions() -> None:
-    """wgmma shows as HGMMA in the machine code, tensors' bulk copies as UTMALDG; nothing is left to HMMA."""
+def test_kernels_for_hopper_use_its_instructions() -> None:
+    """wgmma is HGMMA in the machine code, bulk copies of tensors are UTMALDG; HMMA is not used."""
     rows = [
         row
         for name, entry in cuda_report.read()["files"].items()
@@ -63,13 +63,13 @@ def test_kernels_for_hopper_take_its_instructions() -> None:
     }
     assert {row["kernel"] for row in rows} == kernels
     for row in rows:
-        # Both products of the scores or all of D 64 a step, in groups of 16 of what is summed over.
+        # At least 8: two products per step, each over 64 elements in groups of 16.
         assert row["matrix"]["HGMMA"] >= 8, row
         assert row["matrix"]["UTMALDG"] >= 3, row
         assert "HMMA" not in row["matrix"], row
 
 
-def test_report_of_ptxas_is_read() -> None:
+def test_the_report_of_ptxas_is_parsed() -> None:
     rows = cuda_report.parse(REPORT)
     assert rows == [
         {"kernel": "plain_one", "arch": "sm_80", "registers": 12, "stack": 0, "spilled": 0, "shared": 0},
@@ -83,11 +83,11 @@ def test_report_of_ptxas_is_read() -> None:
         },
     ]
     assert cuda_report.problems({"files": {"a.cu": {"rows": rows}}}) == [
-        "rows<float, 4, false> on sm_90a spills 12 bytes; known are 0"
+        "rows<float, 4, false> on sm_90a spills 12 bytes; expected at most 0"
     ]
 
 
-def test_hash_follows_the_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_includes_the_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_report, "ROOT", tmp_path)
     folder = tmp_path / "csrc" / "op"
     folder.mkdir(parents=True)

@@ -10,29 +10,28 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels import available_impls
-from bert_fast.verification import CASES
+from bert_fast.kernels._common import cases
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # lamb has no gradient, and a test of its own; unpad returns T to the host.
-OPS = [op for op in CASES if op not in ("lamb", "padding")]
-CALLS = [(op, index) for op in OPS for index in range(len(CASES[op]()))]
+CALLS = [
+    (op, index)
+    for op in available_impls()
+    if op not in ("lamb", "padding")
+    for index in range(len(cases.load(op).samples()))
+]
 
 
 def run(op: str, index: int, impl: str, inputs: dict[str, Tensor], dout: Tensor) -> list[Tensor]:
-    out = CASES[op]()[index].call(impl=impl, **inputs)
+    out = cases.load(op).samples()[index].call(impl=impl, **inputs)
     leaves = [x for x in inputs.values() if x.requires_grad]
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
 def fresh(op: str, index: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    case = CASES[op]()[index]
-    return {
-        name: x.cuda().to(torch.float32 if name in case.parameters else dtype).requires_grad_()
-        if x.is_floating_point()
-        else x.cuda()
-        for name, x in case.inputs.items()
-    }
+    inputs = cases.load(op).samples()[index].cast(dtype, "cuda")
+    return {name: x.requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 @needs_gpu
@@ -43,7 +42,7 @@ def test_a_replayed_graph_equals_an_ordinary_call(op: str, index: int, impl: str
     if not state.ok:
         pytest.skip(state.reason)
     static, new = (fresh(op, index, torch.bfloat16, seed) for seed in (0, 1))
-    dout = torch.randn_like(CASES[op]()[index].call(impl=impl, **static).detach())
+    dout = torch.randn_like(cases.load(op).samples()[index].call(impl=impl, **static).detach())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bert_fast.kernels import ImplUnavailableError, linear
+from bert_fast.kernels import linear
 from bert_fast.kernels._common.row_buckets import bucket, pad_rows
 from bert_fast.kernels.linear import cpu_backends
 from bert_fast.kernels.linear.cpu_backends import Backends
@@ -37,11 +37,11 @@ def backend_id(backend: tuple[torch.dtype, Backends]) -> str:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, Backends]:
     """The dtype that runs on the CPU by these backends, which the table need not have chosen here."""
     monkeypatch.setitem(cpu_backends.BACKENDS, *request.param)
-    found: tuple[torch.dtype, Backends] = request.param
-    return found
+    dtype, backends = request.param
+    return dtype, backends
 
 
-def given(rows: int, width: int, columns: int, device: str = "cpu") -> dict[str, Tensor]:
+def random_inputs(rows: int, width: int, columns: int, device: str = "cpu") -> dict[str, Tensor]:
     return {
         "x": torch.randn(rows, width, device=device),
         "weight": torch.randn(columns, width, device=device) * width**-0.5,
@@ -49,7 +49,7 @@ def given(rows: int, width: int, columns: int, device: str = "cpu") -> dict[str,
     }
 
 
-def hold(impl: str, dtype: torch.dtype, inputs: dict[str, Tensor], activation: str | None) -> None:
+def check(impl: str, dtype: torch.dtype, inputs: dict[str, Tensor], activation: str | None) -> None:
     """The three-way test, forward and every gradient, and forward once more without gradients."""
     dout = torch.randn(inputs["x"].shape[0], inputs["weight"].shape[0], device=inputs["x"].device)
 
@@ -58,8 +58,8 @@ def hold(impl: str, dtype: torch.dtype, inputs: dict[str, Tensor], activation: s
 
     def in_inference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with torch.no_grad():
-            found = ours(x, weight, bias)
-        return found + 0 * ours(x, weight, bias)
+            out = ours(x, weight, bias)
+        return out + 0 * ours(x, weight, bias)
 
     def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return linear_reference(x, (weight,), bias, activation)
@@ -75,13 +75,6 @@ def hold(impl: str, dtype: torch.dtype, inputs: dict[str, Tensor], activation: s
     for function, rows in ((ours, 4), (in_inference, 1)):
         found = three_way(function, reference, inputs, dtype, (dout,), factor=factor, floor_ulps=floor)
         assert_three_way(found[:rows])
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    """Equal to a few roundings: bfloat16 products with a bias and GeLU behind round up to three times."""
-    tolerance = 2e-2 if found.dtype == torch.bfloat16 else 1e-5
-    assert found.dtype == expected.dtype
-    assert torch.allclose(found, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
@@ -100,7 +93,7 @@ def test_matches_reference(
     activation: str | None,
     poisoned_empty: None,
 ) -> None:
-    hold(impl, dtype, given(rows, width, columns, device), activation)
+    check(impl, dtype, random_inputs(rows, width, columns, device), activation)
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
@@ -108,30 +101,38 @@ def test_matches_reference(
 def test_every_backend_matches_reference(
     backend: tuple[torch.dtype, Backends], shape: tuple[int, int, int], activation: str | None, poisoned_empty: None
 ) -> None:
-    hold("cpu", backend[0], given(*shape), activation)
+    check("cpu", backend[0], random_inputs(*shape), activation)
 
 
 def test_several_weights_are_one(backend: tuple[torch.dtype, Backends]) -> None:
-    inputs = {name: x.to(backend[0]) for name, x in given(37, 24, 30).items()}
+    inputs = {name: x.to(backend[0]) for name, x in random_inputs(37, 24, 30).items()}
     x, weight, bias = inputs.values()
     parts = [weight[:7].clone(), weight[7:10].clone(), weight[10:].clone()]
     expected = linear(x, weight, bias, activation="gelu", impl="cpu")
     for training in (False, True):
         leaves = [part.clone().requires_grad_(training) for part in parts]
-        found = linear(x, leaves, bias, activation="gelu", impl="cpu")
-        assert_close(found, expected)
-        assert found.requires_grad == training
+        out = linear(x, leaves, bias, activation="gelu", impl="cpu")
+        # Product, bias and GeLU are rounded once each, and in training elsewhere than in inference.
+        assert torch.allclose(out, expected, rtol=0, atol=3 * torch.finfo(backend[0]).eps * float(expected.abs().max()))
+        assert out.requires_grad == training
 
 
-def test_bfloat16_by_tiles_rounds_once() -> None:
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference by our own products in both dtypes."""
+    monkeypatch.setitem(cpu_backends.BACKENDS, torch.float32, Backends("tiles", "blas"))
+    monkeypatch.setitem(cpu_backends.BACKENDS, torch.bfloat16, Backends("tiles", "float32"))
+
+
+def test_bfloat16_by_tiles_rounds_once(tiles: None) -> None:
     """The products are float32's and the result is the exact one, rounded: closer than bfloat16 products come."""
-    inputs = {name: x.bfloat16() for name, x in given(33, 700, 40).items()}
-    with torch.no_grad():
-        for weight in (inputs["weight"], inputs["weight"].float()):
-            out = cpu_backends._tiles(cpu_backends.Call(inputs["x"], (weight,), inputs["bias"], "gelu"))
-            exact = linear_reference(*(x.double() for x in (inputs["x"],)), (weight.double(),), inputs["bias"], "gelu")
-            unit = 2.0 ** (exact.abs().clamp(min=2**-20).log2().floor() - 7)
-            assert ((out.double() - exact).abs() <= 0.5 * unit + 2e-6).all()
+    inputs = {name: x.bfloat16() for name, x in random_inputs(33, 700, 40).items()}
+    for weight in (inputs["weight"], inputs["weight"].float()):
+        out = linear(inputs["x"], weight, inputs["bias"], activation="gelu", impl="cpu")
+        exact = linear_reference(inputs["x"].double(), (weight.double(),), inputs["bias"], "gelu")
+        unit = 2.0 ** (exact.abs().clamp(min=2**-20).log2().floor() - 7)
+        # Half a unit of bfloat16, and the sum's own error: sqrt(700) roundings of float32 at a size of about 1.
+        assert ((out.double() - exact).abs() <= 0.5 * unit + 700**0.5 * torch.finfo(torch.float32).eps).all()
 
 
 # MKL's order of additions depends on the number of rows, so BLAS backends are not among them.
@@ -146,14 +147,14 @@ def test_same_bits_whatever_the_other_rows(
     backend: tuple[torch.dtype, Backends], width: int, columns: int, poisoned_empty: None
 ) -> None:
     """A row's bits depend on the row alone: single, at the end of a tile, in another block, in a padded bucket."""
-    x, weight, bias = (part.to(backend[0]) for part in given(700, width, columns).values())
+    x, weight, bias = (part.to(backend[0]) for part in random_inputs(700, width, columns).values())
     with torch.no_grad():
-        whole = linear(x, weight, bias, activation="gelu", impl="cpu")
+        out = linear(x, weight, bias, activation="gelu", impl="cpu")
         few = [(5, 5 + rows) for rows in range(1, 18)]
         for first, last in ((0, 1), (699, 700), (250, 256), (17, 690), (100, 229), (0, 257), *few):
-            found = linear(x[first:last], weight, bias, activation="gelu", impl="cpu")
-            assert found.shape == (last - first, columns)
-            assert torch.equal(found, whole[first:last]), (first, last)
+            rows = linear(x[first:last], weight, bias, activation="gelu", impl="cpu")
+            assert rows.shape == (last - first, columns)
+            assert torch.equal(rows, out[first:last]), (first, last)
 
 
 def test_row_buckets() -> None:
@@ -162,9 +163,9 @@ def test_row_buckets() -> None:
     for rows, size in enumerate(sizes, 1):
         assert 0 <= size - rows < max(4, rows / 16)
     x = torch.randn(131, 7)
-    filled = pad_rows(x)
-    assert torch.equal(filled, torch.cat([x, torch.zeros(5, 7)]))
-    assert pad_rows(filled) is filled
+    padded = pad_rows(x)
+    assert torch.equal(padded, torch.cat([x, torch.zeros(5, 7)]))
+    assert pad_rows(padded) is padded
 
 
 def test_packed_panels_hold_the_weight() -> None:
@@ -179,50 +180,25 @@ def test_packed_panels_hold_the_weight() -> None:
 
 
 def test_same_bits_again_and_with_other_thread_counts(backend: tuple[torch.dtype, Backends]) -> None:
-    inputs = [x.to(backend[0]) for x in given(301, 96, 77).values()]
+    inputs = [x.to(backend[0]) for x in random_inputs(301, 96, 77).values()]
     threads = torch.get_num_threads()
 
     def run() -> list[Tensor]:
         with torch.no_grad():
-            first = linear(*inputs, activation="gelu", impl="cpu")
+            inference = linear(*inputs, activation="gelu", impl="cpu")
         leaves = [x.clone().requires_grad_() for x in inputs]
         out = linear(*leaves, activation="gelu", impl="cpu")
-        return [first, out.detach(), *torch.autograd.grad(out.sum(), leaves)]
+        return [inference, out.detach(), *torch.autograd.grad(out.sum(), leaves)]
 
-    found = run()
-    again = run()
+    first, again = run(), run()
     torch.set_num_threads(1)
     alone = run()
     torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(found, again, alone, strict=True))
-
-
-def test_strided_input(backend: tuple[torch.dtype, Backends]) -> None:
-    wide, bias = torch.randn(40, 40).to(backend[0]), torch.randn(80).to(backend[0])[::2]
-    for x, weight in ((wide[:, ::2], wide[:, ::2]), (wide[:9, 3:20], wide[:, 20:37]), (wide.T, wide.T)):
-        found = linear(x, weight, bias, activation="gelu", impl="cpu")
-        expected = linear(x.contiguous(), weight.contiguous(), bias.contiguous(), activation="gelu", impl="cpu")
-        assert_close(found, expected)
-
-
-def test_autocast(backend: tuple[torch.dtype, Backends]) -> None:
-    """Parameters of float32 and activations of autocast's dtype, in inference and in training."""
-    x, weight, bias = given(19, 24, 16).values()
-    exact = linear_reference(x.double(), (weight.double(),), bias.double(), "gelu")
-    leaves = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
-    with torch.autocast("cpu", torch.bfloat16):
-        trained = linear(x, *leaves, activation="gelu", impl="cpu")
-        with torch.no_grad():
-            found = linear(x, *leaves, activation="gelu", impl="cpu")
-    trained.float().sum().backward()
-    for out in (trained, found):
-        assert out.dtype == torch.bfloat16
-        assert torch.allclose(out.double(), exact, atol=0.03)
-    assert [leaf.grad is not None and leaf.grad.dtype for leaf in leaves] == [torch.float32] * 2
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, alone, strict=True))
 
 
 def test_opcheck(backend: tuple[torch.dtype, Backends]) -> None:
-    x, weight, bias = (x.to(backend[0]) for x in given(5, 24, 16).values())
+    x, weight, bias = (x.to(backend[0]) for x in random_inputs(5, 24, 16).values())
     x, weight = x.requires_grad_(), weight.requires_grad_()
     ops = torch.ops.bert_fast
     torch.library.opcheck(ops.linear_fwd.default, (x, weight, False))
@@ -236,43 +212,9 @@ def test_opcheck(backend: tuple[torch.dtype, Backends]) -> None:
         torch.library.opcheck(ops.linear_tiles.default, (x.detach(), packed, 16, shift, activation))
 
 
-def test_compiles_whole(backend: tuple[torch.dtype, Backends], compile_backend: str) -> None:
-    leaves = [x.to(backend[0]).requires_grad_() for x in given(5, 24, 16).values()]
-    compiled = torch.compile(linear, fullgraph=True, backend=compile_backend)
-    with torch.no_grad():
-        found, expected = (f(*leaves, activation="gelu", impl="cpu") for f in (compiled, linear))
-        assert_close(found, expected)
-    found, expected = (f(*leaves, activation="gelu", impl="cpu") for f in (compiled, linear))
-    assert_close(found, expected)
-    for a, b in zip(torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True):
-        assert_close(a, b)
-
-
 def test_the_table_knows_every_cpu() -> None:
     assert {row.dtype for row in cpu_backends.TABLE if not row.isa and not row.needs_bf16_isa} == {
         torch.float32,
         torch.bfloat16,
     }
     assert all(any(character.isdigit() for character in row.measured) for row in cpu_backends.TABLE)
-
-
-def test_bad_input_is_named() -> None:
-    x, weight, bias = given(5, 24, 16).values()
-    with pytest.raises(ValueError, match=r"weight has shape \(16, 23\); expected \(N, 24\)"):
-        linear(x, weight[:, 1:])
-    with pytest.raises(ValueError, match=r"weight\[1\] has shape \(24,\); expected \(N, 24\)"):
-        linear(x, [weight, weight[0]])
-    with pytest.raises(ValueError, match="weight is empty"):
-        linear(x, [])
-    with pytest.raises(ValueError, match=r"x has shape \(24,\); expected \(T, K\)"):
-        linear(x[0], weight)
-    with pytest.raises(ValueError, match=r"bias has shape \(15,\); expected \(16,\)"):
-        linear(x, weight, bias[1:])
-    with pytest.raises(TypeError, match=r"weight is torch\.int64; expected a floating-point tensor"):
-        linear(x, weight.long())
-    with pytest.raises(ValueError, match="activation is 'relu'; expected None, 'gelu' or 'gelu_tanh'"):
-        linear(x, weight, activation="relu")
-    with pytest.raises(ValueError, match="impl is 'fastest'"):
-        linear(x, weight, impl="fastest")
-    with pytest.raises(ImplUnavailableError, match=r"takes float32, bfloat16; the input is torch.float64"):
-        linear(x.double(), weight.double(), impl="cpu")

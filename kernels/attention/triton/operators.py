@@ -123,7 +123,7 @@ class _Call:
         self.scale = softmax_scale
         self.threshold = dropout_threshold(dropout_p)
         self.multiplier = 256 / (256 - self.threshold)
-        self.rng_state = rng_state if self.threshold else None
+        self.rng_state = None if rng_state is None or not self.threshold else rng_state.contiguous()
         self.block_d = max(16, next_power_of_2(self.D))
         self.short = short_launch(qkv, self.block_d, self.max_seqlen)
         self.long = LONG[qkv.element_size(), self.block_d]

@@ -162,7 +162,7 @@ def embedding_layer_norm_bwd(
     rng_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     ids, tables = _inputs((input_ids, token_type_ids, position_ids), (word, token_type, position))
-    dout = rows_contiguous(dout)
+    dout, mean, rstd = rows_contiguous(dout), mean.contiguous(), rstd.contiguous()
     state, threshold, scale = dropout_arguments(dropout_p, rng_state)
     T, E = dout.shape
     sizes = [table.shape[0] for table in tables]

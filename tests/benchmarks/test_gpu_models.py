@@ -1,4 +1,4 @@
-"""Whole models beside transformers: what is compared before it is timed, what is reported, and the targets of it."""
+"""Whole models compared with transformers: the comparison before timing, and the report."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import targets
-from benchmarks.models import gpu_inference as gpu_peers
-from benchmarks.models import pretraining
+from benchmarks.models import gpu_inference, pretraining
 from benchmarks.reports import plots
+from benchmarks.runner import whole_models
 from benchmarks.runner.devices import Cpu
 
-SCENARIO = gpu_peers.Scenario("tiny S 8 train", [8, 3], 8)
+SCENARIO = whole_models.Scenario("tiny S 8 train", [8, 3], 8)
 
 
-class Remembers:
-    """A capture for the CPU: what it records is called again."""
+class EagerCapture:
+    """A capture for the CPU: replaying calls the function again."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.recorded, self._scale = 0, scale
@@ -43,27 +42,30 @@ class Remembers:
 
 @pytest.fixture
 def variants() -> dict[str, Any]:
-    return gpu_peers.models("tiny", torch.device("cpu"), ())[0]
+    return whole_models.models("tiny", torch.device("cpu"), ())[0]
 
 
 def test_inference_is_compared_with_transformers_and_timed(variants: dict[str, Any]) -> None:
-    batch = gpu_peers.batches(SCENARIO, 500, torch.device("cpu"))
-    rows = {row.variant: row for row in gpu_peers.measure(SCENARIO, variants, batch, Cpu(), 0.01)}
+    batch = whole_models.batches(SCENARIO, 500, torch.device("cpu"))
+    rows = {
+        row.variant: row
+        for row in whole_models.measure(SCENARIO, variants, batch, Cpu(), 0.01, gpu_inference.inference)
+    }
     assert set(rows) == {"transformers", "transformers, fused", "bert_fast auto"}
     assert all(row.ms and row.fill == pytest.approx(11 / 16) and not row.refused for row in rows.values())
     with torch.no_grad():
         variants["bert_fast auto"].model.bert.encoder.layer[0].attention.self.qkv.weight.mul_(1.5)
-    check = partial(gpu_peers.check, variants, *batch)
+    check = partial(whole_models.check, variants, *batch)
     with pytest.raises(SystemExit, match=r"bert_fast auto: .* from float32"):
         check("tiny")
 
 
-def test_a_training_step_is_compared_and_timed_called_and_replayed(variants: dict[str, Any]) -> None:
-    made: list[Remembers] = []
+def test_a_training_step_is_compared_and_timed_eager_and_replayed(variants: dict[str, Any]) -> None:
+    captures: list[EagerCapture] = []
 
-    def capture() -> Remembers:
-        made.append(Remembers())
-        return made[-1]
+    def capture() -> EagerCapture:
+        captures.append(EagerCapture())
+        return captures[-1]
 
     variants = pretraining.with_graphs(variants, capture)
     ours = variants["bert_fast auto"].model
@@ -71,7 +73,7 @@ def test_a_training_step_is_compared_and_timed_called_and_replayed(variants: dic
     rows = {row.variant: row for row in pretraining.measure_step(SCENARIO, variants, 500, Cpu(), 0.01, 1e12)}
     names = ["transformers", "bert_fast auto", "bert_fast auto, CUDA graph", "transformers, fused"]
     assert list(rows) == names
-    assert [capture.recorded for capture in made] == [1]
+    assert [capture.recorded for capture in captures] == [1]
     times = {name: row.ms for name, row in rows.items() if row.ms}
     assert len(times) == 4
     for name, row in rows.items():
@@ -81,8 +83,8 @@ def test_a_training_step_is_compared_and_timed_called_and_replayed(variants: dic
     assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
 
 
-def test_a_replayed_step_that_is_another_is_not_timed(variants: dict[str, Any]) -> None:
-    wrong = pretraining.with_graphs(variants, lambda: Remembers(1.001))
+def test_a_replayed_step_that_differs_is_not_timed(variants: dict[str, Any]) -> None:
+    wrong = pretraining.with_graphs(variants, lambda: EagerCapture(1.001))
     with pytest.raises(SystemExit, match=r"the replayed step has loss and norm .* not timed"):
         pretraining.measure_step(SCENARIO, wrong, 500, Cpu(), 0.01, 1e12)
 
@@ -100,31 +102,3 @@ def test_pretraining_is_recorded_and_drawn(
     assert all(row["mfu"] > 0 and row["tokens_per_s"] > 0 for row in report["rows"])
     assert {"transformers", "commit", "torch"} <= report["environment"].keys()
     assert [path.name for path in plots.draw_folder(file.parent)] == ["pretraining.svg"]
-
-
-def row(case: str, variant: str, ms: float, tokens: int) -> dict[str, Any]:
-    return {"case": case, "variant": variant, "ms": ms, "tokens_per_s": tokens / ms * 1e3}
-
-
-@pytest.mark.parametrize(("device", "rate"), [("nvidia-h200", [("missed", 0.819)]), ("nvidia-a100", [])])
-def test_the_targets_of_a_training_step(device: str, rate: list[Any], tmp_path: Path) -> None:
-    folder = tmp_path / device
-    folder.mkdir()
-    half, full, large = "base S 512 half filled train", "base S 512 train", "large S 512 train"
-    rows = [
-        row(half, "transformers, torch.compile", 70.0, 8192),
-        row(half, "transformers", 30.0, 8192),
-        row(half, "bert_fast triton", 25.0, 8192),
-        row(half, "bert_fast triton, CUDA graph", 20.0, 8192),
-        row(full, "transformers, torch.compile", 70.0, 16384),
-        row(full, "bert_fast triton", 40.0, 16384),
-        row(full, "transformers, fused", 10.0, 16384),
-        row(large, "bert_fast triton, CUDA graph", 50.0, 8192),
-    ]
-    about = {"commit": "c", "date": "d"}
-    (folder / "pretraining.json").write_text(json.dumps({"environment": about, "rows": rows}))
-    found = [entry for entry in targets.judge_folder(folder) if entry["op"] == "pretraining"]
-    assert [(entry["result"], entry["ratio"]) for entry in found if entry["case"] == full] == [("missed", 1.75)]
-    assert [(entry["result"], entry["ratio"]) for entry in found if entry["case"] == half] == [("met", 3.5)]
-    of_large = [(entry["result"], entry.get("ratio", entry.get("reason"))) for entry in found if entry["case"] == large]
-    assert of_large == [("not measured", "no peer could be timed"), *rate]

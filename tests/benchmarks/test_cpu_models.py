@@ -1,4 +1,4 @@
-"""The benchmarks of whole models on a CPU, on a tiny one: what is compared, refused, judged and written."""
+"""The benchmarks of whole models on a CPU, with a tiny one: what is compared, refused, timed and written."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import targets
 from benchmarks.models import cpu_inference, cpu_training
-from benchmarks.models.cpu_inference import SMOKE, Batch, Bench
+from benchmarks.models.cpu_inference import SMOKE, Batch, ModelBenchmark
 from benchmarks.reports import plots
 from benchmarks.runner import cpu_peers, devices, runner
 from benchmarks.runner.cpu_peers import PEERS, AbsentError, Peer
 from benchmarks.runner.devices import Cpu
-from benchmarks.runner.lengths import evenly_spaced
+from bert_fast.kernels._common.benchmarks import evenly_spaced
 
 LIMITS = {"copy_gbytes_per_s": 10.0, "fp32_gemm_gflops": 100.0, "bf16_gemm_gflops": 400.0, "int8_gemm_gflops": 800.0}
-THEM_AND_US = ("transformers", "bert_fast")
+SIDES = ("transformers", "bert_fast")
 
 
 @pytest.fixture
@@ -31,7 +29,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Cpu:
     return Cpu()
 
 
-def test_a_smoke_run_compares_every_precision_and_is_drawn_and_judged(
+def test_a_smoke_run_compares_every_precision_and_is_drawn(
     machine: Cpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     flags = ["--smoke", "--no-compile", "--record", "--results", str(tmp_path)]
@@ -60,14 +58,14 @@ def test_a_smoke_run_of_training_compares_the_step_in_both_precisions(
     assert cpu_training.main() == 0
     (file,) = tmp_path.glob("*/cpu_training.json")
     rows = json.loads(file.read_text())["rows"]
-    names = [f"{who}, {precision}" for precision in ("fp32", "bf16") for _ in range(2) for who in THEM_AND_US]
+    names = [f"{who}, {precision}" for precision in ("fp32", "bf16") for _ in range(2) for who in SIDES]
     assert [row["variant"] for row in rows] == names
     assert all(row["ms"] and row["tokens_per_s"] and row["error"] is not None for row in rows)
     assert max(row["error"] for row in rows if row["precision"] == "fp32") < 1e-5
     assert "train BERT-base" in capsys.readouterr().out
 
 
-def test_a_training_step_with_another_gradient_ends_the_run(machine: Cpu) -> None:
+def test_a_training_step_with_a_wrong_gradient_ends_the_run(machine: Cpu) -> None:
     cpu_training.variants_of.cache_clear()
     case = cpu_training.case(cpu_training.SMOKE, [9, 4, 2], "fp32", False)
     ours = cpu_training.variants_of(cpu_training.SMOKE, False)["bert_fast"].model
@@ -78,7 +76,7 @@ def test_a_training_step_with_another_gradient_ends_the_run(machine: Cpu) -> Non
     cpu_training.variants_of.cache_clear()
 
 
-def test_a_peer_of_a_lower_precision_does_not_stand_beside_ours(machine: Cpu) -> None:
+def test_ours_is_not_compared_with_a_peer_of_a_lower_precision(machine: Cpu) -> None:
     x = torch.ones(3)
     precisions = {"a": "int8", "b": "bf16", "c": "fp32", "bert_fast x": "bf16", "bert_fast y": "int8"}
     seconds = {"a": 0.001, "b": 0.003, "c": 0.006, "bert_fast x": 0.002, "bert_fast y": 0.002}
@@ -87,27 +85,29 @@ def test_a_peer_of_a_lower_precision_does_not_stand_beside_ours(machine: Cpu) ->
         devices.time.sleep(seconds[name])
         return x
 
-    variants = {name: runner.Variant(partial(waits, name), precision=found) for name, found in precisions.items()}
-    found = {row.variant: row for row in runner.measure("toy", runner.Case(variants, x, 0.1), machine, LIMITS, 0.05)}
-    assert found["bert_fast x"].ratio_to_best_peer == pytest.approx(found["b"].ms / found["bert_fast x"].ms)  # type: ignore[operator]
-    assert found["bert_fast y"].ratio_to_best_peer == pytest.approx(found["a"].ms / found["bert_fast y"].ms)  # type: ignore[operator]
+    variants = {
+        name: runner.Variant(partial(waits, name), precision=precision) for name, precision in precisions.items()
+    }
+    rows = {row.variant: row for row in runner.measure("toy", runner.Case(variants, x, 0.1), machine, LIMITS, 0.05)}
+    assert rows["bert_fast x"].ratio_to_best_peer == pytest.approx(rows["b"].ms / rows["bert_fast x"].ms)  # type: ignore[operator]
+    assert rows["bert_fast y"].ratio_to_best_peer == pytest.approx(rows["a"].ms / rows["bert_fast y"].ms)  # type: ignore[operator]
 
 
 def test_ours_outside_its_bound_ends_the_run_and_a_slow_or_absent_peer_is_named(machine: Cpu) -> None:
-    def absent(_: cpu_peers.Workshop) -> cpu_peers.Encode:
-        raise AbsentError("missing: pip install it")
+    def absent(_: cpu_peers.ModelForms) -> cpu_peers.Encode:
+        raise AbsentError("not installed: pip install it")
 
     peers = (PEERS[1], Peer("other", "fp32", absent))
-    bench = Bench("base", SMOKE, ("fp32",), peers)
-    case = partial(cpu_inference.case, lambda: bench, 9, [9, 4])
+    benchmark = ModelBenchmark("base", SMOKE, ("fp32",), peers)
+    case = partial(cpu_inference.case, lambda: benchmark, 9, [9, 4])
     rows = {row.variant: row for row in runner.measure("tiny", case(), machine, LIMITS, 0.01)}
-    assert rows["other, fp32"].refused == "AbsentError: missing: pip install it"
+    assert rows["other, fp32"].refused == "AbsentError: not installed: pip install it"
     assert rows["transformers, fp32"].ms
-    bench.rates[PEERS[1]] = 18 / cpu_inference.PATIENCE / 2
+    benchmark.rates[PEERS[1]] = 18 / cpu_inference.SLOWEST / 2
     rows = {row.variant: row for row in runner.measure("tiny", case(), machine, LIMITS, 0.01)}
-    assert "too slow: 60 s a call" in rows["transformers, fp32"].refused
+    assert "too slow: 60 s per call" in rows["transformers, fp32"].refused
     with torch.no_grad():
-        bench.ours["fp32"].encoder.layer[0].output.dense.weight.mul_(1.01)  # type: ignore[union-attr,index]
+        benchmark.ours["fp32"].encoder.layer[0].output.dense.weight.mul_(1.01)  # type: ignore[union-attr,index]
     with pytest.raises(SystemExit, match=r"bert_fast, fp32: error .* nothing was reported"):
         runner.measure("tiny", case(), machine, LIMITS, 0.01)
 
@@ -119,39 +119,12 @@ def test_the_half_filled_batch_is_the_stated_one() -> None:
 
 
 def test_a_copy_for_a_peer_shares_its_weights() -> None:
-    bench = Bench("base", SMOKE, ("fp32",), ())
-    assert bench.shop.eager is not bench.model
-    assert bench.shop.eager.config._attn_implementation == "eager"
-    assert bench.model.config._attn_implementation == "sdpa"
-    ours, theirs = (next(model.parameters()) for model in (bench.shop.eager, bench.model))
+    benchmark = ModelBenchmark("base", SMOKE, ("fp32",), ())
+    assert benchmark.forms.eager is not benchmark.model
+    assert benchmark.forms.eager.config._attn_implementation == "eager"
+    assert benchmark.model.config._attn_implementation == "sdpa"
+    ours, theirs = (next(model.parameters()) for model in (benchmark.forms.eager, benchmark.model))
     assert ours.data_ptr() == theirs.data_ptr()
-
-
-def row(variant: str, precision: str, ms: float | None, error: float = 1e-6) -> dict[str, Any]:
-    case = "(2, 512) infer BERT-base"
-    return {"case": case, "variant": f"{variant}, {precision}", "precision": precision, "ms": ms, "error": error}
-
-
-def test_targets_of_a_processor_compare_with_the_same_or_a_higher_precision(tmp_path: Path) -> None:
-    folder = tmp_path / "cpu-toy"
-    folder.mkdir()
-    rows = [
-        row("OpenVINO", "fp32", 110.0),
-        row("OpenVINO", "bf16", 60.0),
-        row("ONNX Runtime, dynamic", "int8", 90.0, 2e-2),
-        row("bert_fast", "fp32", 100.0),
-        row("bert_fast", "bf16", 60.0),
-        row("bert_fast", "int8", 30.0, 4e-2),
-    ]
-    about = {"commit": "c", "date": "d"}
-    (folder / "cpu_inference.json").write_text(json.dumps({"environment": about, "rows": rows}))
-    measured = [entry for entry in targets.judge_folder(folder) if entry["result"] != "not measured"]
-    assert [(entry["result"], entry["ratio"], entry["to"]) for entry in measured] == [
-        ("met", 1.1, "OpenVINO, fp32"),
-        ("missed", 1.0, "OpenVINO, bf16"),
-        ("met", 2.0, "OpenVINO, bf16"),
-        ("missed", 0.5, "error of ONNX Runtime, dynamic, int8"),
-    ]
 
 
 def test_short_calls_follow_an_untimed_one_in_another_order_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,19 +151,19 @@ def test_slow_calls_are_timed_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -
         counts[name] += 1
         devices.time.sleep(seconds[name])
 
-    found = Cpu().interleaved({name: partial(call, name) for name in counts}, 0.06)
+    timing = Cpu().interleaved({name: partial(call, name) for name in counts}, 0.06)
     assert counts == {"quick": 6, "slow": 4, "slower": 2}, "the first of each is not timed"
-    assert all(found.seconds[name] >= seconds[name] for name in counts)
+    assert all(timing.seconds[name] >= seconds[name] for name in counts)
 
 
-def test_a_busy_machine_is_said_to_be_busy() -> None:
+def test_a_busy_machine_is_reported_as_busy() -> None:
     load = devices.Load()
     load.at_start = 100.0 * (devices.os.cpu_count() or 1)
     assert load.of_others()["busy"] is True
     now = devices.Load._now()
     load.at_start, load._since = 0.0, (now[0] - 10.0, now[1] - 9.0, now[2] - 4.0)
-    found = load.of_others()
-    assert found["busy"] is True
-    assert found["cores_busy_with_others"] == pytest.approx(0.5, abs=0.1)
+    others = load.of_others()
+    assert others["busy"] is True
+    assert others["cores_busy_with_others"] == pytest.approx(0.5, abs=0.1)
     load._since = (now[0] - 1000.0, now[1] - 900.0, now[2] - 890.0)
     assert load.of_others()["busy"] is False

@@ -1,0 +1,75 @@
+"""Time the implementations of an op and its peers, as `kernels/<op>/cases.py` describes them.
+
+python -m benchmarks.ops <op> [--device cpu|cuda] [--quick] [--record] [--budget SECONDS] [--results FOLDER]
+python -m benchmarks.ops <op> --warm     compile and compare every case, time nothing
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from benchmarks.runner.runner import OURS, Case, Variant, arguments, main, parse, passes
+from bert_fast.kernels import available_impls
+from bert_fast.kernels._common import cases
+from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan
+from bert_fast.kernels._common.dispatch import OPS
+from bert_fast.kernels._common.library import simulated
+
+
+def implementations(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Our implementations of `op` that run there; not the reference, which is what the peers are."""
+    return [
+        impl
+        for impl, slot in OPS[op].impls.items()
+        if slot.availability.ok
+        and slot.device == device.type
+        and (slot.dtypes is None or dtype in slot.dtypes)
+        and not simulated(impl)
+    ]
+
+
+def case_of(op: str, device: torch.device, benchmark: Benchmark) -> Case:
+    """The peers, then ours, and the exact result."""
+    which = benchmark.which
+
+    def variant(peer: Peer) -> Variant:
+        inputs = benchmark.inputs if peer.inputs is None else peer.inputs
+        dout = benchmark.dout if peer.dout is None else peer.dout
+        return Variant(passes(peer.call, inputs, dout, which), peer.result, peer.comparable)
+
+    variants = {name: variant(peer) for name, peer in benchmark.peers.items()}
+    for impl in implementations(op, device, benchmark.dtype):
+        for suffix, inputs in {"": benchmark.inputs, **benchmark.also}.items():
+            ours = Peer(partial(benchmark.call, impl=impl), inputs, result=benchmark.result)
+            variants[f"{OURS} {impl}{suffix}"] = variant(ours)
+    exact = benchmark.exact
+    if exact is None:
+        inputs = [x.double() if x.is_floating_point() else x for x in benchmark.inputs]
+        dout = None if benchmark.dout is None else benchmark.dout.double()
+        exact = benchmark.result(passes(partial(benchmark.call, impl="reference"), inputs, dout, which)())
+    return Case(
+        variants,
+        exact,
+        benchmark.tolerance,
+        benchmark.traffic,
+        benchmark.flops,
+        benchmark.dtype,
+        benchmark.graph,
+    )
+
+
+def plans(op: str, device: torch.device, quick: bool) -> list[Plan]:
+    """The op's benchmarks there, as cases of the runner."""
+    return [
+        Plan(name, lambda make=make: case_of(op, device, make()))  # type: ignore[misc]
+        for name, make in cases.load(op).benchmarks(device, quick)
+    ]
+
+
+if __name__ == "__main__":
+    parser = arguments("implementations of an op compared with its peers")
+    parser.add_argument("op", choices=list(available_impls()))
+    options, machine = parse(parser)
+    main(options.op, plans(options.op, machine.device, options.quick), options, machine)

@@ -1,0 +1,199 @@
+"""The scripts for a GPU, without one: the steps of `make gpu`, their limits, and the verdicts of the sanitizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu import sanitize
+from bert_fast.kernels import available_impls
+
+
+@pytest.fixture
+def logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(gpu, "LOGS", tmp_path)
+    return tmp_path
+
+
+def step(name: str, code: str, share: float) -> gpu.Step:
+    def run(options: gpu.Options, limit: float) -> list[gpu.Outcome]:
+        return [gpu.run(name, [sys.executable, "-c", code], limit)]
+
+    return gpu.Step(name, share, False, run)
+
+
+def test_the_run_continues_after_a_failure_and_names_what_was_stopped(
+    logs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 2.0)  # a busy machine takes a second to end a process, and longer to start one
+    polite = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('partial')"
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True)\ntime.sleep(60)"
+    )
+    steps = [
+        step("broken", "print('the reason'); raise SystemExit(3)", 5.0),
+        step("polite", polite, 5.0),
+        step("stubborn", stubborn, 5.0),
+        step("good", "print('fine')", 9.0),
+    ]
+    counts: list[int] = []
+    outcomes = gpu.run_steps(steps, gpu.Options(False, logs), 24.0, lambda outcomes: counts.append(len(outcomes)))
+    assert [outcome.result for outcome in outcomes] == ["failed", "stopped", "stopped", "passed"]
+    assert outcomes[0].detail == "exit code 3; the reason"
+    assert [outcome.detail.partition("; ")[2] for outcome in outcomes[1:3]] == ["partial", "on"]
+    assert all(outcome.seconds < 8 for outcome in outcomes)
+    assert counts == [1, 2, 3, 4]
+    assert "    the reason" in capsys.readouterr().out
+    assert "1 of 4 passed" in gpu.table(outcomes)
+    (late,) = gpu.run_steps([steps[-1]], gpu.Options(False, logs), 0.0)
+    assert (late.result, late.detail) == ("not run", "out of time")
+
+
+def test_a_run_without_a_device_reports_it_and_runs_nothing(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(logs / "out")])
+    assert gpu.main() == 2
+    printed = capsys.readouterr()
+    assert "no CUDA device: torch.cuda.is_available() is False" in printed.err
+    assert printed.out == ""
+    assert not list(logs.iterdir())
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert "cannot import torch" in gpu.missing()
+
+
+def test_a_run_is_packed_after_each_step(logs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results, out = tmp_path / "results", tmp_path / "out"
+    (results / "gpu-x").mkdir(parents=True)
+    old = results / "gpu-x" / "old.json"
+    old.write_text("{}")
+    os.utime(old, (1e9, 1e9))
+    writes = f"open({str(results / 'gpu-x' / 'new.json')!r}, 'w').write('1')"
+    monkeypatch.setattr(gpu, "STEPS", (step("one", writes, 1.0), step("two", "raise SystemExit(1)", 1.0)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "bert_fast" / "verified").mkdir(parents=True)
+    (tmp_path / "bert_fast" / "verified" / "gpu-x.json").write_text("record")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--results", str(results), "--out", str(out)])
+    assert gpu.main() == 1
+    with tarfile.open(out / "gpu.tar.gz") as archive:
+        names = archive.getnames()
+        summary = archive.extractfile("build/gpu/summary.txt")
+        assert summary is not None
+        assert re.search(rb"^one +passed .*\ntwo +failed", summary.read(), re.MULTILINE)
+    for name in ("benchmarks/results/gpu-x/new.json", "bert_fast/verified/gpu-x.json", "build/gpu/one.log"):
+        assert names.count(name) == 1, name
+    assert "benchmarks/results/gpu-x/old.json" not in names
+
+
+@pytest.mark.parametrize(("code", "natives"), [(0, [None]), (1, [None, "0"])], ids=["built", "no compiler"])
+def test_a_build_that_fails_is_followed_by_one_without_native_code(
+    code: int, natives: list[str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[str | None] = []
+
+    def run(name: str, command: list[str], limit: float, environment: dict[str, str]) -> gpu.Outcome:
+        seen.append(environment.get("BERT_FAST_NATIVE"))
+        assert "--no-index" in command
+        assert limit >= 25
+        return gpu.Outcome(name, "passed" if seen[-1] == "0" or code == 0 else "failed", 1.0)
+
+    monkeypatch.setattr(gpu, "run", run)
+    outcomes = gpu.build(gpu.Options(False, tmp_path), 90.0)
+    assert seen == natives
+    assert len(outcomes) == len(natives)
+    assert outcomes[-1].result == "passed"
+
+
+@pytest.mark.parametrize("limit", [13.0, 200.0])
+def test_a_benchmark_stops_before_its_limit(limit: float, tmp_path: Path) -> None:
+    flags = gpu.recorded(gpu.Options(False, tmp_path), limit)
+    assert float(flags[flags.index("--budget") + 1]) + gpu.GRACE <= limit
+    assert "--quick" in flags
+    assert "--quick" not in gpu.recorded(gpu.Options(True, tmp_path), limit)
+
+
+def test_the_shares_of_the_steps_are_less_than_nine_minutes() -> None:
+    assert sum(step.share for step in gpu.STEPS) <= 525
+
+
+def test_every_command_of_the_steps_exists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: dict[str, list[str]] = {}
+
+    def run(name: str, command: list[str], *_: object) -> gpu.Outcome:
+        commands[name] = command
+        return gpu.Outcome(name, "passed", 0.0)
+
+    monkeypatch.setattr(gpu, "run", run)
+    (tmp_path / "nvidia-x").mkdir()
+    for step in gpu.STEPS:
+        step.run(gpu.Options(False, tmp_path), step.share)
+    modules = {name: command[2:4] for name, command in commands.items() if command[1] == "-m"}
+    assert all(importlib.util.find_spec(module) for module, _ in modules.values())
+    ops = {argument for module, argument in modules.values() if module == "benchmarks.ops"}
+    assert ops == set(available_impls()) - gpu.CPU_OPS == set(gpu.ops())
+    expected = {"sanitizer", "pretraining", "inference", "targets", "plots", "warm-up inference", "benchmark attention"}
+    assert expected <= modules.keys()
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "expected"),
+    [
+        (0, "toy: done: 4 cases\n========= ERROR SUMMARY: 0 errors", "passed"),
+        (86, "toy: done: 4 cases\n========= ERROR SUMMARY: 3 errors", "failed"),
+        (0, "toy: done: 4 cases\n= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed"),
+        (0, "toy: done: 4 cases\n= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)", "failed"),
+        (1, "Traceback\nRuntimeError: x\n========= ERROR SUMMARY: 0 errors", "failed"),
+        (0, "========= ERROR SUMMARY: 0 errors", "failed"),
+        (1, "toy: never launched: triton._fwd_kernel\n========= ERROR SUMMARY: 0 errors", "failed"),
+        (1, "========= Error: Device not supported", "not run"),
+        (0, "toy: not run: not built\n========= ERROR SUMMARY: 0 errors", "not run"),
+    ],
+    ids=["clean", "errors", "no hazards", "hazards", "raised", "ended early", "one missed", "no support", "no kernels"],
+)
+def test_the_sanitizer_passes_only_what_ran_to_its_end(code: int, output: str, expected: str) -> None:
+    assert sanitize.judge("memcheck", "toy", "triton", code, output, 1.0)["result"] == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's run of what compute-sanitizer runs on a GPU")
+def test_the_sanitizer_launches_every_kernel_of_an_op(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sanitize, "DTYPES", (torch.float32,))
+    kernels = {f"triton._{name}_kernel" for name in ("count", "write", "gather", "scatter")}
+    assert sanitize.kernels_of("padding") == kernels
+    assert sanitize.run_op("padding", "triton", "cpu") == 0
+    assert re.search(r"padding: done: 1 samples, 3 hostile calls .*, 4 Triton kernels", capsys.readouterr().out)
+    monkeypatch.setattr(sanitize, "run_samples", lambda *_: 0)  # the hostile calls gather and scatter
+    assert sanitize.run_op("padding", "triton", "cpu") == 1
+    message = "padding: never launched: triton._count_kernel, triton._write_kernel"
+    assert message in capsys.readouterr().out
+
+
+def test_without_a_device_the_sanitizer_reports_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["sanitize", "--ops", "attention"])
+    assert sanitize.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    tools = [tuple(line.split()[1:3]) for line in lines]
+    assert tools == [(impl, tool) for impl in ("cuda", "triton") for tool in sanitize.TOOLS[impl]]
+    assert all(re.match(r"attention +\w+ +\w+ +not run +no CUDA device", line) for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator's run of what compute-sanitizer runs on a GPU")
+def test_the_sanitizer_runs_the_cuda_kernels_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sanitize, "DTYPES", (torch.float32,))
+    assert sanitize.run_op("attention", "cuda", "cpu") == 0
+    assert re.search(r"attention: done: \d+ samples, 7 hostile calls of which 0 raised", capsys.readouterr().out)
