@@ -133,6 +133,15 @@ def test_the_best_combination_is_kept_and_finished_runs_are_reused(config: Finet
         sweep(config, {"optimizer.decay": ["linear", "step"]}, report=quiet)
 
 
+def test_a_folder_that_holds_no_finished_run_is_not_deleted(config: FinetuneConfig) -> None:
+    notes = Path(config.output_dir) / "001" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("keep me")
+    with pytest.raises(FileExistsError, match="001 exists; choose another folder"):
+        sweep(config, {}, report=quiet)
+    assert notes.read_text() == "keep me"
+
+
 def test_a_metric_for_which_lower_is_better(config: FinetuneConfig) -> None:
     result = sweep(with_settings(config, {"metric": "loss"}), {"optimizer.lr": [1e-2, 1e-7]}, keep="all", report=quiet)
     assert result["metric"] == "loss"
