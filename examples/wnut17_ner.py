@@ -1,10 +1,10 @@
-"""WNUT 2017: emerging and rare entities of six kinds in noisy English text, from all-MiniLM-L6-v2's weights.
+"""WNUT 2017: emerging and rare entities in noisy English text, from all-MiniLM-L6-v2's weights.
 
     python -m examples.wnut17_ner --data FOLDER  # bert_fast and transformers' Trainer
 
-FOLDER has train.conll, dev.conll and test.conll (CC BY 4.0; github.com/leondz/emerging_entities_17 has them under other
-names). F1 is of entities, as seqeval counts them (Derczynski et al., 2017). Both sides train on the same rows with the
-same settings and keep the model of the last step.
+FOLDER contains train.conll, dev.conll and test.conll (CC BY 4.0; under other names in
+github.com/leondz/emerging_entities_17; Derczynski et al., 2017). F1 is that of entities, from seqeval. Both sides train
+on the same rows with the same settings and keep the model of the last step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bert_fast.tasks.io.sources import read_table
-from examples.beside_trainer import Experiment, arguments, compared, finish, minilm, thinned
+from examples.trainer_comparison import Experiment, arguments, compared, finish, minilm, thinned
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from benchmarks.runner.devices import environment
 from benchmarks.runner.runner import arguments, parse, write
 from bert_fast import BertModel, quantize
 from bert_fast.kernels.linear_int8.cpu_backends import weight_limit
-from examples.beside_trainer import minilm, thinned
 from examples.r8_topics import fetch
+from examples.trainer_comparison import minilm, thinned
 
 LENGTH, BATCH, CALIBRATION = 64, 32, 4
 Encode = Callable[[Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Texts into vectors, packed without padding."""
+"""Embed texts as vectors, packed without padding."""
 
 from __future__ import annotations
 
@@ -17,28 +17,33 @@ FORMATS = (".npy", ".jsonl", ".parquet")
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument("model", type=str, help="folder of a checkpoint")
-    parser.add_argument("texts", nargs="*", type=str, help="texts; without any, lines are read from stdin")
-    parser.add_argument("--file", type=str | None, default=None, help="one text a line; - is stdin")
+    parser.add_argument("texts", nargs="*", type=str, help="texts; read from stdin, one per line, if none")
+    parser.add_argument("--file", type=str | None, default=None, help="a file of texts, one per line; - is stdin")
     parser.add_argument(
         "--output",
         type=str | None,
         default=None,
-        help=f"a file ending in {', '.join(FORMATS)}; JSON lines on stdout if none",
+        help=f"output file, {', '.join(FORMATS)}; JSON lines on stdout if not set",
     )
     parser.add_argument(
-        "--pooling", type=Literal["cls", "mean", "max", "pooler"], default="mean", help="tokens to one vector"
+        "--pooling",
+        type=Literal["cls", "mean", "max", "pooler"],
+        default="mean",
+        help="how token vectors become one vector",
     )
-    parser.add_argument("--normalize", action="store_true", help="scale each vector to length 1")
+    parser.add_argument("--normalize", action="store_true", help="scale each vector to unit length")
     parser.add_argument(
-        "--max_seqlen", type=int | None, default=None, help="cut longer texts; the model's maximum if none"
+        "--max_seqlen", type=int | None, default=None, help="truncate longer texts; default: the model's maximum"
     )
-    parser.add_argument("--batch_tokens", type=int, default=8192, help="texts of like length are packed up to this")
-    parser.add_argument("--device", type=str, default="auto", help="auto takes CUDA where there is one")
+    parser.add_argument(
+        "--batch_tokens", type=int, default=8192, help="maximum tokens of a batch of texts of similar length"
+    )
+    parser.add_argument("--device", type=str, default="auto", help="auto selects CUDA if it is available")
 
 
 def run(args: Any) -> int:
     if args.output is not None and Path(args.output).suffix not in FORMATS:
-        raise ValueError(f"--output is {args.output!r}; expected a name ending in {', '.join(FORMATS)}")
+        raise ValueError(f"--output is {args.output!r}; expected a file name ending in {', '.join(FORMATS)}")
     texts = read_texts(args.texts, args.file)
 
     model, tokenizer = load("BertModel", args.model, args.device, add_pooling_layer=args.pooling == "pooler")

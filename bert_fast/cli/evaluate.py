@@ -1,4 +1,4 @@
-"""Metrics of a fine-tuned model on rows with the true answers."""
+"""Evaluate a fine-tuned model on labelled rows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from bert_fast.cli import rows
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("model", type=str, help="folder that bert-fast finetune wrote")
-    parser.add_argument("data", type=str, help="rows: csv, tsv, jsonl, json, parquet, conll, or datasets:NAME")
-    parser.add_argument("--metrics", type=str | None, default=None, help="a .json file for all metrics")
+    parser.add_argument("model", type=str, help="folder written by bert-fast finetune")
+    parser.add_argument("data", type=str, help="labelled rows: csv, tsv, jsonl, json, parquet, conll, or datasets:NAME")
+    parser.add_argument("--metrics", type=str | None, default=None, help="JSON file for all metrics")
     parser.add_argument(
-        "--output", type=str | None, default=None, help=f"predictions, a file ending in {', '.join(rows.FORMATS)}"
+        "--output", type=str | None, default=None, help=f"output file for the predictions, {', '.join(rows.FORMATS)}"
     )
     rows.add_row_arguments(parser)
 
@@ -29,12 +29,12 @@ def run(args: Any) -> int:
     from bert_fast.tasks.io.columns import choose_columns
 
     columns = choose_columns(table, task.roles, args.columns)
-    table = rows.settle(args, task, table, columns)
+    table = rows.handle_empty(args, task, table, columns)
     if not len(table):
-        raise ValueError(f"{args.data}: no row is left to evaluate on")
-    for sentence in task.check(table, columns):
-        print(sentence, file=sys.stderr)
-    predictions = rows.predictions_of(args, loaded, table, columns)
+        raise ValueError(f"{args.data}: every row was dropped, since none has text")
+    for message in task.check(table, columns):
+        print(message, file=sys.stderr)
+    predictions = rows.predict_rows(args, loaded, table, columns)
     metrics = task.evaluate(predictions, table, columns)
     rows.print_metrics(metrics)
     if args.metrics is not None:

@@ -1,4 +1,4 @@
-"""Which words an answer comes from, as one HTML page: attention rollout and integrated gradients."""
+"""Attribute predictions to words, as an HTML page: attention rollout and integrated gradients."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from bert_fast.cli.models import read_texts
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("model", type=str, help="folder that bert-fast finetune wrote")
-    parser.add_argument("texts", nargs="*", type=str, help="texts; without any and without --file, stdin is read")
-    parser.add_argument("--file", type=str | None, default=None, help="one text a line; - is stdin")
-    parser.add_argument(
-        "--pair", type=str | None, default=None, help="the second text of a pair, or a question's context"
-    )
-    parser.add_argument("--label", type=str | None, default=None, help="explain this label, not the one predicted")
-    parser.add_argument("--steps", type=int, default=50, help="steps of the integral")
-    parser.add_argument("--output", type=str, default="explain.html", help="the page")
-    parser.add_argument("--device", type=str, default="auto", help="auto takes CUDA where there is one")
+    parser.add_argument("model", type=str, help="folder written by bert-fast finetune")
+    parser.add_argument("texts", nargs="*", type=str, help="texts; read from --file, or stdin, if none")
+    parser.add_argument("--file", type=str | None, default=None, help="a file of texts, one per line; - is stdin")
+    parser.add_argument("--pair", type=str | None, default=None, help="second text of a pair, or context of a question")
+    parser.add_argument("--label", type=str | None, default=None, help="explain this label; default: the predicted one")
+    parser.add_argument("--steps", type=int, default=50, help="steps of integrated gradients")
+    parser.add_argument("--output", type=str, default="explain.html", help="HTML file to write")
+    parser.add_argument("--device", type=str, default="auto", help="auto selects CUDA if it is available")
 
 
 def run(args: Any) -> int:
@@ -28,18 +26,18 @@ def run(args: Any) -> int:
         raise ValueError(f"--steps is {args.steps}; expected at least 1")
     texts = read_texts(args.texts, args.file)
 
-    import captum.attr  # noqa: F401  (what is missing is said before the model is read)
+    import captum.attr  # noqa: F401  (fail before loading the model if it is missing)
 
     from bert_fast.tasks.explain import explain, page
     from bert_fast.tasks.prediction import text_settings
 
     model, tokenizer, task = rows.load_task(args.model, args.device)
     settings = text_settings(model)
-    found = []
+    explanations = []
     for text in texts:
         pair = [text] if args.pair is None else [text, args.pair]
-        found.append(explain(model, task, tokenizer, pair, settings, label=args.label, steps=args.steps))
-    Path(args.output).write_text(page(found, f"{task.name}: {Path(args.model).name}"), encoding="utf-8")
-    print(f"{len(found)} texts explained", file=sys.stderr)
+        explanations.append(explain(model, task, tokenizer, pair, settings, label=args.label, steps=args.steps))
+    Path(args.output).write_text(page(explanations, f"{task.name}: {Path(args.model).name}"), encoding="utf-8")
+    print(f"{len(explanations)} texts explained", file=sys.stderr)
     print(args.output)
     return 0

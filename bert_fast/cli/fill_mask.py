@@ -1,4 +1,4 @@
-"""What could stand where a text says [MASK]."""
+"""Predict the most likely tokens for each [MASK]."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bert_fast.cli.models import load, read_texts
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument("model", type=str, help="folder of a checkpoint")
-    parser.add_argument("texts", nargs="*", type=str, help="texts with [MASK]; without any, lines are read from stdin")
-    parser.add_argument("--file", type=str | None, default=None, help="one text a line; - is stdin")
-    parser.add_argument("--top_k", type=int, default=5, help="candidates for each [MASK]")
-    parser.add_argument("--json", action="store_true", help="one JSON object a text")
-    parser.add_argument("--device", type=str, default="auto", help="auto takes CUDA where there is one")
+    parser.add_argument("texts", nargs="*", type=str, help="texts with [MASK]; read from stdin, one per line, if none")
+    parser.add_argument("--file", type=str | None, default=None, help="a file of texts, one per line; - is stdin")
+    parser.add_argument("--top_k", type=int, default=5, help="candidates per [MASK]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per text")
+    parser.add_argument("--device", type=str, default="auto", help="auto selects CUDA if it is available")
 
 
 def run(args: Any) -> int:
@@ -24,12 +24,12 @@ def run(args: Any) -> int:
 
     model, tokenizer = load("BertForMaskedLM", args.model, args.device)
     for text in texts:
-        found = fill_mask(model, tokenizer, text, top_k=args.top_k)
+        masks = fill_mask(model, tokenizer, text, top_k=args.top_k)
         if args.json:
-            print(json.dumps({"text": text, "masks": [[c._asdict() for c in choices] for choices in found]}))
+            print(json.dumps({"text": text, "masks": [[c._asdict() for c in candidates] for candidates in masks]}))
             continue
         print(text)
-        for number, choices in enumerate(found, start=1):
-            listed = "  ".join(f"{choice.token} {choice.probability:.1%}" for choice in choices)
-            print(f"  {number}: {listed}" if len(found) > 1 else f"  {listed}")
+        for number, candidates in enumerate(masks, start=1):
+            listed = "  ".join(f"{token} {probability:.1%}" for token, probability in candidates)
+            print(f"  {number}: {listed}" if len(masks) > 1 else f"  {listed}")
     return 0

@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained model on a task: your rows in, a model folder that transformers loads out."""
+"""Fine-tune a pretrained model on a task: from rows to a model folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bert_fast.finetune.config import FinetuneConfig
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument(
-        "--config", action="config", help="YAML file; --recipe NAME takes one that comes with bert_fast"
+        "--config", action="config", help="YAML file of settings; --recipe NAME selects one included in bert_fast"
     )
     parser.add_class_arguments(FinetuneConfig)
 
 
 def positional(arguments: list[str]) -> list[str]:
-    """`finetune TASK ...` as `finetune --task TASK ...`, so that the task can stand in a YAML file too."""
+    """Rewrite `finetune TASK ...` as `finetune --task TASK ...`: the task may also be set in the YAML file."""
     if arguments and not arguments[0].startswith("-"):
         return ["--task", *arguments]
     return arguments

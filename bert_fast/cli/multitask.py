@@ -1,7 +1,7 @@
-"""Fine-tune one encoder on several tasks at once: a YAML file in, a model folder a task out.
+"""Fine-tune one encoder on several tasks: from a YAML file to one model folder per task.
 
-The file names the tasks under `tasks:`, each with what `bert-fast finetune` is told about a task (task, data, options,
-text, augment, loss, metric) and, if wanted, rows and weight; what is common stands beside.
+The file lists the tasks under `tasks:`, each with the settings that `bert-fast finetune` has for a task (task, data,
+options, text, augment, loss, metric) and optionally rows and weight; shared settings are at the top level.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import sys
 from typing import Any
 
 from bert_fast._config import from_mapping
-from bert_fast.finetune.multitask_config import MultitaskConfig
+from bert_fast.finetune.config import MultitaskConfig
 
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument(
-        "--config", action="config", help="YAML file; --recipe NAME takes one that comes with bert_fast"
+        "--config", action="config", help="YAML file of settings; --recipe NAME selects one included in bert_fast"
     )
     parser.add_class_arguments(MultitaskConfig)
 
@@ -26,18 +26,18 @@ def run(args: Any) -> int:
     config = from_mapping(MultitaskConfig, values)
 
     from bert_fast.cli.rows import print_metrics
-    from bert_fast.finetune.multitask import multitask
+    from bert_fast.finetune.api import multitask
 
     result = multitask(config, report=lambda text: print(text, file=sys.stderr))
-    for name, own in result.tasks.items():
+    for name, task_result in result.tasks.items():
         for split in ("dev", "test"):
-            if split in own.metrics:
+            if split in task_result.metrics:
                 print(f"{name}, {split}")
-                print_metrics(own.metrics[split])
+                print_metrics(task_result.metrics[split])
                 print()
     run = result.metrics["run"]
     mean = result.metrics["mean"]
-    print(f"{'mean of the metrics':<22} {'not defined' if mean is None else f'{mean:.4f}'}")
+    print(f"{'mean of the metrics':<22} {'undefined' if mean is None else f'{mean:.4f}'}")
     print(f"{'steps':<22} {run['steps']}, best {run['best_step']}{', stopped early' if run['stopped_early'] else ''}")
-    print(f"{'models':<22} {', '.join(own.folder for own in result.tasks.values())}")
+    print(f"{'models':<22} {', '.join(task_result.folder for task_result in result.tasks.values())}")
     return 0

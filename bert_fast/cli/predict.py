@@ -1,4 +1,4 @@
-"""Predictions of a fine-tuned model, packed without padding."""
+"""Predict with a fine-tuned model, packed without padding."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("model", type=str, help="folder that bert-fast finetune wrote")
-    parser.add_argument("texts", nargs="*", type=str, help="texts; without any and without --file, stdin is read")
+    parser.add_argument("model", type=str, help="folder written by bert-fast finetune")
+    parser.add_argument("texts", nargs="*", type=str, help="texts; read from --file, or stdin, if none")
     parser.add_argument(
-        "--file", type=str | None, default=None, help="rows: csv, tsv, jsonl, json, parquet, conll, txt; - is stdin"
+        "--file",
+        type=str | None,
+        default=None,
+        help="file of rows: csv, tsv, jsonl, json, parquet, conll, txt; - is stdin",
     )
     parser.add_argument(
         "--output",
         type=str | None,
         default=None,
-        help=f"a file ending in {', '.join(rows.FORMATS)}; JSON lines on stdout if none",
+        help=f"output file, {', '.join(rows.FORMATS)}; JSON lines on stdout if not set",
     )
     rows.add_row_arguments(parser)
 
@@ -38,8 +41,8 @@ def run(args: Any) -> int:
 
     columns = choose_columns(table, task.roles, args.columns, training=False)
     inputs = {role.name: columns[role.name] for role in task.roles if not role.target and role.name in columns}
-    table = rows.settle(args, task, table, inputs)
-    rows.write_predictions(task, table, inputs, rows.predictions_of(args, loaded, table, inputs), args.output)
+    table = rows.handle_empty(args, task, table, inputs)
+    rows.write_predictions(task, table, inputs, rows.predict_rows(args, loaded, table, inputs), args.output)
     return 0
 
 
@@ -48,13 +51,13 @@ def _table(args: Any, task: Task) -> Table:
 
     if args.texts:
         if args.file is not None:
-            raise ValueError("texts and --file came; expected one of them")
+            raise ValueError("texts and --file are both given; expected one of them")
         return Table({"text": list(args.texts)}, "arguments")
     if args.file not in (None, "-"):
         return task.read(args.file, args.names)
     lines = [(number, line) for number, line in enumerate(sys.stdin.read().splitlines(), 1) if line.strip()]
     if not lines:
-        raise ValueError("no text given; give texts as arguments, --file FILE, or lines on stdin")
+        raise ValueError("no texts; give them as arguments, with --file FILE, or as lines on stdin")
     numbers = [number for number, _ in lines]
     if not lines[0][1].lstrip().startswith("{"):
         return Table({"text": [line for _, line in lines]}, "stdin", numbers, "line")
@@ -63,6 +66,6 @@ def _table(args: Any, task: Task) -> Table:
         try:
             objects.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"stdin, line {number}: not a JSON object; the first line is one ({error})") from error
+            raise ValueError(f"stdin, line {number}: not a JSON object, unlike the first line ({error})") from error
     names = list(dict.fromkeys(name for row in objects for name in row))
     return Table({name: [row.get(name) for row in objects] for name in names}, "stdin", numbers, "line")

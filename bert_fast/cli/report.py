@@ -1,4 +1,4 @@
-"""Curves of pretraining runs, one or several beside each other, or the page of a fine-tuning run, as HTML."""
+"""Write the HTML report of one or more pretraining runs, or of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import Any
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("folders", nargs="+", type=str, help="of pretraining runs, or of one fine-tuning run")
+    parser.add_argument(
+        "folders", nargs="+", type=str, help="folders of pretraining runs to compare, or of one fine-tuning run"
+    )
     parser.add_argument(
         "--output",
         type=str | None,
         default=None,
-        help="of pretraining runs; report.html in the first folder",
+        help="HTML file of pretraining runs; default: report.html in the first folder",
     )
-    parser.add_argument("--png", type=str | None, default=None, help="a folder for the curves as pictures")
+    parser.add_argument(
+        "--png", type=str | None, default=None, help="folder for the curves of pretraining runs as PNG files"
+    )
 
 
 def run(args: Any) -> int:
@@ -28,6 +32,8 @@ def run(args: Any) -> int:
             print(path)
         return 0
     if args.output or args.png:
-        raise ValueError(f"--output and --png are for pretraining runs; {folders[0]} is none")
+        raise ValueError(
+            f"--output and --png are set; expected only with pretraining runs, and {folders[0]} is not one"
+        )
     print(write_report(folders[0]))
     return 0

@@ -1,4 +1,4 @@
-"""What the commands of fine-tuned models share: the model with its task, rows in, predictions and metrics out."""
+"""Shared code of the commands for fine-tuned models: loading model and task, reading rows, writing results."""
 
 from __future__ import annotations
 
@@ -17,52 +17,57 @@ if TYPE_CHECKING:
     from bert_fast.tasks.task import Task
 
 FORMATS = (".jsonl", ".csv")
-_MOST_LABELS = 20  # more do not fit on a screen as a matrix
+_MAX_LABELS = 20  # a larger confusion matrix does not fit on a screen
 
 
 def add_row_arguments(parser: Any) -> None:
-    """The options of every command that reads rows for a fine-tuned model."""
+    """Add the options of commands that read rows for a fine-tuned model."""
     parser.add_argument(
-        "--columns", type=dict[str, str] | None, default=None, help="role: column, where the names are not the usual"
+        "--columns", type=dict[str, str] | None, default=None, help="role: column, for columns without a common name"
     )
     parser.add_argument(
-        "--names", type=list[str] | None, default=None, help="the columns of a .csv or .tsv file without a header"
+        "--names", type=list[str] | None, default=None, help="column names of a .csv or .tsv file without a header"
     )
     parser.add_argument(
-        "--empty", type=Literal["refuse", "drop", "fill"], default="refuse", help="what is done with rows without text"
+        "--empty",
+        type=Literal["refuse", "drop", "fill"],
+        default="refuse",
+        help="refuse, drop or fill rows without text",
     )
     parser.add_argument(
         "--options",
         type=dict[str, Any] | None,
         default=None,
-        help="settings of the task in place of those of the training, as null_threshold, threshold, n_best",
+        help="override options of the task, such as null_threshold, threshold, n_best",
     )
-    parser.add_argument("--fill", type=str, default="[UNK]", help="the text that is put in with --empty fill")
-    parser.add_argument("--batch_tokens", type=int, default=8192, help="texts of like length are packed up to this")
-    parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="bf16 is autocast")
-    parser.add_argument("--device", type=str, default="auto", help="auto takes CUDA where there is one")
+    parser.add_argument("--fill", type=str, default="[UNK]", help="text of empty rows with --empty fill")
+    parser.add_argument(
+        "--batch_tokens", type=int, default=8192, help="maximum tokens of a batch of texts of similar length"
+    )
+    parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="fp32, or bf16 autocast")
+    parser.add_argument("--device", type=str, default="auto", help="auto selects CUDA if it is available")
 
 
 def check_output(output: str | None) -> None:
-    """ValueError unless `output` is None or ends as a format that can be written; before anything is computed."""
+    """Raise ValueError, before anything is computed, if the suffix of `output` is not a supported format."""
     if output is not None and Path(output).suffix not in FORMATS:
-        raise ValueError(f"--output is {output!r}; expected a name ending in {', '.join(FORMATS)}")
+        raise ValueError(f"--output is {output!r}; expected a file name ending in {', '.join(FORMATS)}")
 
 
 def load_task(folder: str, device: str, options: Mapping[str, Any] | None = None) -> tuple[Any, Any, Task]:
-    """The model that bert-fast finetune wrote to `folder`, in eval mode; its tokenizer; its task with `options`."""
+    """Load a fine-tuned model in eval mode, its tokenizer, and its task; `options` override those of the training."""
     from bert_fast.tasks.task import task_from_config
 
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; expected the folder that bert-fast finetune wrote")
+        raise FileNotFoundError(f"{path} does not exist; expected a folder written by bert-fast finetune")
     task = task_from_config(json.loads(path.read_text(encoding="utf-8")), options)
     model, tokenizer = load(task.model_class, folder, device)
     return model, tokenizer, task
 
 
-def predictions_of(args: Any, loaded: tuple[Any, Any, Task], table: Table, columns: Mapping[str, str]) -> list[Any]:
-    """The predictions for `table`, with a progress bar on a terminal."""
+def predict_rows(args: Any, loaded: tuple[Any, Any, Task], table: Table, columns: Mapping[str, str]) -> list[Any]:
+    """Predict the rows of `table`, with a progress bar on a terminal."""
     from bert_fast._progress import ProgressBar
     from bert_fast.tasks.prediction import predict
 
@@ -80,28 +85,28 @@ def predictions_of(args: Any, loaded: tuple[Any, Any, Task], table: Table, colum
         )
 
 
-def settle(args: Any, task: Task, table: Table, columns: Mapping[str, str]) -> Table:
-    """`table` with its empty texts settled as --empty says."""
-    from bert_fast.tasks.io.columns import describe, settle_empty
+def handle_empty(args: Any, task: Task, table: Table, columns: Mapping[str, str]) -> Table:
+    """Refuse, drop or fill the rows without text, as --empty says."""
+    from bert_fast.tasks.io.columns import describe_columns, handle_empty_texts
 
-    print(describe(table, columns), file=sys.stderr)
+    print(describe_columns(table, columns), file=sys.stderr)
     texts = [columns[role] for role in task.text_roles if role in columns]
-    table, _, said = settle_empty(table, texts, args.empty, args.fill)
-    if said:
-        print(said, file=sys.stderr)
+    table, message = handle_empty_texts(table, texts, args.empty, args.fill)
+    if message:
+        print(message, file=sys.stderr)
     return table
 
 
 def write_predictions(
     task: Task, table: Table, columns: Mapping[str, str], predictions: Sequence[Any], output: str | None
 ) -> None:
-    """A line a row: its number in the source, what the model read, what it predicts. JSON lines on stdout if None."""
+    """Write one line per row: its number in the source, the inputs and the prediction; JSON lines on stdout if None."""
     inputs = [columns[role.name] for role in task.roles if not role.target and role.name in columns]
     lines = [
         {"row": table.numbers[row], **{name: table[name][row] for name in inputs}, **prediction}
         for row, prediction in enumerate(predictions)
     ]
-    with _opened(output) as file:
+    with _open_output(output) as file:
         if output is not None and output.endswith(".csv"):
             writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
             writer.writeheader()
@@ -115,7 +120,7 @@ def _cell(value: Any) -> Any:
 
 
 @contextmanager
-def _opened(output: str | None) -> Iterator[Any]:
+def _open_output(output: str | None) -> Iterator[Any]:
     if output is None:
         yield sys.stdout
         return
@@ -124,10 +129,10 @@ def _opened(output: str | None) -> Iterator[Any]:
 
 
 def print_metrics(metrics: Mapping[str, Any], prefix: str = "") -> None:
-    """The numbers, the table of the classes and the confusion matrix, where there are such."""
+    """Print the scalar metrics, the metrics per class and the confusion matrix, as far as present."""
     for name, value in metrics.items():
         if value is None or isinstance(value, (int, float)):
-            shown = "not defined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+            shown = "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
             print(f"{prefix + name:<22} {shown}")
     classes = metrics.get("per_class") or {}
     if classes:
@@ -138,9 +143,9 @@ def print_metrics(metrics: Mapping[str, Any], prefix: str = "") -> None:
                 f"{label:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['support']:7}"
             )
     matrix, labels = metrics.get("confusion_matrix"), metrics.get("labels") or []
-    if matrix and len(labels) <= _MOST_LABELS:
+    if matrix and len(labels) <= _MAX_LABELS:
         width = max(len(label) for label in labels)
-        wide = max([4, *(len(str(count)) for row in matrix for count in row)])
-        print("\nconfusion matrix: a line for each true class, predicted classes in the same order")
+        digits = max([4, *(len(str(count)) for row in matrix for count in row)])
+        print("\nconfusion matrix: one row per true class, one column per predicted class")
         for label, row in zip(labels, matrix, strict=True):
-            print(f"{label:<{width}}  " + " ".join(f"{count:{wide}}" for count in row))
+            print(f"{label:<{width}}  " + " ".join(f"{count:{digits}}" for count in row))

@@ -1,7 +1,7 @@
-"""Fine-tune with every combination of a grid of settings, each on k folds if wanted, and say which is best.
+"""Fine-tune with every combination of a grid of settings, optionally with cross-validation, and rank the results.
 
-Takes all settings of `bert-fast finetune`, and --grid '{"optimizer.lr": [2e-5, 5e-5], "seed": [0, 1]}', or the same
-under `grid:` in the file that --config names.
+Accepts all settings of `bert-fast finetune`, and --grid '{"optimizer.lr": [2e-5, 5e-5], "seed": [0, 1]}', or the same
+under `grid:` in the file of --config.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ from bert_fast.finetune.config import FinetuneConfig
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--config", action="config", help="YAML file")
-    parser.add_argument("--grid", type=dict[str, list[Any]], default={}, help="setting: list of its values")
-    parser.add_argument("--folds", type=int, default=0, help="cross-validation over so many parts of data.train")
-    parser.add_argument("--keep", type=Literal["best", "all"], default="best", help="whose weights stay")
+    parser.add_argument("--config", action="config", help="YAML file of settings")
+    parser.add_argument("--grid", type=dict[str, list[Any]], default={}, help="dotted setting: list of values")
+    parser.add_argument("--folds", type=int, default=0, help="cross-validation with this many folds of data.train")
+    parser.add_argument(
+        "--keep",
+        type=Literal["best", "all"],
+        default="best",
+        help="keep the weights of the best combination, or of all runs",
+    )
     parser.add_class_arguments(FinetuneConfig)
 
 
@@ -28,13 +33,13 @@ def run(args: Any) -> int:
     grid, folds, keep = (values.pop(name) for name in ("grid", "folds", "keep"))
     config = from_mapping(FinetuneConfig, values)
 
-    from bert_fast.finetune.sweep import ranked, said, sweep
+    from bert_fast.finetune.grid import ranked, settings_text, sweep
 
     result = sweep(config, grid, folds=folds, keep=keep, report=lambda text: print(text, file=sys.stderr))
-    print(f"dev {result['metric']}{f', mean and deviation of {folds} folds' if folds else ''}")
-    for one in ranked(result):
-        mean = "not defined" if one["mean"] is None else f"{one['mean']:.4f}"
-        deviation = f" ± {one['std']:.4f}" if folds and one["std"] is not None else ""
-        print(f"{mean}{deviation}  {one['folders'][0]}  {said(one['settings'])}")
+    print(f"dev {result['metric']}{f', mean and standard deviation of {folds} folds' if folds else ''}")
+    for run in ranked(result):
+        mean = "undefined" if run["mean"] is None else f"{run['mean']:.4f}"
+        deviation = f" ± {run['std']:.4f}" if folds and run["std"] is not None else ""
+        print(f"{mean}{deviation}  {run['folders'][0]}  {settings_text(run['settings'])}")
     print(f"{config.output_dir}/sweep.json")
     return 0

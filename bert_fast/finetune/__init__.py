@@ -1,1 +1,40 @@
-"""Fine-tuning: configuration, API, data, loop, task runs, models, report, sweep, multitask."""
+"""Fine-tuning: settings, public functions, data, loop, task runs, models, report and grid search."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bert_fast.finetune.api import FinetuneResult, MultitaskResult, finetune, multitask
+    from bert_fast.finetune.config import (
+        BatchOptions,
+        FinetuneConfig,
+        FinetuneOptimizer,
+        LossSettings,
+        MultitaskConfig,
+        TableOptions,
+        TaskSettings,
+    )
+    from bert_fast.finetune.grid import sweep
+
+__all__ = [
+    "BatchOptions",
+    "FinetuneConfig",
+    "FinetuneOptimizer",
+    "FinetuneResult",
+    "LossSettings",
+    "MultitaskConfig",
+    "MultitaskResult",
+    "TableOptions",
+    "TaskSettings",
+    "finetune",
+    "multitask",
+    "sweep",
+]
+_MODULES = {"FinetuneResult": "api", "MultitaskResult": "api", "finetune": "api", "multitask": "api", "sweep": "grid"}
+
+
+def __getattr__(name: str) -> Any:
+    # The settings are imported without torch, which the help of the commands need not wait for.
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'config')}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,11 @@
-"""What a fine-tuning run is told: typed dataclasses, checked once, without importing torch."""
+"""The settings of fine-tuning, on one task or several: typed dataclasses, checked once, without importing torch."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from bert_fast._config import check as _check
@@ -12,24 +13,26 @@ from bert_fast._config import check_choices as _check_choices
 from bert_fast._config import check_fraction as _check_fraction
 from bert_fast.tasks.settings import AugmentSettings, TextSettings
 
+TEMPERATURES = {"proportional": 1.0, "square-root": 2.0, "uniform": float("inf")}
+_NAME = re.compile(r"\w[\w-]*")
+
 
 @dataclass(frozen=True)
 class TableOptions:
-    """Where the rows come from.
+    """The data of a run and its splits.
 
     Args:
         train: a file, a folder or `datasets:NAME`; see bert_fast.tasks.io.sources for the formats.
-        dev: to judge by while training; held out of train if none.
-        test: judged once, at the end, by the best model.
-        dev_fraction: share of train that is held out where there is no dev, of each class alike; of questions, whole
-            contexts.
-        folds: in place of dev_fraction, train is cut into so many parts of the same kind; 0 for none.
-        fold: the part that is dev, counted from 0. `bert-fast sweep --folds` goes through them.
-        columns: which column plays which role (text, text_pair, label ...); guessed from usual names if none.
-        names: the columns of a .csv or .tsv file whose first line is a row.
-        empty: rows without text are refused, dropped, or filled.
-        fill: the text that is put in with empty=fill.
-        max_rows: read at most so many rows of train, to try something out; 0 reads all.
+        dev: evaluated during training; held out of train if None.
+        test: evaluated once, at the end, with the best model.
+        dev_fraction: share of train held out if dev is None, stratified by class; for questions, whole contexts.
+        folds: split train into this many folds in place of dev_fraction; 0 disables it.
+        fold: the fold used as dev, counted from 0. `bert-fast sweep --folds` runs them all.
+        columns: role (text, text_pair, label ...) -> column; guessed from common column names if empty.
+        names: the column names of a .csv or .tsv file without a header.
+        empty: what happens to rows without text: refuse (an error), drop or fill.
+        fill: the text that replaces an empty one with empty=fill.
+        max_rows: use at most this many rows of train; 0 uses all.
     """
 
     train: str
@@ -48,24 +51,33 @@ class TableOptions:
         _check_choices(self)
         _check(bool(self.train), "data.train is empty; expected a file, a folder or datasets:NAME")
         _check(0.0 < self.dev_fraction < 1.0, f"data.dev_fraction is {self.dev_fraction}; expected between 0 and 1")
-        _check(self.folds == 0 or self.folds > 1, f"data.folds is {self.folds}; expected 0 (none), or 2 and more")
-        _check(0 <= self.fold <= max(self.folds - 1, 0), f"data.fold is {self.fold} of {self.folds}, counted from 0")
-        _check(not (self.folds and self.dev), "data.folds and data.dev came; the folds are parts of data.train")
+        _check(self.folds == 0 or self.folds > 1, f"data.folds is {self.folds}; expected 0 (none), or 2 or more")
+        _check(
+            0 <= self.fold <= max(self.folds - 1, 0),
+            f"data.fold is {self.fold}; expected 0 to data.folds - 1, {self.folds - 1}",
+        )
+        _check(
+            not (self.folds and self.dev),
+            "data.folds and data.dev are both set; leave data.dev out: the folds split data.train",
+        )
         _check(self.max_rows >= 0, f"data.max_rows is {self.max_rows}; expected 0 (all) or more")
-        _check(self.empty != "fill" or bool(self.fill.strip()), "data.fill is empty; expected a text to put in")
+        _check(
+            self.empty != "fill" or bool(self.fill.strip()),
+            "data.fill is empty; expected a text, since data.empty is fill",
+        )
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How examples are put together.
+    """How examples are batched.
 
     Args:
-        rows: examples of a micro-batch.
-        tokens: in place of rows, at most so many tokens; there is no padding in them.
-        accumulation: micro-batches a step; the loss is the mean over the whole step.
-        bucket: examples are shuffled, then sorted by length within so many micro-batches, so that a batch holds like
-            lengths; 0 leaves them shuffled. Our own models compute no padding and need none.
-        eval_tokens: most tokens of a batch of the evaluation.
+        rows: examples per micro-batch.
+        tokens: limit micro-batches by tokens, in place of rows; they contain no padding.
+        accumulation: micro-batches per optimizer step; the loss is the mean over the step.
+        bucket: shuffle, then sort by length within windows of this many micro-batches, so that batches hold examples
+            of similar length; 0 only shuffles. bert_fast's models compute no padding and don't need it.
+        eval_tokens: maximum tokens of an evaluation batch.
     """
 
     rows: int = 16
@@ -82,21 +94,21 @@ class BatchOptions:
 
 @dataclass(frozen=True)
 class FinetuneOptimizer:
-    """How the weights are updated, by AdamW.
+    """AdamW and its learning-rate schedule.
 
     Args:
-        lr: learning rate of the head, at the end of the warm-up.
-        warmup_steps: steps over which lr rises linearly from 0; below 1, a fraction of all steps.
-        decay: linear or cosine to 0 at the last step; constant stays.
-        layer_decay: each layer below the head has the learning rate of the one above times this; 1 for the same.
-        weight_decay: decoupled; biases and LayerNorm weights have none.
+        lr: peak learning rate of the head.
+        warmup_steps: steps of linear warm-up from 0; a value below 1 is a fraction of all steps.
+        decay: linear or cosine decay to 0 at the last step, or constant.
+        layer_decay: the learning rate of each layer is that of the layer above times this; 1 uses one rate.
+        weight_decay: decoupled weight decay; biases and LayerNorm weights have none.
         betas: decay rates of the two moments.
         eps: added to the denominator.
         max_grad_norm: clip the global gradient norm to this; 0 does not clip.
-        freeze_embeddings: leave the embeddings as they are.
-        freeze_layers: leave the first so many layers as they are (and the embeddings with them).
-        unfreeze_epochs: gradual unfreezing (Howard and Ruder, 2018): only the head learns at first; after each so many
-            epochs one more layer does, from the top, the embeddings last. 0 for none.
+        freeze_embeddings: do not train the embeddings.
+        freeze_layers: do not train the first this many layers and the embeddings.
+        unfreeze_epochs: gradual unfreezing (Howard and Ruder, 2018): train only the head at first, and unfreeze one
+            more layer every this many epochs, from the top, the embeddings last; 0 disables it.
     """
 
     lr: float = 3e-5
@@ -116,12 +128,15 @@ class FinetuneOptimizer:
         _check(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr is {self.lr}; expected a positive number")
         _check(
             self.warmup_steps >= 0 and (self.warmup_steps < 1 or float(self.warmup_steps).is_integer()),
-            f"optimizer.warmup_steps is {self.warmup_steps}; expected whole steps, or a fraction below 1",
+            f"optimizer.warmup_steps is {self.warmup_steps}; expected an integer, or a fraction below 1",
         )
-        _check(0 < self.layer_decay <= 1, f"optimizer.layer_decay is {self.layer_decay}; expected more than 0, to 1")
+        _check(
+            0 < self.layer_decay <= 1,
+            f"optimizer.layer_decay is {self.layer_decay}; expected more than 0 and at most 1",
+        )
         _check(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"optimizer.betas are {self.betas}; expected two numbers from 0 up to 1",
+            f"optimizer.betas are {self.betas}; expected two numbers in [0, 1)",
         )
         for name in ("weight_decay", "max_grad_norm", "freeze_layers", "unfreeze_epochs"):
             _check(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; expected 0 or more")
@@ -130,14 +145,14 @@ class FinetuneOptimizer:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What is done about classes that are rare or too easy.
+    """Class weights, focal loss, label smoothing and resampling.
 
     Args:
-        class_weights: none, balanced (rows / (classes * rows of the class)), or a number for each class, in the order
-            of the labels.
-        focal_gamma: > 0 for the focal loss: what is predicted well counts less.
-        label_smoothing: share of the target that is spread over all classes.
-        resample: balanced draws each epoch's rows with replacement, every class as often.
+        class_weights: none, balanced (rows / (classes * rows of the class)), or one number per class, in the order of
+            the labels.
+        focal_gamma: exponent of the focal loss, which weights well-classified examples less; 0 disables it.
+        label_smoothing: share of the target probability spread over all classes.
+        resample: balanced draws the rows of each epoch with replacement, every class equally often.
     """
 
     class_weights: Literal["none", "balanced"] | list[float] = "none"
@@ -147,10 +162,12 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.class_weights, Sequence) and not isinstance(self.class_weights, str):
-            good = all(weight > 0 and math.isfinite(weight) for weight in self.class_weights)
-            _check(good, f"loss.class_weights are {self.class_weights}; expected positive numbers")
+            positive = all(weight > 0 and math.isfinite(weight) for weight in self.class_weights)
+            _check(positive, f"loss.class_weights are {self.class_weights}; expected positive numbers")
         elif self.class_weights not in ("none", "balanced"):
-            raise ValueError(f"loss.class_weights is {self.class_weights!r}; expected none, balanced or a list")
+            raise ValueError(
+                f"loss.class_weights is {self.class_weights!r}; expected none, balanced or a list of numbers"
+            )
         _check_choices(self)
         _check(self.focal_gamma >= 0, f"loss.focal_gamma is {self.focal_gamma}; expected 0 or more")
         _check_fraction("loss.label_smoothing", self.label_smoothing)
@@ -158,35 +175,35 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A fine-tuning run.
+    """The settings of a fine-tuning run.
 
     Args:
         task: classification, multi-label, regression, token-classification, question-answering, multiple-choice or
             sentence-embedding.
-        model: folder of a checkpoint to start from, with its tokenizer.
-        output_dir: folder of the result; it appears when the run is done, and not before.
-        data: the rows.
-        text: how texts become tokens.
-        augment: how training rows are changed in each epoch; not at all by default.
+        model: folder of the pretrained checkpoint and its tokenizer.
+        output_dir: folder of the result; it is written as a whole at the end of the run.
+        data: the data and its splits.
+        text: how texts are tokenized.
+        augment: data augmentation of the training rows; off by default.
         options: the task's own settings.
-        batch: how examples are put together.
-        optimizer: how the weights are updated.
-        loss: weights of classes, focal loss, smoothing, resampling.
+        batch: how examples are batched.
+        optimizer: AdamW and its schedule.
+        loss: class weights, focal loss, label smoothing, resampling.
         epochs: passes over the training rows.
-        steps: in place of epochs, optimizer steps.
-        eval_steps: steps between two evaluations on dev; 0 evaluates after each epoch.
-        patience: stop after so many evaluations without a better metric; 0 never does.
-        metric: what drives patience and keep_best; the task's own main metric if none.
-        keep_best: the result is the model of the best evaluation, not of the last step.
-        dropout: in place of the configuration's hidden_dropout_prob and attention_probs_dropout_prob.
-        classifier_dropout: in place of the configuration's, before the head.
+        steps: optimizer steps, in place of epochs.
+        eval_steps: steps between evaluations on dev; 0 evaluates after each epoch.
+        patience: stop after this many evaluations without improvement; 0 never stops early.
+        metric: the metric that patience and keep_best use; the task's main metric if None.
+        keep_best: return the model of the best evaluation instead of the last step.
+        dropout: overrides hidden_dropout_prob and attention_probs_dropout_prob of the checkpoint.
+        classifier_dropout: overrides the dropout before the head.
         precision: fp32, or bf16 autocast with fp32 weights.
-        device: auto takes CUDA where there is one.
-        seed: of the head, the dropout, the split and the order of the rows.
-        log_interval: steps between two lines of the log.
+        device: auto selects CUDA if it is available.
+        seed: seeds the head, dropout, the split and the order of the rows.
+        log_interval: steps between log lines.
         progress: show a progress bar.
-        report: write report.html too: curves, confusion matrix, calibration, worst mistakes. Needs matplotlib.
-        overwrite: replace output_dir where it is there.
+        report: write report.html: curves, confusion matrix, calibration, worst mistakes. Requires matplotlib.
+        overwrite: replace output_dir if it exists.
     """
 
     task: str
@@ -226,3 +243,117 @@ class FinetuneConfig:
             _check(value >= least, f"{name} is {value}; expected at least {least}")
         _check_fraction("dropout", self.dropout)
         _check_fraction("classifier_dropout", self.classifier_dropout)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """The settings of one task of a multi-task run; `bert-fast finetune --help` explains each.
+
+    Args:
+        task: classification, token-classification ...; several tasks may be of the same kind.
+        data: its data and splits.
+        options: the task's own settings.
+        text: overrides the run's.
+        augment: data augmentation of its training rows.
+        loss: class weights, focal loss, label smoothing, resampling.
+        metric: its metric in the mean over tasks; the task's main metric if None.
+        rows: examples per micro-batch; overrides the run's batch.rows.
+        weight: factor of its loss.
+    """
+
+    task: str
+    data: TableOptions
+    options: dict[str, Any] = field(default_factory=dict)
+    text: TextSettings | None = None
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    metric: str | None = None
+    rows: int | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.rows is None or self.rows >= 1, f"rows is {self.rows}; expected at least 1")
+        _check(self.weight > 0, f"weight is {self.weight}; expected more than 0")
+
+
+@dataclass(frozen=True)
+class MultitaskConfig:
+    """The settings of a fine-tuning run on several tasks that share the embeddings and layers of one encoder.
+
+    Args:
+        tasks: name -> settings. The result of each task is a folder of that name.
+        model: folder of the pretrained checkpoint and its tokenizer.
+        output_dir: folder of the results; it is written as a whole at the end of the run.
+        sampling: how often each task is sampled: in proportion to its number of batches (an epoch is then one pass
+            over the rows of all tasks), to the square root of that number, or uniformly.
+        temperature: overrides sampling: in proportion to the number of batches to the power of 1 / temperature.
+        text: how texts are tokenized, unless the task overrides it.
+        batch: how examples are batched; a micro-batch belongs to one task, the micro-batches of a step to any.
+        optimizer: AdamW and its schedule.
+        epochs: an epoch has as many batches as all tasks have in total.
+        steps: optimizer steps, in place of epochs.
+        eval_steps: steps between evaluations on dev; 0 evaluates after each epoch.
+        patience: stop after this many evaluations without a better mean of the tasks' metrics; 0 never stops early.
+        keep_best: return the model of the best evaluation instead of the last step.
+        dropout: overrides hidden_dropout_prob and attention_probs_dropout_prob of the checkpoint.
+        classifier_dropout: overrides the dropout before the heads.
+        precision: fp32, or bf16 autocast with fp32 weights.
+        device: auto selects CUDA if it is available.
+        seed: seeds the heads, dropout, the splits and the order of tasks and rows.
+        log_interval: steps between log lines.
+        progress: show a progress bar.
+        report: write report.html for the run and each task. Requires matplotlib.
+        overwrite: replace output_dir if it exists.
+    """
+
+    tasks: dict[str, TaskSettings]
+    model: str
+    output_dir: str
+    sampling: Literal["proportional", "square-root", "uniform"] = "proportional"
+    temperature: float | None = None
+    text: TextSettings = field(default_factory=TextSettings)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+    optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
+    epochs: float = 3.0
+    steps: int | None = None
+    eval_steps: int = 0
+    patience: int = 0
+    keep_best: bool = True
+    dropout: float | None = None
+    classifier_dropout: float | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    seed: int = 0
+    log_interval: int = 10
+    progress: bool = True
+    report: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check(bool(self.tasks), "tasks is empty; expected a name and settings for each task")
+        for name in self.tasks:
+            valid = _NAME.fullmatch(name) is not None
+            _check(valid, f"tasks has the name {name!r}; expected letters, digits, _ and -, since it names a folder")
+        temperature = self.temperature
+        _check(temperature is None or temperature > 0, f"temperature is {temperature}; expected more than 0")
+        self.task_configs()
+
+    def task_configs(self) -> dict[str, FinetuneConfig]:
+        """The settings of each task as a run on that task alone has them."""
+        task_fields = {item.name for item in fields(TaskSettings)} - {"rows", "weight", "text"}
+        run_fields = {item.name for item in fields(FinetuneConfig)} & {item.name for item in fields(self)} - task_fields
+        shared = {name: getattr(self, name) for name in run_fields}
+        configs = {}
+        for name, task in self.tasks.items():
+            settings = {**shared, **{key: getattr(task, key) for key in task_fields}}
+            settings["output_dir"] = f"{self.output_dir}/{name}"
+            settings["text"] = task.text or self.text
+            if task.rows is not None:
+                settings["batch"] = replace(self.batch, rows=task.rows)
+            configs[name] = FinetuneConfig(**settings)
+        return configs
+
+    def sampling_temperature(self) -> float:
+        """`temperature` if it is set, else that of `sampling`."""
+        return TEMPERATURES[self.sampling] if self.temperature is None else self.temperature

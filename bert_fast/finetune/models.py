@@ -1,4 +1,4 @@
-"""The models of fine-tuning: from a checkpoint, from the user, and several on one encoder."""
+"""The models of fine-tuning: loaded from a checkpoint, passed by the user, and several on one encoder."""
 
 from __future__ import annotations
 
@@ -13,92 +13,91 @@ from bert_fast.models import BertConfig
 from bert_fast.tasks.task import CONFIG_KEY, Task, task_entry
 
 _SHARED = ("embeddings", "embeddings_project", "encoder")
+_HEAD_DROPOUTS = ("qa_dropout", "seq_classif_dropout", "summary_last_dropout")
 
 
 def config_entry(config: FinetuneConfig, task: Task) -> dict[str, Any]:
-    """What config.json says about the task: enough to predict."""
+    """The entry of the task in config.json: what prediction needs."""
     return {**task_entry(task), "text": asdict(config.text)}
-
-
-_HEAD_DROPOUTS = ("qa_dropout", "seq_classif_dropout", "summary_last_dropout")
 
 
 def build_model(config: FinetuneConfig, task: Task, report: Callable[[str], None] = print) -> nn.Module:
     """The model of the task's class from the checkpoint `config.model`.
 
-    A head of another task, another pooling or another number of labels is made anew, and `report` says so.
+    A head for another task, pooling or number of labels is initialized randomly, and `report` is told so.
 
     Raises:
-        ValueError: the checkpoint is damaged, or has fewer positions than text.max_length.
+        ValueError: the checkpoint is damaged, or has no dropout where classifier_dropout sets one.
     """
     import bert_fast.models
 
     kind: Any = getattr(bert_fast.models, task.model_class)
     settings: Any = BertConfig.from_pretrained(config.model)
-    before = settings.extra
-    kept = {name: value for name, value in before.items() if name != "classifier_pooling"}
+    extra = settings.extra
+    other_extra = {name: value for name, value in extra.items() if name != "classifier_pooling"}
     changes: dict[str, Any] = {
         **task.model_config(),
-        "extra": {**kept, **task.head_config(), CONFIG_KEY: config_entry(config, task)},
+        "extra": {**other_extra, **task.head_config(), CONFIG_KEY: config_entry(config, task)},
     }
     if config.dropout is not None:
         changes |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), config.dropout)
     if config.classifier_dropout is not None:
         if task.model_class == "BertForTokenClassification" and "classifier_dropout" in settings.architecture.fixed:
-            raise ValueError(f"classifier_dropout came, and {settings.model_type} has none for tokens; set dropout")
-        # DistilBERT and ELECTRA have settings of their own for some heads.
-        own = [name for name in _HEAD_DROPOUTS if name in settings.architecture.defaults]
-        changes["extra"] |= dict.fromkeys(own, config.classifier_dropout)
+            raise ValueError(
+                f"classifier_dropout is {config.classifier_dropout}; expected None: {settings.model_type} has none for "
+                "token-classification, set dropout instead"
+            )
+        # DistilBERT and ELECTRA name the dropout of some heads differently.
+        names = [name for name in _HEAD_DROPOUTS if name in settings.architecture.defaults]
+        changes["extra"] |= dict.fromkeys(names, config.classifier_dropout)
         changes["classifier_dropout"] = config.classifier_dropout
     settings = settings.replace(**changes)
-    said = other_head(before, task)
-    if said:
-        report(f"{config.model}: {said}; it is made anew")
+    mismatch = head_mismatch(extra, task)
+    if mismatch:
+        report(f"{config.model}: {mismatch}; the head is initialized randomly")
     model: nn.Module = kind.from_pretrained(
-        config.model, config=settings, ignore_mismatched_sizes=True, new_head=bool(said)
+        config.model, config=settings, ignore_mismatched_sizes=True, new_head=bool(mismatch)
     )
     return model
 
 
-def other_head(before: Mapping[str, Any], task: Task) -> str:
-    """In which way the head of a checkpoint that was fine-tuned here is of another kind than that of `task`, or "".
+def head_mismatch(extra: Mapping[str, Any], task: Task) -> str:
+    """Why the head of a checkpoint fine-tuned by bert_fast can't be reused for `task`; "" if it can.
 
     Args:
-        before: what config.json of the checkpoint has beside BERT's settings.
+        extra: the entries of the checkpoint's config.json that BERT itself does not have.
     """
-    entry = before.get(CONFIG_KEY)
+    entry = extra.get(CONFIG_KEY)
     if not isinstance(entry, Mapping):
         return ""
     if entry["name"] != task.name:
-        return f"its head is of the task {entry['name']}"
-    pooling, wanted = (found.get("classifier_pooling", "cls") for found in (before, task.head_config()))
-    return "" if pooling == wanted else f"its head is one for the pooling {pooling}, and {wanted} is wanted"
+        return f"the checkpoint has a head for the task {entry['name']}"
+    pooling, requested = (config.get("classifier_pooling", "cls") for config in (extra, task.head_config()))
+    return "" if pooling == requested else f"the checkpoint has a head for pooling {pooling}, expected {requested}"
 
 
 def adopt_model(model: nn.Module, config: FinetuneConfig, task: Task) -> nn.Module:
-    """Write the task into the configuration of a model that the user made (transformers', fused or not).
+    """Write the task into the configuration of a model passed by the user (from transformers, fused or not).
 
     Raises:
-        ValueError: its head has another number of labels than the data.
+        ValueError: its head has another number of labels than the data, or is of another kind than the task's.
     """
     settings: Any = model.config
-    wanted = task.model_config()
-    count = wanted.get("num_labels")
+    required = task.model_config()
+    count = required.get("num_labels")
     if count is not None and count != settings.num_labels:
-        raise ValueError(
-            f"the model has {settings.num_labels} labels and the training rows have {count}; make it with {count}"
-        )
-    for name, value in wanted.items():
+        raise ValueError(f"model has {settings.num_labels} labels; expected {count}, the labels of the training rows")
+    for name, value in required.items():
         if name != "num_labels":  # transformers derives it from id2label
             setattr(settings, name, value)
-    if unknown := task.head_config():
-        raise ValueError(f"a model came that does not have {unknown}; leave it out, or let finetune make the model")
+    if unsupported := task.head_config():
+        raise ValueError(f"model does not support {unsupported}; drop that option, or let finetune load the model")
     describe_task(model, config, task)
     return model
 
 
 def describe_task(model: nn.Module, config: FinetuneConfig, task: Task) -> None:
-    """Write what is known of the task by now into the configuration of `model`, ours or transformers'."""
+    """Write the current state of the task into the configuration of `model`, from bert_fast or transformers."""
     settings: Any = model.config
     if isinstance(settings, BertConfig):
         settings.extra = {**settings.extra, CONFIG_KEY: config_entry(config, task)}
@@ -107,10 +106,10 @@ def describe_task(model: nn.Module, config: FinetuneConfig, task: Task) -> None:
 
 
 def share_encoder(models: Sequence[Any]) -> None:
-    """Give all models the embeddings and the layers of the first, in place; pooler and head stay each one's own.
+    """Replace the embeddings and layers of all models by those of the first, in place; poolers and heads stay separate.
 
     Args:
-        models: of `build_model`, from one checkpoint.
+        models: built by `build_model` from one checkpoint.
     """
     first, *others = [model.base_model for model in models]
     for other in others:

@@ -1,6 +1,6 @@
-"""A fine-tuning run as one HTML page that needs no network: its curves, metrics, calibration and worst mistakes.
+"""The report of a fine-tuning run: one self-contained HTML page of curves, metrics, calibration and worst mistakes.
 
-Everything comes from the files of the result folder, so that a page can be made again for any of them.
+It is made from the files of the result folder alone, so it can be regenerated for any of them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from bert_fast._io import write_text
 from bert_fast.runtime.log import read_log
 from bert_fast.tasks.metrics import calibration
 
 METRICS, PREDICTIONS, SETTINGS, REPORT = "metrics.json", "predictions.dev.jsonl", "finetune.json", "report.html"
-MISTAKES = 25  # listed
-_MOST_LABELS = 30  # of which a picture has names and numbers
-_MOST_CHARACTERS = 400  # of a cell
+MAX_MISTAKES = 25
+_MAX_TICK_LABELS = 30  # a larger confusion matrix is drawn without names and numbers
+_MAX_CELL_CHARACTERS = 400
 BLUE, ORANGE = "#1b6ca8", "#d9822b"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62em; margin: 2em auto; padding: 0 1em }
@@ -35,7 +36,7 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
 
 
 def missing_package() -> str:
-    """The name of the package that the pictures need and that is not there; "" if it is."""
+    """The name of the missing package that the figures need; "" if nothing is missing."""
     return "" if importlib.util.find_spec("matplotlib") else "matplotlib"
 
 
@@ -43,17 +44,17 @@ def write_report(folder: Path) -> Path:
     """Write `folder`/report.html from metrics.json, log.jsonl, finetune.json and predictions.dev.jsonl there.
 
     Raises:
-        FileNotFoundError: one of these is missing.
+        FileNotFoundError: one of these files is missing.
     """
     for name in (METRICS, SETTINGS, PREDICTIONS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is not there; expected a folder that bert-fast finetune wrote")
+            raise FileNotFoundError(f"{folder / name} does not exist; expected a folder written by bert-fast finetune")
     metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
     text = page(metrics, settings, read_log(folder / "log.jsonl"), lines)
     path = folder / REPORT
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 
@@ -63,7 +64,7 @@ def page(
     log: Sequence[Mapping[str, Any]],
     predictions: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The page: arguments are the content of the four files."""
+    """The report as HTML, from the content of the four files."""
     run = metrics["run"]
     splits = [name for name in ("dev", "test") if name in metrics]
     title = f"{run['task']}: {Path(settings['output_dir']).name}"
@@ -79,34 +80,53 @@ def page(
     for split in splits:
         parts += _classes(metrics[split], split)
     parts += _calibration(predictions) + _mistakes(predictions)
-    shown = escape(json.dumps(settings, indent=1, ensure_ascii=False))
-    parts.append(f"<h2>Settings</h2><details><summary>{SETTINGS}</summary><pre>{shown}</pre></details>")
+    settings_json = escape(json.dumps(settings, indent=1, ensure_ascii=False))
+    parts.append(f"<h2>Settings</h2><details><summary>{SETTINGS}</summary><pre>{settings_json}</pre></details>")
     return html_page(title, parts)
 
 
 def html_page(title: str, parts: Sequence[str]) -> str:
-    """A whole page, in the style of the reports, of pieces of HTML."""
+    """A complete page, in the style of the reports, from HTML fragments."""
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
+def multitask_page(title: str, metrics: Mapping[str, Any]) -> str:
+    """The report of a run on several tasks, from its metrics: one line per task, with links to their own reports."""
+    rows: list[Sequence[Any]] = [["task", "kind", "metric", "dev", "test"]]
+    for name, task in metrics["tasks"].items():
+        metric = task["run"]["main_metric"]
+        rows.append([name, task["run"]["task"], metric, task["dev"][metric], task.get("test", {}).get(metric, "")])
+    links = "".join(f'<li><a href="{name}/{REPORT}">{escape(name)}</a></li>' for name in metrics["tasks"])
+    mean = "undefined" if metrics["mean"] is None else f"{metrics['mean']:.4f}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        table(rows),
+        f"<p>Mean of the metrics on dev: {mean}</p>",
+        f"<ul>{links}</ul>",
+        "<h2>Training</h2>",
+        table([[name, value] for name, value in metrics["run"].items()], header=False),
+    ]
+    return html_page(title, parts)
+
+
 def _numbers(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, list[Any]]:
-    """Each metric that is a number (or not defined) in every split."""
+    """The scalar metrics, with their values (None if undefined) on every split."""
     first = metrics[splits[0]]
     names = [name for name, value in first.items() if value is None or isinstance(value, (int, float))]
     return {name: [metrics[split].get(name) for split in splits] for name in names}
 
 
 def table(rows: Sequence[Sequence[Any]], *, header: bool = True, diagonal: bool = False) -> str:
-    """An HTML table, the first row its header; numbers are at the right; `diagonal` cells stand out."""
+    """An HTML table whose first row is the header; numbers are right-aligned, `diagonal` highlights the diagonal."""
     lines = []
     for number, row in enumerate(rows):
         cells = []
         for column, value in enumerate(row):
             tag = "th" if header and number == 0 else "td"
-            kinds = "n" if isinstance(value, (int, float)) or value is None else ""
-            kinds += " hit" if diagonal and number and number == column else ""
-            opening = f'{tag} class="{kinds}"' if kinds else tag
+            classes = "n" if isinstance(value, (int, float)) or value is None else ""
+            classes += " hit" if diagonal and number and number == column else ""
+            opening = f'{tag} class="{classes}"' if classes else tag
             cells.append(f"<{opening}>{_cell(value)}</{tag}>")
         lines.append(f"<tr>{''.join(cells)}</tr>\n")
     return f'<div class="wide"><table>\n{"".join(lines)}</table></div>'
@@ -114,20 +134,20 @@ def table(rows: Sequence[Sequence[Any]], *, header: bool = True, diagonal: bool 
 
 def _cell(value: Any) -> str:
     if value is None:
-        return "not defined"
+        return "undefined"
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return escape(text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " …")
+    return escape(text if len(text) <= _MAX_CELL_CHARACTERS else text[:_MAX_CELL_CHARACTERS] + " …")
 
 
 def svg(figure: Any) -> str:
-    """A figure as an inline SVG, the same for the same figure."""
+    """A figure as an inline SVG; deterministic."""
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bert_fast"}), warnings.catch_warnings():
-        # Its font lacks most scripts; the browser, which draws the text, has others.
+        # matplotlib's font lacks most scripts; the browser renders the text with its own fonts.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -135,30 +155,30 @@ def svg(figure: Any) -> str:
 
 
 def panels_of(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
-    """A figure that belongs to no window, and its panels side by side."""
+    """A figure without a GUI window, and its axes in one row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
     return figure, list(axes)
 
 
 def curves(log: Sequence[Mapping[str, Any]], metric: str, best: int) -> str:
-    """The loss of training and dev, the metric on dev, and the learning rate, by step."""
+    """Training and dev loss, the metric on dev, and the learning rate over steps; `best` is the selected step."""
     train = [line for line in log if line["kind"] == "train"]
     dev = [line for line in log if line["kind"] == "eval"]
     figure, (losses, scores, rates) = panels_of(11, 3, 3)
     losses.plot([line["step"] for line in train], [line["loss"] for line in train], color=BLUE, lw=1, label="train")
-    judged = [line for line in dev if line.get("loss") is not None]
-    losses.plot([x["step"] for x in judged], [x["loss"] for x in judged], "o-", color=ORANGE, ms=3, label="dev")
+    with_loss = [line for line in dev if line.get("loss") is not None]
+    losses.plot([x["step"] for x in with_loss], [x["loss"] for x in with_loss], "o-", color=ORANGE, ms=3, label="dev")
     losses.set(title="loss", xlabel="step")
     losses.legend(frameon=False)
     defined = [line for line in dev if line.get(metric) is not None]
     scores.plot([line["step"] for line in defined], [line[metric] for line in defined], "o-", color=ORANGE, ms=3)
     scores.axvline(best, color="#999", lw=1, ls=":")
-    scores.set(title=f"{metric} on dev; dotted: the step kept", xlabel="step")
+    scores.set(title=f"{metric} on dev; dotted: best step", xlabel="step")
     rates.plot([line["step"] for line in train], [line["lr"] for line in train], color=BLUE, lw=1)
     rates.set(title="learning rate", xlabel="step")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -179,7 +199,7 @@ def _classes(metrics: Mapping[str, Any], split: str) -> list[str]:
 
 
 def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
-    """A confusion matrix as a picture: the colour is the share of the true class, the number the rows."""
+    """A confusion matrix as a figure, coloured by the share of the true class and annotated with counts."""
     counts = np.array(matrix)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = min(2.2 + 0.45 * len(labels), 10.0)
@@ -187,7 +207,7 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true")
-    if len(labels) <= _MOST_LABELS:
+    if len(labels) <= _MAX_TICK_LABELS:
         short = [label if len(label) <= 20 else label[:19] + "…" for label in labels]
         axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", parse_math=False)
         axes.set_yticks(range(len(labels)), short, parse_math=False)
@@ -199,43 +219,43 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
 
 
 def _calibration(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The reliability diagram of dev, where predictions have one probability and are right or wrong."""
-    sure = [line["prediction"].get("probability") for line in predictions]
-    if not sure or any(not isinstance(p, float) for p in sure) or predictions[0].get("error") is None:
+    """The reliability diagram on dev, if each prediction has one probability and is correct or not."""
+    confidences = [line["prediction"].get("probability") for line in predictions]
+    if not confidences or any(not isinstance(p, float) for p in confidences) or predictions[0].get("error") is None:
         return []
-    bins = calibration(np.array(sure), np.array([line["error"] == 0 for line in predictions]), 10)
+    bins = calibration(np.array(confidences), np.array([line["error"] == 0 for line in predictions]), 10)
     figure, (axes,) = panels_of(4.5, 3.6)
     axes.plot([0, 1], [0, 1], color="#999", lw=1, ls=":")
-    confidence, accuracy = ([part[name] for part in bins] for name in ("confidence", "accuracy"))
-    sizes = [20 + 200 * part["rows"] / len(predictions) for part in bins]
+    confidence, accuracy = ([one[name] for one in bins] for name in ("confidence", "accuracy"))
+    sizes = [20 + 200 * one["rows"] / len(predictions) for one in bins]
     axes.scatter(confidence, accuracy, s=sizes, color=BLUE, alpha=0.8, clip_on=False)
-    axes.set(xlabel="probability of what is predicted", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
-    rows = [[part["confidence"], part["accuracy"], part["rows"]] for part in bins]
-    said = "<p>On the dotted line probabilities are what they say; a larger dot stands for more rows.</p>"
-    return ["<h2>Calibration on dev</h2>", said, svg(figure), table([["probability", "right", "rows"], *rows])]
+    axes.set(xlabel="predicted probability", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    rows = [[one["confidence"], one["accuracy"], one["rows"]] for one in bins]
+    legend = "<p>The dotted line is perfect calibration; dots grow with the number of rows.</p>"
+    return ["<h2>Calibration on dev</h2>", legend, svg(figure), table([["probability", "accuracy", "rows"], *rows])]
 
 
 def _mistakes(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The predictions with the largest errors, the worst first."""
+    """The predictions with the largest errors, worst first."""
     wrong = [line for line in predictions if line.get("error")]
     if not predictions or predictions[0].get("error") is None:
         return []
-    title = f"<h2>Worst mistakes on dev</h2><p>{len(wrong):,} of {len(predictions):,} predictions are not right.</p>"
-    worst = sorted(wrong, key=lambda line: -line["error"])[:MISTAKES]
+    title = f"<h2>Worst mistakes on dev</h2><p>{len(wrong):,} of {len(predictions):,} predictions are wrong.</p>"
+    worst = sorted(wrong, key=lambda line: -line["error"])[:MAX_MISTAKES]
     if not worst:
         return [title]
     inputs = list(worst[0]["input"])
-    said = [name for name, value in worst[0]["prediction"].items() if _is_short(value)]
+    outputs = [name for name, value in worst[0]["prediction"].items() if _is_short(value)]
     rows = [
-        [line["row"], line["error"], *(line["prediction"].get(name) for name in said), *map(line["input"].get, inputs)]
+        [line["row"], line["error"], *map(line["prediction"].get, outputs), *map(line["input"].get, inputs)]
         for line in worst
     ]
-    header = ["row", "error", *(f"predicted {name}" for name in said), *inputs]
+    header = ["row", "error", *(f"predicted {name}" for name in outputs), *inputs]
     return [title, table([header, *rows])]
 
 
 def _is_short(value: Any) -> bool:
-    """Whether a part of a prediction is shown: a text, a number, or a list of texts; not scores and candidates."""
+    """Whether a value of a prediction is listed: a string, a float or a list of strings, not scores or candidates."""
     if isinstance(value, list):
         return all(isinstance(item, str) for item in value)
     return isinstance(value, (str, float)) and not isinstance(value, bool)

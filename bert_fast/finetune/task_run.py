@@ -1,4 +1,4 @@
-"""One task of a fine-tuning run: its rows, its examples, its model, its metrics, its folder."""
+"""One task of a fine-tuning run: its data, examples, model, loss, metrics and result folder."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bert_fast._device import autocast, resolve_device
+from bert_fast._io import write_json
 from bert_fast.data import load_tokenizer
 from bert_fast.data.tokenizer import TOKENIZER_FILES
 from bert_fast.finetune.config import FinetuneConfig
-from bert_fast.finetune.data import Batcher, FinetuneData, Split, open_data
-from bert_fast.finetune.files import write_json
+from bert_fast.finetune.data import Batcher, FinetuneData, Split, load_data
 from bert_fast.finetune.models import adopt_model, build_model, describe_task
 from bert_fast.finetune.report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
 from bert_fast.models.config import longest_input
@@ -28,32 +28,44 @@ from bert_fast.tasks.prediction import run_examples
 from bert_fast.tasks.task import Batch, Example, LossOptions, Task, make_task
 
 
-def score(task: Task, wanted: str | None, metrics: Mapping[str, Any]) -> tuple[str, float | None, float]:
-    """The metric that counts, `wanted` or the task's own: its name, its value, and a number that is higher the better.
+class MainMetric(NamedTuple):
+    """The metric that selects the best model: its value (None if undefined), and a score for which higher is better."""
+
+    name: str
+    value: float | None
+    score: float
+
+
+def main_metric(task: Task, name: str | None, metrics: Mapping[str, Any]) -> MainMetric:
+    """The metric `name`, or the task's main metric if it is None.
 
     Raises:
-        ValueError: there is no such metric; the message lists those that there are.
+        ValueError: the task has no such metric; the message lists its metrics.
     """
-    name = wanted or task.main_metric
+    name = name or task.main_metric
     value = metrics.get(name)
     if name not in metrics or not isinstance(value, (int, float, type(None))):
-        numbers = ", ".join(key for key, found in metrics.items() if isinstance(found, (int, float)))
-        raise ValueError(f"metric is {name!r}; the metrics of {task.name} are {numbers}")
+        numbers = ", ".join(key for key, number in metrics.items() if isinstance(number, (int, float)))
+        raise ValueError(f"metric is {name!r}; expected one of the metrics of {task.name}: {numbers}")
     lower = name in LOWER_IS_BETTER or (name == task.main_metric and not task.higher_is_better)
     if value is None or math.isnan(value):
-        return name, None, -math.inf
-    return name, value, -value if lower else value
+        return MainMetric(name, None, -math.inf)
+    return MainMetric(name, value, -value if lower else value)
 
 
-class Part:
-    """A task of a run, with everything that is its own.
+class TaskRun:
+    """A task within a run: its data, model, loss and evaluation.
 
     Args:
-        config: of the task; the settings of the optimizer and of the run's length are the loop's.
-        model: in place of one loaded from `config.model`, which then only names the tokenizer.
-        report: takes the sentences that a user should read.
-        name: of the task in a run of several.
-        weight: of its loss, in such a run.
+        config: the settings of the task; those of the optimizer and of the run's length belong to the loop.
+        model: used instead of one loaded from `config.model`, which then only provides the tokenizer.
+        report: called with each message for the user.
+        name: of the task in a multi-task run.
+        weight: factor of its loss in a multi-task run.
+
+    Raises:
+        ValueError: settings, rows and model are inconsistent.
+        FileNotFoundError: `config.model` is not a folder.
     """
 
     def __init__(
@@ -69,21 +81,21 @@ class Part:
         self.device = resolve_device(config.device)
         self.task = make_task(config.task, config.options)
         if not Path(config.model).is_dir():
-            raise FileNotFoundError(
-                f"model is {config.model}, which is no folder; expected one with config.json and weights"
-            )
+            raise FileNotFoundError(f"model is {config.model}; expected a folder with config.json and weights")
         self.tokenizer = load_tokenizer(config.model)
-        self.data: FinetuneData = open_data(self.task, config.data, config.seed, report)
+        self.data: FinetuneData = load_data(self.task, config.data, config.seed, report)
         model = build_model(config, self.task, report) if model is None else adopt_model(model, config, self.task)
         longest = longest_input(model.config)
         if config.text.max_length > longest:
-            raise ValueError(f"text.max_length is {config.text.max_length}; the model takes at most {longest} tokens")
-        if changed := self.task.head_config():
-            report(f"{changed}: transformers has no such head and would compute something else; predict with bert_fast")
+            raise ValueError(
+                f"text.max_length is {config.text.max_length}; expected at most {longest}, the model's maximum"
+            )
+        if unsupported := self.task.head_config():
+            report(f"{unsupported}: transformers has no such head and computes other outputs; predict with bert_fast")
         self.model = model
         self.train_examples = self._encode(self.data.train, training=True)
         if not self.train_examples:
-            raise ValueError(f"{config.data.train} gave no examples to train on")
+            raise ValueError(f"{config.data.train} has no examples to train on")
         self.dev_examples = self._encode(self.data.dev, training=False)
         self.loss_options = self._loss_options()
         self.batcher = self._make_batcher(self.train_examples)
@@ -103,13 +115,15 @@ class Part:
         if settings.class_weights != "none":
             counts = self.task.class_counts(self.train_examples)
             if counts is None:
-                raise ValueError(f"loss.class_weights is {settings.class_weights}, and {self.task.name} has no classes")
+                raise ValueError(
+                    f"loss.class_weights is {settings.class_weights}; expected none: {self.task.name} has no classes"
+                )
             if isinstance(settings.class_weights, str):
                 total = sum(counts)
                 weights = torch.tensor([total / (len(counts) * max(count, 1)) for count in counts])
             elif len(settings.class_weights) != len(counts):
-                given = len(settings.class_weights)
-                raise ValueError(f"loss.class_weights has {given} numbers; expected {len(counts)}, one for each label")
+                length = len(settings.class_weights)
+                raise ValueError(f"loss.class_weights has {length} numbers; expected {len(counts)}, one per label")
             else:
                 weights = torch.tensor(settings.class_weights)
         return LossOptions(weights, settings.focal_gamma, settings.label_smoothing)
@@ -119,26 +133,30 @@ class Part:
         return Batcher(self.task, examples, self.config.batch, seed=self.config.seed, resample=resample)
 
     def batches(self, epoch: int) -> list[list[Example]]:
-        """The micro-batches of `epoch`, its rows augmented where that is wanted."""
+        """The micro-batches of `epoch`, augmented if the settings say so."""
         if self.augmenter is None:
             return self.batcher.epoch(epoch)
         return self._make_batcher(self.augmenter.examples(epoch)).epoch(epoch)
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
-        """The sum of the losses of a micro-batch."""
+        """The summed loss of a micro-batch."""
         batch = Batch.of(examples, self.device)
         with autocast(self.device, self.config.precision):
             logits = self.task.forward(self.model, batch)
         return self.task.loss(logits, examples, self.loss_options)
 
     def loss_weight(self, batches: Sequence[Sequence[Example]]) -> float:
-        """By what the sum of the losses of `batches` is divided to be their mean."""
+        """The divisor that turns the summed loss of `batches` into their mean."""
         return max(sum(self.task.weight(examples, self.loss_options) for examples in batches), 1e-12)
 
     def evaluate(
         self, split: Split, examples: Sequence[Example], *, tune: bool = False
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Metrics (with the mean loss) and predictions on `split`, after which `tune` lets the task choose by them."""
+        """Metrics, with the mean loss, and predictions on `split`.
+
+        Args:
+            tune: let the task tune its decoding on these metrics, and decode again if it did.
+        """
         outputs = run_examples(
             self.model,
             self.task,
@@ -149,25 +167,33 @@ class Part:
         while True:
             predictions = self.task.decode(outputs.arrays, examples, split.table, split.columns)
             metrics = {"loss": outputs.loss, **self.task.evaluate(predictions, split.table, split.columns)}
-            said = self.task.tune(metrics) if tune else ""
-            if not said:
+            message = self.task.tune(metrics) if tune else ""
+            if not message:
                 return metrics, predictions
-            self.report(said)
+            self.report(message)
             tune = False
 
     def check_metric(self) -> None:
-        """ValueError before the training, and not after it, where there is no such metric."""
+        """Raise ValueError, before any training, if the task has no metric of the configured name."""
         if self.config.metric is not None:
             dev = self.data.dev
-            few = Split(dev.table.select(range(min(4, len(dev.table)))), dev.columns)
-            self.score(self.evaluate(few, self._encode(few, training=False))[0])
+            sample = Split(dev.table.select(range(min(4, len(dev.table)))), dev.columns)
+            self.main_metric(self.evaluate(sample, self._encode(sample, training=False))[0])
 
-    def score(self, metrics: Mapping[str, Any]) -> tuple[str, float | None, float]:
-        """`score` of this task's metrics, by the one that its configuration wants."""
-        return score(self.task, self.config.metric, metrics)
+    def main_metric(self, metrics: Mapping[str, Any]) -> MainMetric:
+        """The metric that the settings name, or the task's main metric."""
+        return main_metric(self.task, self.config.metric, metrics)
 
     def write(self, folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-        """Model, tokenizer, metrics, predictions, settings and report to `folder`, where log.jsonl is; the metrics."""
+        """Write model, tokenizer, metrics, predictions, settings and report to `folder`, which holds log.jsonl.
+
+        Args:
+            folder: the result folder.
+            run: how the run went, as `Finetuner.run` returns it.
+
+        Returns:
+            The content of metrics.json.
+        """
         run = {"task": self.task.name, **run, "main_metric": self.config.metric or self.task.main_metric}
         dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
         describe_task(self.model, self.config, self.task)
@@ -191,12 +217,11 @@ class Part:
                 shutil.copy(path, folder / path.name)
         if not (folder / "tokenizer.json").is_file():
             self.tokenizer.save(str(folder / "tokenizer.json"))
-        for name, values in self.task.files_for_others(self.config.text, model.config.hidden_size).items():
-            (folder / name).parent.mkdir(exist_ok=True)
+        for name, values in self.task.extra_files(self.config.text, model.config.hidden_size).items():
             write_json(folder / name, values)
         if self.config.report:
             if package := missing_package():
-                self.report(f"{REPORT} is not written: {package} is not installed (pip install 'bert_fast[finetune]')")
+                self.report(f"{REPORT} is skipped: {package} is not installed; pip install 'bert_fast[finetune]'")
             else:
                 write_report(folder)
         return metrics

@@ -1,1 +1,1 @@
-"""What a trained model is used for."""
+"""Tasks: how rows become model inputs, losses, predictions and metrics."""

@@ -1,8 +1,7 @@
-"""Between words, characters and the tokenizer's pieces.
+"""Alignment of characters, words and the tokenizer's pieces.
 
-A piece is one input token of the model. Positions in a text are characters of the Python string as it was given: what
-the tokenizer drops or changes (accents, zero-width and control characters, capitals) moves no offset. Ranges are
-(first, end), the end excluded.
+A piece is one token of the model. Offsets are characters of the original Python string, whatever the tokenizer removes
+or changes (accents, zero-width and control characters, case). Ranges are half-open.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 Label = TypeVar("Label")
 
-# Ideographs, as BERT's tokenizer tells them, and kana: scripts written without spaces.
+# Ideographs, as in BERT's tokenizer, and kana: scripts written without spaces.
 _CJK = (
     (0x3040, 0x30FF),
     (0x3400, 0x4DBF),
@@ -29,8 +28,7 @@ _CJK = (
     (0x20000, 0x2FA1F),
 )
 
-
-# White space as BERT's tokenizer has it: control characters other than tab and line ends are dropped, and part nothing.
+# White space as in BERT's tokenizer, which removes control characters other than tab and line ends: no word ends there.
 _WORD = re.compile(r"(?:\S|[\x0b\x0c\x1c-\x1f\x85])+")
 
 
@@ -40,9 +38,9 @@ class Pieces:
 
     Attributes:
         ids: the token ids.
-        spans: the characters each piece stands for; of the text, or of its own word. Pieces that one character
-            decomposes into share its span.
-        words: the number of the word that each piece belongs to.
+        spans: the character range of each piece in the text, or in its word. The pieces of a single decomposed
+            character share its range.
+        words: the index of the word of each piece.
     """
 
     ids: list[int]
@@ -54,38 +52,37 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Frame:
+class SpecialTokens:
     """The special tokens of an input of one or two texts: [CLS] a [SEP] b [SEP], <s> a </s></s> b </s> ...
 
     Attributes:
-        runs: (id, token type) of the special tokens before the first text, after it, and after the second.
+        groups: (id, token type) of the special tokens before the first text, after it, and after the second.
         text_types: the token type of each text.
     """
 
-    runs: tuple[tuple[tuple[int, int], ...], ...]
+    groups: tuple[tuple[tuple[int, int], ...], ...]
     text_types: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """How many special tokens there are."""
-        return sum(map(len, self.runs))
+        """The number of special tokens."""
+        return sum(map(len, self.groups))
 
-    def around(self, *texts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-        """Token ids and token types of the whole input, and where each text starts in it."""
-        ids, types = map(list, zip(*self.runs[0], strict=True))
+    def wrap(self, *texts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """The token ids and token types of the input, and the start of each text in it."""
+        ids, types = map(list, zip(*self.groups[0], strict=True))
         starts = []
-        for text, kind, run in zip(texts, self.text_types, self.runs[1:], strict=True):
+        for text, text_type, group in zip(texts, self.text_types, self.groups[1:], strict=True):
             starts.append(len(ids))
-            ids += [*text, *(number for number, _ in run)]
-            types += [*[kind] * len(text), *(own for _, own in run)]
+            ids += [*text, *(token_id for token_id, _ in group)]
+            types += [*[text_type] * len(text), *(token_type for _, token_type in group)]
         return ids, types, starts
 
 
 class Window(NamedTuple):
-    """A run of pieces that goes into the model at once: pieces `start` to `end`, of which it answers for `core`.
+    """The pieces [start, end) of one model input, which is used for the outputs of `core`.
 
-    The cores of a text's windows lie end to end: each piece is in exactly one, that of the window which sees most
-    around it.
+    The cores of a text's windows partition its pieces: each piece is in the core of the window with most context.
     """
 
     start: int
@@ -94,54 +91,56 @@ class Window(NamedTuple):
 
 
 def is_cjk(character: str) -> bool:
-    """Whether a character is an ideograph or kana, which count as words of their own."""
+    """Whether a character is an ideograph or kana, each of which is a word."""
     code = ord(character)
     return code >= 0x3040 and any(first <= code <= last for first, last in _CJK)
 
 
-def frame_of(tokenizer: Tokenizer, texts: int) -> Frame:
-    """What `tokenizer` puts around one text, or around and between two."""
+def special_tokens_of(tokenizer: Tokenizer, texts: int) -> SpecialTokens:
+    """The special tokens that `tokenizer` adds to one text, or to two."""
     cls = tokenizer.encode("").tokens[0]
-    # The name of a special token is one piece, whatever the vocabulary.
+    # The name of a special token is one piece in every vocabulary.
     first, second = (tokenizer.encode(cls, add_special_tokens=False) for _ in range(2))
-    found = tokenizer.post_process(first, second if texts == 2 else None)
-    runs: list[list[tuple[int, int]]] = [[]]
+    encoding = tokenizer.post_process(first, second if texts == 2 else None)
+    groups: list[list[tuple[int, int]]] = [[]]
     text_types = []
-    for number, kind, special in zip(found.ids, found.type_ids, found.special_tokens_mask, strict=True):
+    for token_id, token_type, special in zip(
+        encoding.ids, encoding.type_ids, encoding.special_tokens_mask, strict=True
+    ):
         if special:
-            runs[-1].append((number, kind))
+            groups[-1].append((token_id, token_type))
         else:
-            runs.append([])
-            text_types.append(kind)
-    return Frame(tuple(map(tuple, runs)), tuple(text_types))
+            groups.append([])
+            text_types.append(token_type)
+    return SpecialTokens(tuple(map(tuple, groups)), tuple(text_types))
 
 
 def text_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Pieces]:
-    """The pieces of each text. Spaces that a piece starts with are not among its characters."""
-    found = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [_pieces(encoding, text) for encoding, text in zip(found, texts, strict=True)]
+    """The pieces of each text; their character ranges exclude leading spaces."""
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [_pieces(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
 
 
 def word_pieces(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]]) -> list[Pieces]:
-    """The pieces of each list of words. A word of dropped characters only, or an empty one, has no piece.
+    """The pieces of each list of words; an empty word, or one that the tokenizer removes, has none.
 
-    Byte-level BPE has the space before a word in its first piece: here every word counts as one after a space, as in
-    transformers with is_split_into_words and add_prefix_space.
+    Byte-level BPE includes the space before a word in its first piece: every word is tokenized as if a space preceded
+    it, as by transformers with is_split_into_words and add_prefix_space.
     """
     words = [list(sentence) for sentence in sentences]
-    found = _after_spaces(tokenizer).encode_batch(words, is_pretokenized=True, add_special_tokens=False)
-    return [_pieces(encoding) for encoding in found]
+    encodings = _with_prefix_space(tokenizer).encode_batch(words, is_pretokenized=True, add_special_tokens=False)
+    return [_pieces(encoding) for encoding in encodings]
 
 
-def _after_spaces(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer` itself, or, of byte-level BPE, one that puts a space before each text."""
+def _with_prefix_space(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, or for byte-level BPE a copy that adds a space before each text."""
     settings = json.loads(tokenizer.to_str())
-    first = settings["pre_tokenizer"] or {}
-    parts = [first, *first.get("pretokenizers", [])]
-    changed = [part for part in parts if part.get("type") == "ByteLevel" and not part["add_prefix_space"]]
-    for part in changed:
-        part["add_prefix_space"] = True
-    return type(tokenizer).from_str(json.dumps(settings)) if changed else tokenizer
+    pre_tokenizer = settings["pre_tokenizer"] or {}
+    steps = [pre_tokenizer, *pre_tokenizer.get("pretokenizers", [])]
+    byte_level = [step for step in steps if step.get("type") == "ByteLevel" and not step["add_prefix_space"]]
+    for step in byte_level:
+        step["add_prefix_space"] = True
+    return type(tokenizer).from_str(json.dumps(settings)) if byte_level else tokenizer
 
 
 def _pieces(encoding: Encoding, text: str = "") -> Pieces:
@@ -154,33 +153,34 @@ def _pieces(encoding: Encoding, text: str = "") -> Pieces:
 
 
 def split_words(text: str) -> list[Span]:
-    """The words of a text: between white space, and every CJK character, with its marks, on its own."""
-    found: list[Span] = []
+    """The words of a text: separated by white space, with every CJK character and its marks a word."""
+    spans: list[Span] = []
     for match in _WORD.finditer(text):
         start = match.start()
-        for place in range(start + 1, match.end()):
-            after_cjk = is_cjk(text[start]) and not unicodedata.category(text[place]).startswith("M")
-            if after_cjk or is_cjk(text[place]):
-                found.append((start, place))
-                start = place
-        found.append((start, match.end()))
-    return found
+        for index in range(start + 1, match.end()):
+            after_cjk = is_cjk(text[start]) and not unicodedata.category(text[index]).startswith("M")
+            if after_cjk or is_cjk(text[index]):
+                spans.append((start, index))
+                start = index
+        spans.append((start, match.end()))
+    return spans
 
 
 def piece_range(spans: Sequence[Span], start: int, end: int) -> Span | None:
-    """The pieces that stand for any of the characters `start` to `end`; None where there is none.
+    """The range of pieces that overlap the characters [start, end); None if there is none.
 
     Args:
-        spans: of all pieces of a text, in the text's order.
+        spans: the character ranges of all pieces of a text, in order.
+        start, end: the characters.
     """
     inside = [index for index, (first, last) in enumerate(spans) if first < end and last > start]
     return (inside[0], inside[-1] + 1) if inside else None
 
 
 def character_range(text: str, spans: Sequence[Span], first: int, end: int) -> Span:
-    """The characters of `text` that the pieces `first` to `end` stand for.
+    """The characters of `text` that the pieces [first, end) cover.
 
-    Marks that the tokenizer stripped off the last letter (accents, variation selectors) belong to it.
+    Marks that the tokenizer removed from the last letter (accents, variation selectors) are included.
     """
     starts, stops = zip(*spans[first:end], strict=True)
     start, stop = min(starts), max(stops)
@@ -190,16 +190,16 @@ def character_range(text: str, spans: Sequence[Span], first: int, end: int) -> S
     return start, stop
 
 
-def spread(
+def piece_labels(
     words: Sequence[int], labels: Sequence[Label], ignored: Label, *, continuations: bool = False
 ) -> list[Label]:
-    """The labels of words as labels of pieces: at a word's first piece, `ignored` at its others.
+    """Expand the labels of words to pieces: the first piece of a word gets its label, the others `ignored`.
 
     Args:
         words: `Pieces.words`.
-        labels: one a word.
-        ignored: for pieces that take no part.
-        continuations: label the other pieces of a word like its first.
+        labels: one per word.
+        ignored: the label of pieces without one.
+        continuations: give every piece of a word its label.
     """
     return [
         labels[word] if continuations or not index or words[index - 1] != word else ignored
@@ -208,33 +208,33 @@ def spread(
 
 
 def first_pieces(words: Sequence[int], count: int) -> list[int | None]:
-    """The first piece of each of `count` words, None for words without pieces; undoes `spread`."""
-    found: list[int | None] = [None] * count
+    """The index of the first piece of each of `count` words, None for words without pieces."""
+    firsts: list[int | None] = [None] * count
     for index, word in enumerate(words):
-        if found[word] is None:
-            found[word] = index
-    return found
+        if firsts[word] is None:
+            firsts[word] = index
+    return firsts
 
 
 def windows(length: int, size: int, overlap: int, words: Sequence[int] | None = None) -> list[Window]:
-    """Cut `length` pieces into windows of at most `size` that share `overlap` pieces; at least one window.
+    """Split `length` pieces into windows of at most `size` that overlap by `overlap`; at least one window.
 
     Args:
-        overlap: what a window repeats of the one before; transformers calls it the stride.
-        words: `Pieces.words`; given, no core starts inside a word that fits into the overlap, so that the pieces of a
-            word are answered for together.
+        length: the number of pieces.
+        size: maximum pieces of a window.
+        overlap: pieces that a window shares with the previous one; transformers calls it the stride.
+        words: `Pieces.words`. If set, no core starts inside a word that fits into the overlap, so that all pieces of
+            such a word are in one core.
 
     Raises:
-        ValueError: no window of such a size and overlap gets ahead.
+        ValueError: size is less than 1, or overlap is not in [0, size).
     """
     if size < 1 or not 0 <= overlap < size:
-        raise ValueError(
-            f"windows of {size} pieces can't overlap by {overlap}; expected at least 0 and less than the size"
-        )
+        raise ValueError(f"overlap is {overlap} for windows of {size} pieces; expected 0 <= overlap < size, size >= 1")
     starts = [0]
     while starts[-1] + size < length:
         starts.append(starts[-1] + size - overlap)
-    # The middle of what two windows share is as far from the end of one as from the start of the other.
+    # In the middle of an overlap, both windows have equal context.
     borders = [0]
     for start in starts[1:]:
         border, lowest = start + overlap // 2, max(start, borders[-1])
@@ -247,8 +247,8 @@ def windows(length: int, size: int, overlap: int, words: Sequence[int] | None = 
 
 
 def _word_start(words: Sequence[int], border: int, lowest: int) -> int:
-    """The start of the word that `border` is in; `border` where the word starts before `lowest`."""
-    place = border
-    while place > lowest and words[place - 1] == words[place]:
-        place -= 1
-    return border if place and words[place - 1] == words[place] else place
+    """The start of the word at `border`; `border` itself if the word starts before `lowest`."""
+    start = border
+    while start > lowest and words[start - 1] == words[start]:
+        start -= 1
+    return border if start and words[start - 1] == words[start] else start

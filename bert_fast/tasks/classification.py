@@ -1,8 +1,7 @@
-"""Texts, or pairs of texts, to one class, to any number of classes, or to a number."""
+"""Classification, multi-label classification and regression of texts and pairs of texts."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_fast.tasks.encoding import encode_parts
-from bert_fast.tasks.io.columns import LABEL, SCORE, TEXT, TEXT_PAIR, Role, setting_of, texts
+from bert_fast.tasks.encoding import encode_windows
+from bert_fast.tasks.io.columns import LABEL, SCORE, TEXT, TEXT_PAIR, Role, column_option, number_column, text_column
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
 from bert_fast.tasks.settings import TextSettings
@@ -28,12 +27,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Settings of the tasks classification, multi-label and regression.
+    """Options of the tasks classification, multi-label and regression.
 
     Args:
-        pooling: what the classifier reads: cls, the architecture's own head on the first token, as transformers has it;
-            or the mean or the maximum of all tokens, or both side by side. transformers computes only cls: predict with
-            bert_fast what is trained with another.
+        pooling: the input of the classifier: cls, the architecture's standard head on the first token; or the mean, the
+            maximum, or both concatenated (mean_max) over all tokens. transformers supports only cls: models with
+            another pooling need bert_fast for prediction.
     """
 
     pooling: Literal["cls", "mean", "max", "mean_max"] = "cls"
@@ -44,11 +43,11 @@ class TextOptions:
 
 
 class _TextTask(Task):
-    """What the three tasks share: the examples, and outputs averaged over the examples of a row."""
+    """Base class of the three tasks: examples, and logits averaged over the examples of a row."""
 
     model_class = "BertForSequenceClassification"
     options_class: ClassVar[type] = TextOptions
-    words_are_free = True
+    words_may_change = True
 
     def head_config(self) -> dict[str, Any]:
         pooling = self.options.pooling
@@ -61,20 +60,20 @@ class _TextTask(Task):
     def encode(
         self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool
     ) -> list[Example]:
-        pairs = texts(table, columns["text_pair"]) if "text_pair" in columns else None
-        encodings = encode_parts(tokenizer, texts(table, columns["text"]), pairs, text)
+        pairs = text_column(table, columns["text_pair"]) if "text_pair" in columns else None
+        encodings = encode_windows(tokenizer, text_column(table, columns["text"]), pairs, text)
         targets = self.targets(table, columns) if self.has_targets(columns) else [None] * len(table)
         return [
             Example(row, encoding.ids, encoding.type_ids, target)
-            for row, (parts, target) in enumerate(zip(encodings, targets, strict=True))
-            for encoding in parts
+            for row, (windows, target) in enumerate(zip(encodings, targets, strict=True))
+            for encoding in windows
         ]
 
     def has_targets(self, columns: Columns) -> bool:
         return "label" in columns
 
     def row_logits(self, outputs: Sequence[Array], examples: Sequence[Example], rows: int) -> Array:
-        """(rows, C): the mean of the logits of each row's examples; NaN for a row without any."""
+        """(rows, C): the mean of the logits of each row's examples; NaN for a row without examples."""
         if not rows:
             return np.zeros((0, 1))
         total = np.zeros((rows, len(outputs[0])))
@@ -84,26 +83,29 @@ class _TextTask(Task):
 
 
 def label_name(value: Any) -> str:
-    """The name of a label; whole numbers without a decimal point, so that a file's 1 and a table's 1.0 are one."""
+    """The name of a label; integral floats have no decimal point, so that "1" and 1.0 are equal."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
 
 
 def label_order(names: Sequence[str]) -> list[str]:
-    """Distinct names, numbers by their value and before words."""
+    """The distinct names in order: integers by value, then other names."""
     return sorted(set(names), key=lambda name: (0, int(name), name) if name.lstrip("-").isdecimal() else (1, 0, name))
 
 
-def unseen_message(table: Table, unseen: Mapping[str, int], labels: Sequence[str]) -> str:
-    """What is said about labels that the model has not learnt."""
+def unseen_labels_message(table: Table, unseen: Mapping[str, int], labels: Sequence[str]) -> str:
+    """The error message for labels unseen in training."""
     listed = ", ".join(f"{label!r} ({count} rows)" for label, count in sorted(unseen.items()))
     known = ", ".join(labels[:20]) + (" ..." if len(labels) > 20 else "")
-    return f"{table.source}: labels unseen in training: {listed}; training had {known}"
+    return f"{table.source}: labels unseen in training: {listed}; expected {known}"
 
 
 class Classification(_TextTask):
-    """One class for each text, or pair of texts."""
+    """Assigns one class to each text or pair of texts.
+
+    A prediction has `label`, `probability` and `scores`, the probability of every label.
+    """
 
     name = "classification"
     roles = (TEXT, TEXT_PAIR, LABEL)
@@ -111,33 +113,33 @@ class Classification(_TextTask):
     labels: list[str]
 
     def _names(self, table: Table, columns: Columns) -> list[str]:
-        found = []
+        names = []
         for row, value in enumerate(table[columns["label"]]):
             if isinstance(value, (list, dict)):
                 kind = type(value).__name__
-                raise ValueError(f"{table.where(row)}: the label is a {kind}; lists of labels are the task multi-label")
+                raise ValueError(f"{table.where(row)}: the label is a {kind}; the task multi-label takes lists")
             name = "" if value is None or value != value else label_name(value)
             if not name:
-                raise ValueError(f"{table.where(row)}: no label in {columns['label']!r}; every row needs one")
-            found.append(name)
-        return found
+                raise ValueError(f"{table.where(row)}: no label in {columns['label']!r}; expected one in every row")
+            names.append(name)
+        return names
 
     def fit(self, table: Table, columns: Columns) -> None:
         names = self._names(table, columns)
         self.labels = label_order(names)
         if len(self.labels) < 2:
-            what = f"every row has the label {self.labels[0]!r}" if self.labels else "there are no rows"
-            raise ValueError(f"{table.source}: {what}; expected two classes or more")
+            problem = f"every row has the label {self.labels[0]!r}" if self.labels else "the table is empty"
+            raise ValueError(f"{table.source}: {problem}; expected at least two classes")
         if len(self.labels) > max(50, len(names) // 2):
             raise ValueError(
                 f"{table.source}: {len(self.labels)} different labels in {len(names)} rows of {columns['label']!r}; "
-                f"is it another column, named with {setting_of('label')}, or the task regression?"
+                f"name another column with {column_option('label')}, or use the task regression"
             )
 
     def check(self, table: Table, columns: Columns) -> list[str]:
         counts = Counter(self._names(table, columns))
         if unseen := {name: count for name, count in counts.items() if name not in self.labels}:
-            raise ValueError(unseen_message(table, unseen, self.labels))
+            raise ValueError(unseen_labels_message(table, unseen, self.labels))
         absent = [label for label in self.labels if label not in counts]
         return [f"{table.source} has no row of {', '.join(absent)}"] if absent else []
 
@@ -171,20 +173,20 @@ class Classification(_TextTask):
     def decode(
         self, outputs: Sequence[Array], examples: Sequence[Example], table: Table, columns: Columns
     ) -> list[dict[str, Any]]:
-        found = []
+        predictions = []
         for scores in softmax(self.row_logits(outputs, examples, len(table))):
             best = int(scores.argmax())
-            named = dict(zip(self.labels, scores.tolist(), strict=True))
-            found.append({"label": self.labels[best], "probability": float(scores[best]), "scores": named})
-        return found
+            by_label = dict(zip(self.labels, scores.tolist(), strict=True))
+            predictions.append({"label": self.labels[best], "probability": float(scores[best]), "scores": by_label})
+        return predictions
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
         return classification_metrics(self.targets(table, columns), score_matrix(predictions, self.labels), self.labels)
 
     def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
-        """1 - the probability of the true class, where another one is predicted."""
-        wanted = [self.labels[number] for number in self.targets(table, columns)]
-        pairs = zip(predictions, wanted, strict=True)
+        """1 - the probability of the true class, if another class is predicted."""
+        true_labels = [self.labels[number] for number in self.targets(table, columns)]
+        pairs = zip(predictions, true_labels, strict=True)
         return [0.0 if item["label"] == name else 1.0 - item["scores"][name] for item, name in pairs]
 
     def class_counts(self, examples: Sequence[Example]) -> list[int]:
@@ -196,13 +198,17 @@ class Classification(_TextTask):
 
 
 def class_loss(logits: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
-    """The sum of the cross entropy, weighted, smoothed and focal as `options` says; targets of -100 are left out.
+    """The summed cross entropy with class weights, label smoothing and focal loss; targets of -100 are ignored.
 
         w[y] * (1 - p[y])^gamma * (-log p[y])
 
     Args:
         logits: (M, C).
-        targets: (M,) int64.
+        targets: int64 (M,).
+        options: w (C,), gamma and the label smoothing.
+
+    Returns:
+        A scalar, fp64 for fp64 logits, else fp32.
     """
     weights = None if options.class_weights is None else options.class_weights.to(logits.device)
     smoothing = options.label_smoothing
@@ -215,26 +221,26 @@ def class_loss(logits: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
 
 
 def softmax(logits: Array) -> Array:
-    """Over the last axis, in float64."""
+    """Softmax over the last axis, without changing the dtype."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     result: Array = shifted / shifted.sum(-1, keepdims=True)
     return result
 
 
 def score_matrix(predictions: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Array:
-    """(rows, C) from predictions with `scores`."""
+    """(rows, C) float64 from the `scores` of predictions."""
     rows = [[prediction["scores"][label] for label in labels] for prediction in predictions]
     return np.array(rows, dtype=np.float64).reshape(len(predictions), len(labels))
 
 
 @dataclass(frozen=True)
 class MultiLabelOptions(TextOptions):
-    """Settings of the task multi-label, beside `TextOptions`.
+    """Options of the task multi-label, in addition to `TextOptions`.
 
     Args:
-        separator: between the labels of a row where they are one text.
-        columns: in place of one column with labels, columns that are 1 where the label of their name applies.
-        threshold: from this probability on a label is predicted.
+        separator: between the labels of a row if they are one string.
+        columns: instead of one column of labels, one column of 0 and 1 per label, named like the label.
+        threshold: the minimum probability of a predicted label.
     """
 
     separator: str = ","
@@ -244,16 +250,19 @@ class MultiLabelOptions(TextOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold is {self.threshold}; expected more than 0 and less than 1")
+            raise ValueError(f"threshold is {self.threshold}; expected a number in (0, 1)")
         if not self.separator:
-            raise ValueError("separator is empty; expected what stands between two labels, such as ','")
+            raise ValueError("separator is empty; expected a string such as ','")
 
 
 class MultiLabel(_TextTask):
-    """Any number of classes for each text, or pair of texts; a row may have none."""
+    """Assigns any number of classes, or none, to each text or pair of texts.
+
+    A prediction has `labels` and `scores`, the probability of every label.
+    """
 
     name = "multi-label"
-    roles = (TEXT, TEXT_PAIR, Role("label", LABEL.usual, required=False, target=True))
+    roles = (TEXT, TEXT_PAIR, Role("label", LABEL.usual_names, required=False, target=True))
     options_class = MultiLabelOptions
     main_metric = "micro_f1"
     labels: list[str]
@@ -274,28 +283,30 @@ class MultiLabel(_TextTask):
             ]
         if "label" not in columns:
             raise ValueError(
-                f"{table.source}: which column has the labels? It has {', '.join(table.columns)}; name one with "
-                f"{setting_of('label')}, or several of 0 and 1 with --options.columns"
+                f"{table.source}: no column of labels among {', '.join(table.columns)}; name it with "
+                f"{column_option('label')}, or columns of 0 and 1 with --options.columns"
             )
-        found = []
+        lists = []
         for value in table[columns["label"]]:
             text = "" if value is None else str(value)
-            parts = value if isinstance(value, list) else text.split(self.options.separator)
-            found.append([name for name in map(label_name, parts) if name])
-        return found
+            labels = value if isinstance(value, list) else text.split(self.options.separator)
+            lists.append([name for name in map(label_name, labels) if name])
+        return lists
 
     def fit(self, table: Table, columns: Columns) -> None:
         lists = self._lists(table, columns)
         self.labels = list(self.options.columns) or label_order([name for names in lists for name in names])
         if not self.labels:
-            raise ValueError(f"{table.source}: no row has a label; expected some")
+            raise ValueError(f"{table.source}: no row has a label; expected at least one")
         if all(set(names) == set(lists[0]) for names in lists):
-            raise ValueError(f"{table.source}: every row has the same labels ({', '.join(lists[0]) or 'none'})")
+            raise ValueError(
+                f"{table.source}: every row has the same labels ({', '.join(lists[0]) or 'none'}); expected others too"
+            )
 
     def check(self, table: Table, columns: Columns) -> list[str]:
         counts = Counter(name for names in self._lists(table, columns) for name in set(names))
         if unseen := {name: count for name, count in counts.items() if name not in self.labels}:
-            raise ValueError(unseen_message(table, unseen, self.labels))
+            raise ValueError(unseen_labels_message(table, unseen, self.labels))
         absent = [label for label in self.labels if label not in counts]
         return [f"{table.source} has no row of {', '.join(absent)}"] if absent else []
 
@@ -319,7 +330,7 @@ class MultiLabel(_TextTask):
         return [[float(label in names) for label in self.labels] for names in map(set, lists)]
 
     def loss(self, logits: Tensor, examples: Sequence[Example], options: LossOptions) -> Tensor:
-        """Binary cross entropy; class weights are the weight of a class where it applies."""
+        """Binary cross entropy; class weights scale the loss of positive targets."""
         targets = torch.tensor([example.target for example in examples], device=logits.device)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         weights = None if options.class_weights is None else options.class_weights.to(logits.device)
@@ -336,12 +347,12 @@ class MultiLabel(_TextTask):
     def decode(
         self, outputs: Sequence[Array], examples: Sequence[Example], table: Table, columns: Columns
     ) -> list[dict[str, Any]]:
-        found = []
+        predictions = []
         for probabilities in (np.tanh(self.row_logits(outputs, examples, len(table)) / 2) + 1) / 2:  # sigmoid
             scores = dict(zip(self.labels, probabilities.tolist(), strict=True))
             chosen = [label for label, score in scores.items() if score >= self.options.threshold]
-            found.append({"labels": chosen, "scores": scores})
-        return found
+            predictions.append({"labels": chosen, "scores": scores})
+        return predictions
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
         true = np.array(self.targets(table, columns)).reshape(len(table), len(self.labels))
@@ -349,41 +360,32 @@ class MultiLabel(_TextTask):
         return multi_label_metrics(true, scores, self.labels, self.options.threshold)
 
     def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
-        """The mean distance of the probabilities from 0 and 1, where a label too many or too few is predicted."""
+        """The mean absolute error of the probabilities, if the predicted labels are not the true ones."""
         true = np.array(self.targets(table, columns)).reshape(len(table), len(self.labels))
         scores = score_matrix(predictions, self.labels)
         wrong = ((scores >= self.options.threshold) != (true > 0.5)).any(1)
-        found: list[float] = np.where(wrong, np.abs(scores - true).mean(1), 0.0).tolist()
-        return found
+        errors: list[float] = np.where(wrong, np.abs(scores - true).mean(1), 0.0).tolist()
+        return errors
 
     def class_counts(self, examples: Sequence[Example]) -> list[int]:
         return [int(count) for count in np.sum([example.target for example in examples], axis=0)]
 
 
 class Regression(_TextTask):
-    """A number for each text, or pair of texts."""
+    """Predicts a number, `value`, for each text or pair of texts."""
 
     name = "regression"
     roles = (TEXT, TEXT_PAIR, SCORE)
     main_metric = "pearson"
 
     def targets(self, table: Table, columns: Columns) -> list[float]:
-        found = []
-        for row, value in enumerate(table[columns["label"]]):
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                number = math.nan
-            if not math.isfinite(number):
-                raise ValueError(f"{table.where(row)}: {columns['label']!r} holds {value!r}; expected a number")
-            found.append(number)
-        return found
+        return number_column(table, columns["label"])
 
     def fit(self, table: Table, columns: Columns) -> None:
         values = self.targets(table, columns)
         if len(set(values)) < 2:
-            what = f"every row has the value {values[0]}" if values else "there are no rows"
-            raise ValueError(f"{table.source}: {what}; expected different numbers")
+            problem = f"every row has the value {values[0]}" if values else "the table is empty"
+            raise ValueError(f"{table.source}: {problem}; expected different numbers")
 
     def check(self, table: Table, columns: Columns) -> list[str]:
         self.targets(table, columns)
@@ -412,5 +414,5 @@ class Regression(_TextTask):
         return regression_metrics(self.targets(table, columns), [prediction["value"] for prediction in predictions])
 
     def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
-        """How far each value is from the true one."""
+        """The absolute error of each value."""
         return [abs(item["value"] - x) for item, x in zip(predictions, self.targets(table, columns), strict=True)]

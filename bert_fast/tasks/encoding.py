@@ -1,4 +1,4 @@
-"""Texts as a model's input, and what is done with those that are too long for one."""
+"""Tokenization of texts and pairs, with truncation or windows for long texts."""
 
 from __future__ import annotations
 
@@ -15,29 +15,38 @@ if TYPE_CHECKING:
 def encode_texts(
     tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, text: TextSettings
 ) -> list[Encoding]:
-    """One encoding for each text, or for each text with its pair, cut as `text` says.
+    """One encoding per text, or per pair of texts, truncated as `text` says.
 
     Raises:
-        ValueError: text.long is windows, which makes several of one.
+        ValueError: text.long is windows, or text.max_length has no space for a text.
     """
     if text.long == "windows":
-        raise ValueError("text.long is windows, which this task has no use for; expected head, tail or head_tail")
-    return [found for (found,) in encode_parts(tokenizer, texts, pairs, text)]
+        raise ValueError("text.long is windows; expected head, tail or head_tail for this task")
+    return [encoding for (encoding,) in encode_windows(tokenizer, texts, pairs, text)]
 
 
-def encode_parts(
+def encode_windows(
     tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, text: TextSettings
 ) -> list[list[Encoding]]:
-    """The encodings of each text, or of each text with its pair: its windows with text.long=windows, else one.
+    """The encodings of each text, or of each pair: its windows if text.long is windows, else one.
 
-    In a pair that is too long, text.truncation says which text is cut, or slid over; with head_tail and windows the
-    other one keeps at most half of the input.
+    In a pair that is too long, text.truncation selects the text that is truncated or split into windows; with head_tail
+    and windows the other text is truncated to half of the input.
+
+    Args:
+        tokenizer: of the model.
+        texts: the texts, or the first texts of pairs.
+        pairs: the second texts of pairs, or None.
+        text: how texts are tokenized.
+
+    Raises:
+        ValueError: text.max_length has no space for a text after the special tokens.
     """
-    room = text.max_length - tokenizer.num_special_tokens_to_add(pairs is not None)
-    if room < 1:
+    size = text.max_length - tokenizer.num_special_tokens_to_add(pairs is not None)
+    if size < 1:
         raise ValueError(
-            f"text.max_length is {text.max_length}, which leaves no room beside the {text.max_length - room} special "
-            f"tokens of a {'text' if pairs is None else 'pair'}"
+            f"text.max_length is {text.max_length}; expected more than the {text.max_length - size} special tokens of "
+            f"a {'text' if pairs is None else 'pair'}"
         )
     if text.long in ("head", "tail"):
         strategy = text.truncation if pairs is not None else "longest_first"
@@ -45,18 +54,18 @@ def encode_parts(
         tokenizer.enable_truncation(text.max_length, strategy=strategy, direction=direction)
         try:
             inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-            return [[found] for found in tokenizer.encode_batch(inputs)]
+            return [[encoding] for encoding in tokenizer.encode_batch(inputs)]
         finally:
             tokenizer.no_truncation()
     firsts = _unprocessed(tokenizer, texts)
     if pairs is None:
-        return [[tokenizer.post_process(part) for part in _cut(first, room, text)] for first in firsts]
+        return [[tokenizer.post_process(part) for part in _truncate(first, size, text)] for first in firsts]
     seconds = _unprocessed(tokenizer, pairs)
-    return [_pair(tokenizer, first, second, room, text) for first, second in zip(firsts, seconds, strict=True)]
+    return [_pair(tokenizer, first, second, size, text) for first, second in zip(firsts, seconds, strict=True)]
 
 
 def _unprocessed(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
-    """Without special tokens, and without what else `post_process` does: RoBERTa's takes spaces off the offsets."""
+    """Encode without `post_process`, which adds special tokens and, for RoBERTa, removes spaces from the offsets."""
     processor = tokenizer.post_processor
     tokenizer.post_processor = None
     try:
@@ -65,19 +74,19 @@ def _unprocessed(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
         tokenizer.post_processor = processor
 
 
-def _pair(tokenizer: Tokenizer, first: Encoding, second: Encoding, room: int, text: TextSettings) -> list[Encoding]:
-    if len(first) + len(second) <= room:
+def _pair(tokenizer: Tokenizer, first: Encoding, second: Encoding, size: int, text: TextSettings) -> list[Encoding]:
+    if len(first) + len(second) <= size:
         return [tokenizer.post_process(first, second)]
     cut_first = text.truncation == "only_first" or (text.truncation == "longest_first" and len(first) >= len(second))
     long, other = (first, second) if cut_first else (second, first)
-    # Where the one that is not cut is the longer, half of the input is not enough for both.
-    other.truncate(max(min(len(other), room // 2), room - len(long)))
-    parts = _cut(long, room - len(other), text)
+    # The other text may be the longer one: it gets half of the input, or what the first leaves.
+    other.truncate(max(min(len(other), size // 2), size - len(long)))
+    parts = _truncate(long, size - len(other), text)
     return [tokenizer.post_process(part, other) if cut_first else tokenizer.post_process(other, part) for part in parts]
 
 
-def _cut(encoding: Encoding, size: int, text: TextSettings) -> list[Encoding]:
-    """Its windows of `size` tokens; or one of its first and last tokens (Sun et al., 2019: 128 and 382 of 510)."""
+def _truncate(encoding: Encoding, size: int, text: TextSettings) -> list[Encoding]:
+    """Windows of `size` tokens, or one encoding of head and tail (Sun et al., 2019: 128 and 382 of 510 tokens)."""
     if len(encoding) <= size:
         return [encoding]
     if text.long == "windows":

@@ -1,11 +1,12 @@
-"""Which tokens an answer comes from: attention rollout, and integrated gradients through captum.
+"""Attribution of a prediction to tokens: attention rollout, and integrated gradients from captum.
 
-Answers are a text's class or number, a word's label, and where the answer to a question starts.
+The explained predictions are the class or value of a text, the label of a word, and the start of an answer.
 
-Rollout (Abnar and Zuidema, "Quantifying attention flow in transformers", 2020) multiplies the attention of all layers,
-half of each being the residual connection; it says where information could flow from, not in favour of what.
-Integrated gradients (Sundararajan et al., "Axiomatic attribution for deep networks", 2017) share out the difference
-between the logit of the text and that of the same text with every word replaced by [PAD]: they have a sign.
+Attention rollout (Abnar and Zuidema, "Quantifying attention flow in transformers", 2020) multiplies the attention
+matrices of all layers, averaged with the identity for the residual connection; it shows where information can flow
+from, but not its effect. Integrated gradients (Sundararajan et al., "Axiomatic attribution for deep networks", 2017)
+attribute the difference between the logit of the text and that of a baseline, the text with every word replaced by
+[PAD]; they are signed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bert_fast.tasks.encoding import encode_parts
+from bert_fast.tasks.encoding import encode_windows
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.prediction import predict
 from bert_fast.tasks.settings import TextSettings
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 TASKS = ("classification", "multi-label", "regression", "token-classification", "question-answering")
-_DETAILS = ("scores", "probabilities", "n_best", "start", "end", "score", "null_difference")  # not for the page
+_DETAILS = ("scores", "probabilities", "n_best", "start", "end", "score", "null_difference")  # omitted from the page
 _STYLE = """
 body { font: 15px/1.9 system-ui, sans-serif; color: #222; max-width: 55em; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.4em } section { border-top: 1px solid #ddd; margin-top: 1.5em } .quiet { color: #666 }
@@ -40,23 +41,24 @@ span { padding: .15em 0; border-radius: .2em }
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the S tokens of one input have to do with one logit.
+    """The attribution of one logit to the S tokens of an input.
 
     Attributes:
         texts: the text, the two of a pair, or question and context.
-        tokens: as the model read them, special ones included.
-        places: (which of `texts`, start, end) of each in characters; None for special tokens.
-        label: whose logit it is: a label, a label of a word, the start of an answer; "" for a number.
-        prediction: of the task, for the whole text.
-        rollout: (S,) shares of the attention that the vector of the logit is made of; their sum is 1.
-        gradients: (S,) integrated gradients.
-        logit, baseline: with the text, and with [PAD] for every word; gradients sum up to the difference, nearly.
-        windows: of a long text with text.long=windows, how many there are; the first is explained.
+        tokens: the tokens of the input, including special tokens.
+        spans: (index into `texts`, start, end) of each token in characters; None for special tokens.
+        label: the explained logit: a label, the label of a word, or the start of an answer; "" for a number.
+        prediction: of the task, for the complete text.
+        rollout: (S,) the attention rollout of the logit's hidden state; sums to 1.
+        gradients: (S,) integrated gradients; their sum approximates logit - baseline.
+        logit: of the text.
+        baseline: the logit with [PAD] in place of every word.
+        windows: the number of windows of a long text with text.long=windows, of which the first is explained.
     """
 
     texts: Sequence[str]
     tokens: Sequence[str]
-    places: Sequence[tuple[int, int, int] | None]
+    spans: Sequence[tuple[int, int, int] | None]
     label: str
     prediction: dict[str, Any]
     rollout: Array
@@ -67,30 +69,35 @@ class Explanation:
 
 
 def rollout(attentions: Sequence[Tensor]) -> Tensor:
-    """The share of every token in every other after all layers: (S, S), each row's sum is 1.
+    """Attention rollout over all layers.
+
+        R = prod over layers of (mean over heads of A + I) / 2
 
     Args:
-        attentions: a layer's probabilities each, (N, S, S).
+        attentions: the attention probabilities of each layer, (N, S, S).
+
+    Returns:
+        (S, S): row i holds the share of every token in the output of token i; rows sum to 1.
     """
     size = attentions[0].shape[-1]
     identity = torch.eye(size, dtype=attentions[0].dtype, device=attentions[0].device)
-    found = identity
+    product = identity
     for probabilities in attentions:
-        found = (probabilities.mean(0) + identity) / 2 @ found
-    return found
+        product = (probabilities.mean(0) + identity) / 2 @ product
+    return product
 
 
 class Target(NamedTuple):
-    """A logit: that of a label at a token, at a token alone (the start of an answer), or of a label for the text."""
+    """A logit: of a label at a token, of a token (the start of an answer), or of a label of the text."""
 
     name: str
     token: int | None
     label: int | None
 
     def logits(self, out: Any) -> Tensor:
-        """(B,): of the output of a model for B inputs."""
-        found: Tensor = out.start_logits if self.label is None else out.logits[..., self.label]
-        return found if self.token is None else found[:, self.token]
+        """(B,): this logit in the output of a model for B inputs."""
+        logits: Tensor = out.start_logits if self.label is None else out.logits[..., self.label]
+        return logits if self.token is None else logits[:, self.token]
 
 
 def explain(
@@ -105,29 +112,34 @@ def explain(
 ) -> Explanation:
     """Explain one logit of `model` for a text, a pair of texts, or a question and its context.
 
-    Of a token classifier it is that of the word which is surest to have a label (any but the one of words outside);
-    in question answering that of the answer's start.
+    For token-classification this is the most probable label of a word, other than the outside label; for
+    question-answering the start of the best answer.
 
     Args:
-        model: one of ours, as bert-fast finetune wrote it; in eval mode.
-        texts: one, or two.
-        text: how texts become tokens.
-        label: whose logit; the one that is predicted, or the likeliest, if None. Of a token classifier at the word
-            where it is likeliest.
-        steps: between the baseline and the text, of the integral.
+        model: a bert_fast model, as written by bert-fast finetune, in eval mode.
+        task: fitted, one of `TASKS`.
+        tokenizer: of the model.
+        texts: one or two.
+        text: how texts are tokenized.
+        label: the label to explain; the predicted one if None. For token-classification it is explained at the word
+            with its highest probability.
+        steps: of the integral from the baseline to the text.
+
+    Returns:
+        The attributions of all tokens, with the prediction.
 
     Raises:
-        ValueError: the task is not one of `TASKS`, or has no such label; the number of texts is not the task's; words
-            or an answer are looked for in a text that is longer than the model reads at once.
+        ValueError: the task is not one of `TASKS` or has no such label; the number of texts does not fit the task; or
+            a text for token-classification or question-answering does not fit into one window.
     """
     if task.name not in TASKS:
-        raise ValueError(f"the model is of the task {task.name}; expected one of {', '.join(TASKS)}")
+        raise ValueError(f"the task of the model is {task.name}; expected one of {', '.join(TASKS)}")
     labels: list[str] = getattr(task, "labels", [])
     if label is not None and label not in labels:
         raise ValueError(f"label is {label!r}; expected one of {', '.join(labels) or 'none: the model has no labels'}")
-    table, columns = _row(task, texts)
-    parts = encode_parts(tokenizer, [texts[0]], [texts[1]] if len(texts) > 1 else None, text)[0]
-    encoding = parts[0]
+    table, columns = _one_row(task, texts)
+    windows = encode_windows(tokenizer, [texts[0]], [texts[1]] if len(texts) > 1 else None, text)[0]
+    encoding = windows[0]
     device = next(model.parameters()).device
     ids, types = (torch.tensor([x], device=device) for x in (encoding.ids, encoding.type_ids))
     types = types.clamp(max=max(model.config.type_vocab_size - 1, 0))  # as in `run_model`
@@ -138,76 +150,81 @@ def explain(
         examples = task.encode(table, columns, tokenizer, text, training=False)
         if [list(example.input_ids) for example in examples] != [encoding.ids]:
             raise ValueError(
-                f"the task {task.name} reads this text in windows of {text.max_length} tokens, or its words as other "
-                "tokens than the text as a whole has; expected one that is read at once"
+                f"{task.name} splits this text into windows of {text.max_length} tokens, or tokenizes it by words "
+                "differently; expected a text of one window"
             )
         if task.name == "question-answering":
-            target = _start(encoding, prediction)
+            target = _answer_start(encoding, prediction)
         else:
-            target = _surest(out.logits[0], task, examples[0], encoding, texts[0], label)
+            target = _most_probable(out.logits[0], task, examples[0], encoding, texts[0], label)
     else:
         column = labels.index(label) if label is not None else int(out.logits[0].argmax())
         target = Target(labels[column] if labels else "", None, column)
-    shares = rollout([one[0].float() for one in out.attentions])
-    # Of the token; or of all where the head pools over them; or of the first.
+    shares = rollout([layer[0].float() for layer in out.attentions])
+    # The rollout of the token; of all tokens if the head pools over them; else of the first token.
     token = 0 if target.token is None else target.token
     shares = shares.mean(0) if target.token is None and model.reductions else shares[token]
     gradients, baseline = _gradients(model, ids, types, encoding, target, steps)
     return Explanation(
         texts=texts,
         tokens=encoding.tokens,
-        places=_places(encoding),
+        spans=_spans(encoding),
         label=target.name,
         prediction=prediction,
         rollout=shares.cpu().numpy(),
         gradients=gradients.cpu().numpy(),
         logit=float(target.logits(out)),
         baseline=baseline,
-        windows=len(parts),
+        windows=len(windows),
     )
 
 
-def _row(task: Task, texts: Sequence[str]) -> tuple[Table, dict[str, str]]:
-    """A table of one row with the texts in the task's columns."""
+def _one_row(task: Task, texts: Sequence[str]) -> tuple[Table, dict[str, str]]:
+    """A table of one row with the texts in the columns of the task."""
     names = {"token-classification": ["tokens"], "question-answering": ["question", "context"]}
     columns = names.get(task.name, ["text", "text_pair"][: len(texts)])
     if len(columns) != len(texts):
-        raise ValueError(f"{len(texts)} texts came; the task {task.name} takes {' and '.join(columns)}")
+        raise ValueError(f"{len(texts)} texts; expected {' and '.join(columns)} for the task {task.name}")
     return Table({name: [text] for name, text in zip(columns, texts, strict=True)}), {name: name for name in columns}
 
 
-def _start(encoding: Encoding, prediction: dict[str, Any]) -> Target:
-    """The start of the best answer, also where none is the better one."""
-    best = next((one for one in prediction["n_best"] if one["start"] is not None), None)
+def _answer_start(encoding: Encoding, prediction: dict[str, Any]) -> Target:
+    """The start of the best answer, even if no answer is predicted."""
+    best = next((answer for answer in prediction["n_best"] if answer["start"] is not None), None)
     if best is None:
-        raise ValueError("the context has no answer to explain; expected one with words")
-    places = enumerate(_places(encoding))
-    token = next(token for token, at in places if at is not None and at[0] == 1 and at[2] > best["start"])
+        raise ValueError("the context has no words; expected at least one to explain an answer")
+    spans = enumerate(_spans(encoding))
+    token = next(token for token, span in spans if span is not None and span[0] == 1 and span[2] > best["start"])
     return Target(f"the start of {best['answer']!r}", token, None)
 
 
-def _surest(logits: Tensor, task: Any, example: Example, encoding: Encoding, text: str, label: str | None) -> Target:
-    """The word and label of the highest probability, at the word's first token."""
-    columns = [i for i, one in enumerate(task.labels) if (one == label if label is not None else one != task.fallback)]
-    places = [place for _, place in example.extra]
-    if not places:
-        raise ValueError("the text has no words; expected some")
-    found = logits.softmax(-1)[places][:, columns]
-    row, column = divmod(int(found.argmax()), len(columns))
-    end = next((place for place in places if place > places[row]), encoding.special_tokens_mask.index(1, places[row]))
-    word = text[encoding.offsets[places[row]][0] : encoding.offsets[end - 1][1]].strip()
-    return Target(f"{task.labels[columns[column]]} of {word!r}", places[row], columns[column])
+def _most_probable(
+    logits: Tensor, task: Any, example: Example, encoding: Encoding, text: str, label: str | None
+) -> Target:
+    """The word and label with the highest probability, at the word's first token."""
+    columns = [
+        i for i, name in enumerate(task.labels) if (name == label if label is not None else name != task.fallback)
+    ]
+    firsts = [position for _, position in example.extra]
+    if not firsts:
+        raise ValueError("the text has no words; expected at least one")
+    probabilities = logits.softmax(-1)[firsts][:, columns]
+    row, column = divmod(int(probabilities.argmax()), len(columns))
+    first = firsts[row]
+    end = next((position for position in firsts if position > first), encoding.special_tokens_mask.index(1, first))
+    word = text[encoding.offsets[first][0] : encoding.offsets[end - 1][1]].strip()
+    return Target(f"{task.labels[columns[column]]} of {word!r}", first, columns[column])
 
 
-def _places(encoding: Encoding) -> list[tuple[int, int, int] | None]:
+def _spans(encoding: Encoding) -> list[tuple[int, int, int] | None]:
     pairs = zip(encoding.sequence_ids, encoding.offsets, strict=True)
-    return [None if which is None else (which, start, end) for which, (start, end) in pairs]
+    return [None if text is None else (text, start, end) for text, (start, end) in pairs]
 
 
 def _gradients(
     model: Any, ids: Tensor, types: Tensor, encoding: Encoding, target: Target, steps: int
 ) -> tuple[Tensor, float]:
-    """(S,) integrated gradients from [PAD] in the place of every word, and the logit there."""
+    """(S,) integrated gradients from the baseline, and the logit of the baseline."""
     from captum.attr import IntegratedGradients
 
     table = model.get_input_embeddings()
@@ -219,7 +236,7 @@ def _gradients(
     def logits(embeds: Tensor, token_type_ids: Tensor) -> Tensor:
         return target.logits(model(inputs_embeds=embeds, token_type_ids=token_type_ids))
 
-    found = IntegratedGradients(logits).attribute(
+    attributions = IntegratedGradients(logits).attribute(
         inputs,
         baselines=baseline,
         additional_forward_args=(types,),
@@ -227,28 +244,29 @@ def _gradients(
         internal_batch_size=max(1, 4096 // ids.shape[1]),
     )
     with torch.no_grad():
-        start = float(logits(baseline, types))
-    return found[0].sum(-1).detach(), start
+        baseline_logit = float(logits(baseline, types))
+    return attributions[0].sum(-1).detach(), baseline_logit
 
 
 def page(explanations: Sequence[Explanation], title: str) -> str:
-    """One HTML page that needs no network: each text twice, coloured by rollout and by integrated gradients."""
+    """A self-contained HTML page: each text twice, coloured by rollout and by integrated gradients."""
     parts = [
         f"<h1>{escape(title)}</h1>",
-        '<p class="quiet">Attention: the darker, the more of the vector that is judged comes from there. '
-        "Gradients: blue speaks for the label, orange against it. Neither is a proof of why.</p>",
+        '<p class="quiet">Attention: darker tokens have a larger share in the classified hidden state. '
+        "Gradients: blue tokens raise the logit, orange tokens lower it. Neither is a causal explanation.</p>",
     ]
-    for one in explanations:
-        what = one.label or "the value"
-        shown = ", ".join(f"{name} {_short(value)}" for name, value in one.prediction.items() if name not in _DETAILS)
-        rest = f" First of {one.windows} windows." if one.windows > 1 else ""
-        special = sum(share for share, place in zip(one.rollout, one.places, strict=True) if place is None)
+    for explanation in explanations:
+        items = explanation.prediction.items()
+        prediction = ", ".join(f"{name} {_short(value)}" for name, value in items if name not in _DETAILS)
+        special = sum(share for share, span in zip(explanation.rollout, explanation.spans, strict=True) if span is None)
+        windows = f" First of {explanation.windows} windows." if explanation.windows > 1 else ""
         parts.append(
-            f"<section><p><b>{escape(shown)}</b><br>"
-            f'<span class="quiet">Explained: {escape(what)}, logit {one.logit:.3f}, without words {one.baseline:.3f}. '
-            f"Special tokens have {special:.0%} of the attention.{rest}</span></p>"
-            f"<p>Attention: {_coloured(one, one.rollout)}</p>"
-            f"<p>Gradients: {_coloured(one, one.gradients)}</p></section>"
+            f"<section><p><b>{escape(prediction)}</b><br>"
+            f'<span class="quiet">Explained: {escape(explanation.label or "the value")}, '
+            f"logit {explanation.logit:.3f}, baseline {explanation.baseline:.3f}. "
+            f"Special tokens have {special:.0%} of the attention.{windows}</span></p>"
+            f"<p>Attention: {_coloured(explanation, explanation.rollout)}</p>"
+            f"<p>Gradients: {_coloured(explanation, explanation.gradients)}</p></section>"
         )
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
@@ -261,20 +279,20 @@ def _short(value: Any) -> str:
 
 
 def _coloured(explanation: Explanation, values: Array) -> str:
-    """The texts with each token's characters on a colour; special tokens, which no character shows, take no part."""
-    shown = [abs(x) for x, place in zip(values, explanation.places, strict=True) if place is not None]
-    largest = max(shown, default=0.0) or 1.0
-    found = []
-    for number, text in enumerate(explanation.texts):
+    """The texts as HTML, with the characters of each token on a background colour; special tokens are omitted."""
+    magnitudes = [abs(x) for x, span in zip(values, explanation.spans, strict=True) if span is not None]
+    largest = max(magnitudes, default=0.0) or 1.0
+    fragments = []
+    for index, text in enumerate(explanation.texts):
         done, html = 0, ""
-        for value, place in zip(values, explanation.places, strict=True):
-            if place is None or place[0] != number or place[2] <= done:
+        for value, span in zip(values, explanation.spans, strict=True):
+            if span is None or span[0] != index or span[2] <= done:
                 continue
-            start = max(place[1], done)
+            start = max(span[1], done)
             colour = "27,108,168" if value >= 0 else "217,130,43"
             style = f"background:rgba({colour},{abs(value) / largest * 0.8:.2f})"
             html += escape(text[done:start])
-            html += f'<span style="{style}" title="{value:.4f}">{escape(text[start : place[2]])}</span>'
-            done = place[2]
-        found.append(html + escape(text[done:]))
-    return " &#8214; ".join(found)
+            html += f'<span style="{style}" title="{value:.4f}">{escape(text[start : span[2]])}</span>'
+            done = span[2]
+        fragments.append(html + escape(text[done:]))
+    return " &#8214; ".join(fragments)

@@ -1,4 +1,4 @@
-"""What could stand where a text says [MASK]."""
+"""Masked-token prediction: the most likely tokens for each [MASK] of a text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Candidate(NamedTuple):
-    """A token and its probability."""
+    """A predicted token and its probability."""
 
     token: str
     probability: float
@@ -24,30 +24,30 @@ class Candidate(NamedTuple):
 
 @torch.inference_mode()
 def fill_mask(model: nn.Module, tokenizer: Tokenizer, text: str, *, top_k: int = 5) -> list[list[Candidate]]:
-    """The likeliest tokens for each [MASK] of `text`, each filled on its own.
+    """Predict the most likely tokens for each [MASK] of `text`, independently of the other masks.
 
     Args:
         model: a BertForMaskedLM in eval mode.
-        tokenizer: as `bert_fast.data.load_tokenizer` gives it.
+        tokenizer: from `bert_fast.data.load_tokenizer`.
         text: with at least one [MASK] (<mask> for RoBERTa's tokenizers).
-        top_k: candidates a mask.
+        top_k: candidates per mask.
 
     Returns:
-        For each [MASK], `top_k` candidates, likeliest first.
+        For each [MASK], `top_k` candidates, most likely first.
 
     Raises:
-        ValueError: there is no [MASK] in the text, or the text is too long for the model.
+        ValueError: the text has no [MASK] or is too long for the model, or top_k is out of range.
     """
     encoding, mask = tokenizer.encode(text), mask_token(tokenizer)
     positions = [index for index, token in enumerate(encoding.tokens) if token == mask]
     if not positions:
-        raise ValueError(f"no {mask} in {text!r}; write {mask} where a word is to be filled in")
+        raise ValueError(f"no {mask} in {text!r}; expected at least one")
     config: Any = model.config
     longest = longest_input(config)
     if len(encoding.ids) > longest:
-        raise ValueError(f"the text has {len(encoding.ids)} tokens; the model takes at most {longest}")
+        raise ValueError(f"the text has {len(encoding.ids)} tokens; expected at most {longest}, the model's maximum")
     if not 1 <= top_k <= tokenizer.get_vocab_size():
-        raise ValueError(f"top_k is {top_k}; expected 1 to {tokenizer.get_vocab_size()}, the size of the vocabulary")
+        raise ValueError(f"top_k is {top_k}; expected 1 to {tokenizer.get_vocab_size()}, the vocabulary size")
     logits = model(**pack([encoding.ids], next(model.parameters()).device)).logits[positions].float()
     best = logits.softmax(-1).topk(top_k)
     return [

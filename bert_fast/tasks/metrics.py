@@ -1,4 +1,4 @@
-"""Metrics from scikit-learn and SciPy as JSON data: rounded nowhere, None where a metric is not defined."""
+"""Metrics from scikit-learn and SciPy as JSON values: not rounded, None if undefined."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-# The metrics of which less is better; of every other one more is.
+# For every other metric, higher is better.
 LOWER_IS_BETTER = ("loss", "mse", "mae", "ece", "hamming_loss")
 
 
 def classification_metrics(true: Sequence[int], scores: Array, labels: Sequence[str]) -> dict[str, Any]:
-    """Metrics of one class a row.
+    """Metrics of classification.
 
     Args:
         true: the class of each of N rows.
-        scores: (N, C) probabilities; the likeliest class counts as predicted.
+        scores: (N, C) probabilities; the most likely class is the prediction.
         labels: the C names.
 
     Returns:
         accuracy, macro_f1, micro_f1, weighted_f1, mcc (Matthews' correlation), ece, per_class {label: precision,
         recall, f1, support}, confusion_matrix (C lists of C counts; rows are the true classes) and its `labels`.
-        Classes that are neither true nor predicted in any row do not count in the macro average.
+        Macro averages exclude classes that are neither true nor predicted in any row.
+
+    Raises:
+        ValueError: there are no rows.
     """
     from sklearn import metrics
 
     truth, predicted = np.asarray(true, dtype=np.int64), scores.argmax(1) if len(scores) else np.zeros(0, np.int64)
     if not len(truth):
-        raise ValueError("no row came; expected at least one to compute metrics of")
+        raise ValueError("the table is empty; expected at least one row to compute metrics")
     numbers = range(len(labels))
     present = sorted({*truth.tolist(), *predicted.tolist()})
     average = {
@@ -51,20 +54,25 @@ def classification_metrics(true: Sequence[int], scores: Array, labels: Sequence[
 
 
 def multi_label_metrics(true: Array, scores: Array, labels: Sequence[str], threshold: float) -> dict[str, Any]:
-    """Metrics of any number of classes a row.
+    """Metrics of multi-label classification.
 
     Args:
-        true: (N, C), 1 where the class applies.
-        scores: (N, C) probabilities; from `threshold` on a class counts as predicted.
+        true: (N, C), 1 if the class applies.
+        scores: (N, C) probabilities.
+        labels: the C names.
+        threshold: the minimum probability of a predicted class.
 
     Returns:
-        micro_f1, macro_f1 (over classes that are true or predicted somewhere), subset accuracy as `accuracy`,
-        hamming_loss, ece and per_class.
+        accuracy (of the whole set of labels), micro_f1, macro_f1 (over classes that are true or predicted in some row),
+        hamming_loss, ece, per_class and `labels`.
+
+    Raises:
+        ValueError: there are no rows.
     """
     from sklearn import metrics
 
     if not len(true):
-        raise ValueError("no row came; expected at least one to compute metrics of")
+        raise ValueError("the table is empty; expected at least one row to compute metrics")
     truth, predicted = np.asarray(true) >= 0.5, scores >= threshold
     present = [number for number in range(len(labels)) if truth[:, number].any() or predicted[:, number].any()]
     per_class = metrics.precision_recall_fscore_support(truth, predicted, average=None, zero_division=0.0)
@@ -89,48 +97,54 @@ def _by_class(labels: Sequence[str], parts: Any) -> dict[str, dict[str, float]]:
 
 
 def regression_metrics(true: Sequence[float], predicted: Sequence[float]) -> dict[str, Any]:
-    """pearson, spearman, mse, mae; a correlation is None for fewer than two rows, or where one side is constant."""
+    """pearson, spearman, mse and mae; a correlation is None for fewer than two rows, or if one side is constant.
+
+    Raises:
+        ValueError: there are no rows.
+    """
     from scipy import stats
 
     x, y = np.asarray(true, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     if not len(x):
-        raise ValueError("no row came; expected at least one to compute metrics of")
-    found: dict[str, Any] = {"pearson": None, "spearman": None}
+        raise ValueError("the table is empty; expected at least one row to compute metrics")
+    correlations: dict[str, Any] = {"pearson": None, "spearman": None}
     if len(x) > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.ConstantInputWarning)
-            found = {"pearson": _number(stats.pearsonr(x, y)[0]), "spearman": _number(stats.spearmanr(x, y)[0])}
-    return {**found, "mse": float(((x - y) ** 2).mean()), "mae": float(np.abs(x - y).mean())}
+            pearson, spearman = stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0]
+            correlations = {"pearson": _none_if_nan(pearson), "spearman": _none_if_nan(spearman)}
+    return {**correlations, "mse": float(((x - y) ** 2).mean()), "mae": float(np.abs(x - y).mean())}
 
 
-def calibration_error(confidence: Array, right: Array, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., 2017): |accuracy - confidence| over equal bins, weighed by their rows.
+def calibration_error(confidence: Array, correct: Array, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., 2017): |accuracy - confidence| over equal-width bins, weighted by rows.
 
     Args:
-        confidence: (N,) the probability of what was predicted.
-        right: (N,) bool, whether the prediction was right.
+        confidence: (N,) the probability of each prediction.
+        correct: (N,) bool, whether the prediction is correct.
+        bins: of the confidence, between 0 and 1.
     """
     return float(
-        sum(abs(part["accuracy"] - part["confidence"]) * part["rows"] for part in calibration(confidence, right, bins))
+        sum(abs(one["accuracy"] - one["confidence"]) * one["rows"] for one in calibration(confidence, correct, bins))
         / max(len(confidence), 1)
     )
 
 
-def calibration(confidence: Array, right: Array, bins: int = 15) -> list[dict[str, Any]]:
-    """The bins of a reliability diagram that have rows: confidence and accuracy (means), rows."""
-    places = np.clip(np.ceil(np.asarray(confidence) * bins).astype(int) - 1, 0, bins - 1)
-    found = []
-    for number in np.unique(places):
-        inside = places == number
-        found.append(
+def calibration(confidence: Array, correct: Array, bins: int = 15) -> list[dict[str, Any]]:
+    """The nonempty bins of a reliability diagram: mean confidence, accuracy, and rows."""
+    indices = np.clip(np.ceil(np.asarray(confidence) * bins).astype(int) - 1, 0, bins - 1)
+    nonempty = []
+    for index in np.unique(indices):
+        inside = indices == index
+        nonempty.append(
             {
                 "confidence": float(np.asarray(confidence)[inside].mean()),
-                "accuracy": float(np.asarray(right)[inside].mean()),
+                "accuracy": float(np.asarray(correct)[inside].mean()),
                 "rows": int(inside.sum()),
             }
         )
-    return found
+    return nonempty
 
 
-def _number(value: Any) -> float | None:
+def _none_if_nan(value: Any) -> float | None:
     return None if math.isnan(value) else float(value)

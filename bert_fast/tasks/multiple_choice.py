@@ -1,4 +1,4 @@
-"""Multiple choice: which of several continuations or answers fits a text."""
+"""Multiple choice: selects one of several continuations of, or answers to, a text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from bert_fast.tasks.classification import label_name, softmax
 from bert_fast.tasks.encoding import encode_texts
-from bert_fast.tasks.io.columns import Role, setting_of, texts
+from bert_fast.tasks.io.columns import Role, column_option, text_column
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, refuse_options, run_model
+from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, reject_options, run_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -36,20 +36,21 @@ _CHOICE_COLUMN = re.compile(
 
 @dataclass(frozen=True)
 class MultipleChoiceOptions:
-    """Settings of the task multiple-choice.
+    """Options of the task multiple-choice.
 
     Args:
-        columns: where there is no column with a list of choices, the columns that hold one each; by default those
-            called choice0, ending1, option_a, ...
+        columns: the columns of one choice each, if no column holds lists of choices; by default those named choice0,
+            ending1, option_a ...
     """
 
     columns: Sequence[str] = ()
 
 
 class MultipleChoice(Task):
-    """One of several choices for each text; rows may have different numbers of them.
+    """Selects one of several choices for each text; the number of choices may vary between rows.
 
-    The right one is given by its number (from 0, or from 1 where the training rows count so), its letter, or its text.
+    The label is the number of the correct choice (from 0, or from 1 if the training rows count from 1), its letter, or
+    its text.
     """
 
     name = "multiple-choice"
@@ -57,18 +58,18 @@ class MultipleChoice(Task):
     roles = (TEXT, QUESTION, CHOICES, LABEL)
     options_class = MultipleChoiceOptions
     text_roles = ("text",)
-    rows_together = True
+    keep_rows_together = True
     main_metric = "accuracy"
     first: int  # the number of the first choice in the data
 
     def fit(self, table: Table, columns: Columns) -> None:
         if not len(table):
-            raise ValueError(f"{table.source}: there are no rows")
+            raise ValueError(f"{table.source}: the table is empty; expected at least one row")
         choices = self.choices(table, columns)
         names = [label_name(value) for value in table[columns["label"]]]
         numbers = [int(name) for name in names if name.isdecimal()]
         from_one = len(numbers) == len(names) and min(numbers) >= 1
-        self.first = int(from_one and any(int(n) == len(own) for n, own in zip(names, choices, strict=True)))
+        self.first = int(from_one and any(int(n) == len(of_row) for n, of_row in zip(names, choices, strict=True)))
         self.targets(table, columns)
 
     def check(self, table: Table, columns: Columns) -> list[str]:
@@ -82,38 +83,46 @@ class MultipleChoice(Task):
         self.first = int(settings["first"])
 
     def choices(self, table: Table, columns: Columns) -> list[list[str]]:
-        """The choices of every row. ValueError where a row has fewer than two, or no column has any."""
+        """The choices of every row.
+
+        Raises:
+            ValueError: there is no column of choices, or a row has fewer than two.
+        """
         if "choices" in columns and not self.options.columns:
             values = table[columns["choices"]]
         else:
-            taken = {columns[role] for role in columns if role != "choices"}
-            guessed = sorted(name for name in table.columns if _CHOICE_COLUMN.match(name) and name not in taken)
+            used = {columns[role] for role in columns if role != "choices"}
+            guessed = sorted(name for name in table.columns if _CHOICE_COLUMN.match(name) and name not in used)
             names = list(self.options.columns) or guessed
             if len(names) < 2:
                 raise ValueError(
-                    f"{table.source}: which columns are the choices? It has {', '.join(table.columns)}; name a column "
-                    f"of lists with {setting_of('choices')}, or a column for each with --options.columns"
+                    f"{table.source}: no column of choices among {', '.join(table.columns)}; name a column of lists "
+                    f"with {column_option('choices')}, or one column per choice with --options.columns"
                 )
             values = [list(row) for row in zip(*(table[name] for name in names), strict=True)]
-        found = []
+        choices = []
         for row, value in enumerate(values):
-            if isinstance(value, Mapping):  # the choices of ARC and CommonsenseQA: {"text": [...], "label": [...]}
+            if isinstance(value, Mapping):  # as in ARC and CommonsenseQA: {"text": [...], "label": [...]}
                 value = value.get("text")
             if not isinstance(value, (list, tuple)) or not all(isinstance(item, (str, int, float)) for item in value):
                 raise ValueError(f"{table.where(row)}: the choices are {value!r}; expected a list of texts")
             if len(value) < 2:
-                raise ValueError(f"{table.where(row)}: {len(value)} choices; expected two or more")
-            found.append([str(item) for item in value])
-        return found
+                raise ValueError(f"{table.where(row)}: {len(value)} choices; expected at least two")
+            choices.append([str(item) for item in value])
+        return choices
 
     def inputs(self, table: Table, columns: Columns) -> list[str]:
         choices = self.choices(table, columns)
-        read = super().inputs(table, {role: name for role, name in columns.items() if role != "choices"})
-        return [f"{text} {own}" for text, own in zip(read, choices, strict=True)]
+        others = super().inputs(table, {role: name for role, name in columns.items() if role != "choices"})
+        return [f"{text} {of_row}" for text, of_row in zip(others, choices, strict=True)]
 
     def targets(self, table: Table, columns: Columns) -> list[int]:
-        """The index of the right choice of every row. ValueError where a label is none of the row's choices."""
-        found = []
+        """The index of the correct choice of every row.
+
+        Raises:
+            ValueError: a label is none of the row's choices.
+        """
+        targets = []
         rows = zip(self.choices(table, columns), table[columns["label"]], strict=True)
         for row, (choices, value) in enumerate(rows):
             name = "" if value is None else label_name(value)
@@ -130,35 +139,35 @@ class MultipleChoice(Task):
                     f"{table.where(row)}: the label is {value!r}; expected a number from {self.first} to {last}, "
                     f"a letter from A to {chr(ord('A') + len(choices) - 1)}, or the text of one choice"
                 )
-            found.append(index)
-        return found
+            targets.append(index)
+        return targets
 
     def encode(
         self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool
     ) -> list[Example]:
-        """[CLS] text and question [SEP] choice [SEP], for each choice; `extra` is its index."""
-        first = texts(table, columns["text"])
+        """[CLS] text question [SEP] choice [SEP] for each choice; `extra` is its index."""
+        first = text_column(table, columns["text"])
         if "question" in columns:
-            asked = texts(table, columns["question"])
-            first = [f"{before} {question}".strip() for before, question in zip(first, asked, strict=True)]
+            questions = text_column(table, columns["question"])
+            first = [f"{before} {question}".strip() for before, question in zip(first, questions, strict=True)]
         choices = self.choices(table, columns)
         targets = self.targets(table, columns) if "label" in columns else [None] * len(table)
-        places = [(row, index) for row, own in enumerate(choices) for index in range(len(own))]
+        indices = [(row, index) for row, of_row in enumerate(choices) for index in range(len(of_row))]
         encodings = encode_texts(
-            tokenizer, [first[row] for row, _ in places], [choices[row][index] for row, index in places], text
+            tokenizer, [first[row] for row, _ in indices], [choices[row][index] for row, index in indices], text
         )
         return [
             Example(row, encoding.ids, encoding.type_ids, targets[row], index)
-            for (row, index), encoding in zip(places, encodings, strict=True)
+            for (row, index), encoding in zip(indices, encodings, strict=True)
         ]
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(B,): the score of every choice."""
+        """(B,): the score of each choice."""
         return run_model(model, batch, num_choices=1)["logits"].squeeze(-1)
 
     def loss(self, logits: Tensor, examples: Sequence[Example], options: LossOptions) -> Tensor:
         """Cross entropy over the choices of each row."""
-        refuse_options(self.name, options, "focal_gamma")
+        reject_options(self.name, options, "focal_gamma")
         starts = row_starts(examples)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         losses = [
@@ -177,21 +186,21 @@ class MultipleChoice(Task):
     def decode(
         self, outputs: Sequence[Array], examples: Sequence[Example], table: Table, columns: Columns
     ) -> list[dict[str, Any]]:
-        """A row's `choice` (its index from 0), that one's text as `chosen`, and the `probabilities` of all."""
+        """The predicted `choice` of a row (an index from 0), its text as `chosen`, and the `probabilities` of all."""
         choices = self.choices(table, columns)
-        scores = [np.zeros(len(own)) for own in choices]
+        scores = [np.zeros(len(of_row)) for of_row in choices]
         for score, example in zip(outputs, examples, strict=True):
             scores[example.row][example.extra] = float(score)
-        found = []
-        for own, values in zip(choices, scores, strict=True):
+        predictions = []
+        for of_row, values in zip(choices, scores, strict=True):
             best = int(values.argmax())
-            found.append({"choice": best, "chosen": own[best], "probabilities": softmax(values).tolist()})
-        return found
+            predictions.append({"choice": best, "chosen": of_row[best], "probabilities": softmax(values).tolist()})
+        return predictions
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
-        """accuracy, and that of always taking the choice which is right most often."""
+        """accuracy, and as a baseline that of always predicting the most frequent correct choice."""
         if not len(table):
-            raise ValueError("no row came; expected at least one to compute metrics of")
+            raise ValueError("the table is empty; expected at least one row to compute metrics")
         targets = np.array(self.targets(table, columns))
         chosen = np.array([prediction["choice"] for prediction in predictions])
         return {
@@ -200,11 +209,11 @@ class MultipleChoice(Task):
         }
 
     def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
-        """1 - the probability of the right choice, where another one is taken."""
+        """1 - the probability of the correct choice, if another one is predicted."""
         pairs = zip(predictions, self.targets(table, columns), strict=True)
-        return [0.0 if item["choice"] == right else 1.0 - item["probabilities"][right] for item, right in pairs]
+        return [0.0 if item["choice"] == target else 1.0 - item["probabilities"][target] for item, target in pairs]
 
 
 def row_starts(examples: Sequence[Example]) -> list[int]:
-    """Where each row's choices start in a batch; a row that is in it twice counts twice."""
+    """The start of each row's choices in a batch; a row that occurs twice counts twice."""
     return [index for index, example in enumerate(examples) if example.extra == 0]

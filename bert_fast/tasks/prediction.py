@@ -1,4 +1,4 @@
-"""A fitted task and its model on new rows: batches by length, no gradient, predictions in the rows' order."""
+"""Inference of a fitted task: batches of similar length, without gradients, predictions in the order of the rows."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model gives for examples.
+    """The outputs of a model for examples.
 
     Attributes:
-        arrays: one array an example, in their order; see `Task.split`.
-        loss: the mean over all examples; None where one has no target.
+        arrays: one array per example, in order; see `Task.per_example`.
+        loss: the mean loss; None if an example has no target.
     """
 
     arrays: list[np.ndarray[Any, Any]]
     loss: float | None
 
 
-def groups_of(task: Task, examples: Sequence[Example]) -> list[list[int]]:
-    """Indices of the examples that have to be in one batch: each alone, or all of a row."""
-    if not task.rows_together:
+def example_groups(task: Task, examples: Sequence[Example]) -> list[list[int]]:
+    """The indices of examples that must be in one batch: each alone, or all of a row."""
+    if not task.keep_rows_together:
         return [[index] for index in range(len(examples))]
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     for index, example in enumerate(examples):
         if index and examples[index - 1].row == example.row:
-            found[-1].append(index)
+            groups[-1].append(index)
         else:
-            found.append([index])
-    return found
+            groups.append([index])
+    return groups
 
 
 def text_settings(model: nn.Module) -> TextSettings:
-    """How texts became tokens when `model` was fine-tuned."""
+    """How texts were tokenized when `model` was fine-tuned."""
     config: Any = model.config
-    found = getattr(config, "extra", {}).get(CONFIG_KEY) or getattr(config, CONFIG_KEY, {})
-    return TextSettings(**found.get("text", {"max_length": longest_input(config)}))
+    entry = getattr(config, "extra", {}).get(CONFIG_KEY) or getattr(config, CONFIG_KEY, {})
+    return TextSettings(**entry.get("text", {"max_length": longest_input(config)}))
 
 
 @torch.inference_mode()
@@ -64,30 +64,36 @@ def run_examples(
     precision: str = "fp32",
     progress: Callable[[int], None] | None = None,
 ) -> Outputs:
-    """The outputs of `model`, put in eval mode for it, and the mean loss where there are targets.
+    """Run `model`, in eval mode, on `examples`.
 
     Args:
-        batch_tokens: examples of like length are packed up to this.
+        model: of bert_fast or transformers; runs on its own device.
+        task: fitted.
+        examples: with or without targets.
+        batch_tokens: maximum tokens of a batch of examples of similar length.
         precision: fp32, or bf16 for autocast.
-        progress: called with the number of examples after each batch.
+        progress: called after each batch with its number of examples.
+
+    Returns:
+        The output of each example, and the mean loss if all have targets.
     """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    groups = groups_of(task, examples)
+    groups = example_groups(task, examples)
     lengths = [sum(len(examples[index].input_ids) for index in group) for group in groups]
     arrays: list[Any] = [None] * len(examples)
     total, weight, options = 0.0, 0.0, LossOptions()
-    judged = bool(examples) and all(example.target is not None for example in examples)
+    has_targets = bool(examples) and all(example.target is not None for example in examples)
     for numbers in batches_by_length(lengths, batch_tokens):
         indices = [index for number in numbers for index in groups[number]]
         batch = Batch.of([examples[index] for index in indices], device)
         with autocast(device, precision):
             logits = task.forward(model, batch)
-        if judged:
+        if has_targets:
             total += float(task.loss(logits, batch.examples, options))
             weight += task.weight(batch.examples, options)
-        for index, array in zip(indices, task.split(logits, batch), strict=True):
+        for index, array in zip(indices, task.per_example(logits, batch), strict=True):
             arrays[index] = array
         if progress is not None:
             progress(len(indices))
@@ -107,12 +113,24 @@ def predict(
     precision: str = "fp32",
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The prediction of each row of `table`; the keys are the task's (label, probability, scores ...).
+    """Predict every row of `table`.
 
     Args:
-        model: of the class `task.model_class`, ours or transformers' (fused or not); runs on its device.
-        columns: role -> column; targets are not needed and not looked at.
-        text: as in training if None, which the model's configuration remembers.
+        model: of the class `task.model_class`, from bert_fast or transformers (fused or not); runs on its own device.
+        task: fitted, as `task_from_config` restores it.
+        tokenizer: of the model.
+        table: the rows.
+        columns: role -> column; targets are ignored.
+        text: how texts are tokenized; None takes the settings of the training from the model's configuration.
+        batch_tokens: maximum tokens of a batch of examples of similar length.
+        precision: fp32, or bf16 for autocast.
+        progress: called after each batch with its number of examples.
+
+    Returns:
+        One prediction per row, as JSON values; the keys depend on the task (label, probability, scores ...).
+
+    Raises:
+        ValueError: a value of the table is invalid; the message names the row.
     """
     roles = {role.name: role for role in task.roles}
     inputs = {name: column for name, column in columns.items() if not roles[name].target}

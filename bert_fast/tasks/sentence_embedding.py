@@ -1,4 +1,4 @@
-"""Vectors of texts, learnt from pairs that belong together, triplets, or scored pairs."""
+"""Sentence embeddings, trained on pairs, triplets or scored pairs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from bert_fast.models.embedding import pool
 from bert_fast.tasks.encoding import encode_texts
-from bert_fast.tasks.io.columns import Role, setting_of, texts
+from bert_fast.tasks.io.columns import Role, column_option, number_column, text_column
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.metrics import regression_metrics
 from bert_fast.tasks.settings import TextSettings
-from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, refuse_options, run_model
+from bert_fast.tasks.task import Batch, Columns, Example, LossOptions, Task, reject_options, run_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,22 +32,22 @@ PAIR = Role(
 )
 NEGATIVE = Role("negative", ("negative", "hard_negative"), required=False)
 SCORE = Role("label", ("label", "score", "similarity", "similarity_score", "labels"), required=False, target=True)
-ROLES = ("text", "text_pair", "negative")  # the kinds of an example, by its `extra`
+ROLES = ("text", "text_pair", "negative")  # indexed by the `extra` of an example
 
 
 @dataclass(frozen=True)
 class SentenceEmbeddingOptions:
-    """Settings of the task sentence-embedding.
+    """Options of the task sentence-embedding.
 
     Args:
-        objective: contrastive: each text has to find its pair among all pairs, and negatives, of its batch; triplet:
-            the pair has to be closer than the negative by a margin; cosine: the pair's cosine is its score. auto takes
-            cosine where there are scores, else contrastive.
-        pooling: of the last hidden states: mean, cls, max or pooler. sentence-transformers knows all but pooler, and
-            loads the result folder of the others.
-        temperature: by which the contrastive objective divides cosines.
-        margin: of the triplet objective, in cosines.
-        score_low, score_high: the scores that stand for a cosine of 0 and of 1; by default the lowest and highest of
+        objective: contrastive (classify the pair of each text among all pairs and negatives of the batch), triplet (the
+            pair is closer than the negative by a margin) or cosine (regress the cosine of a pair to its score). auto
+            is cosine if there are scores and no negatives, else contrastive.
+        pooling: of the last hidden states: mean, cls, max or pooler. sentence-transformers loads the result of all but
+            pooler.
+        temperature: divides the cosines of the contrastive objective.
+        margin: of the triplet objective, in units of cosine.
+        score_low, score_high: the scores that correspond to cosines of 0 and 1; by default the minimum and maximum of
             the training rows.
     """
 
@@ -66,10 +66,10 @@ class SentenceEmbeddingOptions:
 
 
 class SentenceEmbedding(Task):
-    """A vector for each text, such that texts which belong together are close (Reimers and Gurevych, 2019).
+    """Embeds texts as vectors such that related texts are close (Reimers and Gurevych, 2019).
 
-    The contrastive objective is the one of multiple negatives ranking (Henderson et al., 2017): the bigger the batch,
-    the harder it is.
+    The contrastive objective is multiple negatives ranking (Henderson et al., 2017); larger batches have more
+    negatives.
     """
 
     name = "sentence-embedding"
@@ -77,8 +77,8 @@ class SentenceEmbedding(Task):
     roles = (TEXT, PAIR, NEGATIVE, SCORE)
     options_class = SentenceEmbeddingOptions
     text_roles = ROLES
-    rows_together = True
-    words_are_free = True
+    keep_rows_together = True
+    words_may_change = True
     main_metric = "mrr"
     objective: str
     low: float
@@ -86,29 +86,33 @@ class SentenceEmbedding(Task):
 
     def fit(self, table: Table, columns: Columns) -> None:
         if not len(table):
-            raise ValueError(f"{table.source}: there are no rows")
+            raise ValueError(f"{table.source}: the table is empty; expected at least one row")
         self.objective = self.options.objective
         if self.objective == "auto":
             self.objective = "cosine" if "label" in columns and "negative" not in columns else "contrastive"
         self.low, self.high = 0.0, 1.0
         self._check_columns(table, columns)
         if self.objective == "cosine":
-            scores = self._scores(table, columns)
+            scores = number_column(table, columns["label"])
             low, high = self.options.score_low, self.options.score_high
             self.low, self.high = min(scores) if low is None else low, max(scores) if high is None else high
             if self.low >= self.high:
                 raise ValueError(
-                    f"{table.source}: scores from {self.low} to {self.high}; expected different ones, or "
+                    f"{table.source}: scores from {self.low} to {self.high}; expected different scores, or set "
                     "options.score_low and options.score_high"
                 )
         self._choose_metric()
 
     def _check_columns(self, table: Table, columns: Columns) -> None:
-        needs = {"contrastive": ["text_pair"], "triplet": ["text_pair", "negative"], "cosine": ["text_pair", "label"]}
-        if missing := [role for role in needs[self.objective] if role not in columns]:
+        required = {
+            "contrastive": ["text_pair"],
+            "triplet": ["text_pair", "negative"],
+            "cosine": ["text_pair", "label"],
+        }
+        if missing := [role for role in required[self.objective] if role not in columns]:
             raise ValueError(
-                f"{table.source}: the objective {self.objective} needs a column for {', '.join(missing)}; it has "
-                f"{', '.join(table.columns)}: name it with {setting_of(missing[0])}"
+                f"{table.source}: no column for {', '.join(missing)} among {', '.join(table.columns)}, required by the "
+                f"objective {self.objective}; name it with {column_option(missing[0])}"
             )
 
     def _choose_metric(self) -> None:
@@ -118,7 +122,7 @@ class SentenceEmbedding(Task):
         self._check_columns(table, columns)
         if self.objective != "cosine":
             return []
-        outside = sum(not self.low <= score <= self.high for score in self._scores(table, columns))
+        outside = sum(not self.low <= score <= self.high for score in number_column(table, columns["label"]))
         return [f"{table.source}: {outside} scores are outside {self.low} to {self.high}"] if outside else []
 
     def settings(self) -> dict[str, Any]:
@@ -129,16 +133,16 @@ class SentenceEmbedding(Task):
         self.low, self.high = float(settings["low"]), float(settings["high"])
         self._choose_metric()
 
-    def files_for_others(self, text: TextSettings, hidden_size: int) -> dict[str, Any]:
-        """Those of sentence-transformers: the modules, the length of a text, the pooling."""
+    def extra_files(self, text: TextSettings, hidden_size: int) -> dict[str, Any]:
+        """The files of sentence-transformers: modules, maximum length, pooling."""
         if self.options.pooling == "pooler":
             return {}
         kinds = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"}
         modules = (("", "Transformer"), ("1_Pooling", "Pooling"))
         return {
             "modules.json": [
-                {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
-                for place, (path, kind) in enumerate(modules)
+                {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for index, (path, kind) in enumerate(modules)
             ],
             "sentence_bert_config.json": {"max_seq_length": text.max_length, "do_lower_case": False},
             "1_Pooling/config.json": {
@@ -147,29 +151,23 @@ class SentenceEmbedding(Task):
             },
         }
 
-    def _scores(self, table: Table, columns: Columns) -> list[float]:
-        found = []
-        for row, value in enumerate(table[columns["label"]]):
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                number = np.nan
-            if not np.isfinite(number):
-                raise ValueError(f"{table.where(row)}: {columns['label']!r} holds {value!r}; expected a number")
-            found.append(number)
-        return found
+    def _cosines(self, table: Table, columns: Columns) -> list[float]:
+        """The scores of the rows, scaled to cosines."""
+        return [(score - self.low) / (self.high - self.low) for score in number_column(table, columns["label"])]
 
     def encode(
         self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool
     ) -> list[Example]:
-        """A row's text, pair and negative, as far as there are; `extra` is 0, 1 or 2."""
+        """The text, pair and negative of each row, if present; `extra` is 0, 1 or 2."""
         kinds = [kind for kind, role in enumerate(ROLES) if role in columns]
-        found = {kind: encode_texts(tokenizer, texts(table, columns[ROLES[kind]]), None, text) for kind in kinds}
+        encodings = {
+            kind: encode_texts(tokenizer, text_column(table, columns[ROLES[kind]]), None, text) for kind in kinds
+        }
         targets: list[float | None] = [None] * len(table)
         if self.objective == "cosine" and "label" in columns:
-            targets = [(score - self.low) / (self.high - self.low) for score in self._scores(table, columns)]
+            targets = [*self._cosines(table, columns)]
         return [
-            Example(row, found[kind][row].ids, found[kind][row].type_ids, targets[row], kind)
+            Example(row, encodings[kind][row].ids, encodings[kind][row].type_ids, targets[row], kind)
             for row in range(len(table))
             for kind in kinds
         ]
@@ -180,7 +178,7 @@ class SentenceEmbedding(Task):
         return pool(out["last_hidden_state"], batch.cu_seqlens, self.options.pooling, out.get("pooler_output"))
 
     def loss(self, logits: Tensor, examples: Sequence[Example], options: LossOptions) -> Tensor:
-        refuse_options(self.name, options, "focal_gamma", "label_smoothing")
+        reject_options(self.name, options, "focal_gamma", "label_smoothing")
         vectors = F.normalize(logits, dim=-1)
         by_kind = {kind: [i for i, item in enumerate(examples) if item.extra == kind] for kind in range(len(ROLES))}
         anchors, pairs = vectors[by_kind[0]], vectors[by_kind[1]]
@@ -190,18 +188,18 @@ class SentenceEmbedding(Task):
         if self.objective == "triplet":
             closer = (anchors * (pairs - vectors[by_kind[2]])).sum(-1)
             return (self.options.margin - closer).clamp(min=0).sum()
-        among = [*by_kind[1], *by_kind[2]]
-        cosines = anchors @ vectors[among].T / self.options.temperature
-        # A pair that is there twice, or is the text itself, is no wrong answer.
-        ids = [tuple(examples[i].input_ids) for i in among]
-        own = [
+        candidates = [*by_kind[1], *by_kind[2]]
+        cosines = anchors @ vectors[candidates].T / self.options.temperature
+        # A candidate that equals the pair of a row, or its text, is not a negative of that row.
+        ids = [tuple(examples[i].input_ids) for i in candidates]
+        row_ids = [
             {tuple(examples[i].input_ids), tuple(examples[j].input_ids)}
             for i, j in zip(by_kind[0], by_kind[1], strict=True)
         ]
-        same = torch.tensor([[text in mine for text in ids] for mine in own], device=logits.device)
-        same.fill_diagonal_(False)
+        masked = torch.tensor([[text in of_row for text in ids] for of_row in row_ids], device=logits.device)
+        masked.fill_diagonal_(False)
         targets = torch.arange(len(anchors), device=logits.device)
-        return F.cross_entropy(cosines.masked_fill(same, -torch.inf), targets, reduction="sum")
+        return F.cross_entropy(cosines.masked_fill(masked, -torch.inf), targets, reduction="sum")
 
     def weight(self, examples: Sequence[Example], options: LossOptions) -> float:
         return float(sum(example.extra == 0 for example in examples))
@@ -209,45 +207,44 @@ class SentenceEmbedding(Task):
     def decode(
         self, outputs: Sequence[Array], examples: Sequence[Example], table: Table, columns: Columns
     ) -> list[dict[str, Any]]:
-        """Of texts alone their `vector`. Of pairs `similarity` (the cosine) and `rank`, the place of a text's pair
-        among the pairs of all rows, from 1; of triplets also `negative_similarity`."""
+        """For texts without pairs the `vector`; for pairs `similarity`, the cosine, and `rank`, that of a text's pair
+        among the pairs of all rows, from 1; for triplets also `negative_similarity`."""
         rows = len(table)
         vectors: dict[int, Array] = {}
         for kind in {example.extra for example in examples}:
-            own = [np.asarray(x) for x, example in zip(outputs, examples, strict=True) if example.extra == kind]
-            vectors[kind] = np.stack(own)
+            of_kind = [np.asarray(x) for x, example in zip(outputs, examples, strict=True) if example.extra == kind]
+            vectors[kind] = np.stack(of_kind)
         if 1 not in vectors:
             return [{"vector": vector.tolist()} for vector in vectors.get(0, np.zeros((rows, 0)))]
         unit = {kind: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for kind, x in vectors.items()}
         similarity = (unit[0] * unit[1]).sum(1)
-        texts_of_pairs = texts(table, columns["text_pair"])
-        number = {text: i for i, text in enumerate(dict.fromkeys(texts_of_pairs))}
-        distinct = np.array([number[text] for text in texts_of_pairs])
+        pairs = text_column(table, columns["text_pair"])
+        number = {text: i for i, text in enumerate(dict.fromkeys(pairs))}
+        distinct = np.array([number[text] for text in pairs])
         first = np.unique(distinct, return_index=True)[1]
-        found = []
+        predictions = []
         for row in range(rows):
             cosines = unit[1][first] @ unit[0][row]
-            # Equal ones come before: a model that finds everything alike ranks last.
+            # Ties count against the model: equal vectors for all texts give the last rank.
             ahead = cosines >= cosines[distinct[row]]
             item = {"similarity": float(similarity[row]), "rank": int(ahead.sum())}
             if 2 in unit:
                 item["negative_similarity"] = float(unit[2][row] @ unit[0][row])
-            found.append(item)
-        return found
+            predictions.append(item)
+        return predictions
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
-        """Of scored pairs pearson and spearman of cosines and scores. Of others mrr and recall_at_1, _5, _10 of each
-        text's pair among all pairs; of triplets also triplet_accuracy."""
+        """For scored pairs the metrics of regression on cosines and scores; otherwise mrr, mean_similarity and
+        recall_at_1, _5, _10 of each text's pair among all pairs; for triplets also triplet_accuracy."""
         if not len(table):
-            raise ValueError("no row came; expected at least one to compute metrics of")
+            raise ValueError("the table is empty; expected at least one row to compute metrics")
         similarity = np.array([item["similarity"] for item in predictions])
         if self.objective == "cosine":
-            scores = (np.array(self._scores(table, columns)) - self.low) / (self.high - self.low)
-            return regression_metrics(scores.tolist(), similarity.tolist())
+            return regression_metrics(self._cosines(table, columns), similarity.tolist())
         ranks = np.array([item["rank"] for item in predictions])
-        found = {"mrr": float((1 / ranks).mean()), "mean_similarity": float(similarity.mean())}
-        found |= {f"recall_at_{n}": float((ranks <= n).mean()) for n in (1, 5, 10)}
+        metrics = {"mrr": float((1 / ranks).mean()), "mean_similarity": float(similarity.mean())}
+        metrics |= {f"recall_at_{n}": float((ranks <= n).mean()) for n in (1, 5, 10)}
         if "negative_similarity" in predictions[0]:
             negative = np.array([item["negative_similarity"] for item in predictions])
-            found["triplet_accuracy"] = float((similarity > negative).mean())
-        return found
+            metrics["triplet_accuracy"] = float((similarity > negative).mean())
+        return metrics

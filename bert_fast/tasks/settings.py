@@ -1,4 +1,4 @@
-"""What a task can be told about texts, without importing torch."""
+"""Settings of tokenization and augmentation, without importing torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How texts become tokens.
+    """How texts are tokenized.
 
     Args:
-        max_length: most tokens of an example, [CLS] and [SEP] among them.
-        truncation: where a pair is too long: cut the longer text, or always the first or the second.
-        long: what is kept of a text that is too long: its head, its tail, a quarter of head and the rest of tail; or
-            all, in windows, each an example of its own in training, whose logits are averaged for a prediction
-            (classification, multi-label and regression; tokens and answers have windows whatever is said here).
-        overlap: tokens that a window shares with the one before, at most half of it.
+        max_length: maximum tokens of an example, including [CLS] and [SEP].
+        truncation: of a pair that is too long: truncate the longer text, or always the first or the second.
+        long: of a text that is too long, keep its head, its tail, or head_tail (a quarter from the head, the rest from
+            the tail); or split it into windows, each a training example, whose logits are averaged in prediction
+            (classification, multi-label and regression; token-classification and question-answering always use
+            windows).
+        overlap: tokens that a window shares with the previous one, at most half a window.
     """
 
     max_length: int = 128
@@ -35,20 +36,19 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """How training rows are changed, anew in each epoch (Wei and Zou, "EDA", 2019); all shares are 0 to begin with.
+    """Augmentation of the training rows, anew in each epoch (Wei and Zou, "EDA", 2019); off by default.
 
-    Words are what stands between spaces; characters in a text that is mostly Chinese or Japanese. Words can't be moved
-    in tasks whose targets are words or places of the text: token-classification, question-answering and
-    multiple-choice take `mask` only.
+    Words are separated by spaces; in mostly Chinese or Japanese texts each character is a word. Tasks whose targets
+    depend on the words (token-classification, question-answering, multiple-choice) support only `mask`.
 
     Args:
-        mask: share of the tokens that become [MASK].
-        delete: share of the words that are left out; one stays.
-        duplicate: share of the words that come twice.
-        swap: share of the words that change places with another.
-        synonym: share of the words that are replaced by another of their line in `synonyms`.
-        synonyms: a file whose lines are words of like meaning, separated by commas.
-        rows: share of the rows that are changed at all; the others stay as they are in that epoch.
+        mask: share of the tokens replaced by [MASK].
+        delete: share of the words deleted; at least one remains.
+        duplicate: share of the words duplicated.
+        swap: share of the words swapped with another.
+        synonym: share of the words replaced by another word of their line in `synonyms`.
+        synonyms: a file of synonyms, one group per line, separated by commas.
+        rows: share of the rows augmented in each epoch.
     """
 
     mask: float = 0.0
@@ -62,20 +62,20 @@ class AugmentSettings:
     def __post_init__(self) -> None:
         for name in ("mask", "delete", "duplicate", "swap", "synonym"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}; expected a share from 0, and below 1")
+                raise ValueError(f"augment.{name} is {getattr(self, name)}; expected a share in [0, 1)")
         if not 0 < self.rows <= 1:
-            raise ValueError(f"augment.rows is {self.rows}; expected a share above 0, up to 1")
+            raise ValueError(f"augment.rows is {self.rows}; expected a share in (0, 1]")
         if bool(self.synonym) != (self.synonyms is not None):
             raise ValueError(
-                f"augment.synonym is {self.synonym} and augment.synonyms is {self.synonyms}; expected both, or none"
+                f"augment.synonym is {self.synonym} and augment.synonyms is {self.synonyms}; set both or neither"
             )
 
     @property
     def of_words(self) -> bool:
-        """Whether words are changed, and not tokens alone."""
+        """Whether words are augmented, not only tokens."""
         return any((self.delete, self.duplicate, self.swap, self.synonym))
 
     @property
     def any(self) -> bool:
-        """Whether anything is changed."""
+        """Whether augmentation is on."""
         return self.of_words or bool(self.mask)

@@ -1,8 +1,8 @@
-"""What a task is to the loop: how rows become examples, logits a loss, and logits predictions and metrics.
+"""The interface of a task: rows to examples, model outputs to a loss, to predictions and to metrics.
 
-The loop calls, in this order: `fit` on the training rows, `check` on every table, `encode`, then a step at a time
-`forward`, `loss` and `weight`; for evaluation `forward`, `decode`, `evaluate`. A task knows nothing of optimizers,
-epochs and files; it must not import bert_fast.training.
+The loop calls `fit` on the training rows, `check` on every table and `encode`; in each step `forward`, `loss` and
+`weight`; in evaluation `forward`, `decode` and `evaluate`. A task does not depend on optimizers, epochs or result
+folders, and must not import bert_fast.finetune.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from bert_fast.tasks.settings import TextSettings
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CONFIG_KEY = "bert_fast_task"  # in config.json, beside what transformers reads
-# name: module and class. A task is imported once it is asked for.
+CONFIG_KEY = "bert_fast_task"  # of the entry in config.json, which transformers ignores
+# name -> module:class, imported on first use.
 TASKS = {
     "classification": "bert_fast.tasks.classification:Classification",
     "multi-label": "bert_fast.tasks.classification:MultiLabel",
@@ -37,18 +37,18 @@ TASKS = {
     "multiple-choice": "bert_fast.tasks.multiple_choice:MultipleChoice",
     "sentence-embedding": "bert_fast.tasks.sentence_embedding:SentenceEmbedding",
 }
-Columns = Mapping[str, str]  # role -> column of the table; roles that are not there have none
+Columns = Mapping[str, str]  # role -> column of the table; roles without a column are left out
 
 
 @dataclass(frozen=True)
 class Example:
-    """One input of the model. A row of the table can have several: windows, choices, the texts of a pair.
+    """One input sequence. A row of the table may have several: windows, choices, the texts of a pair.
 
     Args:
         row: index of the row in its table.
-        input_ids, token_type_ids: its tokens, special ones included.
-        target: what the loss compares with: int, float, list of int (a label a token), (start, end) ...; None without.
-        extra: what decoding needs: offsets, word ids, the number of the window ...
+        input_ids, token_type_ids: its tokens, including special tokens.
+        target: the target of the loss: int, float, list of int (one label per token), (start, end) ..., or None.
+        extra: what decoding needs: offsets, word indices, the window ...
     """
 
     row: int
@@ -60,12 +60,12 @@ class Example:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What changes the loss of every task that has classes.
+    """Options of the loss of tasks with classes.
 
     Args:
-        class_weights: (C,) float, the weight of each class; None for 1.
-        focal_gamma: > 0 for the focal loss (Lin et al., 2017): each loss times (1 - p)^gamma.
-        label_smoothing: share of the target that is spread over all classes.
+        class_weights: (C,) float, the weight of each class; None weights them equally.
+        focal_gamma: exponent of the focal loss (Lin et al., 2017), which scales each loss by (1 - p)^gamma; 0 disables.
+        label_smoothing: share of the target probability spread over all classes.
     """
 
     class_weights: Tensor | None = None
@@ -73,21 +73,22 @@ class LossOptions:
     label_smoothing: float = 0.0
 
 
-def refuse_options(task: str, options: LossOptions, *names: str) -> None:
-    """ValueError where one of the options that `task` has no use for is set."""
-    if found := [name for name in names if getattr(options, name)]:
-        raise ValueError(f"loss.{found[0]} is {getattr(options, found[0])}, which {task} has no use for; leave it at 0")
+def reject_options(task: str, options: LossOptions, *names: str) -> None:
+    """Raise ValueError if one of the options `names`, which `task` does not support, is set."""
+    for name in names:
+        if value := getattr(options, name):
+            raise ValueError(f"loss.{name} is {value}; expected 0: {task} does not support it")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples and their T tokens, one after the other, without padding.
+    """B examples packed into T tokens, without padding.
 
     Attributes:
         examples: the B examples.
         input_ids, token_type_ids: int64 (T,).
-        cu_seqlens: int32 (B+1,), where each example starts, and T.
-        max_seqlen: tokens of the longest.
+        cu_seqlens: int32 (B+1,), the start of each example, and T.
+        max_seqlen: length of the longest example.
     """
 
     examples: Sequence[Example]
@@ -98,7 +99,7 @@ class Batch:
 
     @classmethod
     def of(cls, examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-        """The batch of `examples`, none of which is without tokens."""
+        """Pack `examples`, each of at least one token."""
         lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
         ends = np.concatenate([[0], lengths.cumsum()])
         tokens = np.concatenate([np.asarray(example.input_ids, dtype=np.int64) for example in examples])
@@ -108,70 +109,72 @@ class Batch:
         return cls(examples, ids, types, cu_seqlens, int(lengths.max()))
 
     def padded(self, pad_id: int = 0) -> dict[str, Tensor]:
-        """The same, padded, as transformers takes it: input_ids, token_type_ids, attention_mask int64 (B, S)."""
+        """The padded inputs of a transformers model: input_ids, token_type_ids and attention_mask, int64 (B, S)."""
         starts = self.cu_seqlens[:-1].long()
         lengths = self.cu_seqlens.long().diff()
         column = torch.arange(self.max_seqlen, device=lengths.device)
         mask = column < lengths[:, None]
-        places = torch.where(mask, starts[:, None] + column, 0)
-        ids = torch.where(mask, self.input_ids[places], pad_id)
-        types = torch.where(mask, self.token_type_ids[places], 0)
+        indices = torch.where(mask, starts[:, None] + column, 0)
+        ids = torch.where(mask, self.input_ids[indices], pad_id)
+        types = torch.where(mask, self.token_type_ids[indices], 0)
         return {"input_ids": ids, "token_type_ids": types, "attention_mask": mask.long()}
 
 
 def run_model(model: nn.Module, batch: Batch, **arguments: Any) -> dict[str, Tensor]:
-    """The output of one of our models, or of a transformers model, for `batch`; what is per token comes packed.
+    """Run a model of bert_fast or transformers on `batch`; per-token outputs are packed.
 
     Args:
-        model: ours takes the batch as it is, any other one padded. `num_choices=1` in `arguments` works for both.
+        model: a model of bert_fast gets the packed batch, any other the padded one.
+        batch: the examples.
+        arguments: further arguments of the model; `num_choices=1` is supported for both kinds.
 
     Returns:
-        The tensors of the output by name: last_hidden_state (T, E), start_logits and end_logits (T,), logits (T, C) of
-        a token classifier, (B, C) of a sequence classifier ...
+        The output tensors by name: last_hidden_state (T, E), start_logits and end_logits (T,), logits (T, C) of a token
+        classifier or (B, C) of a sequence classifier ...
     """
     from bert_fast.models import BertPreTrainedModel
 
-    # RoBERTa has one token type, and DistilBERT none, whatever the tokenizer says.
-    typed = getattr(model.config, "type_vocab_size", 0) > 1
+    # RoBERTa has one token type, and DistilBERT none, but their tokenizers return both.
+    has_types = getattr(model.config, "type_vocab_size", 0) > 1
     if any(isinstance(module, BertPreTrainedModel) for module in model.modules()):
         arguments = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, **arguments}
-        types = {"token_type_ids": batch.token_type_ids} if typed else {}
+        types = {"token_type_ids": batch.token_type_ids} if has_types else {}
         out = model(input_ids=batch.input_ids, **types, **arguments)
         return {name: x for name, x in out.items() if isinstance(x, Tensor)}
     inputs = batch.padded(getattr(model.config, "pad_token_id", None) or 0)
-    if not typed:
+    if not has_types:
         del inputs["token_type_ids"]
-    real = inputs["attention_mask"].bool()
+    mask = inputs["attention_mask"].bool()
     if arguments.pop("num_choices", None) is not None:
         inputs = {name: x.unsqueeze(1) for name, x in inputs.items()}
     out = model(**inputs, **arguments)
-    found = {name: x for name, x in out.items() if isinstance(x, Tensor)}
-    for name, x in found.items():
+    tensors = {name: x for name, x in out.items() if isinstance(x, Tensor)}
+    for name, x in tensors.items():
         per_token = name in ("last_hidden_state", "start_logits", "end_logits") or (name == "logits" and x.dim() == 3)
         if per_token:
-            found[name] = x[real]
-    return found
+            tensors[name] = x[mask]
+    return tensors
 
 
 @dataclass(frozen=True)
 class NoOptions:
-    """The options of a task that has none."""
+    """The options of a task without options."""
 
 
 class Task(ABC):
-    """A task over the rows of a table.
+    """A task on the rows of a table.
 
     Class attributes:
         name: its key in `TASKS`.
-        model_class: of `bert_fast.models` (and, by the same name, of transformers).
+        model_class: the name of its class in `bert_fast.models` and in transformers.
         roles: the columns it reads.
-        options_class: a frozen dataclass of its own settings, with defaults.
-        text_roles: those roles that may not be empty (data.empty says what happens to rows where one is).
-        rows_together: whether all examples of a row have to be in one batch (choices, pairs of an embedding).
-        words_are_free: whether words can be left out or moved without a change of the targets (augmentation).
-        group_role: rows with the same value of this role are kept together where dev is held out of train.
-        main_metric: the metric that drives early stopping and the choice of the best model.
-        higher_is_better: whether more of it is better.
+        options_class: a frozen dataclass of its options, with defaults.
+        text_roles: the roles whose texts must not be empty; data.empty handles rows with an empty one.
+        keep_rows_together: whether all examples of a row must be in one batch (choices, the texts of a pair).
+        words_may_change: whether augmentation may delete or move words without changing the targets.
+        group_role: rows with the same value of this role stay together when dev is held out of train.
+        main_metric: the metric for early stopping and for selecting the best model.
+        higher_is_better: whether higher values of it are better.
     """
 
     name: ClassVar[str]
@@ -179,8 +182,8 @@ class Task(ABC):
     roles: ClassVar[tuple[Role, ...]]
     options_class: ClassVar[type] = NoOptions
     text_roles: ClassVar[tuple[str, ...]] = ("text", "text_pair")
-    rows_together: ClassVar[bool] = False
-    words_are_free: ClassVar[bool] = False
+    keep_rows_together: ClassVar[bool] = False
+    words_may_change: ClassVar[bool] = False
     group_role: ClassVar[str] = ""
     main_metric: str = "loss"
     higher_is_better: bool = True
@@ -189,74 +192,83 @@ class Task(ABC):
         self.options = self.options_class() if options is None else options
 
     def read(self, source: str | Path, names: Sequence[str] | None = None) -> Table:
-        """The table of a source; for tasks with a file format of their own, that too."""
+        """Read the table of a source; see `read_table`."""
         return read_table(source, names)
 
     @abstractmethod
     def fit(self, table: Table, columns: Columns) -> None:
-        """Learn from the training rows what the task needs to know (its labels).
+        """Derive the task's settings, such as its labels, from the training rows.
 
         Raises:
-            ValueError: nothing can be learnt from these rows (one class, no rows ...); the message says why.
+            ValueError: these rows can't train a model (one class, no rows ...); the message says why.
         """
 
     def check(self, table: Table, columns: Columns) -> list[str]:
-        """Whether the targets of `table` fit what was learnt; returns sentences that a user should read.
+        """Check the targets of `table` against the fitted task; returns warnings for the user.
 
         Raises:
-            ValueError: labels unseen in training (with counts), spans that don't match ...; with `table.where(row)`.
+            ValueError: the targets are invalid: labels unseen in training, answers outside their context ...
         """
         return []
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What `fit` learnt, as JSON data: goes into config.json and comes back in `restore`."""
+        """The state that `fit` derived, as JSON values; stored in config.json and loaded by `restore`."""
 
     @abstractmethod
     def restore(self, settings: Mapping[str, Any]) -> None:
-        """Take over what `settings` gave."""
+        """Load the state that `settings` returned."""
 
     def model_config(self) -> dict[str, Any]:
-        """Settings of `BertConfig` that the head needs, as transformers names them: id2label, problem_type ..."""
+        """The entries of `BertConfig` that the head needs, named as in transformers: id2label, problem_type ..."""
         return {}
 
     def head_config(self) -> dict[str, Any]:
-        """Settings of our heads that transformers does not have; they go into config.json and `BertConfig.extra`."""
+        """The entries of `BertConfig.extra` for heads that transformers does not have."""
         return {}
 
-    def files_for_others(self, text: TextSettings, hidden_size: int) -> dict[str, Any]:
-        """JSON files, by their path in the result folder, by which a library that is not transformers loads it."""
+    def extra_files(self, text: TextSettings, hidden_size: int) -> dict[str, Any]:
+        """Path in the result folder -> content of the JSON files by which libraries other than transformers load it."""
         return {}
 
     @abstractmethod
     def encode(
         self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool
     ) -> list[Example]:
-        """The examples of all rows, in the rows' order, those of a row next to each other.
+        """Encode all rows as examples, in order.
 
         Args:
-            training: targets are wanted, and what only costs time in training can be left out. Otherwise targets are
-                set where the table has them (for the loss of the evaluation) and None where not.
+            table: the rows.
+            columns: role -> column.
+            tokenizer: of the model.
+            text: how texts are tokenized.
+            training: the table has targets, and rows that can't be trained on may be skipped. Otherwise every row is
+                encoded, and targets are None if the table has none.
         """
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the loss and `decode` work on: (B, ...) where the head is per sequence, (T, ...) where per token."""
+        """The model output for `loss` and `decode`: (B, ...) for a head per sequence, (T, ...) for one per token."""
         return run_model(model, batch)["logits"]
 
     @abstractmethod
     def loss(self, logits: Tensor, examples: Sequence[Example], options: LossOptions) -> Tensor:
-        """The SUM of the losses over what counts, fp32; the loop divides by the `weight` of the whole step.
+        """The summed loss in fp32; the loop divides it by the `weight` of the whole step.
 
         Args:
-            logits: of `forward`, for the packed batch of exactly these examples.
+            logits: the output of `forward` for the packed batch of exactly these examples.
+            examples: with targets.
+            options: class weights, focal loss, label smoothing.
+
+        Raises:
+            ValueError: the task does not support one of the options.
         """
 
     def weight(self, examples: Sequence[Example], options: LossOptions) -> float:
-        """By what the sum of `loss` is divided to be a mean: examples here, else tokens, or the sum of weights."""
+        """The divisor that turns the summed `loss` into a mean: examples, tokens, or the sum of class weights."""
         return float(len(examples))
 
-    def split(self, logits: Tensor, batch: Batch) -> list[np.ndarray[Any, Any]]:
-        """`logits` as one array an example, for `decode`: a row each, or a row each token."""
+    def per_example(self, logits: Tensor, batch: Batch) -> list[np.ndarray[Any, Any]]:
+        """Split `logits` into one array per example: its row, or the rows of its tokens."""
         array = logits.detach().float().cpu().numpy()
         if len(array) == len(batch.examples):
             return list(array)
@@ -266,71 +278,89 @@ class Task(ABC):
     def decode(
         self, outputs: Sequence[np.ndarray[Any, Any]], examples: Sequence[Example], table: Table, columns: Columns
     ) -> list[dict[str, Any]]:
-        """A prediction, JSON data, for each row of `table`, from what `split` gave for each of `examples`."""
+        """Decode the outputs of all examples, from `per_example`, to one prediction (JSON values) per row."""
 
     @abstractmethod
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
-        """The metrics of `predictions` by name, JSON data; `main_metric` is one of them."""
+        """The metrics of `predictions` by name, as JSON values; `main_metric` is among them."""
 
     def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float] | None:
-        """How wrong each prediction is: 0 where it is right, the more the worse; None for a task that can't say."""
+        """The error of each prediction, 0 if it is correct and larger if it is worse; None if the task defines none."""
         return None
 
     def inputs(self, table: Table, columns: Columns) -> list[str]:
-        """What the model reads of each row, so that equal rows can be told."""
+        """A key of each row's inputs, equal for rows with the same inputs."""
         names = [role.name for role in self.roles if not role.target and role.name in columns]
         return [repr(values) for values in zip(*(table[columns[name]] for name in names), strict=True)]
 
     def tune(self, metrics: Mapping[str, Any]) -> str:
-        """Take over what the dev rows say about decoding, after the training; a sentence about it, "" for nothing.
+        """Tune decoding on dev after training; returns a message for the user, "" if nothing changed.
 
         Args:
-            metrics: of `evaluate`, on dev. What is taken over is among `settings`.
+            metrics: of `evaluate` on dev. What is tuned is part of `settings`.
         """
         return ""
 
     def class_counts(self, examples: Sequence[Example]) -> list[int] | None:
-        """How often each class is a target, for balanced class weights; None for a task without classes."""
+        """How often each class is a target, for balanced class weights; None if the task has no classes."""
         return None
 
     def class_of(self, example: Example) -> int | None:
-        """The class by which examples are resampled; None for a task that can't be."""
+        """The class by which examples are resampled; None if the task can't be resampled."""
         return None
 
 
 def task_class(name: str) -> type[Task]:
-    """The class of the task `name`."""
+    """The class of the task `name`.
+
+    Raises:
+        ValueError: there is no such task.
+    """
     if name not in TASKS:
         raise ValueError(f"task is {name!r}; expected one of {', '.join(TASKS)}")
     module, _, attribute = TASKS[name].partition(":")
-    found: type[Task] = getattr(import_module(module), attribute)
-    return found
+    kind: type[Task] = getattr(import_module(module), attribute)
+    return kind
 
 
 def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
-    """The task `name`, not yet fitted, with `options` in place of its options' defaults."""
+    """Create an unfitted task.
+
+    Args:
+        name: a key of `TASKS`.
+        options: override the defaults of the task's options.
+
+    Raises:
+        ValueError: there is no such task or option, or an option is out of range.
+    """
     kind = task_class(name)
     known = [item.name for item in fields(kind.options_class)]
     if unknown := sorted(set(options or {}) - set(known)):
-        listed = ", ".join(known) or "none"
-        raise ValueError(f"{name} has no option {', '.join(unknown)}; its options: {listed}")
+        expected = ", ".join(known) or "none"
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; expected among its options: {expected}")
     return kind(kind.options_class(**(options or {})))
 
 
 def task_entry(task: Task) -> dict[str, Any]:
-    """What config.json holds under `CONFIG_KEY`, to make the task again."""
+    """The entry `CONFIG_KEY` of config.json, from which `task_from_config` restores the task."""
     return {"name": task.name, "options": asdict(task.options), **task.settings()}
 
 
 def task_from_config(config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> Task:
-    """The fitted task of a model, from the content of its config.json, with `options` in place of those it has.
+    """Restore the fitted task of a model.
+
+    Args:
+        config: the content of the model's config.json.
+        options: override the options of the training.
 
     Raises:
-        ValueError: the model was not fine-tuned by bert_fast.
+        ValueError: the model was not fine-tuned by bert_fast, or an option is unknown or out of range.
     """
     entry = config.get(CONFIG_KEY)
     if not isinstance(entry, Mapping):
-        raise ValueError(f"the model's config.json has no {CONFIG_KEY}; expected a model written by bert-fast finetune")
+        raise ValueError(
+            f"config.json of the model has no {CONFIG_KEY}; expected a model written by bert-fast finetune"
+        )
     task = make_task(entry["name"], {**entry.get("options", {}), **(options or {})})
     task.restore(entry)
     return task

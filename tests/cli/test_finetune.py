@@ -77,7 +77,7 @@ def test_finetune_prints_what_it_reads_and_the_metrics(
     assert settings["loss"]["class_weights"] == [1.0, 2.0, 1.0]
     assert settings["optimizer"]["decay"] == "cosine"
     assert main(["finetune", "classification", *arguments, *given, *options]) == 2
-    assert "is there already; choose another output_dir, or give --overwrite true" in capsys.readouterr().err
+    assert "run exists; choose another folder, or give --overwrite true" in capsys.readouterr().err
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -89,17 +89,17 @@ def test_predict_from_arguments_stdin_and_files(
 ) -> None:
     capsys.readouterr()
     assert main(["predict", str(trained), "one yes two", "two no one"]) == 0
-    found = lines(capsys.readouterr().out)
-    assert [(line["row"], line["text"], line["label"]) for line in found] == [
+    predictions = lines(capsys.readouterr().out)
+    assert [(line["row"], line["text"], line["label"]) for line in predictions] == [
         (1, "one yes two", "yes"),
         (2, "two no one", "no"),
     ]
-    assert sum(found[0]["scores"].values()) == pytest.approx(1.0)
+    assert sum(predictions[0]["scores"].values()) == pytest.approx(1.0)
     monkeypatch.setattr("sys.stdin", io.StringIO("one yes two\n\ntwo no one\n"))
     assert main(["predict", str(trained)]) == 0
     again = lines(capsys.readouterr().out)
     assert [(line["row"], line["label"]) for line in again] == [(1, "yes"), (3, "no")]
-    assert again[0]["scores"] == pytest.approx(found[0]["scores"])
+    assert again[0]["scores"] == pytest.approx(predictions[0]["scores"])
     monkeypatch.setattr("sys.stdin", io.StringIO('{"sentence": "one maybe two", "id": 7}\n'))
     assert main(["predict", str(trained), "--file", "-"]) == 0
     assert lines(capsys.readouterr().out)[0]["label"] == "maybe"
@@ -137,16 +137,16 @@ def test_evaluate_gives_the_metrics_of_the_training(
     ]
     (tmp_path / "other.jsonl").write_text('{"sentence": "one", "kind": "never"}\n')
     assert main(["evaluate", str(trained), str(tmp_path / "other.jsonl"), "--columns", '{"label": "kind"}']) == 2
-    assert "labels unseen in training: 'never' (1 rows); training had maybe, no, yes" in capsys.readouterr().err
+    assert "labels unseen in training: 'never' (1 rows); expected maybe, no, yes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["finetune", "classify"], "classify"),
-        (["predict", "absent", "a"], "expected the folder that bert-fast finetune wrote"),
+        (["predict", "absent", "a"], "expected a folder written by bert-fast finetune"),
         (["predict", "{base}/model", "a"], "has no bert_fast_task; expected a model written by bert-fast finetune"),
-        (["predict", "{base}/model", "a", "--output", "a.txt"], "expected a name ending in .jsonl, .csv"),
+        (["predict", "{base}/model", "a", "--output", "a.txt"], "expected a file name ending in .jsonl, .csv"),
         (["evaluate", "{base}/model", "absent.csv"], "has no bert_fast_task"),
     ],
 )

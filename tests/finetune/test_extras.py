@@ -1,4 +1,4 @@
-"""What the loop can do beside training on rows as they are: long documents and other poolings."""
+"""Long documents, other poolings, new heads and augmentation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ import transformers
 
 from bert_fast._config import from_mapping
 from bert_fast.cli.rows import load_task
-from bert_fast.finetune.api import finetune
-from bert_fast.finetune.config import FinetuneConfig
+from bert_fast.finetune import FinetuneConfig, finetune
 from bert_fast.finetune.loop import Finetuner
-from bert_fast.finetune.task_run import Part
+from bert_fast.finetune.task_run import TaskRun
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.prediction import predict
@@ -40,8 +39,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def text_of(label: str, number: int, length: int) -> str:
-    """Fillers, and one word that shows the label, at a place that depends on `number`."""
-    words = [FILLER[(number * 7 + place * 5) % len(FILLER)] for place in range(length)]
+    """Fillers, and one word that determines the label, at a position that depends on `number`."""
+    words = [FILLER[(number * 7 + position * 5) % len(FILLER)] for position in range(length)]
     words.insert(number * 3 % (length + 1), label if number % 4 < 2 else SIGNS[label])
     return " ".join(words)
 
@@ -87,7 +86,7 @@ def config(base: Path, tmp_path: Path) -> FinetuneConfig:
 
 
 def with_(config: FinetuneConfig, **changes: Any) -> FinetuneConfig:
-    """`config` with values replaced; a mapping replaces values of a group."""
+    """`config` with values replaced; a mapping replaces values within a group."""
     groups = {
         name: replace(getattr(config, name), **value) if isinstance(value, dict) and name != "options" else value
         for name, value in changes.items()
@@ -95,59 +94,61 @@ def with_(config: FinetuneConfig, **changes: Any) -> FinetuneConfig:
     return replace(config, **groups)
 
 
-def test_windows_and_pooled_tokens_are_learnt_and_remembered(config: FinetuneConfig, tmp_path: Path) -> None:
+def test_windows_and_pooling_are_trained_and_restored(config: FinetuneConfig, tmp_path: Path) -> None:
     data = {"train": write(tmp_path / "long.csv", range(60), 20), "dev": write(tmp_path / "dev.csv", range(9, 30), 20)}
-    said: list[str] = []
+    messages: list[str] = []
     text = {"max_length": 12, "long": "windows", "overlap": 4}
     changed = with_(config, data=data, text=text, options={"pooling": "mean_max"}, epochs=10)
-    result = finetune(changed, report=said.append)
+    result = finetune(changed, report=messages.append)
     assert result.metrics["dev"]["accuracy"] >= 0.9
-    assert any("transformers has no such head" in sentence for sentence in said)
+    assert any("transformers has no such head" in message for message in messages)
     model, tokenizer, task = load_task(result.folder, "cpu")
     assert model.config.extra["classifier_pooling"] == "mean_max"
     lines = [json.loads(line) for line in (Path(result.folder) / "predictions.dev.jsonl").read_text().splitlines()]
     table = Table({"text": [line["input"]["text"] for line in lines]})
-    found = predict(model, task, tokenizer, table, {"text": "text"})
+    predictions = predict(model, task, tokenizer, table, {"text": "text"})
     expected = [list(line["prediction"]["scores"].values()) for line in lines]
-    assert np.allclose([list(one["scores"].values()) for one in found], expected, atol=1e-5)
-    _, said_by_theirs = transformers.BertForSequenceClassification.from_pretrained(
+    assert np.allclose([list(one["scores"].values()) for one in predictions], expected, atol=1e-5)
+    _, loading = transformers.BertForSequenceClassification.from_pretrained(
         result.folder, ignore_mismatched_sizes=True, output_loading_info=True
     )
-    assert "bert.pooler.dense.weight" in said_by_theirs["missing_keys"]
+    assert "bert.pooler.dense.weight" in loading["missing_keys"]
     theirs = transformers.BertForSequenceClassification.from_pretrained(config.model, num_labels=2)
-    with pytest.raises(ValueError, match=r"a model came that does not have .*mean_max"):
+    with pytest.raises(ValueError, match=r"model does not support .*mean_max"):
         finetune(with_(changed, overwrite=True), model=theirs, report=quiet)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
-def test_a_result_is_trained_on_with_another_head(pooling: str, config: FinetuneConfig, tmp_path: Path) -> None:
+def test_a_result_is_fine_tuned_again_with_another_head(pooling: str, config: FinetuneConfig, tmp_path: Path) -> None:
     first = finetune(with_(config, options={"pooling": "mean_max"}, steps=2), report=quiet)
-    said: list[str] = []
+    messages: list[str] = []
     changed = with_(
         config, model=first.folder, options={"pooling": pooling}, steps=2, output_dir=str(tmp_path / "again")
     )
-    again = finetune(changed, report=said.append)
-    assert any(f"for the pooling mean_max, and {pooling} is wanted; it is made anew" in text for text in said)
+    again = finetune(changed, report=messages.append)
+    assert any(f"for pooling mean_max, expected {pooling}; the head is initialized" in text for text in messages)
     assert again.model.classifier.weight.shape == (2, 32)
-    said.clear()
+    messages.clear()
     small = {"model": again.folder, "steps": 1, "optimizer": {"lr": 1e-9}}
-    kept = finetune(with_(changed, output_dir=str(tmp_path / "kept"), **small), report=said.append)
+    kept = finetune(with_(changed, output_dir=str(tmp_path / "kept"), **small), report=messages.append)
     assert torch.allclose(kept.model.classifier.weight, again.model.classifier.weight, atol=1e-6)
-    assert not any("made anew" in text for text in said), "the same task with the same pooling goes on with its head"
+    assert not any("initialized" in text for text in messages), "the same task and pooling keep the head"
     other = with_(
         changed, task="multi-label", options={"pooling": pooling}, output_dir=str(tmp_path / "other"), **small
     )
-    moved = finetune(other, report=said.append)
-    assert any("its head is of the task classification; it is made anew" in text for text in said)
+    moved = finetune(other, report=messages.append)
+    assert any("a head for the task classification; the head is initialized" in text for text in messages)
     assert not torch.allclose(moved.model.classifier.weight, again.model.classifier.weight, atol=1e-3)
 
 
-def test_augmented_rows_are_learnt_from_and_only_in_training(config: FinetuneConfig) -> None:
+def test_augmentation_applies_only_in_training(config: FinetuneConfig) -> None:
     changed = with_(config, augment={"delete": 0.1, "swap": 0.3, "mask": 0.05})
-    run, plain = (Finetuner([Part(settings, report=quiet)]) for settings in (changed, config))
-    ours, expected = ([list(one.input_ids) for one in x.parts[0].dev_examples] for x in (run, plain))
+    augmented, plain = (Finetuner([TaskRun(settings, report=quiet)]) for settings in (changed, config))
+    ours, expected = ([list(one.input_ids) for one in x.task_runs[0].dev_examples] for x in (augmented, plain))
     assert ours == expected
-    epochs = [[list(one.input_ids) for _, batch in batches for one in batch] for _, batches in islice(run.steps(), 10)]
+    epochs = [
+        [list(one.input_ids) for _, batch in batches for one in batch] for _, batches in islice(augmented.steps(), 10)
+    ]
     assert epochs[:5] != epochs[5:]
-    assert run.total_steps == plain.total_steps
+    assert augmented.total_steps == plain.total_steps
     assert finetune(changed, report=quiet).metrics["dev"]["accuracy"] >= 0.9

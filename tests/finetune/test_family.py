@@ -1,4 +1,4 @@
-"""Fine-tuning of the other architectures, with tokenizers of their kind, to folders that transformers loads."""
+"""Fine-tuning of the other architectures, with their tokenizers; the results load in transformers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import transformers
 from bert_fast._config import from_mapping
 from bert_fast.cli.main import main
 from bert_fast.data import load_tokenizer
-from bert_fast.finetune.api import FinetuneResult, finetune
-from bert_fast.finetune.config import FinetuneConfig
+from bert_fast.finetune import FinetuneConfig, FinetuneResult, finetune
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.models.config import longest_input
 from bert_fast.models.family import ARCHITECTURES
@@ -38,16 +37,16 @@ def quiet(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def base(tokenizer_folder: Folder) -> Folder:
-    """`base("roberta")`: a tiny pretrained model beside its tokenizer."""
+    """`base("roberta")`: the folder of a tiny pretrained model and its tokenizer."""
 
     def folder_of(model_type: str) -> Path:
         folder = tokenizer_folder(model_type)
         tokenizer = load_tokenizer(folder)
         pad = tokenizer.token_to_id("<pad>")
-        own = {"pad_token_id": 0 if pad is None else pad, "type_vocab_size": 1 if pad is not None else 2}
+        ids = {"pad_token_id": 0 if pad is None else pad, "type_vocab_size": 1 if pad is not None else 2}
         torch.manual_seed(0)
         config = BertConfig.from_dict(
-            {"model_type": model_type, "vocab_size": tokenizer.get_vocab_size(), "embedding_size": 32}, **SIZES, **own
+            {"model_type": model_type, "vocab_size": tokenizer.get_vocab_size(), "embedding_size": 32}, **SIZES, **ids
         )
         BertModel(config).save_pretrained(folder)
         return folder
@@ -93,8 +92,8 @@ def test_pairs(model_type: str, base: Folder, tmp_path: Path, capsys: pytest.Cap
     with torch.no_grad():
         texts, pairs = ([line["input"][name] for line in lines] for name in ("text", "text_pair"))
         scores = theirs(**tokenizer(texts, pairs, return_tensors="pt", padding=True)).logits.softmax(-1)
-    for line, found in zip(lines, scores.tolist(), strict=True):
-        assert found == pytest.approx(list(line["prediction"]["scores"].values()), abs=1e-5)
+    for line, expected in zip(lines, scores.tolist(), strict=True):
+        assert expected == pytest.approx(list(line["prediction"]["scores"].values()), abs=1e-5)
     assert main(["evaluate", result.folder, str(tmp_path / "run.jsonl")]) == 0
     assert f"{'accuracy':<22} {result.metrics['dev']['accuracy']:.4f}" in capsys.readouterr().out
     assert main(["explain", result.folder, "the café", "--pair", "a", "--output", str(tmp_path / "x.html")]) == 0
@@ -134,7 +133,7 @@ def test_answers(model_type: str, base: Folder, tmp_path: Path) -> None:
     result = run("question-answering", base(model_type), tmp_path / "run", rows, **settings)
     assert result.metrics["dev"]["exact_match"] == 1.0
     lines = [json.loads(x)["prediction"] for x in (tmp_path / "run/predictions.dev.jsonl").read_text().splitlines()]
-    assert [line["answer"] for line in lines] == [names[n % 4] for n in range(16)], "without the space before it"
+    assert [line["answer"] for line in lines] == [names[n % 4] for n in range(16)], "without the preceding space"
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "run").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     inputs = tokenizer(rows[5]["question"], rows[5]["context"], return_tensors="pt")
@@ -146,7 +145,7 @@ def test_answers(model_type: str, base: Folder, tmp_path: Path) -> None:
 
 
 def test_a_transformers_model(base: Folder, tmp_path: Path) -> None:
-    """DistilBERT's forward has no token types, and RoBERTa's table one row."""
+    """DistilBERT has no token types, and RoBERTa has one."""
     rows = [{"text": f"the {word}", "text_pair": "a", "label": word} for word in ("cat", "dog")] * 8
     for model_type in ("roberta", "distilbert"):
         folder = base(model_type)
@@ -173,17 +172,17 @@ def test_a_transformers_model(base: Folder, tmp_path: Path) -> None:
         assert again.config.id2label == {0: "cat", 1: "dog"}
 
 
-def test_settings_that_do_not_fit(base: Folder, tmp_path: Path) -> None:
+def test_invalid_settings(base: Folder, tmp_path: Path) -> None:
     rows = [{"text": f"the {word}", "label": word} for word in ("cat", "dog")] * 4
     assert longest_input(BertConfig.from_pretrained(base("roberta"))) == 38
-    with pytest.raises(ValueError, match=r"text.max_length is 39; the model takes at most 38 tokens"):
+    with pytest.raises(ValueError, match=r"text.max_length is 39; expected at most 38"):
         run("classification", base("roberta"), tmp_path / "run", rows, text={"max_length": 39})
     tagged = [{"tokens": ["a", "b"], "tags": ["O", "B-X"]}] * 4
-    with pytest.raises(ValueError, match="classifier_dropout came, and distilbert has none for tokens"):
+    with pytest.raises(ValueError, match=r"classifier_dropout is 0\.0; expected None: distilbert has none"):
         run("token-classification", base("distilbert"), tmp_path / "run", tagged)
 
 
-def test_classifier_dropout_goes_to_the_heads_own_setting(base: Folder, tmp_path: Path) -> None:
+def test_classifier_dropout_sets_the_dropout_of_the_head(base: Folder, tmp_path: Path) -> None:
     rows = [{"text": f"the {word}", "label": word} for word in ("cat", "dog")] * 4
     result = run("classification", base("distilbert"), tmp_path / "run", rows, classifier_dropout=0.37, steps=1)
     model: Any = result.model

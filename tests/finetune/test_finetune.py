@@ -1,4 +1,4 @@
-"""The fine-tuning loop on toy rows: it learns, repeats itself, freezes, weighs, stops, and writes a whole folder."""
+"""Fine-tuning on toy rows: learning, determinism, freezing, class weights, early stopping and the result folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ import transformers
 import bert_fast
 from bert_fast._config import from_mapping
 from bert_fast.data import load_tokenizer
-from bert_fast.finetune.api import FinetuneResult, finetune
-from bert_fast.finetune.config import BatchOptions, FinetuneConfig
+from bert_fast.finetune import BatchOptions, FinetuneConfig, FinetuneResult, finetune
 from bert_fast.finetune.data import Batcher, Split, hold_out
-from bert_fast.finetune.files import result_folder
 from bert_fast.finetune.loop import Finetuner
-from bert_fast.finetune.task_run import Part
+from bert_fast.finetune.task_run import TaskRun
 from bert_fast.models import BertConfig, BertForSequenceClassification, BertModel
 from bert_fast.optim.groups import Unfreezing, depths, freeze, layered_groups
 from bert_fast.runtime.log import read_log
@@ -51,21 +49,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    # Larger weights than BERT's own, so that so small a model has something to learn from.
+    # Larger initial weights than BERT's, so that so small a model can learn.
     model = BertModel(BertConfig(vocab_size=5 + len(WORDS), max_position_embeddings=32, initializer_range=0.2, **sizes))
     model.save_pretrained(folder)
     return folder
 
 
 def sentence(words: list[str], number: int) -> str:
-    """Fillers, and one of `words` at a place that depends on `number`."""
-    fillers = [FILLER[(number * 7 + place * 5) % len(FILLER)] for place in range(3 + number % 5)]
+    """Fillers, and one of `words` at a position that depends on `number`."""
+    fillers = [FILLER[(number * 7 + position * 5) % len(FILLER)] for position in range(3 + number % 5)]
     return " ".join([*fillers[: number % 3], words[number % len(words)], *fillers[number % 3 :]])
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train.csv, dev.csv: the label says whether there is a good or a bad word; different texts in both."""
+    """train.csv and dev.csv, with different texts: the label is good or bad, as one of the words."""
     folder = tmp_path_factory.mktemp("rows")
     for name, numbers in (("train", range(0, 96)), ("dev", range(100, 124))):
         rows = [(sentence(WORDS[:3] if n % 2 else WORDS[3:6], n), "good" if n % 2 else "bad") for n in numbers]
@@ -95,7 +93,7 @@ def config(base: Path, files: Path, tmp_path: Path) -> FinetuneConfig:
 
 
 def with_(config: FinetuneConfig, **changes: Any) -> FinetuneConfig:
-    """`config` with values replaced; a mapping replaces values of a group."""
+    """`config` with values replaced; a mapping replaces values within a group."""
     groups = {
         name: replace(getattr(config, name), **value) if isinstance(value, dict) and name != "options" else value
         for name, value in changes.items()
@@ -107,12 +105,12 @@ def losses(result: FinetuneResult) -> list[float]:
     return [line["loss"] for line in read_log(Path(result.folder) / "log.jsonl") if line["kind"] == "train"]
 
 
-def test_it_learns_and_transformers_loads_what_it_writes(config: FinetuneConfig, files: Path) -> None:
-    said: list[str] = []
-    result = finetune(with_(config, epochs=6, data={"test": str(files / "dev.csv")}), report=said.append)
+def test_a_model_learns_and_loads_in_transformers(config: FinetuneConfig, files: Path) -> None:
+    messages: list[str] = []
+    result = finetune(with_(config, epochs=6, data={"test": str(files / "dev.csv")}), report=messages.append)
     assert result.metrics["dev"]["accuracy"] == result.metrics["test"]["accuracy"] == 1.0
     assert result.metrics["dev"]["loss"] == pytest.approx(result.metrics["test"]["loss"])
-    assert any("96 rows; text, label" in text for text in said)
+    assert any("96 rows; text, label" in text for text in messages)
     folder = Path(result.folder)
     assert json.loads((folder / "metrics.json").read_text()) == result.metrics
     assert losses(result)[-1] < 0.1 < losses(result)[0]
@@ -129,9 +127,9 @@ def test_it_learns_and_transformers_loads_what_it_writes(config: FinetuneConfig,
     ours = BertForSequenceClassification.from_pretrained(folder)
     task = task_from_config(json.loads((folder / "config.json").read_text()))
     table = Table({"text": ["the film was sad", "great"]})
-    found = predict(ours, task, load_tokenizer(folder), table, {"text": "text"})
-    assert [one["label"] for one in found] == ["bad", "good"]
-    assert not list(folder.parent.glob(".writing-*"))
+    predictions = predict(ours, task, load_tokenizer(folder), table, {"text": "text"})
+    assert [prediction["label"] for prediction in predictions] == ["bad", "good"]
+    assert not list(folder.parent.glob(".run*"))
 
 
 def test_the_same_seed_gives_the_same_losses(config: FinetuneConfig) -> None:
@@ -142,42 +140,42 @@ def test_the_same_seed_gives_the_same_losses(config: FinetuneConfig) -> None:
     assert first != other
 
 
-def test_the_first_loss_is_that_of_transformers_on_the_same_rows(config: FinetuneConfig) -> None:
-    run = Finetuner([Part(config, report=quiet)])
-    part = run.parts[0]
-    part.model.eval()
-    _, ((number, examples),) = next(run.steps())
+def test_the_first_loss_equals_that_of_transformers(config: FinetuneConfig) -> None:
+    loop = Finetuner([TaskRun(config, report=quiet)])
+    task_run = loop.task_runs[0]
+    task_run.model.eval()
+    _, ((number, examples),) = next(loop.steps())
     model = transformers.BertForSequenceClassification(
         transformers.BertConfig(
             vocab_size=20, max_position_embeddings=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=64,
         )
     ).eval()  # fmt: skip
-    model.load_state_dict(bert_fast.models.to_hf(part.model.state_dict()))
-    rows = [part.data.train.table["text"][example.row] for example in examples]
-    encoded = part.tokenizer.encode_batch(rows)
+    model.load_state_dict(bert_fast.models.to_hf(task_run.model.state_dict()))
+    rows = [task_run.data.train.table["text"][example.row] for example in examples]
+    encoded = task_run.tokenizer.encode_batch(rows)
     width = max(len(one.ids) for one in encoded)
     ids = torch.tensor([one.ids + [0] * (width - len(one.ids)) for one in encoded])
     labels = torch.tensor([example.target for example in examples])
     expected = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
-    found, _ = run.train_step([(number, examples)])
-    assert float(found[0]) == pytest.approx(float(expected.detach()), abs=1e-6)
+    step_losses, _ = loop.train_step([(number, examples)])
+    assert float(step_losses[0]) == pytest.approx(float(expected.detach()), abs=1e-6)
 
 
 @pytest.mark.parametrize("weights", ["none", [1.0, 5.0]], ids=["plain", "weighted classes"])
-def test_accumulation_has_the_gradient_of_one_large_batch(config: FinetuneConfig, weights: Any) -> None:
+def test_accumulated_gradients_equal_those_of_one_large_batch(config: FinetuneConfig, weights: Any) -> None:
     gradients = []
     for rows, accumulation in ((12, 1), (3, 4)):
         batch = {"rows": rows, "accumulation": accumulation}
         torch.manual_seed(0)
-        part = Part(with_(config, batch=batch, loss={"class_weights": weights}), report=quiet)
-        run = Finetuner([part])
-        run.optimizer = torch.optim.SGD(part.model.parameters(), lr=0.0)
-        run.optimizer.param_groups[0]["lr_factor"] = 0.0
-        run.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
-        _, batches = next(run.steps())
-        run.train_step(batches)
-        gradients.append([parameter.grad for parameter in part.model.parameters()])
+        task_run = TaskRun(with_(config, batch=batch, loss={"class_weights": weights}), report=quiet)
+        loop = Finetuner([task_run])
+        loop.optimizer = torch.optim.SGD(task_run.model.parameters(), lr=0.0)
+        loop.optimizer.param_groups[0]["lr_factor"] = 0.0
+        loop.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
+        _, batches = next(loop.steps())
+        loop.train_step(batches)
+        gradients.append([parameter.grad for parameter in task_run.model.parameters()])
     for large, small in zip(*gradients, strict=True):
         assert torch.allclose(large, small, atol=1e-6)
 
@@ -202,7 +200,7 @@ def test_a_fused_transformers_model_is_trained_in_place(config: FinetuneConfig, 
     written = json.loads((Path(config.output_dir) / "config.json").read_text())
     assert written["architectures"] == ["BertForSequenceClassification"]
     assert task_from_config(written).settings() == {"labels": ["bad", "good"]}
-    with pytest.raises(ValueError, match="the model has 3 labels and the training rows have 2"):
+    with pytest.raises(ValueError, match="model has 3 labels; expected 2"):
         finetune(
             with_(config, overwrite=True),
             model=transformers.BertForSequenceClassification.from_pretrained(base, num_labels=3),
@@ -268,7 +266,7 @@ def test_freezing_and_gradual_unfreezing() -> None:
         freeze(model, embeddings=False, layers=4)
 
 
-def test_frozen_parameters_do_not_move_and_unfrozen_ones_do(config: FinetuneConfig, base: Path) -> None:
+def test_only_unfrozen_parameters_change(config: FinetuneConfig, base: Path) -> None:
     before = BertModel.from_pretrained(base).state_dict()
     optimizer = {"freeze_embeddings": True, "unfreeze_epochs": 1.0, "layer_decay": 0.9}
     result = finetune(with_(config, epochs=2, optimizer=optimizer, keep_best=False), report=quiet)
@@ -280,7 +278,7 @@ def test_frozen_parameters_do_not_move_and_unfrozen_ones_do(config: FinetuneConf
     assert "pooler.dense.weight" in moved
 
 
-def test_patience_ends_the_run_and_the_best_model_is_kept(config: FinetuneConfig) -> None:
+def test_early_stopping_keeps_the_best_model(config: FinetuneConfig) -> None:
     changes = {"epochs": 20, "patience": 2, "optimizer": {"lr": 1e-2}}
     result = finetune(with_(config, **changes), report=quiet)
     run = result.metrics["run"]
@@ -295,15 +293,15 @@ def test_patience_ends_the_run_and_the_best_model_is_kept(config: FinetuneConfig
     assert by_loss.metrics["dev"]["loss"] == pytest.approx(min(line["loss"] for line in evaluations), rel=1e-5)
 
 
-def test_batches_hold_every_row_once_and_like_lengths_together() -> None:
+def test_batches_cover_every_row_once_with_similar_lengths() -> None:
     from bert_fast.tasks.task import Example
 
     examples = [Example(row, [2] * (2 + row * 7 % 30), [0] * (2 + row * 7 % 30), row % 2) for row in range(50)]
     task = make_task("classification")
 
     def batches(options: BatchOptions, epoch: int = 0, **more: Any) -> list[list[int]]:
-        made = Batcher(task, examples, options, seed=5, **more).epoch(epoch)
-        return [[example.row for example in batch] for batch in made]
+        epoch_batches = Batcher(task, examples, options, seed=5, **more).epoch(epoch)
+        return [[example.row for example in batch] for batch in epoch_batches]
 
     plain = batches(BatchOptions(rows=8))
     assert sorted(row for batch in plain for row in batch) == list(range(50))
@@ -311,8 +309,8 @@ def test_batches_hold_every_row_once_and_like_lengths_together() -> None:
     assert plain == batches(BatchOptions(rows=8))
     assert plain != batches(BatchOptions(rows=8), 1)
     bucketed = batches(BatchOptions(rows=8, bucket=7))
-    spread = [max(row * 7 % 30 for row in batch) - min(row * 7 % 30 for row in batch) for batch in bucketed]
-    assert max(spread) <= 6
+    ranges = [max(row * 7 % 30 for row in batch) - min(row * 7 % 30 for row in batch) for batch in bucketed]
+    assert max(ranges) <= 6
     by_tokens = batches(BatchOptions(tokens=60))
     assert sorted(row for batch in by_tokens for row in batch) == list(range(50))
     assert max(sum(2 + row * 7 % 30 for row in batch) for batch in by_tokens) <= 60
@@ -321,7 +319,7 @@ def test_batches_hold_every_row_once_and_like_lengths_together() -> None:
     assert 0.4 < sum(drawn) / len(drawn) < 0.6
 
 
-def test_the_rows_held_out_have_every_class_in_its_share() -> None:
+def test_held_out_rows_are_stratified_by_class() -> None:
     split = Split(Table({"text": list(map(str, range(100))), "label": ["a"] * 80 + ["b"] * 20}), {"label": "label"})
     train, dev = hold_out(split, 0.1, 0)
     assert sorted(dev.table["label"]) == ["a"] * 8 + ["b"] * 2
@@ -335,12 +333,12 @@ def test_balanced_weights_and_duplicates_and_empty_rows(config: FinetuneConfig, 
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"text": " ", "label": "bad"}]))
     (tmp_path / "b.json").write_text(json.dumps([rows[0], {"text": "sad", "label": "bad"}]))
     data = {"train": str(tmp_path / "a.json"), "dev": str(tmp_path / "b.json"), "empty": "drop"}
-    said: list[str] = []
-    run = Part(with_(config, data=data, loss={"class_weights": "balanced"}), report=said.append)
+    messages: list[str] = []
+    run = TaskRun(with_(config, data=data, loss={"class_weights": "balanced"}), report=messages.append)
     assert run.loss_options.class_weights is not None
     assert run.loss_options.class_weights.tolist() == pytest.approx([8 / (2 * 2), 8 / (2 * 6)])
-    assert any("1 of 9 rows have no text (row 9); left out" in text for text in said)
-    assert any("1 of 2 rows of" in text and "(row 1): metrics on them flatter" in text for text in said)
+    assert any("1 of 9 rows have no text (row 9); dropped" in text for text in messages)
+    assert any("1 of 2 rows of" in text and "(row 1): the metrics overestimate" in text for text in messages)
     weight = run.task.weight(run.train_examples, run.loss_options)
     assert weight == pytest.approx(len(run.train_examples))
     assert math.isclose(run.task.weight(run.train_examples, LossOptions()), 8.0)
@@ -350,10 +348,10 @@ def test_balanced_weights_and_duplicates_and_empty_rows(config: FinetuneConfig, 
     ("changes", "message"),
     [
         ({"task": "classify"}, "task is 'classify'"),
-        ({"model": "absent"}, "model is absent, which is no folder"),
-        ({"options": {"stride": 3}}, "classification has no option stride; its options: pooling"),
-        ({"text": {"max_length": 64}}, "text.max_length is 64; the model takes at most 32 tokens"),
-        ({"metric": "f1"}, "metric is 'f1'; the metrics of classification are loss, accuracy, macro_f1"),
+        ({"model": "absent"}, "model is absent; expected a folder"),
+        ({"options": {"stride": 3}}, "classification has no option stride; expected among its options: pooling"),
+        ({"text": {"max_length": 64}}, "text.max_length is 64; expected at most 32"),
+        ({"metric": "f1"}, "metric is 'f1'; expected one of the metrics of classification: loss, accuracy, macro_f1"),
         ({"metric": "per_class"}, "metric is 'per_class'"),
         ({"loss": {"class_weights": [1.0]}}, "loss.class_weights has 1 numbers; expected 2"),
         ({"task": "regression"}, "train.csv, line 2: 'label' holds 'bad'; expected a number"),
@@ -362,7 +360,7 @@ def test_balanced_weights_and_duplicates_and_empty_rows(config: FinetuneConfig, 
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_what_does_not_fit_is_said_before_the_training(config: FinetuneConfig, changes: Any, message: str) -> None:
+def test_inconsistent_settings_are_refused_before_training(config: FinetuneConfig, changes: Any, message: str) -> None:
     with pytest.raises((ValueError, OSError)) as error:
         finetune(with_(config, **changes), report=quiet)
     assert message in str(error.value)
@@ -391,26 +389,6 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], message: str)
     assert message in str(error.value)
 
 
-def test_a_result_is_whole_or_not_there_and_not_overwritten(tmp_path: Path) -> None:
-    target = tmp_path / "run"
-
-    def cut_off() -> None:
-        with result_folder(target, overwrite=False) as folder:
-            (folder / "model").write_text("half")
-            raise RuntimeError("cut off")
-
-    with pytest.raises(RuntimeError, match="cut off"):
-        cut_off()
-    assert list(tmp_path.iterdir()) == []
-    with result_folder(target, overwrite=False) as folder:
-        (folder / "model").write_text("whole")
-    with pytest.raises(FileExistsError, match="--overwrite"), result_folder(target, overwrite=False):
-        pass
-    with result_folder(target, overwrite=True) as folder:
-        (folder / "other").write_text("new")
-    assert [path.name for path in target.iterdir()] == ["other"]
-
-
-def test_bf16_learns_too(config: FinetuneConfig) -> None:
+def test_bf16_learns(config: FinetuneConfig) -> None:
     result = finetune(with_(config, precision="bf16", epochs=5), report=quiet)
     assert result.metrics["dev"]["accuracy"] == 1.0

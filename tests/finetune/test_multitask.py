@@ -1,4 +1,4 @@
-"""Several tasks on one encoder: each learns, all of them teach it, and each has a folder that transformers loads."""
+"""Several tasks on one encoder: each learns and trains the encoder, and each result loads in transformers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ import yaml
 
 from bert_fast._config import from_mapping
 from bert_fast.cli.main import main
-from bert_fast.finetune.api import finetune
-from bert_fast.finetune.loop import Finetuner
-from bert_fast.finetune.mixing import counts, mixed
-from bert_fast.finetune.multitask import multitask, open_parts
-from bert_fast.finetune.multitask_config import MultitaskConfig
+from bert_fast.finetune import MultitaskConfig, finetune, multitask
+from bert_fast.finetune.api import open_task_runs
+from bert_fast.finetune.loop import Finetuner, batches_per_task, interleaved_batches
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.runtime.log import read_log
 
@@ -72,8 +70,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         context = " ".join([*before, name, "was", "fine"])
         answer = {"text": name, "answer_start": context.index(name)}
         questions.append({"question": "where", "context": context, "answers": [answer]})
-    for name, own in (("opinions", opinions), ("names", names), ("questions", questions)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    for name, of_task in (("opinions", opinions), ("names", names), ("questions", questions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_task))
     kinds = {"opinions": "classification", "names": "token-classification", "questions": "question-answering"}
     data = {name: {"train": str(folder / f"{name}.jsonl"), "dev": str(folder / f"{name}.jsonl")} for name in kinds}
     return {name: {"task": kind, "data": data[name]} for name, kind in kinds.items()}
@@ -93,8 +91,8 @@ def settings(base: Path, target: Path, tasks: dict[str, Any], **changes: Any) ->
         "device": "cpu",
         **changes,
     }
-    found: MultitaskConfig = from_mapping(MultitaskConfig, values)
-    return found
+    config: MultitaskConfig = from_mapping(MultitaskConfig, values)
+    return config
 
 
 def train_losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -102,11 +100,13 @@ def train_losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-def test_each_task_learns_and_transformers_loads_each(base: Path, rows: dict[str, Any], tmp_path: Path) -> None:
+def test_each_task_learns_and_loads_in_transformers(base: Path, rows: dict[str, Any], tmp_path: Path) -> None:
     config = settings(base, tmp_path / "run", rows, epochs=10, sampling="uniform", report=True)
     result = multitask(config, quiet)
     assert result.metrics["mean"] == 1.0
-    main_metrics = {name: own["dev"][own["run"]["main_metric"]] for name, own in result.metrics["tasks"].items()}
+    main_metrics = {
+        name: of_task["dev"][of_task["run"]["main_metric"]] for name, of_task in result.metrics["tasks"].items()
+    }
     assert main_metrics == {"opinions": 1.0, "names": 1.0, "questions": 1.0}
     assert json.loads((tmp_path / "run/metrics.json").read_text()) == result.metrics
     assert "opinions/report.html" in (tmp_path / "run/report.html").read_text()
@@ -118,25 +118,25 @@ def test_each_task_learns_and_transformers_loads_each(base: Path, rows: dict[str
     }
     first = models["opinions"].bert.encoder.state_dict()
     for name, model in models.items():
-        own = model.bert.encoder.state_dict()
-        assert all(torch.equal(own[key], x) for key, x in first.items()), "one encoder"
+        encoder = model.bert.encoder.state_dict()
+        assert all(torch.equal(encoder[key], x) for key, x in first.items()), "one encoder"
         assert (folders[name] / "report.html").is_file()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders["opinions"])
     line = json.loads((folders["opinions"] / "predictions.dev.jsonl").read_text().splitlines()[0])
     with torch.no_grad():
         scores = models["opinions"](**tokenizer(line["input"]["text"], return_tensors="pt")).logits.softmax(-1)[0]
     assert scores.tolist() == pytest.approx(list(line["prediction"]["scores"].values()), abs=1e-5)
-    assert {id(own.model.bert.encoder) for own in result.tasks.values()} == {
+    assert {id(of_task.model.bert.encoder) for of_task in result.tasks.values()} == {
         id(result.tasks["names"].model.bert.encoder)
     }
 
 
 @pytest.mark.parametrize("name", ["opinions", "questions"])
-def test_one_task_is_the_plain_run_bit_for_bit(name: str, base: Path, rows: dict[str, Any], tmp_path: Path) -> None:
+def test_one_task_is_bitwise_equal_to_finetune(name: str, base: Path, rows: dict[str, Any], tmp_path: Path) -> None:
     changes = {"batch": {"rows": 5, "accumulation": 2}, "epochs": 2.5, "patience": 3}
     config = settings(base, tmp_path / "run", {name: rows[name]}, **changes)
     several = multitask(config, quiet).tasks[name]
-    alone = replace(config.runs()[name], output_dir=str(tmp_path / "one"))
+    alone = replace(config.task_configs()[name], output_dir=str(tmp_path / "one"))
     plain = finetune(alone, report=quiet)
     assert train_losses(tmp_path / "run" / name) == train_losses(tmp_path / "one")
     pairs = zip(several.model.named_parameters(), plain.model.named_parameters(), strict=True)
@@ -145,21 +145,21 @@ def test_one_task_is_the_plain_run_bit_for_bit(name: str, base: Path, rows: dict
 
 
 def test_the_encoder_learns_from_every_task(base: Path, rows: dict[str, Any], tmp_path: Path) -> None:
-    """The gradient of a step over both tasks is that of each one alone, times share and weight, added up."""
+    """The gradient of a step on both tasks is the sum of those of each task, times its share and weight."""
     tasks = {"opinions": rows["opinions"], "names": {**rows["names"], "weight": 3.0}}
     config = settings(base, tmp_path / "run", tasks, optimizer={"max_grad_norm": 0.0})
-    run = Finetuner(open_parts(config, quiet))
-    run.optimizer = torch.optim.SGD(run.models.parameters(), lr=0.0)
-    run.optimizer.param_groups[0]["lr_factor"] = 0.0
-    run.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
-    for part in run.parts:
-        part.model.eval()
-    first, second = (part.batches(0)[0] for part in run.parts)
+    loop = Finetuner(open_task_runs(config, quiet))
+    loop.optimizer = torch.optim.SGD(loop.models.parameters(), lr=0.0)
+    loop.optimizer.param_groups[0]["lr_factor"] = 0.0
+    loop.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
+    for task_run in loop.task_runs:
+        task_run.model.eval()
+    first, second = (task_run.batches(0)[0] for task_run in loop.task_runs)
 
     def gradients(*batches: Any) -> dict[str, torch.Tensor]:
-        run.models.zero_grad()
-        run.train_step(batches)
-        encoder = run.parts[0].model.bert
+        loop.models.zero_grad()
+        loop.train_step(batches)
+        encoder = loop.task_runs[0].model.bert
         return {
             name: x.grad.clone()
             for kind in ("embeddings", "encoder")
@@ -170,8 +170,8 @@ def test_the_encoder_learns_from_every_task(base: Path, rows: dict[str, Any], tm
     both = gradients((0, first), (1, second))
     alone = [gradients((0, first)), gradients((1, second))]
     assert both.keys() == alone[0].keys() == alone[1].keys()
-    for name, found in both.items():
-        assert torch.allclose(found, (alone[0][name] + alone[1][name]) / 2, atol=1e-6), name
+    for name, gradient in both.items():
+        assert torch.allclose(gradient, (alone[0][name] + alone[1][name]) / 2, atol=1e-6), name
         assert all(one[name].abs().max() > 0 for one in alone), name
 
 
@@ -185,19 +185,19 @@ def test_the_encoder_learns_from_every_task(base: Path, rows: dict[str, Any], tm
         ([1, 1, 1], 1.0, [1, 1, 1]),
     ],
 )
-def test_how_often_a_task_comes(sizes: list[int], temperature: float, expected: list[int]) -> None:
-    found = counts(sizes, temperature)
-    assert sum(found) == sum(sizes)
-    assert found == expected
+def test_batches_per_task(sizes: list[int], temperature: float, expected: list[int]) -> None:
+    counts = batches_per_task(sizes, temperature)
+    assert sum(counts) == sum(sizes)
+    assert counts == expected
 
 
 def test_the_order_of_the_tasks(base: Path, rows: dict[str, Any], tmp_path: Path) -> None:
     tasks = {name: rows[name] for name in ("opinions", "names")}
-    parts = open_parts(settings(base, tmp_path / "run", tasks), quiet)
+    task_runs = open_task_runs(settings(base, tmp_path / "run", tasks), quiet)
 
     def order(seed: int, temperature: float, epochs: int) -> list[list[tuple[int, tuple[int, ...]]]]:
-        taken = islice(mixed(parts, seed, temperature), epochs)
-        return [[(number, tuple(example.row for example in batch)) for number, batch in epoch] for epoch in taken]
+        batches = islice(interleaved_batches(task_runs, seed, temperature), epochs)
+        return [[(number, tuple(example.row for example in batch)) for number, batch in epoch] for epoch in batches]
 
     assert order(3, 2.0, 2) == order(3, 2.0, 2)
     assert [number for number, _ in order(3, 2.0, 1)[0]] != [number for number, _ in order(4, 2.0, 1)[0]]
@@ -205,9 +205,9 @@ def test_the_order_of_the_tasks(base: Path, rows: dict[str, Any], tmp_path: Path
         for number, rows_of_task in ((0, 96), (1, 24)):
             seen = Counter(row for which, batch in epoch for row in batch if which == number)
             assert seen == Counter(range(rows_of_task))
-    # Uniform: eight batches of names, of which it has three an epoch; they go on where they were.
+    # Uniform: eight batches of names, which has three per epoch; each epoch of names starts where the last one ended.
     uniform = [batch for number, batch in order(0, float("inf"), 1)[0] if number == 1]
-    assert [len(own) for own in uniform] == [8] * len(uniform)
+    assert [len(batch) for batch in uniform] == [8] * len(uniform)
     assert sorted(row for batch in uniform[:3] for row in batch) == list(range(24))
     assert sorted(row for batch in uniform[3:6] for row in batch) == list(range(24))
 
@@ -231,7 +231,7 @@ def test_the_mean_of_the_metrics_stops_the_run(base: Path, rows: dict[str, Any],
     ("changes", "message"),
     [
         ({"tasks": {}}, "tasks is empty"),
-        ({"tasks": {"../up": None}}, "a task is called '../up'"),
+        ({"tasks": {"../up": None}}, "tasks has the name '../up'"),
         ({"temperature": 0.0}, "temperature is 0.0; expected more than 0"),
         ({"sampling": "random"}, "sampling is 'random'"),
         ({"tasks": {"a": {"weight": -1.0}}}, "weight is -1.0"),
@@ -240,10 +240,10 @@ def test_the_mean_of_the_metrics_stops_the_run(base: Path, rows: dict[str, Any],
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],
 )
-def test_settings_that_do_not_fit(
+def test_invalid_settings(
     changes: dict[str, Any], message: str, base: Path, rows: dict[str, Any], tmp_path: Path
 ) -> None:
-    tasks = {name: {**rows["opinions"], **(own or {})} for name, own in changes.pop("tasks", {"a": {}}).items()}
+    tasks = {name: {**rows["opinions"], **(task or {})} for name, task in changes.pop("tasks", {"a": {}}).items()}
     with pytest.raises((ValueError, OSError)) as error:
         multitask(settings(base, tmp_path / "run", tasks, **changes), quiet)
     assert message in str(error.value)
@@ -275,4 +275,4 @@ def test_the_command(base: Path, rows: dict[str, Any], tmp_path: Path, capsys: p
     assert main(["predict", str(tmp_path / "run/names"), "ada was in rome"]) == 0
     assert "entities" in capsys.readouterr().out
     assert main(command) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "run exists; choose another folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The page of a run: whole without a network, escaped, with every part that the files give, and made again the same."""
+"""The report of a run: self-contained, escaped, complete and deterministic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = ["<b>", "好 $x", "no"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a run on three labels; the third row is the one that is wrong."""
+    """The files of a run with three labels, of whose three predictions the third is wrong."""
     import numpy as np
 
     folder = tmp_path_factory.mktemp("run")
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reader(HTMLParser):
-    """The tags that are open at the end, those that were there, and what would be fetched."""
+    """Collects the unclosed tags, all tags, and the URLs that a browser would fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_escaped_and_fetches_nothing(folder: Path) -> None:
+def test_the_page_is_well_formed_escaped_and_self_contained(folder: Path) -> None:
     text = write_report(folder).read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
@@ -81,7 +81,7 @@ def test_the_page_is_whole_and_escaped_and_fetches_nothing(folder: Path) -> None
     assert "classification: &lt;mine&gt;" in text
     assert '<td>accuracy</td><td class="n">0.6667</td>' in text
     assert '<tr><td>&lt;b&gt;</td><td class="n hit">1</td><td class="n">0</td><td class="n">0</td></tr>' in text
-    assert "1 of 3 predictions are not right" in text
+    assert "1 of 3 predictions are wrong" in text
     mistakes = text[text.index("Worst mistakes") : text.index("Settings")]
     assert re.findall(r'<tr><td class="n">(\d+)</td><td class="n">([\d.]+)</td><td>([^<]*)', mistakes) == [
         ("4", "0.9000", "&lt;b&gt;")
@@ -89,33 +89,35 @@ def test_the_page_is_whole_and_escaped_and_fetches_nothing(folder: Path) -> None
     assert write_report(folder).read_text(encoding="utf-8") == text
 
 
-def test_the_command_writes_it_and_says_where(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_writes_the_report_and_prints_its_path(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     assert main(["report", str(tmp_path)]) == 2
-    assert "metrics.json is not there; expected a folder that bert-fast finetune wrote" in capsys.readouterr().err
+    assert "metrics.json does not exist; expected a folder written by bert-fast finetune" in capsys.readouterr().err
 
 
-def test_a_task_without_classes_and_errors_has_a_page_too() -> None:
+def test_a_task_without_classes_and_errors() -> None:
     run = {"task": "sentence-embedding", "steps": 1, "epochs": 1.0, "best_step": 1, "stopped_early": False,
            "tokens_per_second": 1.0, "main_metric": "mrr"}  # fmt: skip
     settings = {"model": "m", "output_dir": "o", "data": {"train": "t"}}
     lines = [{"row": 1, "input": {"text": "a"}, "prediction": {"rank": 1, "similarity": 0.5}, "error": None}]
     text = page({"run": run, "dev": {"loss": None, "mrr": 1.0}}, settings, [], lines)
-    assert '<td>loss</td><td class="n">not defined</td>' in text
+    assert '<td>loss</td><td class="n">undefined</td>' in text
     assert "Worst mistakes" not in text
     assert "Calibration" not in text
 
 
 def test_cells() -> None:
-    found = table([["a", "b"], ["x" * 500, 1234.5], [["p", "q"], 0.25]])
-    assert "x" * 400 + " …" in found
-    assert "x" * 401 not in found
-    assert '<td class="n">1,234</td>' in found
-    assert '<td>[&quot;p&quot;, &quot;q&quot;]</td><td class="n">0.2500</td>' in found
+    html = table([["a", "b"], ["x" * 500, 1234.5], [["p", "q"], 0.25]])
+    assert "x" * 400 + " …" in html
+    assert "x" * 401 not in html
+    assert '<td class="n">1,234</td>' in html
+    assert '<td>[&quot;p&quot;, &quot;q&quot;]</td><td class="n">0.2500</td>' in html
 
 
-def test_without_matplotlib_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing_package() == ""
     monkeypatch.setattr(finetune_report.importlib.util, "find_spec", lambda name: None)
     assert missing_package() == "matplotlib"

@@ -1,4 +1,4 @@
-"""The loop, from a file to a folder that transformers loads, for the tasks over words, spans, choices and pairs."""
+"""Fine-tuning on words, answers, choices and pairs, from files to folders that transformers loads."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ import bert_fast
 from bert_fast._config import from_mapping
 from bert_fast.cli.main import main
 from bert_fast.data import load_tokenizer
-from bert_fast.finetune.api import FinetuneResult, finetune
-from bert_fast.finetune.config import FinetuneConfig
+from bert_fast.finetune import FinetuneConfig, FinetuneResult, finetune
 from bert_fast.finetune.data import Split, duplicates
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.runtime.log import read_log
@@ -55,8 +54,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_of(number: int) -> list[str]:
-    """Fillers with one name and one place in them, at places and of a length that depend on `number`."""
-    words = [FILLERS[(number * 7 + place * 5) % len(FILLERS)] for place in range(3 + number % 9)]
+    """Fillers with one name and one place among them; positions and length depend on `number`."""
+    words = [FILLERS[(number * 7 + position * 5) % len(FILLERS)] for position in range(3 + number % 9)]
     words.insert(number % 4, NAMES[number % 3])
     words.insert((number * 3) % len(words), PLACES[number // 3 % 3])
     return words
@@ -74,7 +73,7 @@ def conll(folder: Path, numbers: range) -> Path:
 
 
 def squad(folder: Path, numbers: range) -> Path:
-    """A context a number, with two questions."""
+    """One context per number, with two questions."""
     paragraphs = []
     for number in numbers:
         context = " ".join(words_of(number))
@@ -90,7 +89,7 @@ def squad(folder: Path, numbers: range) -> Path:
 
 
 def choices(folder: Path, numbers: range) -> Path:
-    """The name is right, the place wrong."""
+    """The name is correct, the place wrong."""
     rows = []
     for number in numbers:
         pair = [NAMES[number % 3], PLACES[number // 3 % 3]]
@@ -117,9 +116,9 @@ WRITERS = {
 
 
 def run(task: str, base: Path, folder: Path, model: Any = None, **settings: Any) -> tuple[FinetuneResult, list[str]]:
-    said: list[str] = []
+    messages: list[str] = []
     write = WRITERS[task]
-    # Of the pairs' dev rows each pair is there once: it is the only right one.
+    # Each pair occurs once on dev, so that it is the only correct one.
     dev = write(folder, range(100, 103 if task == "sentence-embedding" else 124))
     config = from_mapping(
         FinetuneConfig,
@@ -138,7 +137,7 @@ def run(task: str, base: Path, folder: Path, model: Any = None, **settings: Any)
             **settings,
         },
     )
-    return finetune(config, model, report=said.append), said
+    return finetune(config, model, report=messages.append), messages
 
 
 PREDICTED = {
@@ -150,12 +149,12 @@ PREDICTED = {
 
 
 @pytest.mark.parametrize("task", WRITERS)
-def test_it_learns_and_transformers_loads_what_it_writes(task: str, base: Path, tmp_path: Path) -> None:
-    result, said = run(task, base, tmp_path)
+def test_a_model_learns_and_loads_in_transformers(task: str, base: Path, tmp_path: Path) -> None:
+    result, messages = run(task, base, tmp_path)
     folder = Path(result.folder)
     dev = result.task.read(next(tmp_path.glob("100.*")))
     assert result.metrics["dev"][result.task.main_metric] == 1.0
-    assert any(f"{len(dev)} rows; " in line for line in said), "which columns are read is said"
+    assert any(f"{len(dev)} rows; " in line for line in messages), "the columns are reported"
     assert len((folder / "predictions.dev.jsonl").read_text().splitlines()) == len(dev)
     again = task_from_config(json.loads((folder / "config.json").read_text()))
     tokenizer = load_tokenizer(folder)
@@ -165,10 +164,10 @@ def test_it_learns_and_transformers_loads_what_it_writes(task: str, base: Path, 
     ours = getattr(bert_fast, result.task.model_class).from_pretrained(folder)
     columns = choose_columns(dev, again.roles, training=False)
     expected = predict(ours, again, tokenizer, dev, columns)
-    found = predict(theirs.eval(), again, tokenizer, dev, columns)
-    assert len(expected) == len(found) == len(dev)
+    predictions = predict(theirs.eval(), again, tokenizer, dev, columns)
+    assert len(expected) == len(predictions) == len(dev)
     key = PREDICTED[task]
-    assert [item[key] for item in found] == [item[key] for item in expected]
+    assert [item[key] for item in predictions] == [item[key] for item in expected]
     if task == "token-classification":
         assert theirs.config.id2label == {0: "O", 1: "B-LOC", 2: "I-LOC", 3: "B-PER", 4: "I-PER"}
         text = "  ".join(words_of(105)).upper()
@@ -179,8 +178,8 @@ def test_it_learns_and_transformers_loads_what_it_writes(task: str, base: Path, 
 
 
 @pytest.mark.parametrize("task", WRITERS)
-def test_a_fused_model_of_transformers_takes_the_same_steps(task: str, base: Path, tmp_path: Path) -> None:
-    found = []
+def test_a_fused_transformers_model_has_the_same_losses(task: str, base: Path, tmp_path: Path) -> None:
+    losses = []
     for name in ("plain", "fused"):
         folder = tmp_path / name
         folder.mkdir()
@@ -196,15 +195,15 @@ def test_a_fused_model_of_transformers_takes_the_same_steps(task: str, base: Pat
             bert_fast.fuse(model)
         result, _ = run(task, base, folder, model, steps=4, log_interval=1)
         lines = [line for line in read_log(Path(result.folder) / "log.jsonl") if line["kind"] == "train"]
-        found.append([line["loss"] for line in lines])
-    assert len(found[0]) == 4
-    assert found[1] == pytest.approx(found[0], rel=2e-4)
+        losses.append([line["loss"] for line in lines])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=2e-4)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
-def test_sentence_transformers_loads_what_it_writes(pooling: str, base: Path, tmp_path: Path) -> None:
-    """With the same vectors, of texts longer than text.max_length too; its pooling module has no pooler."""
-    # A GPU machine with no network has the packages that it has.
+def test_a_result_loads_in_sentence_transformers(pooling: str, base: Path, tmp_path: Path) -> None:
+    """With equal vectors, also of texts longer than text.max_length; its pooling module has no pooler."""
+    # A GPU machine without network can't install the package.
     library = pytest.importorskip if torch.cuda.is_available() else importlib.import_module
     sentence_transformers: Any = library("sentence_transformers")
     result, _ = run("sentence-embedding", base, tmp_path, steps=2, options={"pooling": pooling})
@@ -219,20 +218,20 @@ def test_sentence_transformers_loads_what_it_writes(pooling: str, base: Path, tm
     ours = predict(model, task, load_tokenizer(folder), Table({"text": texts}), {"text": "text"}, text=settings)
     theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     assert theirs.max_seq_length == 14
-    found = theirs.encode(texts, show_progress_bar=False)
-    np.testing.assert_allclose(found, [item["vector"] for item in ours], rtol=1e-4, atol=1e-5)
+    vectors = theirs.encode(texts, show_progress_bar=False)
+    np.testing.assert_allclose(vectors, [item["vector"] for item in ours], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["question-answering", "sentence-embedding"])
-def test_options_that_a_task_has_no_use_for_are_refused(task: str, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"loss.label_smoothing is 0.1, which {task} has no use for"):
+def test_unsupported_loss_options_are_refused(task: str, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"loss.label_smoothing is 0.1; expected 0: {task} does not support it"):
         run(task, base, tmp_path, steps=1, loss={"label_smoothing": 0.1})
-    with pytest.raises(ValueError, match=rf"loss.class_weights is balanced, and {task} has no classes"):
+    with pytest.raises(ValueError, match=rf"loss.class_weights is balanced; expected none: {task} has no classes"):
         run(task, base, tmp_path, steps=1, loss={"class_weights": "balanced"})
     assert not (tmp_path / "run").exists()
 
 
-def test_questions_about_a_context_are_held_out_together_and_reported(base: Path, tmp_path: Path) -> None:
+def test_questions_on_one_context_are_held_out_together(base: Path, tmp_path: Path) -> None:
     data = {"train": str(squad(tmp_path, range(0, 90))), "dev_fraction": 0.3}
     result, _ = run("question-answering", base, tmp_path, data=data, steps=1, report=True)
     lines = [json.loads(line) for line in (Path(result.folder) / "predictions.dev.jsonl").read_text().splitlines()]
@@ -244,20 +243,20 @@ def test_questions_about_a_context_are_held_out_together_and_reported(base: Path
     assert "Worst mistakes on dev" in (Path(result.folder) / "report.html").read_text()
 
 
-def test_the_threshold_for_no_answer_is_chosen_on_dev_and_kept(
+def test_the_null_threshold_is_tuned_on_dev_and_stored(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = {}
     for name, rows in (("train", range(0, 40)), ("dev", range(100, 116))):
-        found = json.loads(squad(tmp_path, rows).read_text())
-        for paragraph in found["data"][0]["paragraphs"][::2]:
+        content = json.loads(squad(tmp_path, rows).read_text())
+        for paragraph in content["data"][0]["paragraphs"][::2]:
             paragraph["qas"][0] |= {"answers": [], "is_impossible": True}
-        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
         data[name] = str(tmp_path / f"{name}.json")
     (tmp_path / "given").mkdir()
-    result, said = run("question-answering", base, tmp_path, data=data, steps=3)
+    result, messages = run("question-answering", base, tmp_path, data=data, steps=3)
     dev = result.metrics["dev"]
-    assert any(text.startswith("null_threshold is ") for text in said)
+    assert any(text.startswith("null_threshold is set to ") for text in messages)
     assert dev["null_threshold"] == dev["best_f1_threshold"] != 0.0
     assert dev["f1"] == pytest.approx(dev["best_f1"])
     entry = json.loads((Path(result.folder) / "config.json").read_text())[CONFIG_KEY]
@@ -267,21 +266,21 @@ def test_the_threshold_for_no_answer_is_chosen_on_dev_and_kept(
     command = ["predict", result.folder, "--file", data["dev"]]
     for threshold, answered in ((1e9, True), (-1e9, False)):
         assert main([*command, "--options", json.dumps({"null_threshold": threshold})]) == 0
-        found = [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
-        assert {bool(answer) for answer in found} == {answered}
-    given, said = run(
+        answers = [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
+        assert {bool(answer) for answer in answers} == {answered}
+    given, messages = run(
         "question-answering", base, tmp_path / "given", data=data, steps=1, options={"null_threshold": 2.0}
     )
     assert given.metrics["dev"]["null_threshold"] == 2.0
-    assert not any(text.startswith("null_threshold is ") for text in said)
+    assert not any(text.startswith("null_threshold is ") for text in messages)
 
 
-def test_rows_with_one_text_and_other_choices_are_no_duplicates() -> None:
+def test_rows_with_equal_texts_and_different_choices_are_not_duplicates() -> None:
     task = task_class("multiple-choice")()
     columns = {"text": "text", "label": "label"}
     rows = {"text": ["who?"] * 2, "choice0": ["ada", "bob"], "choice1": ["eve", "dan"], "label": [0, 1]}
     train = Split(Table(rows, "train"), columns)
     task.fit(train.table, columns)
     other = Split(Table({**rows, "choice1": ["eve", "eve"]}, "dev"), columns)
-    (said,) = duplicates(task, train, other)
-    assert said.startswith("1 of 2 rows of dev are in train too")
+    (message,) = duplicates(task, train, other)
+    assert message.startswith("1 of 2 rows of dev are also in train")

@@ -1,4 +1,4 @@
-"""Folds, groups held out together, and a sweep: each combination once, the best found, nothing done twice."""
+"""Folds, groups, and sweeps: every combination runs once, the best one is found, finished runs are reused."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from bert_fast._config import from_mapping
 from bert_fast.cli.main import main
-from bert_fast.finetune.config import FinetuneConfig
+from bert_fast.finetune import FinetuneConfig, sweep
 from bert_fast.finetune.data import Split, hold_out, take_fold
-from bert_fast.finetune.sweep import combinations, ranked, sweep, with_settings
+from bert_fast.finetune.grid import combinations, ranked, with_settings
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.tasks.io.table import Table
 
@@ -24,14 +24,14 @@ def quiet(_: str) -> None:
 
 @pytest.fixture
 def split() -> Split:
-    """80 rows of class a and 23 of class b, about 20 contexts of different size."""
+    """80 rows of class a and 23 of class b, with about 20 contexts of different sizes."""
     labels = ["a"] * 80 + ["b"] * 23
     contexts = [f"context {row * row % 20}" for row in range(103)]
     columns = {"text": list(map(str, range(103))), "label": labels, "context": contexts}
     return Split(Table(columns), {"label": "label", "context": "context"})
 
 
-def test_folds_cut_the_rows_into_parts_of_the_same_kind(split: Split) -> None:
+def test_folds_are_stratified_and_partition_the_rows(split: Split) -> None:
     parts = [take_fold(split, 5, fold, 7) for fold in range(5)]
     assert sorted(text for _, dev in parts for text in dev.table["text"]) == sorted(split.table["text"])
     assert {len(dev.table) for _, dev in parts} == {20, 21}
@@ -61,7 +61,7 @@ def test_groups_stay_together(split: Split) -> None:
     assert len(hold_out(alike, 0.1, 0, "context")[1].table) == 10
 
 
-def test_every_combination_once() -> None:
+def test_combinations_are_the_cartesian_product() -> None:
     assert combinations({"a": [1, 2], "b": ["x", "y"]}) == [
         {"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"},
     ]  # fmt: skip
@@ -91,17 +91,22 @@ def config(tmp_path: Path) -> FinetuneConfig:
 
 
 def test_settings_are_replaced_by_dotted_names(config: FinetuneConfig) -> None:
-    found = with_settings(config, {"optimizer.lr": 0.5, "epochs": 2, "options.pooling": "mean", "text.long": "tail"})
-    assert (found.optimizer.lr, found.epochs, found.options, found.text.long) == (0.5, 2, {"pooling": "mean"}, "tail")
-    assert found.optimizer.betas == config.optimizer.betas
+    changed = with_settings(config, {"optimizer.lr": 0.5, "epochs": 2, "options.pooling": "mean", "text.long": "tail"})
+    assert (changed.optimizer.lr, changed.epochs, changed.options, changed.text.long) == (
+        0.5,
+        2,
+        {"pooling": "mean"},
+        "tail",
+    )
+    assert changed.optimizer.betas == config.optimizer.betas
     for name in ("optimizer.speed", "lr", "epochs.lr", "optimizer.lr.x"):
-        with pytest.raises(ValueError, match=f"grid: there is no setting {name}"):
+        with pytest.raises(ValueError, match=f"grid: unknown setting {name}"):
             with_settings(config, {name: 1})
     with pytest.raises(ValueError, match=r"optimizer.lr is -1"):
         with_settings(config, {"optimizer.lr": -1})
 
 
-def test_the_best_combination_is_found_kept_and_not_computed_again(config: FinetuneConfig) -> None:
+def test_the_best_combination_is_kept_and_finished_runs_are_reused(config: FinetuneConfig) -> None:
     grid = {"optimizer.lr": [1e-7, 1e-2]}
     result = sweep(config, grid, folds=2, report=quiet)
     target = Path(config.output_dir)
@@ -119,16 +124,25 @@ def test_the_best_combination_is_found_kept_and_not_computed_again(config: Finet
     assert sorted(held[0] + held[1]) == list(range(2, 162))
     assert (target / "002-fold-1" / "model.safetensors").exists()
     assert not (target / "001-fold-1" / "model.safetensors").exists()
-    said: list[str] = []
-    assert sweep(config, grid, folds=2, report=said.append) == result
-    assert sum("is there already" in sentence for sentence in said) == 4
-    with pytest.raises(ValueError, match=r"001-fold-1 is there, with other settings"):
+    messages: list[str] = []
+    assert sweep(config, grid, folds=2, report=messages.append) == result
+    assert sum("its results are reused" in message for message in messages) == 4
+    with pytest.raises(ValueError, match=r"001-fold-1 exists with other settings"):
         sweep(config, {"optimizer.lr": [1e-6]}, folds=2, report=quiet)
     with pytest.raises(ValueError, match=r"optimizer.decay|decay is 'step'"):
         sweep(config, {"optimizer.decay": ["linear", "step"]}, report=quiet)
 
 
-def test_the_metric_may_be_one_of_which_less_is_better(config: FinetuneConfig) -> None:
+def test_a_folder_that_holds_no_finished_run_is_not_deleted(config: FinetuneConfig) -> None:
+    notes = Path(config.output_dir) / "001" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("keep me")
+    with pytest.raises(FileExistsError, match="001 exists; choose another folder"):
+        sweep(config, {}, report=quiet)
+    assert notes.read_text() == "keep me"
+
+
+def test_a_metric_for_which_lower_is_better(config: FinetuneConfig) -> None:
     result = sweep(with_settings(config, {"metric": "loss"}), {"optimizer.lr": [1e-2, 1e-7]}, keep="all", report=quiet)
     assert result["metric"] == "loss"
     assert result["best"] == 0
@@ -147,4 +161,4 @@ def test_the_command_prints_the_table(
     assert out[1].endswith("002  optimizer.lr=0.01")
     assert out[2].endswith("001  optimizer.lr=1e-07")
     assert main(["sweep", "classification", *arguments, *more, "--grid", '{"optimizer.rate": [1]}']) == 2
-    assert "grid: there is no setting optimizer.rate" in capsys.readouterr().err
+    assert "grid: unknown setting optimizer.rate" in capsys.readouterr().err

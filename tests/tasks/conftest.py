@@ -1,4 +1,4 @@
-"""A tokenizer of given words, tiny models for a task, and a few steps of training."""
+"""Fixtures: a tokenizer of given pieces, tiny models for a task, and a few training steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tokenizer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
-    """`tokenizer_of("ab ##c")`: a tokenizer with these pieces and the special ones."""
+    """`tokenizer_of("ab ##c")`: a tokenizer with these pieces and the special tokens."""
 
     def make(pieces: str, *, lowercase: bool = True) -> Tokenizer:
         folder: Path = tmp_path_factory.mktemp("tokenizer")
@@ -57,7 +57,7 @@ def tokenizer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Toke
 
 @pytest.fixture(scope="session")
 def models_for() -> Callable[[Task, Tokenizer], tuple[Any, Any]]:
-    """`models_for(task, tokenizer)`: ours and transformers', with the same random weights, in float64."""
+    """`models_for(task, tokenizer)`: a bert_fast and a transformers model with equal random weights, in float64."""
 
     def make(task: Task, tokenizer: Tokenizer) -> tuple[Any, Any]:
         settings = {**SMALL, "vocab_size": tokenizer.get_vocab_size(), **task.model_config()}
@@ -75,14 +75,14 @@ def models_for() -> Callable[[Task, Tokenizer], tuple[Any, Any]]:
 
 
 def batches(task: Task, examples: Sequence[Example], rows: int) -> list[Batch]:
-    """The examples of `rows` rows at a time."""
+    """Batches of the examples of `rows` rows each."""
     by_row = [list(group) for _, group in groupby(examples, key=lambda example: example.row)]
     return [Batch.of([x for group in by_row[i : i + rows] for x in group]) for i in range(0, len(by_row), rows)]
 
 
 @pytest.fixture(scope="session")
 def mean_loss() -> Callable[..., torch.Tensor]:
-    """`mean_loss(task, model, examples)`: what the loop minimises, of one batch."""
+    """`mean_loss(task, model, examples)`: the loss that the loop minimizes, on one batch."""
 
     def compute(
         task: Task, model: nn.Module, examples: Sequence[Example], options: LossOptions | None = None
@@ -95,7 +95,7 @@ def mean_loss() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def learn(mean_loss: Callable[..., torch.Tensor]) -> Callable[..., nn.Module]:
-    """`learn(task, tokenizer, examples)`: a tiny model of ours, trained on the examples."""
+    """`learn(task, tokenizer, examples)`: a tiny bert_fast model, trained on the examples."""
 
     def train(
         task: Task, tokenizer: Tokenizer, examples: Sequence[Example], *, epochs: int, rows: int = 16, lr: float = 3e-3
@@ -123,7 +123,9 @@ def predict() -> Callable[..., list[dict[str, Any]]]:
         task: Task, model: nn.Module, tokenizer: Tokenizer, table: Table, columns: Columns, text: TextSettings
     ) -> list[dict[str, Any]]:
         examples = task.encode(table, columns, tokenizer, text, training=False)
-        outputs = [x for batch in batches(task, examples, 16) for x in task.split(task.forward(model, batch), batch)]
+        outputs = [
+            x for batch in batches(task, examples, 16) for x in task.per_example(task.forward(model, batch), batch)
+        ]
         return task.decode(outputs, examples, table, columns)
 
     return run

@@ -1,4 +1,4 @@
-"""Augmentation: what is changed, how much of it, and that (seed, epoch, row) decides it."""
+"""Augmentation: what changes, how much of it, and that it is a function of (seed, epoch, row)."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def changed(seed: int = 0, text: str = TEXT, **settings: Any) -> list[str]:
     return change_words(text, AugmentSettings(**settings), {}, np.random.default_rng(seed)).split()
 
 
-def test_deletion_leaves_words_out_in_their_order() -> None:
-    found = changed(delete=0.3)
-    assert 120 <= len(found) <= 160
-    assert found == [word for word in WORDS if word in set(found)]
+def test_deletion_keeps_the_order() -> None:
+    words = changed(delete=0.3)
+    assert 120 <= len(words) <= 160
+    assert words == [word for word in WORDS if word in set(words)]
     assert {len(changed(seed, "one two", delete=0.99)) for seed in range(20)} == {1}
 
 
-def test_duplication_repeats_words_where_they_stand() -> None:
-    found = changed(duplicate=0.3)
-    assert 240 <= len(found) <= 280
-    assert list(dict.fromkeys(found)) == WORDS
-    assert max(Counter(found).values()) == 2
+def test_duplicated_words_are_adjacent() -> None:
+    words = changed(duplicate=0.3)
+    assert 240 <= len(words) <= 280
+    assert list(dict.fromkeys(words)) == WORDS
+    assert max(Counter(words).values()) == 2
 
 
 def test_swaps_keep_the_words_and_move_their_share() -> None:
-    found = changed(swap=0.2)
-    assert sorted(found) == sorted(WORDS)
-    assert 20 <= sum(a != b for a, b in zip(found, WORDS, strict=True)) <= 60
+    words = changed(swap=0.2)
+    assert sorted(words) == sorted(WORDS)
+    assert 20 <= sum(a != b for a, b in zip(words, WORDS, strict=True)) <= 60
 
 
-def test_synonyms_come_from_the_words_line(tmp_path: Path) -> None:
+def test_synonyms_are_of_the_same_line(tmp_path: Path) -> None:
     (tmp_path / "synonyms.txt").write_text("good, fine, very great\n\nbad,poor\nalone\ngood, nice\n")
     synonyms = read_synonyms(tmp_path / "synonyms.txt")
     assert synonyms == {
@@ -52,8 +52,8 @@ def test_synonyms_come_from_the_words_line(tmp_path: Path) -> None:
         "nice": ["good"], "bad": ["poor"], "poor": ["bad"],
     }  # fmt: skip
     settings = AugmentSettings(synonym=0.5, synonyms="x")
-    found = change_words("Good bad it " * 100, settings, synonyms, np.random.default_rng(1)).split()
-    counts = Counter(found)
+    words = change_words("Good bad it " * 100, settings, synonyms, np.random.default_rng(1)).split()
+    counts = Counter(words)
     assert counts["it"] == 100
     assert 30 <= counts["poor"] <= 70
     assert 100 - counts["poor"] == counts["bad"]
@@ -65,9 +65,9 @@ def test_synonyms_come_from_the_words_line(tmp_path: Path) -> None:
 
 def test_chinese_is_changed_by_characters() -> None:
     text = "今天天气很好我们去公园"
-    found = change_words(text, AugmentSettings(delete=0.4), {}, np.random.default_rng(0))
-    assert 0 < len(found) < len(text)
-    assert " " not in found
+    shorter = change_words(text, AugmentSettings(delete=0.4), {}, np.random.default_rng(0))
+    assert 0 < len(shorter) < len(text)
+    assert " " not in shorter
     assert change_words("  ", AugmentSettings(delete=0.4), {}, np.random.default_rng(0)) == "  "
 
 
@@ -85,8 +85,8 @@ def augmenter(tokenizer: Tokenizer, rows: int = 40, seed: int = 3, **settings: A
     return Augmenter(task, table, columns, tokenizer, TextSettings(32), AugmentSettings(**settings), seed)
 
 
-def ids(found: Any) -> list[list[int]]:
-    return [list(example.input_ids) for example in found]
+def ids(examples: Any) -> list[list[int]]:
+    return [list(example.input_ids) for example in examples]
 
 
 def test_a_row_depends_on_seed_epoch_and_row_alone(tokenizer: Tokenizer) -> None:
@@ -98,31 +98,31 @@ def test_a_row_depends_on_seed_epoch_and_row_alone(tokenizer: Tokenizer) -> None
     assert ids(augmenter(tokenizer, seed=4, **settings).examples(1)) != first
 
 
-def test_masking_spares_special_tokens_and_the_other_rows(tokenizer: Tokenizer) -> None:
+def test_masking_skips_special_tokens(tokenizer: Tokenizer) -> None:
     plain = ids(augmenter(tokenizer).examples(0))
-    found = augmenter(tokenizer, mask=0.5).examples(0)
+    masked = augmenter(tokenizer, mask=0.5).examples(0)
     mask = tokenizer.token_to_id("[MASK]")
-    pairs = [(a, b) for one, other in zip(plain, ids(found), strict=True) for a, b in zip(one, other, strict=True)]
+    pairs = [(a, b) for one, other in zip(plain, ids(masked), strict=True) for a, b in zip(one, other, strict=True)]
     assert {b for a, b in pairs if a != b} == {mask}
     assert 0.35 < sum(b == mask for _, b in pairs) / len(pairs) < 0.5  # 10 of 12 tokens are words
-    assert all(example.input_ids[0] == 2 and example.input_ids[-1] == 3 for example in found)
-    assert [example.target for example in found] == [row % 2 for row in range(40)]
+    assert all(example.input_ids[0] == 2 and example.input_ids[-1] == 3 for example in masked)
+    assert [example.target for example in masked] == [row % 2 for row in range(40)]
 
 
 def test_only_a_share_of_the_rows_is_changed(tokenizer: Tokenizer) -> None:
     plain = ids(augmenter(tokenizer, rows=190).examples(0))
-    made = augmenter(tokenizer, rows=190, delete=0.5)
-    made.settings = AugmentSettings(delete=0.5, rows=0.3)
-    same = sum(a == b for a, b in zip(plain, ids(made.examples(0)), strict=True))
+    rows_augmenter = augmenter(tokenizer, rows=190, delete=0.5)
+    rows_augmenter.settings = AugmentSettings(delete=0.5, rows=0.3)
+    same = sum(a == b for a, b in zip(plain, ids(rows_augmenter.examples(0)), strict=True))
     assert 110 <= same <= 155
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"delete": 1.0}, "augment.delete is 1.0; expected a share from 0, and below 1"),
+        ({"delete": 1.0}, "augment.delete is 1.0; expected a share in [0, 1)"),
         ({"rows": 0.0}, "augment.rows is 0.0"),
-        ({"synonym": 0.1}, "augment.synonym is 0.1 and augment.synonyms is None; expected both, or none"),
+        ({"synonym": 0.1}, "augment.synonym is 0.1 and augment.synonyms is None; set both or neither"),
     ],
 )
 def test_settings_that_are_refused(settings: Any, message: str) -> None:
@@ -131,12 +131,12 @@ def test_settings_that_are_refused(settings: Any, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_words_stay_where_targets_depend_on_them(tokenizer: Tokenizer) -> None:
+def test_words_are_not_changed_if_targets_depend_on_them(tokenizer: Tokenizer) -> None:
     task = make_task("token-classification")
     table, columns = Table({"tokens": [["w1", "w2"]], "tags": [["O", "B-X"]]}), {"tokens": "tokens", "tags": "tags"}
     task.fit(table, columns)
-    with pytest.raises(ValueError, match="the targets of token-classification depend on them; only mask can be"):
+    with pytest.raises(ValueError, match="on which the targets of token-classification depend; expected only mask"):
         Augmenter(task, table, columns, tokenizer, TextSettings(), AugmentSettings(swap=0.1), 0)
-    found = Augmenter(task, table, columns, tokenizer, TextSettings(), AugmentSettings(mask=0.9), 0).examples(0)
-    assert tokenizer.token_to_id("[MASK]") in found[0].input_ids
-    assert list(found[0].target)[1:3] == [task.labels.index("O"), task.labels.index("B-X")]  # type: ignore[attr-defined]
+    examples = Augmenter(task, table, columns, tokenizer, TextSettings(), AugmentSettings(mask=0.9), 0).examples(0)
+    assert tokenizer.token_to_id("[MASK]") in examples[0].input_ids
+    assert list(examples[0].target)[1:3] == [task.labels.index("O"), task.labels.index("B-X")]  # type: ignore[attr-defined]

@@ -33,11 +33,11 @@ ONE = LossOptions()
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    made = Tokenizer(models.WordPiece({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer()
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return made
+    tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer
 
 
 def table(labels: list[Any], **more: Any) -> Table:
@@ -50,7 +50,7 @@ def fitted(name: str, labels: list[Any], options: dict[str, Any] | None = None) 
     return task
 
 
-def test_labels_are_ordered_and_come_back_from_the_configuration() -> None:
+def test_labels_are_ordered_and_restored_from_the_configuration() -> None:
     task = fitted("classification", ["10", 9, 2.0, "x", "9"])
     assert task.settings() == {"labels": ["2", "9", "10", "x"]}
     config = BertConfig(**task.model_config(), extra={CONFIG_KEY: task_entry(task)})
@@ -64,11 +64,11 @@ def test_labels_are_ordered_and_come_back_from_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("name", "labels", "message"),
     [
-        ("classification", ["a", "a"], "every row has the label 'a'; expected two classes or more"),
-        ("classification", [], "there are no rows"),
+        ("classification", ["a", "a"], "every row has the label 'a'; expected at least two classes"),
+        ("classification", [], "the table is empty"),
         ("classification", ["a", None], "my.csv, row 2: no label in 'label'"),
         ("classification", ["a", float("nan")], "my.csv, row 2: no label"),
-        ("classification", [["a"], ["b"]], "lists of labels are the task multi-label"),
+        ("classification", [["a"], ["b"]], "the task multi-label takes lists"),
         ("classification", list(range(60)), "60 different labels in 60 rows"),
         ("multi-label", ["a,b", "b , a"], "every row has the same labels (a, b)"),
         ("multi-label", ["", None], "no row has a label"),
@@ -77,7 +77,7 @@ def test_labels_are_ordered_and_come_back_from_the_configuration() -> None:
         ("regression", [2, 2], "every row has the value 2.0"),
     ],
 )
-def test_what_can_not_be_learnt_is_refused(name: str, labels: list[Any], message: str) -> None:
+def test_invalid_training_rows_are_refused(name: str, labels: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         fitted(name, labels)
 
@@ -85,7 +85,7 @@ def test_what_can_not_be_learnt_is_refused(name: str, labels: list[Any], message
 @pytest.mark.parametrize("name", ["classification", "multi-label"])
 def test_labels_unseen_in_training_are_listed_with_counts(name: str) -> None:
     task = fitted(name, ["a", "b", "c"])
-    with pytest.raises(ValueError, match=r"unseen in training: 'x' \(2 rows\), 'y' \(1 rows\); training had a, b, c"):
+    with pytest.raises(ValueError, match=r"unseen in training: 'x' \(2 rows\), 'y' \(1 rows\); expected a, b, c"):
         task.check(table(["a", "x", "y", "x"]), COLUMNS)
     assert task.check(table(["a", "b"]), COLUMNS) == ["my.csv has no row of c"]
 
@@ -93,7 +93,9 @@ def test_labels_unseen_in_training_are_listed_with_counts(name: str) -> None:
 def test_unknown_tasks_and_options_are_named() -> None:
     with pytest.raises(ValueError, match=r"task is 'classify'; expected one of classification, multi-label"):
         make_task("classify")
-    with pytest.raises(ValueError, match=r"multi-label has no option sep; its options: pooling, separator, columns"):
+    with pytest.raises(
+        ValueError, match=r"multi-label has no option sep; expected among its options: pooling, separator, columns"
+    ):
         make_task("multi-label", {"sep": ";"})
 
 
@@ -122,7 +124,7 @@ def examples(targets: list[Any]) -> list[Example]:
         ("regression", [1, 2], [0.5, -2.0], torch.tensor([0.5, -2.0])),
     ],
 )
-def test_the_loss_is_that_of_the_models_own_head(name: str, labels: Any, targets: Any, tensor: torch.Tensor) -> None:
+def test_the_loss_equals_that_of_the_model(name: str, labels: Any, targets: Any, tensor: torch.Tensor) -> None:
     task = fitted(name, labels)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = BertForSequenceClassification(BertConfig(vocab_size=11, **sizes, **task.model_config())).eval()
@@ -167,14 +169,14 @@ def test_weighted_smoothed_and_focal_losses_by_hand() -> None:
     assert float(task.loss(logits, both, LossOptions(label_smoothing=0.1))) == pytest.approx(float(smooth))
 
 
-def test_multi_label_weights_count_where_the_label_applies() -> None:
+def test_multi_label_weights_scale_positive_targets() -> None:
     task = fitted("multi-label", ["a", "b"])
     logits = torch.tensor([[0.0, 0.0]], dtype=torch.float64)
     weighted = LossOptions(class_weights=torch.tensor([5.0, 7.0], dtype=torch.float64))
     assert float(task.loss(logits, examples([[1.0, 0.0]]), weighted)) == pytest.approx(6 * np.log(2))
 
 
-def test_multi_label_from_columns_of_marks() -> None:
+def test_multi_label_from_one_column_per_label() -> None:
     rows = Table({"text": ["x", "y", "z"], "toxic": [1, 0, 0], "insult": ["1", "0", "1"]}, "my.csv")
     task = make_task("multi-label", {"columns": ["toxic", "insult"], "threshold": 0.4})
     task.fit(rows, {"text": "text"})
@@ -188,16 +190,16 @@ def test_predictions_average_the_examples_of_a_row() -> None:
     parts = [Example(0, [2, 3], [0, 0]), Example(0, [2, 3], [0, 0]), Example(1, [2, 3], [0, 0])]
     outputs = [np.array([4.0, 0.0]), np.array([0.0, 2.0]), np.array([0.0, 1.0])]
     rows = table(["a", "b"])
-    found = task.decode(outputs, parts, rows, COLUMNS)
-    assert [one["label"] for one in found] == ["a", "b"]
-    assert found[0]["scores"]["a"] == pytest.approx(1 / (1 + np.exp(-1)))
-    metrics = task.evaluate(found, rows, COLUMNS)
+    predictions = task.decode(outputs, parts, rows, COLUMNS)
+    assert [one["label"] for one in predictions] == ["a", "b"]
+    assert predictions[0]["scores"]["a"] == pytest.approx(1 / (1 + np.exp(-1)))
+    metrics = task.evaluate(predictions, rows, COLUMNS)
     assert metrics["accuracy"] == 1.0
     assert metrics["confusion_matrix"] == [[1, 0], [0, 1]]
     several = fitted("multi-label", ["a", "b,c"])
-    found = several.decode([np.array([3.0, -3.0, 0.1])], [Example(0, [2, 3], [0, 0])], table(["a"]), COLUMNS)
-    assert found[0]["labels"] == ["a", "c"]
-    assert several.evaluate(found, table(["a,c"]), COLUMNS)["accuracy"] == 1.0
+    predictions = several.decode([np.array([3.0, -3.0, 0.1])], [Example(0, [2, 3], [0, 0])], table(["a"]), COLUMNS)
+    assert predictions[0]["labels"] == ["a", "c"]
+    assert several.evaluate(predictions, table(["a,c"]), COLUMNS)["accuracy"] == 1.0
     number = fitted("regression", [1, 2])
-    found = number.decode([np.array([1.5]), np.array([2.5])], examples([1, 2]), table([1, 2]), COLUMNS)
-    assert number.evaluate(found, table([1, 2]), COLUMNS)["mae"] == 0.5
+    predictions = number.decode([np.array([1.5]), np.array([2.5])], examples([1, 2]), table([1, 2]), COLUMNS)
+    assert number.evaluate(predictions, table([1, 2]), COLUMNS)["mae"] == 0.5

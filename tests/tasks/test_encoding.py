@@ -1,4 +1,4 @@
-"""Texts that are too long for the model: head, tail, both, and windows; and what the classifier reads."""
+"""Texts that are too long for the model: head, tail, both, and windows; and the pooling of the classifier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from bert_fast.models import BertConfig, BertForSequenceClassification
-from bert_fast.tasks.encoding import encode_parts, encode_texts
+from bert_fast.tasks.encoding import encode_texts, encode_windows
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.task import make_task
@@ -36,9 +36,9 @@ def tokenizer(tokenizer_of: Callable[..., Tokenizer]) -> Tokenizer:
 )
 def test_a_long_text(long: Any, expected: list[str], tokenizer: Tokenizer) -> None:
     text = TextSettings(max_length=10, long=long, overlap=3)
-    assert shown(encode_parts(tokenizer, [WORDS], None, text)[0]) == expected
-    assert shown(encode_parts(tokenizer, ["x y", ""], None, text)[0]) == ["C x y S"]
-    assert shown(encode_parts(tokenizer, [""], None, text)[0]) == ["C S"]
+    assert shown(encode_windows(tokenizer, [WORDS], None, text)[0]) == expected
+    assert shown(encode_windows(tokenizer, ["x y", ""], None, text)[0]) == ["C x y S"]
+    assert shown(encode_windows(tokenizer, [""], None, text)[0]) == ["C S"]
 
 
 def shown(parts: list[Any]) -> list[str]:
@@ -62,7 +62,7 @@ def test_long_pairs(
     long: Any, truncation: Any, first: str, second: str, expected: list[str], tokenizer: Tokenizer
 ) -> None:
     text = TextSettings(max_length=11, long=long, truncation=truncation, overlap=2)
-    parts = encode_parts(tokenizer, [first], [second], text)[0]
+    parts = encode_windows(tokenizer, [first], [second], text)[0]
     assert shown(parts) == expected
     for part in parts:
         assert part.type_ids == [0] * (part.tokens.index("[SEP]") + 1) + [1] * (
@@ -70,8 +70,8 @@ def test_long_pairs(
         )
 
 
-def test_tasks_without_windows_say_so(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"text\.long is windows, which this task has no use for"):
+def test_tasks_without_windows_refuse_them(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"text\.long is windows; expected head, tail or head_tail"):
         encode_texts(tokenizer, ["a"], None, TextSettings(long="windows"))
     with pytest.raises(ValueError, match=r"text.long is 'middle'"):
         TextSettings(long="middle")  # type: ignore[arg-type]
@@ -83,15 +83,17 @@ def test_the_logits_of_a_rows_windows_are_averaged(tokenizer: Tokenizer) -> None
     task = make_task("classification")
     table, columns = Table({"text": [WORDS, "a", "b"], "label": ["p", "q", "p"]}), {"text": "text", "label": "label"}
     task.fit(table, columns)
-    found = task.encode(table, columns, tokenizer, TextSettings(max_length=8, long="windows", overlap=0), training=True)
-    assert [(example.row, example.target) for example in found] == [(0, 0), (0, 0), (1, 1), (2, 0)]
+    examples = task.encode(
+        table, columns, tokenizer, TextSettings(max_length=8, long="windows", overlap=0), training=True
+    )
+    assert [(example.row, example.target) for example in examples] == [(0, 0), (0, 0), (1, 1), (2, 0)]
     outputs = [np.array(pair) for pair in ([1.0, 0.0], [3.0, 2.0], [0.0, 1.0], [5.0, 5.0])]
-    scores = [one["scores"]["p"] for one in task.decode(outputs, found, table, columns)]
+    scores = [one["scores"]["p"] for one in task.decode(outputs, examples, table, columns)]
     assert scores == pytest.approx([1 / (1 + np.exp(-1.0)), 1 / (1 + np.exp(1.0)), 0.5])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "mean_max"])
-def test_the_classifier_reads_all_tokens(pooling: str) -> None:
+def test_the_classifier_pools_all_tokens(pooling: str) -> None:
     torch.manual_seed(0)
     config = BertConfig.size("tiny", vocab_size=30).replace(extra={"classifier_pooling": pooling}, num_labels=3)
     model = BertForSequenceClassification(config).double().eval()

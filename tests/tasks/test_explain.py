@@ -1,4 +1,4 @@
-"""Explanations: rollout by hand, gradients that sum up to the difference of logits, a page of every character."""
+"""Explanations: rollout by hand, integrated gradients that sum to the difference of logits, and the HTML page."""
 
 from __future__ import annotations
 
@@ -62,33 +62,33 @@ def test_rollout_is_the_product_of_the_layers_and_their_residuals() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean_max"])
-def test_gradients_sum_up_to_the_difference_of_the_logits(pooling: str, task: Task, tokenizer: Tokenizer) -> None:
+def test_gradients_sum_to_the_difference_of_the_logits(pooling: str, task: Task, tokenizer: Tokenizer) -> None:
     model = model_of(task, tokenizer, classifier_pooling=pooling)
-    found = explain(model, task, tokenizer, ["the goods film was bad"], TEXT, steps=200)
+    explanation = explain(model, task, tokenizer, ["the goods film was bad"], TEXT, steps=200)
     ids = tokenizer.encode("the goods film was bad").ids
     logits = model(input_ids=torch.tensor([ids])).logits[0].detach()
-    assert found.label == task.labels[int(logits.argmax())] == found.prediction["label"]  # type: ignore[attr-defined]
-    assert found.logit == pytest.approx(float(logits.max()), abs=1e-5)
+    assert explanation.label == task.labels[int(logits.argmax())] == explanation.prediction["label"]  # type: ignore[attr-defined]
+    assert explanation.logit == pytest.approx(float(logits.max()), abs=1e-5)
     empty = [2, *[0] * (len(ids) - 2), 3]
     without = model(input_ids=torch.tensor([empty])).logits[0].detach()
-    assert found.baseline == pytest.approx(float(without[logits.argmax()]), abs=1e-5)
-    assert found.gradients.sum() == pytest.approx(found.logit - found.baseline, abs=0.02)
-    assert found.gradients[0] == found.gradients[-1] == 0.0
-    assert found.rollout.sum() == pytest.approx(1.0, abs=1e-5)
-    assert found.tokens == ["[CLS]", "the", "good", "##s", "film", "was", "bad", "[SEP]"]
-    assert found.places[2:4] == [(0, 4, 8), (0, 8, 9)]
+    assert explanation.baseline == pytest.approx(float(without[logits.argmax()]), abs=1e-5)
+    assert explanation.gradients.sum() == pytest.approx(explanation.logit - explanation.baseline, abs=0.02)
+    assert explanation.gradients[0] == explanation.gradients[-1] == 0.0
+    assert explanation.rollout.sum() == pytest.approx(1.0, abs=1e-5)
+    assert explanation.tokens == ["[CLS]", "the", "good", "##s", "film", "was", "bad", "[SEP]"]
+    assert explanation.spans[2:4] == [(0, 4, 8), (0, 8, 9)]
 
 
 def test_another_label_a_pair_and_windows(task: Task, tokenizer: Tokenizer) -> None:
     model = model_of(task, tokenizer)
-    found = explain(model, task, tokenizer, ["the film", "was bad"], TEXT, label="maybe", steps=5)
-    assert found.label == "maybe"
-    assert [place and place[0] for place in found.places] == [None, 0, 0, None, 1, 1, None]
+    explanation = explain(model, task, tokenizer, ["the film", "was bad"], TEXT, label="maybe", steps=5)
+    assert explanation.label == "maybe"
+    assert [span and span[0] for span in explanation.spans] == [None, 0, 0, None, 1, 1, None]
     text = TextSettings(max_length=6, long="windows")
     assert explain(model, task, tokenizer, ["the film was bad " * 3], text, steps=2).windows > 1
     with pytest.raises(ValueError, match=r"label is 'never'; expected one of <yes>, maybe, no"):
         explain(model, task, tokenizer, ["the"], TEXT, label="never")
-    with pytest.raises(ValueError, match="the model is of the task multiple-choice; expected one of classification"):
+    with pytest.raises(ValueError, match="the task of the model is multiple-choice; expected one of classification"):
         explain(nn.Linear(1, 1), make_task("multiple-choice"), tokenizer, ["the"], TEXT)
 
 
@@ -111,19 +111,19 @@ def test_the_label_of_a_word(tokenizer: Tokenizer) -> None:
     logits = model(input_ids=torch.tensor([ids])).logits[0].detach()
     firsts = {1: "The", 2: "goods", 4: "film", 5: "was"}
     for label in (None, "B-Y"):
-        found = explain(model, task, tokenizer, [text], TEXT, label=label, steps=300)
+        explanation = explain(model, task, tokenizer, [text], TEXT, label=label, steps=300)
         columns = [task.labels.index(label)] if label else [i for i, x in enumerate(task.labels) if x != "O"]
         sure = {(at, c): float(logits.softmax(-1)[at, c]) for at in firsts for c in columns}
         at, column = max(sure, key=sure.__getitem__)
-        assert found.label == f"{task.labels[column]} of {firsts[at]!r}"
-        assert found.logit == pytest.approx(float(logits[at, column]), abs=1e-5)
-        assert found.gradients.sum() == pytest.approx(found.logit - found.baseline, abs=0.03)
-        assert found.rollout.sum() == pytest.approx(1.0, abs=1e-5)
-        assert found.rollout.argmax() == at, "half of each layer is the residual connection"
-    assert "entities " in page([found], "t")
-    with pytest.raises(ValueError, match="reads this text in windows of 16 tokens"):
+        assert explanation.label == f"{task.labels[column]} of {firsts[at]!r}"
+        assert explanation.logit == pytest.approx(float(logits[at, column]), abs=1e-5)
+        assert explanation.gradients.sum() == pytest.approx(explanation.logit - explanation.baseline, abs=0.03)
+        assert explanation.rollout.sum() == pytest.approx(1.0, abs=1e-5)
+        assert explanation.rollout.argmax() == at, "half of each layer is the residual connection"
+    assert "entities " in page([explanation], "t")
+    with pytest.raises(ValueError, match="splits this text into windows of 16 tokens"):
         explain(model, task, tokenizer, ["the film was bad " * 8], TEXT)
-    with pytest.raises(ValueError, match="2 texts came; the task token-classification takes tokens"):
+    with pytest.raises(ValueError, match="2 texts; expected tokens for the task token-classification"):
         explain(model, task, tokenizer, ["the", "film"], TEXT)
     with pytest.raises(ValueError, match="the text has no words"):
         explain(model, task, tokenizer, [" "], TEXT)
@@ -134,29 +134,29 @@ def test_the_start_of_an_answer(tokenizer: Tokenizer) -> None:
     rows = Table({"question": ["what"], "context": ["the film"], "answers": ["film"]})
     task.fit(rows, {name: name for name in rows.columns})
     model = span_model(BertForQuestionAnswering, tokenizer, 2)
-    found = explain(model, task, tokenizer, ["was the", "the film  was bad"], TEXT, steps=300)
-    start = found.prediction["start"]
-    assert found.label == f"the start of {found.prediction['answer']!r}"
-    token = found.places.index(next(at for at in found.places if at is not None and at[:2] == (1, start)))
+    explanation = explain(model, task, tokenizer, ["was the", "the film  was bad"], TEXT, steps=300)
+    start = explanation.prediction["start"]
+    assert explanation.label == f"the start of {explanation.prediction['answer']!r}"
+    token = explanation.spans.index(next(at for at in explanation.spans if at is not None and at[:2] == (1, start)))
     encoded = tokenizer.encode("was the", "the film  was bad")
     ids, types = torch.tensor([encoded.ids]), torch.tensor([encoded.type_ids])
     logits = model(input_ids=ids, token_type_ids=types).start_logits[0].detach()
-    assert found.logit == pytest.approx(float(logits[token]), abs=1e-5)
-    assert found.gradients.sum() == pytest.approx(found.logit - found.baseline, abs=0.03)
-    assert found.rollout.argmax() == token
-    html = page([found], "t")
-    assert f"answer {found.prediction['answer']}, probability" in html
-    with pytest.raises(ValueError, match="1 texts came; the task question-answering takes question and context"):
+    assert explanation.logit == pytest.approx(float(logits[token]), abs=1e-5)
+    assert explanation.gradients.sum() == pytest.approx(explanation.logit - explanation.baseline, abs=0.03)
+    assert explanation.rollout.argmax() == token
+    html = page([explanation], "t")
+    assert f"answer {explanation.prediction['answer']}, probability" in html
+    with pytest.raises(ValueError, match="1 texts; expected question and context for the task question-answering"):
         explain(model, task, tokenizer, ["the"], TEXT)
     with pytest.raises(ValueError, match="label is 'x'; expected one of none: the model has no labels"):
         explain(model, task, tokenizer, ["the", "film"], TEXT, label="x")
 
 
-def test_the_page_shows_every_character_on_its_colour() -> None:
+def test_the_page_colours_every_character() -> None:
     texts = ["A <b>  & é", "好"]
-    places = [None, (0, 0, 1), (0, 2, 5), (0, 7, 8), None, (1, 0, 1)]
+    spans = [None, (0, 0, 1), (0, 2, 5), (0, 7, 8), None, (1, 0, 1)]
     values = np.array([0.5, 0.2, -0.4, 0.0, 0.1, 0.1])
-    one = Explanation(texts, ["t"] * 6, places, "<yes>", {"label": "<yes>", "probability": 0.75, "scores": {}},
+    one = Explanation(texts, ["t"] * 6, spans, "<yes>", {"label": "<yes>", "probability": 0.75, "scores": {}},
                       np.abs(values), values, 1.0, 0.5, 2)  # fmt: skip
     html = page([one], "a < b")
     assert "<title>a &lt; b</title>" in html

@@ -1,4 +1,4 @@
-"""Choices: learnt, in the loss of transformers, in different numbers, by number, letter or text."""
+"""Multiple choice: learning, the loss of transformers, varying numbers of choices, forms of labels."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ ANIMALS, FOODS, FILLERS = ["cat", "dog"], ["rice", "soup"], ["red", "new"]
 
 
 def rows(count: int, seed: int, choices: tuple[int, int] = (2, 4)) -> Table:
-    """What can be eaten is right, whatever else there is to choose from."""
+    """The food is the correct choice among animals."""
     generator = random.Random(seed)
     columns: dict[str, list[Any]] = {"text": [], "choices": [], "label": []}
     for _ in range(count):
-        own = [f"{generator.choice(FILLERS)} {generator.choice(ANIMALS)}" for _ in range(generator.randint(*choices))]
-        place = generator.randrange(len(own))
-        own[place] = f"{generator.choice(FILLERS)} {generator.choice(FOODS)}"
+        of_row = [
+            f"{generator.choice(FILLERS)} {generator.choice(ANIMALS)}" for _ in range(generator.randint(*choices))
+        ]
+        place = generator.randrange(len(of_row))
+        of_row[place] = f"{generator.choice(FILLERS)} {generator.choice(FOODS)}"
         columns["text"].append("you eat")
-        columns["choices"].append(own)
+        columns["choices"].append(of_row)
         columns["label"].append(place)
     return Table(columns, "made up")
 
@@ -48,7 +50,7 @@ def fitted(table: Table, **options: Any) -> tuple[MultipleChoice, dict[str, str]
     return task, columns
 
 
-def test_it_learns_to_choose(tokenizer: Tokenizer, learn: Callable[..., Any], predict: Callable[..., Any]) -> None:
+def test_a_model_learns_to_choose(tokenizer: Tokenizer, learn: Callable[..., Any], predict: Callable[..., Any]) -> None:
     train, test = rows(120, 0), rows(40, 1)
     task, columns = fitted(train)
     assert task.check(test, columns) == []
@@ -62,7 +64,7 @@ def test_it_learns_to_choose(tokenizer: Tokenizer, learn: Callable[..., Any], pr
         assert sum(item["probabilities"]) == pytest.approx(1.0)
 
 
-def test_the_loss_is_that_of_transformers(
+def test_the_loss_equals_that_of_transformers(
     tokenizer: Tokenizer, models_for: Callable[..., Any], mean_loss: Callable[..., Any]
 ) -> None:
     table = rows(7, 2, (3, 3))
@@ -75,11 +77,11 @@ def test_the_loss_is_that_of_transformers(
     torch.testing.assert_close(mean_loss(task, theirs, examples), expected, rtol=1e-9, atol=0)
 
 
-def test_rows_with_different_numbers_of_choices_count_alike(
+def test_rows_with_different_numbers_of_choices_have_equal_weight(
     tokenizer: Tokenizer, models_for: Callable[..., Any], mean_loss: Callable[..., Any]
 ) -> None:
     table = rows(9, 3)
-    assert len({len(own) for own in table["choices"]}) > 1
+    assert len({len(of_row) for of_row in table["choices"]}) > 1
     task, columns = fitted(table)
     examples = task.encode(table, columns, tokenizer, TEXT, training=True)
     ours, _ = models_for(task, tokenizer)
@@ -108,7 +110,7 @@ def test_forms_of_labels(labels: list[Any], expected: list[int]) -> None:
     assert again.settings() == task.settings()
 
 
-def test_choices_in_columns_of_their_own_and_a_question(tokenizer: Tokenizer) -> None:
+def test_one_column_per_choice_and_a_question(tokenizer: Tokenizer) -> None:
     table = Table(
         {"context": ["you"], "question": ["eat"], "ending0": ["rice"], "ending1": ["cat"], "label": ["0"], "id": [5]}
     )
@@ -130,24 +132,24 @@ def test_choices_in_columns_of_their_own_and_a_question(tokenizer: Tokenizer) ->
         ({"choices": [["a", "b"]], "label": ["c d"]}, "the label is 'c d'; .* a letter from A to B"),
         ({"choices": [["a", "b"]], "label": [None]}, "the label is None"),
         ({"choices": [["a", "a"]], "label": ["a a"]}, "the label is 'a a'"),
-        ({"choices": [["a"]], "label": [0]}, "f, row 1: 1 choices; expected two or more"),
+        ({"choices": [["a"]], "label": [0]}, "f, row 1: 1 choices; expected at least two"),
         ({"choices": ["ab"], "label": [0]}, "the choices are 'ab'; expected a list of texts"),
-        ({"label": [0]}, "f: which columns are the choices"),
+        ({"label": [0]}, "f: no column of choices among text, label"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_can_not_be_learnt(columns: dict[str, list[Any]], message: str) -> None:
+def test_invalid_rows(columns: dict[str, list[Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fitted(Table({"text": ["t"], **columns}, "f"))
 
 
-def test_scores_decide() -> None:
+def test_the_highest_score_is_chosen() -> None:
     table = Table({"text": ["t"] * 2, "choices": [["a", "b"], ["c", "d", "e"]], "label": [1, 1]})
     task, columns = fitted(table)
     scores = [np.float32(x) for x in (0.0, 2.0, 0.0, 1.0, 3.0)]
     places = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
     examples = [Example(row, [0], [0], None, choice) for row, choice in places]
-    found = task.decode(scores, examples, table, columns)  # type: ignore[arg-type]
-    assert [item["chosen"] for item in found] == ["b", "e"]
-    assert found[0]["probabilities"][1] == pytest.approx(1 / (1 + np.exp(-2.0)))
-    assert task.evaluate(found, table, columns) == {"accuracy": 0.5, "most_frequent_accuracy": 1.0}
+    predictions = task.decode(scores, examples, table, columns)  # type: ignore[arg-type]
+    assert [item["chosen"] for item in predictions] == ["b", "e"]
+    assert predictions[0]["probabilities"][1] == pytest.approx(1 / (1 + np.exp(-2.0)))
+    assert task.evaluate(predictions, table, columns) == {"accuracy": 0.5, "most_frequent_accuracy": 1.0}

@@ -1,4 +1,4 @@
-"""Answers in contexts: learnt, in the loss of transformers, through windows, by the characters of the text as it is."""
+"""Question answering: learning, the loss of transformers, windows, and answers as characters of the original text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from tokenizers import Tokenizer
 
 from bert_fast.tasks.alignment import Window
 from bert_fast.tasks.io.table import Table
-from bert_fast.tasks.question_answering import Place, QuestionAnswering, QuestionAnsweringOptions, window_answers
+from bert_fast.tasks.question_answering import (
+    QuestionAnswering,
+    QuestionAnsweringOptions,
+    WindowContext,
+    window_answers,
+)
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, make_task, task_entry, task_from_config
 
@@ -26,21 +31,21 @@ TEXT = TextSettings(max_length=18)
 
 
 def rows(count: int, seed: int, *, unanswerable: bool = False) -> Table:
-    """'Who?' asks for the one person of a context, 'when?' for the one year; where there is none, there's no answer."""
+    """'Who?' asks for the only person of a context, 'When?' for the only year; without one there is no answer."""
     generator = random.Random(seed)
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     for number in range(count):
         words = generator.choices(FILLERS, k=generator.randint(4, 18))
         kind = number % 2
         answer = generator.choice((PEOPLE, YEARS)[kind])
-        there = not (unanswerable and number % 3 == 0)
+        answerable = not (unanswerable and number % 3 == 0)
         other = [generator.choice((YEARS, PEOPLE)[kind])]
-        for part in [answer, *other] if there else other:
+        for part in [answer, *other] if answerable else other:
             words.insert(generator.randint(0, len(words)), part)
         context = "  ".join(words) + "."
         columns["question"].append(("Who?", "When?")[kind])
         columns["context"].append(context)
-        columns["answers"].append([{"text": answer, "answer_start": context.index(answer)}] if there else [])
+        columns["answers"].append([{"text": answer, "answer_start": context.index(answer)}] if answerable else [])
     return Table(columns, "made up")
 
 
@@ -57,18 +62,18 @@ def fitted(table: Table, **options: Any) -> QuestionAnswering:
 
 
 @pytest.mark.parametrize("unanswerable", [False, True], ids=["version 1", "version 2"])
-def test_it_learns_to_answer(
+def test_a_model_learns_to_answer(
     unanswerable: bool, tokenizer: Tokenizer, learn: Callable[..., Any], predict: Callable[..., Any]
 ) -> None:
-    # Rows and steps with room: eight seeds of the model answer all of it. With 14 and 30 epochs at a rate of 4e-3 over
-    # 150 rows it took one that was lucky: 0.35 to 1.0 and 0.975 to 1.0.
+    # More rows and steps than are needed: eight of eight seeds answer all of it. With 14 and 30 epochs at lr 4e-3 on
+    # 150 rows the score depended on the seed: 0.35 to 1.0 and 0.975 to 1.0.
     count, epochs, lr = (300, 30, 2e-3) if unanswerable else (150, 20, 3e-3)
     train, test = rows(count, 0, unanswerable=unanswerable), rows(40, 1, unanswerable=unanswerable)
     task = fitted(train, overlap=6)
     assert task.settings() == {"without_answer": unanswerable, "by": "words", "null_threshold": 0.0}
     assert task.check(test, COLUMNS) == []
     examples = task.encode(train, COLUMNS, tokenizer, TEXT, training=True)
-    assert len(examples) > count, "long contexts come in several windows"
+    assert len(examples) > count, "long contexts have several windows"
     model = learn(task, tokenizer, examples, epochs=epochs, rows=8, lr=lr)
     predictions = predict(task, model, tokenizer, test, COLUMNS, TEXT)
     metrics = task.evaluate(predictions, test, COLUMNS)
@@ -86,21 +91,21 @@ def test_it_learns_to_answer(
     json.dumps([predictions, metrics], allow_nan=False)
 
 
-def test_the_loss_is_that_of_transformers(
+def test_the_loss_equals_that_of_transformers(
     tokenizer: Tokenizer, models_for: Callable[..., Any], mean_loss: Callable[..., Any]
 ) -> None:
     table = rows(24, 2, unanswerable=True)
     task = fitted(table)
     every = task.encode(table, COLUMNS, tokenizer, TextSettings(max_length=48), training=True)
     ours, theirs = models_for(task, tokenizer)
-    # transformers lets padding compete in its softmax; without any the losses are one.
+    # The softmax of transformers includes padding; without padding the losses are equal.
     length = max(len(example.input_ids) for example in every)
     examples = [example for example in every if len(example.input_ids) == length] * 2
     starts, ends = torch.tensor([example.target for example in examples]).T
     expected = theirs(**Batch.of(examples).padded(), start_positions=starts, end_positions=ends).loss
     torch.testing.assert_close(mean_loss(task, ours, examples), expected, rtol=1e-9, atol=0)
     torch.testing.assert_close(mean_loss(task, theirs, examples), expected, rtol=1e-9, atol=0)
-    # With padding: the mean of what each is alone.
+    # With padding: the mean of the losses of single examples.
     alone = []
     for example in every:
         start, end = torch.tensor(example.target).view(2, 1)
@@ -110,19 +115,19 @@ def test_the_loss_is_that_of_transformers(
 
 
 def oracle(examples: list[Example]) -> list[Any]:
-    """Scores that say where the targets are, [CLS] a little."""
-    found = []
+    """Scores that are high at the targets and low at [CLS]."""
+    outputs = []
     for example in examples:
         scores = np.zeros((len(example.input_ids), 2))
         scores[0] = 1.0
         for column, place in enumerate(example.target):
             scores[place, column] = 5.0
-        found.append(scores)
-    return found
+        outputs.append(scores)
+    return outputs
 
 
-def test_answers_come_back_as_they_stand_in_the_text(tokenizer_of: Callable[..., Tokenizer]) -> None:
-    """What the tokenizer changes, drops or doesn't know; answers at the edges of windows."""
+def test_answers_are_ranges_of_the_original_text(tokenizer_of: Callable[..., Tokenizer]) -> None:
+    """Answers that the tokenizer changes, removes or does not know, and answers at the edges of windows."""
     parts = [
         "Zu\u0308rich",
         "李雷",
@@ -150,14 +155,14 @@ def test_answers_come_back_as_they_stand_in_the_text(tokenizer_of: Callable[...,
 
 
 @pytest.mark.parametrize("longest", [1, 3, 30])
-def test_n_best_is_what_trying_every_span_gives(longest: int) -> None:
+def test_n_best_equals_exhaustive_search(longest: int) -> None:
     generator = np.random.default_rng(longest)
     context = "abcdefghijkl"
     window = Window(2, 11, (2, 11))
-    place = Place([(i, i + 1) for i in range(12)], window, 3)
+    window_context = WindowContext([(i, i + 1) for i in range(12)], window, 3)
     scores = generator.standard_normal((3 + 9 + 1, 2))
     options = QuestionAnsweringOptions(max_answer=longest, n_best=7)
-    found = window_answers(scores, place, context, options)
+    candidates = window_answers(scores, window_context, context, options)
     every = sorted(
         (
             (float(scores[3 + i, 0] + scores[3 + j, 1]), i + 2, j + 3)
@@ -166,15 +171,15 @@ def test_n_best_is_what_trying_every_span_gives(longest: int) -> None:
         ),
         reverse=True,
     )
-    assert [(item.start, item.end) for item in found] == [(start, end) for _, start, end in every[:7]]
-    assert [item.score for item in found] == pytest.approx([score for score, _, _ in every[:7]])
+    assert [(item.start, item.end) for item in candidates] == [(start, end) for _, start, end in every[:7]]
+    assert [item.score for item in candidates] == pytest.approx([score for score, _, _ in every[:7]])
 
 
 def test_no_answer_and_its_threshold() -> None:
     table = Table({"question": ["q", "q"], "context": ["ab", "ab"], "answers": ["ab", None]})
-    place = Place([(0, 1), (1, 2)], Window(0, 2, (0, 2)), 1)
-    example = Example(0, [0] * 4, [0] * 4, None, place)
-    other = Example(1, [0] * 4, [0] * 4, None, place)
+    window_context = WindowContext([(0, 1), (1, 2)], Window(0, 2, (0, 2)), 1)
+    example = Example(0, [0] * 4, [0] * 4, None, window_context)
+    other = Example(1, [0] * 4, [0] * 4, None, window_context)
     scores = np.array([[2.0, 2.0], [1.5, 0.0], [0.0, 1.5], [0.0, 0.0]])
     for threshold, answer in ((0.0, ""), (0.99, ""), (1.0, "ab")):
         task = fitted(table, null_threshold=threshold)
@@ -184,13 +189,13 @@ def test_no_answer_and_its_threshold() -> None:
         assert sum(item["probability"] for item in predictions[0]["n_best"]) == pytest.approx(1.0)
     metrics = task.evaluate(predictions, table, COLUMNS)
     assert (metrics["exact_match"], metrics["answerable_f1"], metrics["unanswerable_f1"]) == (0.5, 1.0, 0.0)
-    # In the window that has no answer, no answer is a sure thing; the least sure window decides.
-    sure = np.array([[9.0, 9.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    found = task.decode([sure, scores, sure], [example, example, other], table, COLUMNS)
-    assert [item["answer"] for item in found] == ["ab", ""]
+    # A window without the answer predicts none with a high score; the window with the lowest such score decides.
+    confident = np.array([[9.0, 9.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    predictions = task.decode([confident, scores, confident], [example, example, other], table, COLUMNS)
+    assert [item["answer"] for item in predictions] == ["ab", ""]
 
 
-def test_answers_that_are_not_where_the_data_says(tokenizer: Tokenizer) -> None:
+def test_answers_that_the_context_does_not_have_at_their_start(tokenizer: Tokenizer) -> None:
     table = Table(
         {
             "question": ["who?"] * 3,
@@ -198,13 +203,11 @@ def test_answers_that_are_not_where_the_data_says(tokenizer: Tokenizer) -> None:
             "answers": [[{"text": "ada", "answer_start": 6}], [{"text": "bab", "answer_start": 0}], "ada"],
         },
         "train.json",
-        counted="question",
+        unit="question",
     )
-    with pytest.raises(
-        ValueError, match=r"train.json, question 1: 'ada' at 6, where 't a' is; .*question 2: 'bab' at 0"
-    ):
+    with pytest.raises(ValueError, match=r"train.json, question 1: 'ada' at 6 is 't a'; .*question 2: 'bab' at 0"):
         fitted(table)
-    with pytest.raises(ValueError, match=r"question 2: 'bab' at 0, where 'ada' is. options.mismatched"):
+    with pytest.raises(ValueError, match=r"question 2: 'bab' at 0 is 'ada'; set options.mismatched"):
         fitted(table, mismatched="nearest")
     task = fitted(table.select([0, 2]), mismatched="nearest")
     examples = task.encode(table.select([0, 2]), COLUMNS, tokenizer, TEXT, training=True)
@@ -213,20 +216,20 @@ def test_answers_that_are_not_where_the_data_says(tokenizer: Tokenizer) -> None:
     task = fitted(table, mismatched="drop")
     assert [example.row for example in task.encode(table, COLUMNS, tokenizer, TEXT, training=True)] == [2]
     assert [example.row for example in task.encode(table, COLUMNS, tokenizer, TEXT, training=False)] == [0, 1, 2]
-    assert "2 questions whose answers are not in the context" in task.check(table, COLUMNS)[0]
+    assert "2 questions have answers that are not in their context" in task.check(table, COLUMNS)[0]
 
 
-def test_what_can_not_be_learnt() -> None:
+def test_invalid_rows() -> None:
     table = Table({"question": ["q"], "context": ["c"], "answers": [[]]}, "v.json")
     with pytest.raises(ValueError, match=r"v.json: no question has an answer"):
         fitted(table)
     with pytest.raises(ValueError, match="max_answer is 0; expected 1 or more"):
         fitted(table, max_answer=0)
-    with pytest.raises(ValueError, match=r"v.json, row 1: 5 is no answer"):
+    with pytest.raises(ValueError, match=r"v.json, row 1: 5 is not an answer"):
         fitted(table.with_column("answers", [5]))
 
 
-def test_chinese_is_found_out_and_comes_back_from_the_configuration() -> None:
+def test_chinese_is_detected_and_restored_from_the_configuration() -> None:
     table = Table({"question": ["谁?", "谁?"], "context": ["李雷在这里", "b"], "answers": ["李雷", ""]})
     task = fitted(table, max_answer=9)
     again = task_from_config(json.loads(json.dumps({CONFIG_KEY: task_entry(task)})))
@@ -244,13 +247,14 @@ def test_chinese_is_found_out_and_comes_back_from_the_configuration() -> None:
     assert metrics["exact_match"] == 0.5
 
 
-def test_without_answers_or_context_there_is_still_a_prediction(tokenizer: Tokenizer) -> None:
+def test_predictions_without_answers_or_context(tokenizer: Tokenizer) -> None:
     task = fitted(rows(6, 3))
     table = Table({"id": ["x", "y"], "question": ["who?", "who?"], "context": ["", "ada met"]})
     columns = {"question": "question", "context": "context"}
     examples = task.encode(table, columns, tokenizer, TEXT, training=False)
     assert [example.target for example in examples] == [None, None]
-    found = task.decode([np.ones((len(example.input_ids), 2)) for example in examples], examples, table, columns)
-    assert [item["id"] for item in found] == ["x", "y"]
-    assert found[0]["answer"] == ""
-    assert found[1]["answer"] in ("ada", "met", "ada met")
+    outputs = [np.ones((len(example.input_ids), 2)) for example in examples]
+    predictions = task.decode(outputs, examples, table, columns)
+    assert [item["id"] for item in predictions] == ["x", "y"]
+    assert predictions[0]["answer"] == ""
+    assert predictions[1]["answer"] in ("ada", "met", "ada met")

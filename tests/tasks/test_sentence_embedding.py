@@ -1,4 +1,4 @@
-"""Vectors: learnt from pairs, triplets and scores, with the losses written out by hand, ranked among all pairs."""
+"""Sentence embeddings: learning from pairs, triplets and scores, losses by hand, ranks among all pairs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.task import CONFIG_KEY, Example, LossOptions, make_task, task_entry, task_from_config
 
 TEXT = TextSettings(max_length=16)
-# Words of one topic, said in two ways.
+# Two words per topic.
 TOPICS = [("cat", "kitten"), ("dog", "puppy"), ("car", "auto"), ("sea", "ocean"), ("sun", "star"), ("tea", "chai")]
 FILLERS = ["the", "my", "old"]
 
 
-def said(topic: int, way: int, generator: random.Random) -> str:
-    return f"{generator.choice(FILLERS)} {TOPICS[topic][way]} {generator.choice(FILLERS)}"
+def sentence(topic: int, word: int, generator: random.Random) -> str:
+    return f"{generator.choice(FILLERS)} {TOPICS[topic][word]} {generator.choice(FILLERS)}"
 
 
 def rows(count: int, seed: int, kind: str) -> Table:
@@ -37,9 +37,9 @@ def rows(count: int, seed: int, kind: str) -> Table:
         topic = number % len(TOPICS)
         other = (topic + generator.randint(1, len(TOPICS) - 1)) % len(TOPICS)
         same = generator.random() < 0.5
-        columns["anchor"].append(said(topic, 0, generator))
-        columns["positive"].append(said(topic if same or kind != "cosine" else other, 1, generator))
-        columns["negative"].append(said(other, 1, generator))
+        columns["anchor"].append(sentence(topic, 0, generator))
+        columns["positive"].append(sentence(topic if same or kind != "cosine" else other, 1, generator))
+        columns["negative"].append(sentence(other, 1, generator))
         columns["score"].append(5 if same else 1)
     drop = {"contrastive": ("negative", "score"), "triplet": ("score",), "cosine": ("negative",)}[kind]
     return Table({name: values for name, values in columns.items() if name not in drop}, "made up")
@@ -63,11 +63,11 @@ def fitted(table: Table, **options: Any) -> tuple[SentenceEmbedding, dict[str, s
     [("contrastive", "auto", "mrr"), ("triplet", "triplet", "triplet_accuracy"), ("cosine", "auto", "spearman")],
     ids=["pairs", "triplets", "scores"],
 )
-def test_it_learns_what_belongs_together(
+def test_related_texts_become_close(
     kind: str, objective: str, metric: str, tokenizer: Tokenizer, learn: Callable[..., Any], predict: Callable[..., Any]
 ) -> None:
     train = rows(180 if kind == "cosine" else 60, 0, kind)
-    # One row a topic: a text's pair is then the only one of its topic.
+    # One row per topic, so that the pair of a text is the only one of its topic.
     test = rows(len(TOPICS), 1, kind) if kind != "cosine" else rows(40, 1, kind)
     task, columns = fitted(train, objective=objective)
     assert (task.objective, task.main_metric) == (kind, metric)
@@ -93,7 +93,7 @@ def vectors(count: int, seed: int) -> torch.Tensor:
 
 
 def examples_of(rows: int, kinds: int, targets: list[float] | None = None) -> list[Example]:
-    """Texts that are all different, in the order the task encodes them."""
+    """Distinct texts, in the order of the task's encoding."""
     return [
         Example(row, [row, kind], [0, 0], None if targets is None else targets[row], kind)
         for row in range(rows)
@@ -107,24 +107,24 @@ def test_the_contrastive_loss_by_hand() -> None:
     anchors, pairs, negatives = F.normalize(x, dim=-1).view(4, 3, 5).unbind(1)
     expected = 0.0
     for row in range(4):
-        among = torch.stack([anchors[row] @ other / 0.2 for other in (*pairs, *negatives)])
-        expected += float(among.logsumexp(0) - among[row])
+        logits = torch.stack([anchors[row] @ other / 0.2 for other in (*pairs, *negatives)])
+        expected += float(logits.logsumexp(0) - logits[row])
     assert float(task.loss(x, examples_of(4, 3), LossOptions())) == pytest.approx(expected, rel=1e-9)
     assert task.weight(examples_of(4, 3), LossOptions()) == 4
 
 
-def test_a_pair_that_is_there_twice_is_no_wrong_answer() -> None:
+def test_duplicates_are_not_negatives() -> None:
     task, _ = fitted(rows(12, 0, "contrastive"))
     x = vectors(4, 2)
     different = [Example(0, [1], [0], None, 0), Example(0, [2], [0], None, 1), Example(1, [3], [0], None, 0)]
     twice = [*different, Example(1, [2], [0], None, 1)]
     assert float(task.loss(x, twice, LossOptions())) == 0.0
-    itself = [*different, Example(1, [1], [0], None, 1)]
-    first = float(task.loss(x, itself, LossOptions()))
+    with_itself = [*different, Example(1, [1], [0], None, 1)]
+    first = float(task.loss(x, with_itself, LossOptions()))
     unit = F.normalize(x, dim=-1)
-    # Row 0 may not be told from its own text; row 1 has to be told from row 0's pair.
-    among = torch.stack([unit[2] @ unit[1], unit[2] @ unit[3]]) / task.options.temperature
-    assert first == pytest.approx(float(among.logsumexp(0) - among[1]), rel=1e-9)
+    # The text of row 0 is not a negative of row 0; the pair of row 0 is a negative of row 1.
+    logits = torch.stack([unit[2] @ unit[1], unit[2] @ unit[3]]) / task.options.temperature
+    assert first == pytest.approx(float(logits.logsumexp(0) - logits[1]), rel=1e-9)
 
 
 def test_the_other_losses_by_hand() -> None:
@@ -137,17 +137,19 @@ def test_the_other_losses_by_hand() -> None:
     task, _ = fitted(rows(6, 0, "cosine"))
     x = vectors(6, 4)
     targets = [0.0, 0.25, 1.0]
-    found = task.loss(x, examples_of(3, 2, targets), LossOptions())
+    loss = task.loss(x, examples_of(3, 2, targets), LossOptions())
     cosines = F.cosine_similarity(x[0::2], x[1::2])
-    torch.testing.assert_close(found, F.mse_loss(cosines, torch.tensor(targets).double(), reduction="sum"))
+    torch.testing.assert_close(loss, F.mse_loss(cosines, torch.tensor(targets).double(), reduction="sum"))
 
 
 def test_scores_become_cosines_from_0_to_1(tokenizer: Tokenizer) -> None:
     table = rows(12, 0, "cosine")
     task, columns = fitted(table)
     assert (task.low, task.high) == (1.0, 5.0)
-    found = task.encode(table, columns, tokenizer, TEXT, training=True)
-    assert [example.target for example in found if example.extra == 0] == [(score - 1) / 4 for score in table["score"]]
+    examples = task.encode(table, columns, tokenizer, TEXT, training=True)
+    assert [example.target for example in examples if example.extra == 0] == [
+        (score - 1) / 4 for score in table["score"]
+    ]
     task, _ = fitted(table, score_low=0.0, score_high=10.0)
     assert {example.target for example in task.encode(table, columns, tokenizer, TEXT, training=True)} == {0.1, 0.5}
     again = task_from_config(json.loads(json.dumps({CONFIG_KEY: task_entry(task)})))
@@ -157,7 +159,7 @@ def test_scores_become_cosines_from_0_to_1(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
-def test_texts_alone_get_the_vectors_of_encode(
+def test_vectors_of_single_texts_equal_those_of_encode(
     pooling: str, tokenizer: Tokenizer, models_for: Callable[..., Any], predict: Callable[..., Any]
 ) -> None:
     task, _ = fitted(rows(12, 0, "contrastive"), pooling=pooling)
@@ -166,8 +168,10 @@ def test_texts_alone_get_the_vectors_of_encode(
     table, columns = Table({"text": texts}), {"text": "text"}
     expected = encode(ours, tokenizer, texts, pooling=pooling)
     for model in (ours, theirs):
-        found = predict(task, model, tokenizer, table, columns, TEXT)
-        torch.testing.assert_close(torch.tensor([item["vector"] for item in found]), expected, rtol=1e-5, atol=1e-6)
+        predictions = predict(task, model, tokenizer, table, columns, TEXT)
+        torch.testing.assert_close(
+            torch.tensor([item["vector"] for item in predictions]), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_ranks_by_hand() -> None:
@@ -177,10 +181,10 @@ def test_ranks_by_hand() -> None:
     order = ["a", "x", "b", "y", "c", "x"]
     outputs = [np.array([np.cos(angles[name]), np.sin(angles[name])]) for name in order]
     examples = [Example(i // 2, [0], [0], None, i % 2) for i in range(6)]
-    found = task.decode(outputs, examples, table, columns)
-    assert [item["rank"] for item in found] == [2, 2, 1], "x, which is there twice, counts once"
-    assert found[0]["similarity"] == pytest.approx(np.cos(0.5))
-    metrics = task.evaluate(found, table, columns)
+    predictions = task.decode(outputs, examples, table, columns)
+    assert [item["rank"] for item in predictions] == [2, 2, 1], "x, which occurs twice, counts once"
+    assert predictions[0]["similarity"] == pytest.approx(np.cos(0.5))
+    metrics = task.evaluate(predictions, table, columns)
     assert metrics["mrr"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
     assert metrics["recall_at_1"] == pytest.approx(1 / 3)
     assert metrics["recall_at_5"] == 1.0
@@ -189,15 +193,15 @@ def test_ranks_by_hand() -> None:
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"text": ["a"]}, {}, "the objective contrastive needs a column for text_pair; it has text"),
-        ({"text": ["a"], "positive": ["b"]}, {"objective": "triplet"}, "needs a column for negative"),
+        ({"text": ["a"]}, {}, "no column for text_pair among text, required by the objective contrastive"),
+        ({"text": ["a"], "positive": ["b"]}, {"objective": "triplet"}, "no column for negative among"),
         ({"text": ["a"], "positive": ["b"], "score": ["x"]}, {}, "row 1: 'score' holds 'x'; expected a number"),
-        ({"text": ["a"], "positive": ["b"], "score": [3]}, {}, "scores from 3.0 to 3.0; expected different ones"),
-        ({"text": [], "positive": []}, {}, "there are no rows"),
+        ({"text": ["a"], "positive": ["b"], "score": [3]}, {}, "scores from 3.0 to 3.0; expected different scores"),
+        ({"text": [], "positive": []}, {}, "the table is empty"),
         ({"text": ["a"], "positive": ["b"]}, {"temperature": 0.0}, "temperature is 0.0; expected more than 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_can_not_be_learnt(columns: dict[str, list[Any]], options: dict[str, Any], message: str) -> None:
+def test_invalid_rows(columns: dict[str, list[Any]], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fitted(Table(columns), **options)

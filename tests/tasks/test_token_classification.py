@@ -1,4 +1,4 @@
-"""Tags of words: learnt, in the loss of transformers, through windows, in every scheme, by words and by characters."""
+"""Token classification: learning, the loss of transformers, windows, schemes, entities by words and characters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = TextSettings(max_length=12)
 
 
 def sentences(count: int, seed: int, scheme: str = "iob2") -> Table:
-    """Random words and entities, some of them side by side."""
+    """Random words and entities, some of them adjacent."""
     generator = random.Random(seed)
     tokens, tags = [], []
     for _ in range(count):
@@ -55,7 +55,7 @@ def fitted(table: Table, **options: Any) -> TokenClassification:
 
 
 @pytest.mark.parametrize(("scheme", "learnt"), [("iob1", "iob2"), ("iob2", "iobes")], ids=lambda name: name)
-def test_it_learns_entities(
+def test_a_model_learns_entities(
     scheme: str, learnt: str, tokenizer: Tokenizer, learn: Callable[..., Any], predict: Callable[..., Any]
 ) -> None:
     train, test = sentences(120, 0, scheme), sentences(30, 1, scheme)
@@ -63,7 +63,7 @@ def test_it_learns_entities(
     assert task.scheme == scheme
     assert task.check(test, COLUMNS) == []
     examples = task.encode(train, COLUMNS, tokenizer, TEXT, training=True)
-    assert len(examples) > 120, "long sentences come in several windows"
+    assert len(examples) > 120, "long sentences have several windows"
     model = learn(task, tokenizer, examples, epochs=8, rows=8, lr=5e-3)
     predictions = predict(task, model, tokenizer, test, COLUMNS, TEXT)
     metrics = task.evaluate(predictions, test, COLUMNS)
@@ -74,7 +74,7 @@ def test_it_learns_entities(
 
 
 @pytest.mark.parametrize("all_pieces", [False, True], ids=["first pieces", "all pieces"])
-def test_the_loss_is_that_of_transformers(
+def test_the_loss_equals_that_of_transformers(
     all_pieces: bool, tokenizer: Tokenizer, models_for: Callable[..., Any], mean_loss: Callable[..., Any]
 ) -> None:
     table = sentences(9, 2)
@@ -91,11 +91,11 @@ def test_the_loss_is_that_of_transformers(
     torch.testing.assert_close(mean_loss(task, theirs, examples), expected, rtol=1e-9, atol=0)
     weights = torch.rand(len(task.labels), dtype=torch.float64) + 0.5
     weighted = torch.nn.functional.cross_entropy(theirs(**inputs).logits.flatten(0, 1), labels.flatten(), weights)
-    found = mean_loss(task, ours, examples, LossOptions(class_weights=weights))
-    torch.testing.assert_close(found, weighted, rtol=1e-9, atol=0)
+    loss = mean_loss(task, ours, examples, LossOptions(class_weights=weights))
+    torch.testing.assert_close(loss, weighted, rtol=1e-9, atol=0)
 
 
-def test_every_word_is_learnt_and_predicted_once(tokenizer: Tokenizer) -> None:
+def test_every_word_is_trained_on_and_predicted_once(tokenizer: Tokenizer) -> None:
     table = sentences(40, 3)
     task = fitted(table, overlap=5)
     examples = task.encode(table, COLUMNS, tokenizer, TEXT, training=False)
@@ -103,7 +103,7 @@ def test_every_word_is_learnt_and_predicted_once(tokenizer: Tokenizer) -> None:
     assert task.weight(examples, LossOptions()) == sum(map(len, table["tokens"]))
     outputs = []
     for example in examples:
-        # An oracle that is right about what the example's target says and wrong about everything else.
+        # An oracle that is correct where the example has a target and wrong elsewhere.
         scores = np.full((len(example.input_ids), len(task.labels)), 0.0)
         for place, label in enumerate(example.target):
             scores[place, label if label >= 0 else 1] = 9.0
@@ -129,10 +129,10 @@ def test_texts_with_entities_by_characters(tokenizer_of: Callable[..., Tokenizer
     task.fit(table, columns)
     examples = task.encode(table, columns, tokenizer_of("ada love ##lace met in zu ##rich"), TEXT, training=True)
     predictions = task.decode(oracle(task, examples), examples, table, columns)  # type: ignore[arg-type]
-    found = [[(item["start"], item["end"], item["kind"]) for item in row["entities"]] for row in predictions]
-    assert found == spans
+    predicted = [[(item["start"], item["end"], item["kind"]) for item in row["entities"]] for row in predictions]
+    assert predicted == spans
     assert [item["text"] for item in predictions[0]["entities"]] == ["Ada Lovelace", "李雷", "Zu\u0308rich."]
-    assert predictions[1]["tags"] == ["O", "O", "O"], "a word of dropped characters is outside"
+    assert predictions[1]["tags"] == ["O", "O", "O"], "a word of removed characters is outside"
     assert predictions[2] == {"tags": [], "probabilities": [], "entities": []}
     assert task.evaluate(predictions, table, columns)["f1"] == 1.0
 
@@ -152,10 +152,10 @@ def test_plain_tags(tokenizer: Tokenizer, learn: Callable[..., Any], predict: Ca
 
 
 def test_entity_metrics_by_hand() -> None:
-    """Two of three predicted entities are right, of four there are; the wrong one has the kind, and a word too few."""
+    """Two of three predicted entities are correct, of four true ones; the third lacks a word."""
     true = [["B-P", "I-P", "O", "B-L"], ["B-P", "O", "B-L", "I-L"]]
-    found = [["B-P", "I-P", "O", "B-L"], ["O", "O", "B-L", "O"]]
-    metrics = entity_metrics(true, found)
+    predicted = [["B-P", "I-P", "O", "B-L"], ["O", "O", "B-L", "O"]]
+    metrics = entity_metrics(true, predicted)
     assert metrics["precision"] == pytest.approx(2 / 3)
     assert metrics["recall"] == pytest.approx(2 / 4)
     assert metrics["f1"] == pytest.approx(4 / 7)
@@ -166,7 +166,7 @@ def test_entity_metrics_by_hand() -> None:
     assert entity_metrics([["O"]], [["O"]])["f1"] == 0.0
 
 
-def test_it_comes_back_from_the_configuration_of_a_model() -> None:
+def test_a_task_is_restored_from_the_configuration() -> None:
     table = sentences(20, 5, "iobes")
     task = fitted(table, learnt_scheme="iobes", overlap=7)
     again = task_from_config(json.loads(json.dumps({CONFIG_KEY: task_entry(task)})))
@@ -179,33 +179,33 @@ def test_it_comes_back_from_the_configuration_of_a_model() -> None:
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"tokens": [["a", "b"]], "tags": [["O"]]}, {}, "line 7: 1 tags came for 2 words"),
+        ({"tokens": [["a", "b"]], "tags": [["O"]]}, {}, "line 7: 1 tags; expected 2, one per word"),
         ({"tokens": [["a"]], "tags": [["O"]]}, {}, "every word is tagged O"),
         ({"tokens": [["a"]], "tags": [["X"]]}, {}, "every word has the tag 'X'"),
-        ({"tokens": [[]], "tags": [[]]}, {}, "no row has words"),
+        ({"tokens": [[]], "tags": [[]]}, {}, "no row has tagged words"),
         ({"tokens": [7], "tags": [["O"]]}, {}, "line 7: 'tokens' holds 7; expected a text or a list of words"),
         ({"tokens": [["a"]], "tags": [None]}, {}, "line 7: 'tags' holds None"),
-        ({"tokens": [["a"]], "tags": [["N"]]}, {"scheme": "iob2"}, "line 7: 'N' is no entity tag.*scheme: none"),
+        ({"tokens": [["a"]], "tags": [["N"]]}, {"scheme": "iob2"}, "line 7: 'N' is not an entity tag.*scheme to none"),
         (
             {"tokens": [["a", "b"]], "tags": [["O", "I-P"]]},
             {"scheme": "iob2", "invalid": "refuse"},
-            "line 7, word 2: I-P continues no P, in IOB2",
+            "line 7, word 2: I-P does not continue an entity P in IOB2",
         ),
         (
             {"tokens": ["ab cd"], "tags": [[{"start": 1, "end": 2, "label": "P"}]]},
             {},
-            "line 7: the entity .* does not start and end with a word",
+            "line 7: Entity.* does not start and end at word boundaries",
         ),
         ({"tokens": ["ab"], "tags": [[{"start": 1, "label": "P"}]]}, {}, "line 7: .*expected start, end and label"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_can_not_be_learnt(columns: dict[str, Any], options: dict[str, Any], message: str) -> None:
+def test_invalid_rows(columns: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fitted(Table(columns, "file", [7], "line"), **options)
 
 
-def test_what_does_not_fit_the_training_rows() -> None:
+def test_rows_that_do_not_match_the_training_rows() -> None:
     task = fitted(sentences(20, 6))
     other = Table({"tokens": [["a", "b"]], "tags": [["B-ORG", "I-ORG"]]}, "dev.conll")
     with pytest.raises(
@@ -213,6 +213,6 @@ def test_what_does_not_fit_the_training_rows() -> None:
     ):
         task.check(other, COLUMNS)
     repaired = Table({"tokens": [["a", "b"]], "tags": [["O", "I-PER"]]}, "dev.conll")
-    said = task.check(repaired, COLUMNS)
-    assert "1 rows have tags that IOB2 forbids" in said[0]
-    assert "dev.conll, row 1, word 2: I-PER continues no PER" in said[0]
+    messages = task.check(repaired, COLUMNS)
+    assert "1 rows have tags that IOB2 forbids" in messages[0]
+    assert "dev.conll, row 1, word 2: I-PER does not continue an entity PER" in messages[0]

@@ -1,1 +1,1 @@
-"""Rows of labelled data: tables, columns, sources, SQuAD, tag schemes."""
+"""Labelled data: tables, column roles, file formats, SQuAD and tag schemes."""

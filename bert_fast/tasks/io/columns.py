@@ -1,7 +1,8 @@
-"""Which column of a table plays which role: named by the user, or guessed from usual names."""
+"""The roles of a table's columns: named by the user, or guessed from common column names."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,13 @@ class Role:
 
     Args:
         name: of the role, as in the setting `columns.<name>`.
-        usual: column names by which it is guessed, the likeliest first; compared without case.
-        required: whether there has to be one.
-        target: whether it is what the model learns to predict: not needed for predictions.
+        usual_names: common column names for it, most likely first; matched case-insensitively.
+        required: whether the task needs it.
+        target: whether it is what the model learns to predict, which predictions don't need.
     """
 
     name: str
-    usual: tuple[str, ...]
+    usual_names: tuple[str, ...]
     required: bool = True
     target: bool = False
 
@@ -41,66 +42,69 @@ SCORE = Role(
 )
 
 
-def setting_of(role: str) -> str:
-    """What a message calls the setting that names the column of a role."""
+def column_option(role: str) -> str:
+    """The option that names the column of a role, for messages."""
     return f"--columns.{role} (--data.columns.{role} of bert-fast finetune)"
 
 
 def choose_columns(
-    table: Table, roles: Sequence[Role], given: Mapping[str, str] | None = None, *, training: bool = True
+    table: Table, roles: Sequence[Role], named: Mapping[str, str] | None = None, *, training: bool = True
 ) -> dict[str, str]:
-    """The column for each role: `given` by name, else guessed.
+    """Choose the column of each role.
 
     Args:
-        training: targets have to be there.
+        table: the rows.
+        roles: that the task reads.
+        named: role -> column; the columns of other roles are guessed from common names.
+        training: require the columns of targets.
 
     Returns:
-        {role: column}; roles that are not required may be missing.
+        role -> column; a role without a column, if it is not required, is left out.
 
     Raises:
-        ValueError: no such column or role, or a required one can't be guessed; the message lists what there is.
+        ValueError: a column or role does not exist, or a required column can't be guessed; the message lists the
+            columns.
     """
-    given = dict(given or {})
-    there = ", ".join(table.columns) or "none"
-    if unknown := sorted(set(given) - {role.name for role in roles}):
+    named = dict(named or {})
+    available = ", ".join(table.columns) or "none"
+    if unknown := sorted(set(named) - {role.name for role in roles}):
         expected = ", ".join(role.name for role in roles)
-        raise ValueError(f"columns has {', '.join(unknown)}; this task reads {expected}")
+        raise ValueError(f"columns has the role {', '.join(unknown)}; expected roles of this task: {expected}")
     chosen: dict[str, str] = {}
     for role in roles:
-        if (name := given.get(role.name)) is not None:
+        if (name := named.get(role.name)) is not None:
             if name not in table.columns:
-                raise ValueError(f"{table.source} has no column {name!r} for {role.name}; it has {there}")
+                raise ValueError(f"{table.source} has no column {name!r} for {role.name}; it has {available}")
             chosen[role.name] = name
     by_name = {name.lower(): name for name in table.columns if name not in chosen.values()}
     for role in roles:
         if role.name in chosen:
             continue
-        found = next((by_name[name] for name in role.usual if name in by_name), None)
-        if found is not None:
-            chosen[role.name] = found
-            by_name.pop(found.lower())
+        guess = next((by_name[name] for name in role.usual_names if name in by_name), None)
+        if guess is not None:
+            chosen[role.name] = guess
+            by_name.pop(guess.lower())
         elif role.required and (training or not role.target):
             raise ValueError(
-                f"{table.source}: which column is the {role.name}? It has {there}; "
-                f"name one with {setting_of(role.name)}"
+                f"{table.source}: no column for {role.name} among {available}; name it with {column_option(role.name)}"
             )
     return {role.name: chosen[role.name] for role in roles if role.name in chosen}
 
 
-def describe(table: Table, columns: Mapping[str, str]) -> str:
-    """The sentence that tells the user which columns are read."""
-    left = [name for name in table.columns if name not in columns.values()]
+def describe_columns(table: Table, columns: Mapping[str, str]) -> str:
+    """The message about which columns are used."""
+    unused = [name for name in table.columns if name not in columns.values()]
     chosen = ", ".join(f"{role} = {name!r}" if role != name else role for role, name in columns.items())
-    return f"{table.source}: {len(table):,} rows; {chosen}" + (f"; not read: {', '.join(left)}" if left else "")
+    return f"{table.source}: {len(table):,} rows; {chosen}" + (f"; unused: {', '.join(unused)}" if unused else "")
 
 
-def texts(table: Table, column: str) -> list[str]:
-    """A column of texts; numbers become their text, a missing value the empty text.
+def text_column(table: Table, column: str) -> list[str]:
+    """A column as strings; numbers are converted, a missing value is the empty string.
 
     Raises:
-        ValueError: a value is no text; the message says where.
+        ValueError: a value is neither a string nor a number; the message says where.
     """
-    found = []
+    texts = []
     for row, value in enumerate(table[column]):
         if value is None:
             value = ""
@@ -108,37 +112,55 @@ def texts(table: Table, column: str) -> list[str]:
             value = str(value)
         elif not isinstance(value, str):
             raise ValueError(f"{table.where(row)}: {column!r} holds {type(value).__name__}; expected a text")
-        found.append(value)
-    return found
+        texts.append(value)
+    return texts
 
 
-def settle_empty(table: Table, columns: Sequence[str], policy: str, fill: str = "") -> tuple[Table, list[int], str]:
-    """Rows whose text in one of `columns` is empty or only spaces: refused, dropped, or filled.
+def number_column(table: Table, column: str) -> list[float]:
+    """A column as floats.
+
+    Raises:
+        ValueError: a value is not a finite number; the message says where.
+    """
+    numbers = []
+    for row, value in enumerate(table[column]):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{table.where(row)}: {column!r} holds {value!r}; expected a number")
+        numbers.append(number)
+    return numbers
+
+
+def handle_empty_texts(table: Table, columns: Sequence[str], policy: str, fill: str = "") -> tuple[Table, str]:
+    """Refuse, drop or fill the rows whose text in one of `columns` is empty or white space.
 
     Args:
+        table: the rows.
+        columns: of texts.
         policy: refuse, drop or fill.
-        fill: the text that is put in with policy "fill".
+        fill: the text that replaces an empty one with policy "fill".
 
     Returns:
-        The table, the indices (in the one given) of its rows, and a sentence for the user, "" if nothing was done.
+        The table, and a message for the user, "" if nothing changed.
 
     Raises:
         ValueError: there are such rows and the policy is "refuse".
     """
-    everything = list(range(len(table)))
-    empty = {column: [row for row, text in enumerate(texts(table, column)) if not text.strip()] for column in columns}
-    bad = sorted({row for rows in empty.values() for row in rows})
-    if not bad:
-        return table, everything, ""
-    listed = ", ".join(str(table.numbers[row]) for row in bad[:10]) + (" ..." if len(bad) > 10 else "")
-    what = f"{table.source}: {len(bad)} of {len(table)} rows have no text ({table.counted} {listed})"
+    empty = {name: {row for row, text in enumerate(text_column(table, name)) if not text.strip()} for name in columns}
+    empty_rows: set[int] = set().union(*empty.values())
+    if not empty_rows:
+        return table, ""
+    numbers = [str(table.numbers[row]) for row in sorted(empty_rows)]
+    listed = ", ".join(numbers[:10]) + (" ..." if len(numbers) > 10 else "")
+    message = f"{table.source}: {len(numbers)} of {len(table)} rows have no text ({table.unit} {listed})"
     if policy == "refuse":
-        raise ValueError(f"{what}; give data.empty: drop to leave them out, or fill to put a text in")
+        raise ValueError(f"{message}; set data.empty to drop to drop them, or to fill to fill in a text")
     if policy == "drop":
-        kept = sorted(set(everything) - set(bad))
-        return table.select(kept), kept, f"{what}; left out"
-    for column, rows in empty.items():
-        missing = set(rows)
-        filled = [fill if row in missing else text for row, text in enumerate(texts(table, column))]
-        table = table.with_column(column, filled)
-    return table, everything, f"{what}; filled with {fill!r}"
+        return table.select([row for row in range(len(table)) if row not in empty_rows]), f"{message}; dropped"
+    for name, rows in empty.items():
+        filled = [fill if row in rows else text for row, text in enumerate(text_column(table, name))]
+        table = table.with_column(name, filled)
+    return table, f"{message}; filled with {fill!r}"

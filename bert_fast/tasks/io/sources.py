@@ -1,4 +1,4 @@
-"""Tables from files and data sets: csv, tsv, jsonl, json, parquet, CoNLL, and folders that `datasets` saved."""
+"""Reading tables: csv, tsv, jsonl, json, parquet, CoNLL and text files, and data sets of the package `datasets`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,31 @@ _CONLL = (".conll", ".iob", ".bio")
 
 
 def read_table(source: str | Path, names: Sequence[str] | None = None) -> Table:
-    """All rows of a source.
+    """Read all rows of a source.
 
-    Files are told apart by their ending, which may be followed by .gz (but for parquet):
+    The suffix of a file, which .gz may follow (except for .parquet), is its format:
 
-        .csv            comma-separated, quoted as RFC 4180 says; the first line names the columns
+        .csv            comma-separated, quoted as in RFC 4180; the first line is the header
         .tsv            tab-separated, without quoting
-        .jsonl          an object a line
-        .json           a list of objects, an object of lists, or SQuAD's articles (a row a question)
-        .parquet        as it is
-        .conll .iob .bio   a token and its tag a line, blank lines between sentences: columns `tokens` and `tags`
-        .txt            a text a line: column `text`
+        .jsonl          one object per line
+        .json           a list of objects, an object of lists, or SQuAD's format (one row per question)
+        .parquet        Parquet
+        .conll .iob .bio   one token and its tag per line, blank lines between sentences: columns `tokens` and `tags`
+        .txt            one text per line: column `text`
 
-    A folder written by `datasets.Dataset.save_to_disk` is read with pyarrow, classes by their names;
+    A folder written by `datasets.Dataset.save_to_disk` is read with pyarrow, and class indices become class names;
     `datasets:NAME[:CONFIGURATION[:SPLIT]]` loads a data set with the package `datasets`.
 
     Args:
-        names: the columns of a .csv or .tsv file whose first line is a row and not their names.
+        source: a file, a folder or `datasets:NAME`.
+        names: the column names of a .csv or .tsv file without a header.
+
+    Returns:
+        The table; its row numbers are lines for text formats.
 
     Raises:
-        ValueError: no such source, an unknown format, or a broken file; the message names file and line.
+        ValueError: the source does not exist, its format is unknown, or the file is malformed; the message names file
+            and line.
     """
     if str(source).startswith("datasets:"):
         return _read_dataset(str(source).removeprefix("datasets:"))
@@ -44,10 +49,10 @@ def read_table(source: str | Path, names: Sequence[str] | None = None) -> Table:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise ValueError(f"source {str(source)!r} is no file or folder; expected a path or 'datasets:NAME'")
+        raise ValueError(f"source {str(source)!r} does not exist; expected a file, a folder or 'datasets:NAME'")
     suffix = (Path(path.stem) if path.suffix == ".gz" else path).suffix.lower()
     if names and suffix not in (".csv", ".tsv"):
-        raise ValueError(f"{path}: names of columns came, which only .csv and .tsv files without a header need")
+        raise ValueError(f"{path}: names is set; expected only for .csv and .tsv files without a header")
     if suffix in (".csv", ".tsv"):
         return _read_separated(path, suffix, names)
     if suffix == ".jsonl":
@@ -59,13 +64,13 @@ def read_table(source: str | Path, names: Sequence[str] | None = None) -> Table:
     if suffix in _CONLL:
         return _read_conll(path)
     if suffix == ".txt":
-        rows = [(number, line) for number, line in _lines(path) if line.strip()]
+        rows = [(number, line) for number, line in _read_lines(path) if line.strip()]
         return Table({"text": [line for _, line in rows]}, str(path), [number for number, _ in rows], "line")
-    raise ValueError(f"{path} ends in {suffix or 'nothing'!r}; expected one of {', '.join(FORMATS)}")
+    raise ValueError(f"{path} has the suffix {suffix!r}; expected one of {', '.join(FORMATS)}")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers, without their ends, decoded as UTF-8."""
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The UTF-8 lines of a file, numbered from 1, without line ends."""
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -74,12 +79,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path}: not a gzip file that can be read ({error})") from error
+        raise ValueError(f"{path}: not a valid gzip file ({error})") from error
 
 
 def _read_separated(path: Path, suffix: str, names: Sequence[str] | None) -> Table:
-    text = (line + "\n" for _, line in _lines(path))
-    before = csv.field_size_limit(2**31 - 1)  # a field can be a whole document
+    text = (line + "\n" for _, line in _read_lines(path))
+    previous_limit = csv.field_size_limit(2**31 - 1)  # a field may hold a document
     rows: list[list[str]] = []
     numbers: list[int] = []
     header = list(names or [])
@@ -93,35 +98,35 @@ def _read_separated(path: Path, suffix: str, names: Sequence[str] | None) -> Tab
             if not header:
                 header = row
             elif len(row) != len(header):
-                hint = " as there are names" if names else " as in the header"
-                raise ValueError(f"{path}, line {line}: {len(row)} fields; expected {len(header)}{hint}")
+                origin = "names" if names else "the header"
+                raise ValueError(f"{path}, line {line}: {len(row)} fields; expected {len(header)} as in {origin}")
             else:
                 rows.append(row)
                 numbers.append(line)
     except csv.Error as error:
         raise ValueError(f"{path}, line {getattr(reader, 'line_num', 0)}: not CSV ({error})") from error
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(previous_limit)
     if len(set(header)) != len(header):
-        raise ValueError(f"{path}: the header names a column twice: {', '.join(header)}")
+        raise ValueError(f"{path}: duplicate columns in the header: {', '.join(header)}")
     columns: dict[str, list[Any]] = {name: [row[index] for row in rows] for index, name in enumerate(header)}
     return Table(columns, str(path), numbers, "line")
 
 
 def _tab_separated(path: Path) -> Iterator[list[str]]:
-    # No quoting, as in the files of GLUE: a quotation mark is a character like any other.
-    for _, line in _lines(path):
+    # No quoting, as in the files of GLUE: a quotation mark is an ordinary character.
+    for _, line in _read_lines(path):
         yield line.split("\t") if line else []
 
 
-def _of_objects(rows: list[dict[str, Any]], source: str, numbers: list[int], counted: str) -> Table:
+def _table_of_objects(rows: list[dict[str, Any]], source: str, numbers: list[int], unit: str) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return Table({name: [row.get(name) for row in rows] for name in names}, source, numbers, counted)
+    return Table({name: [row.get(name) for row in rows] for name in names}, source, numbers, unit)
 
 
 def _read_jsonl(path: Path) -> Table:
     rows, numbers = [], []
-    for number, line in _lines(path):
+    for number, line in _read_lines(path):
         if not line.strip():
             continue
         try:
@@ -132,20 +137,20 @@ def _read_jsonl(path: Path) -> Table:
             raise ValueError(f"{path}, line {number}: a JSON {type(row).__name__}; expected an object")
         rows.append(row)
         numbers.append(number)
-    return _of_objects(rows, str(path), numbers, "line")
+    return _table_of_objects(rows, str(path), numbers, "line")
 
 
 def _read_json(path: Path) -> Table:
     try:
-        found = json.loads("\n".join(line for _, line in _lines(path)))
+        content = json.loads("\n".join(line for _, line in _read_lines(path)))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
-    if is_squad(found):
-        return squad_table(found, str(path))
-    if isinstance(found, list) and all(isinstance(row, dict) for row in found):
-        return _of_objects(found, str(path), [], "row")
-    if isinstance(found, dict) and found and all(isinstance(values, list) for values in found.values()):
-        return Table(found, str(path))
+    if is_squad(content):
+        return squad_table(content, str(path))
+    if isinstance(content, list) and all(isinstance(row, dict) for row in content):
+        return _table_of_objects(content, str(path), [], "row")
+    if isinstance(content, dict) and content and all(isinstance(values, list) for values in content.values()):
+        return Table(content, str(path))
     raise ValueError(f"{path}: expected a list of objects, or an object of lists of equal length")
 
 
@@ -156,7 +161,7 @@ def _read_parquet(path: Path) -> Table:
     try:
         columns = pyarrow.parquet.read_table(path).to_pydict()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from error
+        raise ValueError(f"{path}: not a valid Parquet file ({error})") from error
     return Table(columns, str(path))
 
 
@@ -164,7 +169,7 @@ def _read_conll(path: Path) -> Table:
     sentences: list[list[tuple[str, str]]] = []
     numbers: list[int] = []
     inside = False
-    for number, line in _lines(path):
+    for number, line in _read_lines(path):
         if not line.strip() or line.startswith("-DOCSTART-"):
             inside = False
             continue
@@ -186,9 +191,11 @@ def _read_conll(path: Path) -> Table:
 def _read_folder(path: Path) -> Table:
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise ValueError(f"{path} holds several splits; name one: {', '.join(str(path / split) for split in splits)}")
+        raise ValueError(
+            f"{path} holds several splits; expected one of {', '.join(str(path / split) for split in splits)}"
+        )
     if not (path / "state.json").is_file():
-        raise ValueError(f"{path} is a folder; expected a file, or what datasets.Dataset.save_to_disk wrote")
+        raise ValueError(f"{path} is a folder; expected a file, or a folder written by datasets.Dataset.save_to_disk")
     import pyarrow
 
     try:
@@ -197,12 +204,12 @@ def _read_folder(path: Path) -> Table:
         rows = pyarrow.concat_tables([stream.read_all() for stream in streams]).to_pydict()
         features = json.loads((path / "dataset_info.json").read_text()).get("features") or {}
     except (pyarrow.ArrowException, OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a data set that can be read ({type(error).__name__}: {error})") from error
-    return Table({name: _named(values, features.get(name)) for name, values in rows.items()}, str(path))
+        raise ValueError(f"{path}: not a valid data set ({type(error).__name__}: {error})") from error
+    return Table({name: _class_names(values, features.get(name)) for name, values in rows.items()}, str(path))
 
 
-def _named(values: list[Any], feature: Any) -> list[Any]:
-    """Classes by their names, as the features of a data set describe them; -1 is a row without one."""
+def _class_names(values: list[Any], feature: Any) -> list[Any]:
+    """Replace class indices by the names in a feature of a data set; -1 is a row without a class."""
     if isinstance(feature, list) and len(feature) == 1:
         feature = {"_type": "List", "feature": feature[0]}
     if not isinstance(feature, dict):
@@ -211,7 +218,7 @@ def _named(values: list[Any], feature: Any) -> list[Any]:
         names = feature["names"]
         return [None if value is None or value < 0 else names[value] for value in values]
     if feature.get("_type") in ("Sequence", "List", "LargeList"):
-        return [None if value is None else _named(value, feature["feature"]) for value in values]
+        return [None if value is None else _class_names(value, feature["feature"]) for value in values]
     return values
 
 
@@ -220,19 +227,20 @@ def _read_dataset(name: str) -> Table:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"source 'datasets:{name}' needs the package datasets: pip install 'bert_fast[datasets]'"
+            f"source 'datasets:{name}' requires the package datasets; pip install 'bert_fast[datasets]'"
         ) from error
     repository, configuration, split = [*name.split(":"), "", ""][:3]
     loaded = datasets.load_dataset(repository, configuration or None, split=split or "train")
     columns = {column: list(loaded[column]) for column in loaded.column_names}
-    described = {column: _described(feature) for column, feature in loaded.features.items()}
-    return Table({column: _named(values, described[column]) for column, values in columns.items()}, f"datasets:{name}")
+    features = {column: _feature_dict(feature) for column, feature in loaded.features.items()}
+    named = {column: _class_names(values, features[column]) for column, values in columns.items()}
+    return Table(named, f"datasets:{name}")
 
 
-def _described(feature: Any) -> dict[str, Any]:
-    """A feature object of `datasets` as `_named` reads it from a file."""
+def _feature_dict(feature: Any) -> dict[str, Any]:
+    """A feature of `datasets` in the form that its dataset_info.json has."""
     if hasattr(feature, "names"):
         return {"_type": "ClassLabel", "names": feature.names}
     if hasattr(feature, "feature"):
-        return {"_type": "List", "feature": _described(feature.feature)}
+        return {"_type": "List", "feature": _feature_dict(feature.feature)}
     return {}

@@ -1,4 +1,4 @@
-"""SQuAD: its files (versions 1.1 and 2.0) as tables, its answers, and its metrics."""
+"""SQuAD 1.1 and 2.0: file format, answers and metrics."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ import numpy as np
 from bert_fast.tasks.alignment import is_cjk
 from bert_fast.tasks.io.table import Table
 
-By = Literal["words", "characters"]
+Comparison = Literal["words", "characters"]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ASCII_PUNCTUATION = set(string.punctuation)
 
 
 class Answer(NamedTuple):
-    """An answer's text, and where it starts in the context; None where the data does not say."""
+    """The text of an answer and its start in the context; None if unknown."""
 
     text: str
     start: int | None
 
 
-def is_squad(found: Any) -> bool:
-    """Whether what a JSON file holds is SQuAD's: articles of paragraphs of questions."""
-    articles = found.get("data") if isinstance(found, dict) else None
+def is_squad(content: Any) -> bool:
+    """Whether the content of a JSON file is in SQuAD's format: articles of paragraphs of questions."""
+    articles = content.get("data") if isinstance(content, dict) else None
     return isinstance(articles, list) and all(isinstance(item, dict) and "paragraphs" in item for item in articles)
 
 
-def squad_table(found: Mapping[str, Any], source: str) -> Table:
-    """A row a question: id, title, question, context, answers (a list of {text, answer_start}), is_impossible.
+def squad_table(content: Mapping[str, Any], source: str) -> Table:
+    """One row per question: id, title, question, context, answers (a list of {text, answer_start}), is_impossible.
 
     Raises:
-        ValueError: an article, paragraph or question lacks what it needs; the message says which.
+        ValueError: a paragraph or question is incomplete; the message says which.
     """
     columns: dict[str, list[Any]] = {
         name: [] for name in ("id", "title", "question", "context", "answers", "is_impossible")
     }
-    for number, article in enumerate(found["data"], start=1):
+    for number, article in enumerate(content["data"], start=1):
         for part, paragraph in enumerate(article["paragraphs"], start=1):
             where = f"{source}: article {number}, paragraph {part}"
             if not isinstance(paragraph, dict) or not {"context", "qas"} <= set(paragraph):
-                raise ValueError(f"{where} has no context or no qas; expected SQuAD's format")
+                raise ValueError(f"{where} lacks context or qas; expected SQuAD's format")
             for item in paragraph["qas"]:
                 if not isinstance(item, dict) or "question" not in item:
-                    raise ValueError(f"{where} has an entry without a question; expected SQuAD's format")
+                    raise ValueError(f"{where} has an entry in qas without question; expected SQuAD's format")
                 impossible = bool(item.get("is_impossible", False))
                 columns["id"].append(str(item.get("id", len(columns["id"]))))
                 columns["title"].append(article.get("title", ""))
@@ -56,20 +56,21 @@ def squad_table(found: Mapping[str, Any], source: str) -> Table:
                 columns["context"].append(paragraph["context"])
                 columns["answers"].append([] if impossible else list(item.get("answers", [])))
                 columns["is_impossible"].append(impossible)
-    return Table(columns, source, counted="question")
+    return Table(columns, source, unit="question")
 
 
 def read_answers(value: Any, start: Any = None) -> list[Answer]:
-    """The answers of a cell: a list of {text, answer_start}, {text: [...], answer_start: [...]}, or a text.
+    """Parse the answers of a cell.
 
     Args:
-        start: where a plain text starts, if the table says.
+        value: a list of {text, answer_start}, {text: [...], answer_start: [...]}, a string or a list of strings.
+        start: where a string starts in the context, if known.
 
     Returns:
-        No answer for None, an empty list and an empty text.
+        The answers; none for None, an empty list or an empty string.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the value has another form.
     """
     if value is None or value == "":
         return []
@@ -82,35 +83,38 @@ def read_answers(value: Any, start: Any = None) -> list[Answer]:
         texts = list(texts or [])
         starts = [None] * len(texts) if starts is None else list(starts)
         if len(starts) == len(texts):
-            return [Answer(str(text), place) for text, place in zip(texts, starts, strict=True) if text]
+            return [Answer(str(text), position) for text, position in zip(texts, starts, strict=True) if text]
     if isinstance(value, (list, tuple)):
         if all(isinstance(item, Mapping) and "text" in item for item in value):
             return [Answer(str(item["text"]), item.get("answer_start")) for item in value if item["text"]]
         if all(isinstance(item, str) for item in value):
             return [Answer(item, None) for item in value if item]
-    raise ValueError(f"{value!r} is no answer; expected a text, or {{text, answer_start}} objects as in SQuAD")
+    raise ValueError(f"{value!r} is not an answer; expected a string, or {{text, answer_start}} objects as in SQuAD")
 
 
-def place_answer(answer: Answer, context: str, *, nearest: bool = False) -> int | None:
-    """Where the answer starts in the context; None where it is not there.
+def locate_answer(answer: Answer, context: str, *, nearest: bool = False) -> int | None:
+    """Where the answer starts in the context; None if the context does not contain it there.
 
     Args:
-        nearest: where the context has something else at the given place, take the occurrence nearest to it.
+        answer: with its start in the context, if known.
+        context: the text that contains it.
+        nearest: if the context has another text at the given start, take the nearest occurrence.
     """
     if answer.start is not None and context[answer.start : answer.start + len(answer.text)] == answer.text:
         return answer.start
     if answer.start is not None and not nearest:
         return None
-    places = [match.start() for match in re.finditer(f"(?={re.escape(answer.text)})", context)]
-    return min(places, key=lambda place: abs(place - (answer.start or 0)), default=None)
+    starts = [match.start() for match in re.finditer(f"(?={re.escape(answer.text)})", context)]
+    return min(starts, key=lambda start: abs(start - (answer.start or 0)), default=None)
 
 
-def answer_words(text: str, by: By) -> list[str]:
-    """An answer as it is compared: lower case, without punctuation and English articles, as words.
+def normalized_tokens(text: str, by: Comparison) -> list[str]:
+    """The tokens of an answer for comparison: lower case, without punctuation and English articles.
 
     Args:
-        by: words as SQuAD's own evaluation, parted by white space, without ASCII punctuation. characters for Chinese
-            and Japanese, as MLQA's: every CJK character is a word, and all of Unicode's punctuation is left out.
+        text: the answer.
+        by: words splits at white space and removes ASCII punctuation, as in SQuAD's evaluation. characters, for Chinese
+            and Japanese as in MLQA's, makes every CJK character a token and removes all Unicode punctuation.
     """
     text = text.lower()
     if by == "characters":
@@ -119,45 +123,44 @@ def answer_words(text: str, by: By) -> list[str]:
     return _ARTICLES.sub(" ", text).split()
 
 
-def exact_match(predicted: str, gold: str, by: By = "words") -> float:
-    """1 if both are the same as `answer_words`, else 0."""
-    return float(answer_words(predicted, by) == answer_words(gold, by))
+def exact_match(predicted: str, gold: str, by: Comparison = "words") -> float:
+    """1 if the normalized tokens of both are equal, else 0."""
+    return float(normalized_tokens(predicted, by) == normalized_tokens(gold, by))
 
 
-def answer_f1(predicted: str, gold: str, by: By = "words") -> float:
-    """F1 of the words that both have; where either has none, 1 if both have none."""
-    found, wanted = answer_words(predicted, by), answer_words(gold, by)
-    if not found or not wanted:
-        return float(found == wanted)
-    same = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * same / (len(found) + len(wanted))
+def answer_f1(predicted: str, gold: str, by: Comparison = "words") -> float:
+    """F1 of the normalized tokens; if either has none, 1 if both have none, else 0."""
+    predicted_tokens, gold_tokens = normalized_tokens(predicted, by), normalized_tokens(gold, by)
+    if not predicted_tokens or not gold_tokens:
+        return float(predicted_tokens == gold_tokens)
+    common = sum((Counter(predicted_tokens) & Counter(gold_tokens)).values())
+    return 2 * common / (len(predicted_tokens) + len(gold_tokens))
 
 
-def best_scores(predicted: str, golds: Sequence[str], by: By) -> tuple[float, float]:
-    """Exact match and F1 against the best of several right answers; none of them means that there is no answer."""
-    wanted = [gold for gold in golds if answer_words(gold, by)] or [""]
-    return max(exact_match(predicted, gold, by) for gold in wanted), max(
-        answer_f1(predicted, gold, by) for gold in wanted
-    )
+def best_match(predicted: str, golds: Sequence[str], by: Comparison) -> tuple[float, float]:
+    """The maximum of exact match and of F1 over the gold answers; a question without gold answers has no answer."""
+    golds = [gold for gold in golds if normalized_tokens(gold, by)] or [""]
+    exact = max(exact_match(predicted, gold, by) for gold in golds)
+    return exact, max(answer_f1(predicted, gold, by) for gold in golds)
 
 
 def best_threshold(
     scores: Sequence[float], answerable: Sequence[bool], differences: Sequence[float]
 ) -> tuple[float, float]:
-    """The threshold on the null difference that gives the best mean score, and that score.
+    """The threshold on the null difference with the best mean score, and that score.
 
-    A question with a difference over the threshold is left without answer.
+    No answer is predicted for a question whose difference exceeds the threshold.
 
     Args:
-        scores: what each question's best answer is worth: 0 where there is none to find.
+        scores: the score of each question's best answer; 0 if it has no gold answer.
         answerable: whether each question has an answer.
-        differences: score of no answer less score of the best answer, for each question.
+        differences: per question, the score of no answer minus the score of the best answer.
     """
     gains = np.where(np.asarray(answerable, dtype=bool), np.asarray(scores, dtype=float), -1.0)
     current = len(gains) - float(np.asarray(answerable, dtype=bool).sum())
     order = np.argsort(np.asarray(differences, dtype=float), kind="stable")
     totals = current + np.cumsum(gains[order])
-    # Questions of equal difference are answered together.
+    # A threshold can't separate questions of equal difference.
     sorted_differences = np.asarray(differences, dtype=float)[order]
     ends = np.append(sorted_differences[1:] != sorted_differences[:-1], True)
     totals[~ends] = -np.inf

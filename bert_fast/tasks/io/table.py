@@ -1,4 +1,4 @@
-"""Rows with named columns in memory: what every task reads, wherever it came from."""
+"""An in-memory table with named columns: the input of every task."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ class Table:
 
     Args:
         columns: name -> the values of the rows.
-        source: where the rows came from; errors begin with it.
-        numbers: where each row is in its source (line of a file, or count from 1); counted from 1 if empty.
-        counted: what `numbers` counts: "line" or "row".
+        source: the origin of the rows, with which error messages begin.
+        numbers: the position of each row in its source, such as the line of a file; 1, 2 ... if empty.
+        unit: what `numbers` counts: "line", "row" or "question".
+
+    Raises:
+        ValueError: the columns, or `numbers`, differ in length.
     """
 
     columns: dict[str, list[Any]]
     source: str = "table"
     numbers: list[int] = field(default_factory=list)
-    counted: str = "row"
+    unit: str = "row"
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.columns.items()}
@@ -31,7 +34,7 @@ class Table:
         if not self.numbers:
             object.__setattr__(self, "numbers", list(range(1, rows + 1)))
         if len(self.numbers) != rows:
-            raise ValueError(f"{self.source}: {len(self.numbers)} row numbers came for {rows} rows")
+            raise ValueError(f"{self.source}: {len(self.numbers)} row numbers; expected {rows}, one per row")
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -42,17 +45,17 @@ class Table:
         return self.columns[name]
 
     def where(self, row: int) -> str:
-        """How an error names the row with index `row`: source and line."""
-        return f"{self.source}, {self.counted} {self.numbers[row]}"
+        """The location of the row with index `row` for error messages: source and line."""
+        return f"{self.source}, {self.unit} {self.numbers[row]}"
 
     def select(self, rows: Sequence[int]) -> Table:
         """The rows with these indices, in this order."""
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
-        return Table(columns, self.source, [self.numbers[row] for row in rows], self.counted)
+        return Table(columns, self.source, [self.numbers[row] for row in rows], self.unit)
 
     def with_column(self, name: str, values: list[Any]) -> Table:
-        """The table with a column added, or replaced."""
-        return Table({**self.columns, name: values}, self.source, self.numbers, self.counted)
+        """The table with a column added or replaced."""
+        return Table({**self.columns, name: values}, self.source, self.numbers, self.unit)
 
     def row(self, row: int) -> dict[str, Any]:
         """One row as a mapping."""

@@ -1,4 +1,4 @@
-"""Every format gives the same table, and every broken file is named with its line."""
+"""Every format gives the same table, and errors name the file and line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bert_fast.tasks.io.columns import LABEL, TEXT, TEXT_PAIR, choose_columns, describe, settle_empty, texts
+from bert_fast.tasks.io.columns import (
+    LABEL,
+    TEXT,
+    TEXT_PAIR,
+    choose_columns,
+    describe_columns,
+    handle_empty_texts,
+    text_column,
+)
 from bert_fast.tasks.io.sources import read_table
 from bert_fast.tasks.io.table import Table
 
@@ -70,7 +78,7 @@ def test_conll_and_text_and_a_file_without_a_header(tmp_path: Path) -> None:
     [
         ("a.csv", "text,label\na,1\nb\n", "a.csv, line 3: 1 fields; expected 2 as in the header"),
         ("a.csv", 'text,label\n"a\n,1\nb,2\n', "not CSV"),
-        ("a.csv", "text,text\na,1\n", "names a column twice"),
+        ("a.csv", "text,text\na,1\n", "duplicate columns in the header"),
         ("a.tsv", "text\tlabel\na\t1\n\na\tb\tc\n", "a.tsv, line 4: 3 fields; expected 2"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", "[1]\n", "a.jsonl, line 1: a JSON list; expected an object"),
@@ -78,69 +86,69 @@ def test_conll_and_text_and_a_file_without_a_header(tmp_path: Path) -> None:
         ("a.json", '{"a": 1}', "expected a list of objects"),
         ("a.json", '{"a": [1], "b": []}', "columns differ in length"),
         ("a.conll", "EU B-ORG\nrejects\n", "a.conll, line 2: 'rejects'; expected a token and its tag"),
-        ("a.parquet", "no", "not a Parquet file"),
-        ("a.csv.gz", "no", "not a gzip file"),
-        ("a.doc", "", "ends in '.doc'; expected one of .csv"),
+        ("a.parquet", "no", "not a valid Parquet file"),
+        ("a.csv.gz", "no", "not a valid gzip file"),
+        ("a.doc", "", "has the suffix '.doc'; expected one of .csv"),
         ("a.jsonl", b'{"a": 1}\n\xff\n', "a.jsonl, line 2: not UTF-8"),
     ],
 )
-def test_broken_files_are_named_with_their_line(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
+def test_malformed_files(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=r"a\.") as error:
         read_table(tmp_path / name)
     assert message in str(error.value)
 
 
-def test_sources_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no file or folder; expected a path or 'datasets:NAME'"):
+def test_missing_sources(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not exist; expected a file, a folder or 'datasets:NAME'"):
         read_table(tmp_path / "absent.csv")
-    with pytest.raises(ValueError, match=r"expected a file, or what datasets"):
+    with pytest.raises(ValueError, match=r"expected a file, or a folder written by datasets"):
         read_table(tmp_path)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(ValueError, match=r"holds several splits; name one: .*train"):
+    with pytest.raises(ValueError, match=r"holds several splits; expected one of .*train"):
         read_table(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("there", "given", "chosen"),
+    ("columns", "named", "chosen"),
     [
         (["Sentence", "label", "id"], {}, ["Sentence", None, "label"]),
         (["sentence1", "sentence2", "score", "label"], {}, ["sentence1", "sentence2", "label"]),
         (["premise", "hypothesis", "gold"], {"label": "gold"}, ["premise", "hypothesis", "gold"]),
         (["text", "body", "class"], {"text": "body"}, ["body", None, "class"]),
     ],
-    ids=["without case", "a pair", "a name given", "given before usual"],
+    ids=["case", "pair", "named", "named before guessed"],
 )
-def test_columns_are_named_or_guessed(there: list[str], given: dict[str, str], chosen: list[str | None]) -> None:
-    found = choose_columns(Table({name: ["x"] for name in there}), [TEXT, TEXT_PAIR, LABEL], given)
-    assert [found.get(role) for role in ("text", "text_pair", "label")] == chosen
+def test_columns_are_named_or_guessed(columns: list[str], named: dict[str, str], chosen: list[str | None]) -> None:
+    by_role = choose_columns(Table({name: ["x"] for name in columns}), [TEXT, TEXT_PAIR, LABEL], named)
+    assert [by_role.get(role) for role in ("text", "text_pair", "label")] == chosen
 
 
-def test_columns_that_are_missing_say_what_there_is() -> None:
+def test_missing_columns() -> None:
     table = Table({"a": ["x"], "b": ["y"]}, "my.csv")
     with pytest.raises(
         ValueError,
-        match=r"the text\? It has a, b; name one with --columns.text \(--data.columns",
+        match=r"no column for text among a, b; name it with --columns.text \(--data.columns",
     ):
         choose_columns(table, [TEXT, LABEL])
     with pytest.raises(ValueError, match=r"my.csv has no column 'c' for text; it has a, b"):
         choose_columns(table, [TEXT, LABEL], {"text": "c"})
-    with pytest.raises(ValueError, match="columns has txt; this task reads text, label"):
+    with pytest.raises(ValueError, match="columns has the role txt; expected roles of this task: text, label"):
         choose_columns(table, [TEXT, LABEL], {"txt": "a"})
     assert choose_columns(table, [TEXT, LABEL], {"text": "a"}, training=False) == {"text": "a"}
-    assert describe(table, {"text": "a"}) == "my.csv: 1 rows; text = 'a'; not read: b"
+    assert describe_columns(table, {"text": "a"}) == "my.csv: 1 rows; text = 'a'; unused: b"
 
 
 def test_empty_texts_are_refused_dropped_or_filled() -> None:
     table = Table({"text": ["a", " ", None, "d"], "n": [1, 2, 3, 4]}, "my.csv", [2, 3, 4, 5], "line")
-    with pytest.raises(ValueError, match=r"my.csv: 2 of 4 rows have no text \(line 3, 4\); give data.empty: drop"):
-        settle_empty(table, ["text"], "refuse")
-    dropped, kept, said = settle_empty(table, ["text"], "drop")
+    with pytest.raises(ValueError, match=r"my.csv: 2 of 4 rows have no text \(line 3, 4\); set data.empty to drop"):
+        handle_empty_texts(table, ["text"], "refuse")
+    dropped, message = handle_empty_texts(table, ["text"], "drop")
     assert dropped.columns == {"text": ["a", "d"], "n": [1, 4]}
-    assert (kept, dropped.numbers) == ([0, 3], [2, 5])
-    assert "left out" in said
-    filled, kept, _ = settle_empty(table, ["text"], "fill", "nothing")
+    assert dropped.numbers == [2, 5]
+    assert message.endswith("dropped")
+    filled, _ = handle_empty_texts(table, ["text"], "fill", "nothing")
     assert filled["text"] == ["a", "nothing", "nothing", "d"]
-    assert kept == [0, 1, 2, 3]
+    assert handle_empty_texts(filled, ["text"], "refuse") == (filled, "")
     with pytest.raises(ValueError, match="line 2: 'text' holds list; expected a text"):
-        texts(Table({"text": [["a"]]}, "my.csv", [2], "line"), "text")
+        text_column(Table({"text": [["a"]]}, "my.csv", [2], "line"), "text")

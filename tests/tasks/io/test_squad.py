@@ -1,4 +1,4 @@
-"""SQuAD's files, answers and metrics."""
+"""SQuAD: file format, answers and metrics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bert_fast.tasks.io.sources import read_table
 from bert_fast.tasks.io.squad import (
     Answer,
     answer_f1,
-    best_scores,
+    best_match,
     best_threshold,
     exact_match,
     is_squad,
-    place_answer,
+    locate_answer,
     read_answers,
     squad_table,
 )
@@ -30,14 +30,14 @@ def squad(*questions: dict[str, Any]) -> dict[str, Any]:
     return {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": CONTEXT, "qas": list(questions)}]}]}
 
 
-def test_a_row_for_each_question(tmp_path: Path) -> None:
+def test_one_row_per_question(tmp_path: Path) -> None:
     answers = [{"text": "1833", "answer_start": 19}]
-    found = squad(
+    content = squad(
         {"id": "a", "question": "When?", "answers": answers},
         {"id": 7, "question": "Where?", "answers": [], "is_impossible": True, "plausible_answers": answers},
     )
-    assert is_squad(found)
-    table = squad_table(found, "file.json")
+    assert is_squad(content)
+    table = squad_table(content, "file.json")
     assert table.columns == {
         "id": ["a", "7"],
         "title": ["T", "T"],
@@ -47,7 +47,7 @@ def test_a_row_for_each_question(tmp_path: Path) -> None:
         "is_impossible": [False, True],
     }
     assert table.where(1) == "file.json, question 2"
-    (tmp_path / "dev.json").write_text(json.dumps(found))
+    (tmp_path / "dev.json").write_text(json.dumps(content))
     assert read_table(tmp_path / "dev.json").columns == table.columns
     assert not is_squad({"data": [1, 2]})
     assert not is_squad([{"paragraphs": []}])
@@ -56,12 +56,12 @@ def test_a_row_for_each_question(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([{"paragraphs": [{"qas": []}]}], "article 1, paragraph 1 has no context or no qas"),
-        ([{"paragraphs": [{"context": "c", "qas": [{"id": 1}]}]}], "paragraph 1 has an entry without a question"),
+        ([{"paragraphs": [{"qas": []}]}], "article 1, paragraph 1 lacks context or qas"),
+        ([{"paragraphs": [{"context": "c", "qas": [{"id": 1}]}]}], "paragraph 1 has an entry in qas without question"),
     ],
     ids=["no context", "no question"],
 )
-def test_broken_files_are_named(data: list[Any], message: str) -> None:
+def test_malformed_files(data: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"x.json: .*{message}"):
         squad_table({"data": data}, "x.json")
 
@@ -86,23 +86,23 @@ def test_forms_of_answers(value: Any, start: Any, expected: list[Answer]) -> Non
 
 
 @pytest.mark.parametrize("value", [7, [7], {"text": ["a"], "answer_start": []}], ids=str)
-def test_what_is_no_answer(value: Any) -> None:
-    with pytest.raises(ValueError, match="is no answer; expected a text"):
+def test_values_that_are_not_answers(value: Any) -> None:
+    with pytest.raises(ValueError, match="is not an answer; expected a string"):
         read_answers(value)
 
 
-def test_where_an_answer_is() -> None:
+def test_answers_are_located_in_the_context() -> None:
     context = "aba, aba"
-    assert place_answer(Answer("aba", 5), context) == 5
-    assert place_answer(Answer("aba", None), context) == 0
-    assert place_answer(Answer("aba", 4), context) is None
-    assert place_answer(Answer("aba", 4), context, nearest=True) == 5
-    assert place_answer(Answer("a", 1), context, nearest=True) in (0, 2)
-    assert place_answer(Answer("c", 1), context, nearest=True) is None
+    assert locate_answer(Answer("aba", 5), context) == 5
+    assert locate_answer(Answer("aba", None), context) == 0
+    assert locate_answer(Answer("aba", 4), context) is None
+    assert locate_answer(Answer("aba", 4), context, nearest=True) == 5
+    assert locate_answer(Answer("a", 1), context, nearest=True) in (0, 2)
+    assert locate_answer(Answer("c", 1), context, nearest=True) is None
 
 
 @pytest.mark.parametrize(
-    ("found", "gold", "exact", "f1"),
+    ("predicted", "gold", "exact", "f1"),
     [
         ("The Cat!", "cat", 1.0, 1.0),
         ("a cat sat", "cat", 0.0, 2 / 3),
@@ -114,13 +114,13 @@ def test_where_an_answer_is() -> None:
         ("", "cat", 0.0, 0.0),
     ],
 )
-def test_answers_are_compared_as_squad_does(found: str, gold: str, exact: float, f1: float) -> None:
-    assert exact_match(found, gold) == exact
-    assert answer_f1(found, gold) == pytest.approx(f1)
+def test_answers_are_compared_as_squad_does(predicted: str, gold: str, exact: float, f1: float) -> None:
+    assert exact_match(predicted, gold) == exact
+    assert answer_f1(predicted, gold) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(
-    ("found", "gold", "exact", "f1"),
+    ("predicted", "gold", "exact", "f1"),
     [
         ("歐洲", "歐洲。", 1.0, 1.0),
         ("在歐洲", "歐洲", 0.0, 4 / 5),
@@ -129,21 +129,21 @@ def test_answers_are_compared_as_squad_does(found: str, gold: str, exact: float,
         ("《史記》", "史記", 1.0, 1.0),
     ],
 )
-def test_chinese_is_compared_by_characters(found: str, gold: str, exact: float, f1: float) -> None:
-    assert exact_match(found, gold, "characters") == exact
-    assert answer_f1(found, gold, "characters") == pytest.approx(f1)
+def test_chinese_is_compared_by_characters(predicted: str, gold: str, exact: float, f1: float) -> None:
+    assert exact_match(predicted, gold, "characters") == exact
+    assert answer_f1(predicted, gold, "characters") == pytest.approx(f1)
 
 
-def test_the_best_of_several_right_answers_counts() -> None:
-    assert best_scores("in 1833", ["1833", "in 1833.", "33"], "words") == (1.0, 1.0)
-    assert best_scores("", [], "words") == (1.0, 1.0)
-    assert best_scores("1833", [], "words") == (0.0, 0.0)
-    assert best_scores("", ["1833"], "words") == (0.0, 0.0)
-    assert best_scores("", ["the", "1833"], "words") == (0.0, 0.0), "an answer of nothing is no right answer"
+def test_the_best_of_several_gold_answers_counts() -> None:
+    assert best_match("in 1833", ["1833", "in 1833.", "33"], "words") == (1.0, 1.0)
+    assert best_match("", [], "words") == (1.0, 1.0)
+    assert best_match("1833", [], "words") == (0.0, 0.0)
+    assert best_match("", ["1833"], "words") == (0.0, 0.0)
+    assert best_match("", ["the", "1833"], "words") == (0.0, 0.0), "an empty gold answer is ignored"
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.booleans(), st.integers(-3, 3)), min_size=1, max_size=8))
-def test_no_threshold_is_better_than_the_best(questions: list[tuple[float, bool, int]]) -> None:
+def test_the_best_threshold_is_optimal(questions: list[tuple[float, bool, int]]) -> None:
     scores, answerable, differences = (list(part) for part in zip(*questions, strict=True))
 
     def mean(threshold: float) -> float:

@@ -1,4 +1,4 @@
-"""Both sides of an example on a tiny model: the same rows, the same metrics."""
+"""Both sides of an example on a tiny model: equal rows, equal metrics."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from bert_fast.data.vocab import save_tokenizer, train_vocab
 from bert_fast.models import BertConfig, BertForMaskedLM
-from examples.beside_trainer import Experiment, compared, ours, theirs, thinned
+from examples.trainer_comparison import Experiment, compared, ours, theirs, thinned
 
 WORDS = ("anna", "bonn", "sees", "likes", "rain")
 
 
 @pytest.fixture(scope="module")
 def tags(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """Names of people and places, which a model can learn from the word alone."""
+    """Names of people and places, which each word determines."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_vocab([" ".join(WORDS)] * 20, vocab_size=60)
     torch.manual_seed(0)
@@ -36,13 +36,13 @@ def tags(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     return Experiment("token-classification", folder, splits, names, epochs=12, lr=1e-2, batch=8, max_length=16)
 
 
-def test_both_sides_learn_tags_by_the_same_metrics(tags: Experiment, tmp_path: Path) -> None:
+def test_both_sides_learn_tags(tags: Experiment, tmp_path: Path) -> None:
     for side in (ours, theirs):
-        found = side(tags, tmp_path, 0)
-        assert [found[name] for name in tags.metrics] == [1.0, 1.0, 1.0], side
+        metrics = side(tags, tmp_path, 0)
+        assert [metrics[name] for name in tags.metrics] == [1.0, 1.0, 1.0], side
 
 
-def test_both_sides_learn_classes_and_the_table_has_them(tags: Experiment) -> None:
+def test_both_sides_learn_classes_and_are_in_the_table(tags: Experiment) -> None:
     def classes(split: str) -> list[dict[str, str]]:
         rows = tags.splits[split]
         return [{"text": " ".join(row["tokens"]), "label": str("anna" in row["tokens"])} for row in rows]
@@ -50,7 +50,7 @@ def test_both_sides_learn_classes_and_the_table_has_them(tags: Experiment) -> No
     splits = {split: classes(split) for split in tags.splits}
     experiment = replace(tags, task="classification", splits=splits, metrics=("accuracy", "macro_f1"))
     lines = compared(experiment, 1, ["bert_fast", "transformers"])
-    assert lines[0] == "| fine-tuned by | test accuracy | test macro f1 | seconds | of a processor |"
+    assert lines[0] == "| fine-tuned by | test accuracy | test macro f1 | seconds | CPU seconds |"
     assert [line.split(" | ")[:3] for line in lines[2:4]] == [
         ["| bert_fast", "1.0000", "1.0000"], ["| transformers", "1.0000", "1.0000"],
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The fine-tuning loop beside a plain loop over transformers' model: the same batches give the same losses."""
+"""The fine-tuning loop compared with a plain loop over transformers' model: equal batches give equal losses."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from bert_fast.data.vocab import save_tokenizer, train_vocab
-from bert_fast.finetune.config import BatchOptions, FinetuneConfig, FinetuneOptimizer, TableOptions
+from bert_fast.finetune import BatchOptions, FinetuneConfig, FinetuneOptimizer, TableOptions
 from bert_fast.finetune.loop import Finetuner
-from bert_fast.finetune.task_run import Part
+from bert_fast.finetune.task_run import TaskRun
 from bert_fast.models import BertConfig, BertForMaskedLM
 from bert_fast.tasks.task import Example
 
@@ -23,7 +23,7 @@ LR, DECAY = 1e-2, 0.1
 
 @pytest.fixture
 def loop(tmp_path: Path) -> Finetuner:
-    """Rows of one to five words, names of people and places tagged, without dropout."""
+    """A loop on rows of one to five words, with tagged names of people and places, without dropout."""
     tokenizer = train_vocab([" ".join(WORDS)] * 20, vocab_size=60)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     BertForMaskedLM(BertConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)).save_pretrained(tmp_path / "model")
@@ -44,23 +44,23 @@ def loop(tmp_path: Path) -> Finetuner:
         classifier_dropout=0.0,
         device="cpu",
     )
-    return Finetuner([Part(config, None, lambda _: None)])
+    return Finetuner([TaskRun(config, None, lambda _: None)])
 
 
 def padded(examples: list[Example]) -> dict[str, torch.Tensor]:
     longest = max(len(example.input_ids) for example in examples)
     batch = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    found = {name: torch.full((len(examples), longest), value) for name, value in batch.items()}
+    tensors = {name: torch.full((len(examples), longest), value) for name, value in batch.items()}
     for row, example in enumerate(examples):
-        here = slice(0, len(example.input_ids))
-        found["input_ids"][row, here] = torch.as_tensor(example.input_ids)
-        found["attention_mask"][row, here] = 1
-        found["labels"][row, here] = torch.as_tensor(example.target)
-    return found
+        tokens = slice(0, len(example.input_ids))
+        tensors["input_ids"][row, tokens] = torch.as_tensor(example.input_ids)
+        tensors["attention_mask"][row, tokens] = 1
+        tensors["labels"][row, tokens] = torch.as_tensor(example.target)
+    return tensors
 
 
-def test_the_losses_of_twelve_steps_are_those_of_transformers(loop: Finetuner, tmp_path: Path) -> None:
-    loop.parts[0].model.save_pretrained(tmp_path / "begin")
+def test_the_losses_of_twelve_steps_equal_those_of_transformers(loop: Finetuner, tmp_path: Path) -> None:
+    loop.task_runs[0].model.save_pretrained(tmp_path / "begin")
     theirs = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "begin").train()
     decayed = [p for name, p in theirs.named_parameters() if "bias" not in name and "LayerNorm" not in name]
     others = [p for name, p in theirs.named_parameters() if "bias" in name or "LayerNorm" in name]
@@ -68,7 +68,7 @@ def test_the_losses_of_twelve_steps_are_those_of_transformers(loop: Finetuner, t
     optimizer = torch.optim.AdamW(groups, lr=LR, eps=1e-8)
     total, warmup = loop.total_steps, loop.warmup
     assert (total, warmup) == (12, 1)
-    found, expected = [], []
+    losses, expected = [], []
     for step, (_, batches) in enumerate(islice(loop.steps(), total), start=1):
         ((_, examples),) = batches
         for group in optimizer.param_groups:
@@ -79,8 +79,8 @@ def test_the_losses_of_twelve_steps_are_those_of_transformers(loop: Finetuner, t
         optimizer.step()
         optimizer.zero_grad()
         expected.append(float(loss.detach()))
-        losses, _ = loop.train_step(batches)
-        found.append(float(losses[0]))
+        step_losses, _ = loop.train_step(batches)
+        losses.append(float(step_losses[0]))
     assert expected[-1] < 0.5 * expected[0]
-    # float32 in another order of additions, through twelve updates.
-    assert found == pytest.approx(expected, rel=1e-3)
+    # fp32 sums in another order, accumulated over twelve updates.
+    assert losses == pytest.approx(expected, rel=1e-3)

