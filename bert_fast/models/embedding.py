@@ -150,9 +150,7 @@ def _check_arguments(
     if max_seqlen is not None and not 2 <= max_seqlen <= longest:
         raise ValueError(f"max_seqlen is {max_seqlen}; expected 2 to {longest}, the model's maximum")
     if tokenizer.padding is not None or tokenizer.truncation is not None:
-        raise ValueError(
-            "the tokenizer pads or truncates; call its no_padding() and no_truncation(), use max_seqlen"
-        )
+        raise ValueError("the tokenizer pads or truncates; call its no_padding() and no_truncation(), use max_seqlen")
     return max_seqlen or longest
 
 

@@ -53,6 +53,4 @@ def _download(name: str, filename: str, revision: str | None) -> Path | None:
     except EntryNotFoundError:
         return None
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name!r} is no local folder, and the hub has no repository of that name"
-        ) from error
+        raise FileNotFoundError(f"{name!r} is no local folder, and the hub has no repository of that name") from error
