@@ -1,4 +1,4 @@
-"""linear: every implementation and every backend of the CPU against the reference, forward and backward."""
+"""linear: every implementation and every CPU backend against the reference, forward and backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bert_fast.testing import assert_three_way, targets, three_way
 SHAPES = [(0, 8, 16), (1, 1, 40), (3, 7, 33), (65, 96, 50), (130, 128, 512), (13, 1601, 131)]
 INTERPRETED_SHAPES = [(0, 8, 16), (3, 7, 33)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# What can compute here whatever the table chooses: oneDNN has packed bfloat16 only where the CPU has units for it.
+# The backends that run on this CPU, whatever the table chooses; oneDNN's bfloat16 needs BF16 instructions.
 BACKENDS = [
     (torch.float32, Backends("tiles", "blas")),
     (torch.float32, Backends("blas", "blas")),
@@ -30,7 +30,7 @@ if cpu_backends.BACKENDS[torch.bfloat16].inference == "onednn":
 
 @pytest.fixture(params=BACKENDS, ids=lambda pair: "-".join((str(pair[0]).removeprefix("torch."), *pair[1])))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, Backends]:
-    """The dtype that runs on the CPU by these backends, which the table need not have chosen here."""
+    """A dtype and the backends that it runs on, whatever the table chooses on this CPU."""
     monkeypatch.setitem(cpu_backends.BACKENDS, *request.param)
     dtype, backends = request.param
     return dtype, backends
@@ -59,7 +59,7 @@ def check(impl: str, dtype: torch.dtype, inputs: dict[str, Tensor], activation: 
     def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return linear_reference(x, (weight,), bias, activation)
 
-    # With GeLU there are two ops behind each other, as in a model, and DESIGN §4's factor for that.
+    # With GeLU there are two ops in sequence, as in a model, hence its factor (DESIGN §4).
     factor = 2.0 if activation is None else 3.0
     for function, rows in ((ours, 4), (in_inference, 1)):
         assert_three_way(three_way(function, reference, inputs, dtype, (dout,), factor=factor)[:rows])
@@ -107,7 +107,7 @@ def test_several_weights_are_one(backend: tuple[torch.dtype, Backends]) -> None:
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inference by our own products in both dtypes."""
+    """Inference with the compiled matrix product in both dtypes."""
     monkeypatch.setitem(cpu_backends.BACKENDS, torch.float32, Backends("tiles", "blas"))
     monkeypatch.setitem(cpu_backends.BACKENDS, torch.bfloat16, Backends("tiles", "float32"))
 
@@ -125,7 +125,7 @@ def test_bfloat16_by_tiles_rounds_once(tiles: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_tiles_same_bits_whatever_the_other_rows(dtype: torch.dtype, tiles: None) -> None:
-    """A row's result is its own: alone, at the end of a tile, in another block."""
+    """A row has the same bits alone, at the end of a tile and in another block."""
     x, weight, bias = (part.to(dtype) for part in random_inputs(700, 801, 70).values())
     out = linear(x, weight, bias, activation="gelu", impl="cpu")
     for first, last in ((0, 1), (699, 700), (3, 12), (250, 256), (17, 690)):
