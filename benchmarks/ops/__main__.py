@@ -70,6 +70,7 @@ def plans(op: str, device: torch.device, quick: bool) -> list[Plan]:
 
 if __name__ == "__main__":
     parser = arguments("implementations of an op compared with its peers")
+    parser.prog = "python -m benchmarks.ops"
     parser.add_argument("op", choices=list(available_impls()))
     options, machine = parse(parser)
     main(options.op, plans(options.op, machine.device, options.quick), options, machine)

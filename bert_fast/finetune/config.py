@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from bert_fast._config import check as _check
-from bert_fast._config import check_choices as _check_choices
-from bert_fast._config import check_fraction as _check_fraction
+from bert_fast._config import check, check_choices, check_fraction
 from bert_fast.tasks.settings import AugmentSettings, TextSettings
 
 TEMPERATURES = {"proportional": 1.0, "square-root": 2.0, "uniform": float("inf")}
@@ -48,20 +46,20 @@ class TableOptions:
     max_rows: int = 0
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        _check(bool(self.train), "data.train is empty; expected a file, a folder or datasets:NAME")
-        _check(0.0 < self.dev_fraction < 1.0, f"data.dev_fraction is {self.dev_fraction}; expected between 0 and 1")
-        _check(self.folds == 0 or self.folds > 1, f"data.folds is {self.folds}; expected 0 (none), or 2 or more")
-        _check(
+        check_choices(self)
+        check(bool(self.train), "data.train is empty; expected a file, a folder or datasets:NAME")
+        check(0.0 < self.dev_fraction < 1.0, f"data.dev_fraction is {self.dev_fraction}; expected between 0 and 1")
+        check(self.folds == 0 or self.folds > 1, f"data.folds is {self.folds}; expected 0 (none), or 2 or more")
+        check(
             0 <= self.fold <= max(self.folds - 1, 0),
             f"data.fold is {self.fold}; expected 0 to data.folds - 1, {self.folds - 1}",
         )
-        _check(
+        check(
             not (self.folds and self.dev),
             "data.folds and data.dev are both set; leave data.dev out: the folds split data.train",
         )
-        _check(self.max_rows >= 0, f"data.max_rows is {self.max_rows}; expected 0 (all) or more")
-        _check(
+        check(self.max_rows >= 0, f"data.max_rows is {self.max_rows}; expected 0 (all) or more")
+        check(
             self.empty != "fill" or bool(self.fill.strip()),
             "data.fill is empty; expected a text, since data.empty is fill",
         )
@@ -89,7 +87,7 @@ class BatchOptions:
     def __post_init__(self) -> None:
         for name, least in {"rows": 1, "tokens": 1, "accumulation": 1, "bucket": 0, "eval_tokens": 1}.items():
             value = getattr(self, name)
-            _check(value is None or value >= least, f"batch.{name} is {value}; expected at least {least}")
+            check(value is None or value >= least, f"batch.{name} is {value}; expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -124,23 +122,23 @@ class FinetuneOptimizer:
     unfreeze_epochs: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        _check(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr is {self.lr}; expected a positive number")
-        _check(
+        check_choices(self)
+        check(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr is {self.lr}; expected a positive number")
+        check(
             self.warmup_steps >= 0 and (self.warmup_steps < 1 or float(self.warmup_steps).is_integer()),
             f"optimizer.warmup_steps is {self.warmup_steps}; expected an integer, or a fraction below 1",
         )
-        _check(
+        check(
             0 < self.layer_decay <= 1,
             f"optimizer.layer_decay is {self.layer_decay}; expected more than 0 and at most 1",
         )
-        _check(
+        check(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optimizer.betas are {self.betas}; expected two numbers in [0, 1)",
         )
         for name in ("weight_decay", "max_grad_norm", "freeze_layers", "unfreeze_epochs"):
-            _check(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; expected 0 or more")
-        _check(self.eps > 0, f"optimizer.eps is {self.eps}; expected a positive number")
+            check(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; expected 0 or more")
+        check(self.eps > 0, f"optimizer.eps is {self.eps}; expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -163,14 +161,14 @@ class LossSettings:
     def __post_init__(self) -> None:
         if isinstance(self.class_weights, Sequence) and not isinstance(self.class_weights, str):
             positive = all(weight > 0 and math.isfinite(weight) for weight in self.class_weights)
-            _check(positive, f"loss.class_weights are {self.class_weights}; expected positive numbers")
+            check(positive, f"loss.class_weights are {self.class_weights}; expected positive numbers")
         elif self.class_weights not in ("none", "balanced"):
             raise ValueError(
                 f"loss.class_weights is {self.class_weights!r}; expected none, balanced or a list of numbers"
             )
-        _check_choices(self)
-        _check(self.focal_gamma >= 0, f"loss.focal_gamma is {self.focal_gamma}; expected 0 or more")
-        _check_fraction("loss.label_smoothing", self.label_smoothing)
+        check_choices(self)
+        check(self.focal_gamma >= 0, f"loss.focal_gamma is {self.focal_gamma}; expected 0 or more")
+        check_fraction("loss.label_smoothing", self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -233,16 +231,16 @@ class FinetuneConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        _check(bool(self.output_dir), "output_dir is empty; expected a folder")
-        _check(bool(self.model), "model is empty; expected the folder of a checkpoint")
-        _check(self.epochs > 0, f"epochs is {self.epochs}; expected more than 0")
-        _check(self.steps is None or self.steps > 0, f"steps is {self.steps}; expected more than 0")
+        check_choices(self)
+        check(bool(self.output_dir), "output_dir is empty; expected a folder")
+        check(bool(self.model), "model is empty; expected the folder of a checkpoint")
+        check(self.epochs > 0, f"epochs is {self.epochs}; expected more than 0")
+        check(self.steps is None or self.steps > 0, f"steps is {self.steps}; expected more than 0")
         for name, least in {"eval_steps": 0, "patience": 0, "seed": 0, "log_interval": 1}.items():
             value = getattr(self, name)
-            _check(value >= least, f"{name} is {value}; expected at least {least}")
-        _check_fraction("dropout", self.dropout)
-        _check_fraction("classifier_dropout", self.classifier_dropout)
+            check(value >= least, f"{name} is {value}; expected at least {least}")
+        check_fraction("dropout", self.dropout)
+        check_fraction("classifier_dropout", self.classifier_dropout)
 
 
 @dataclass(frozen=True)
@@ -272,8 +270,8 @@ class TaskSettings:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.rows is None or self.rows >= 1, f"rows is {self.rows}; expected at least 1")
-        _check(self.weight > 0, f"weight is {self.weight}; expected more than 0")
+        check(self.rows is None or self.rows >= 1, f"rows is {self.rows}; expected at least 1")
+        check(self.weight > 0, f"weight is {self.weight}; expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -330,13 +328,13 @@ class MultitaskConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        _check(bool(self.tasks), "tasks is empty; expected a name and settings for each task")
+        check_choices(self)
+        check(bool(self.tasks), "tasks is empty; expected a name and settings for each task")
         for name in self.tasks:
             valid = _NAME.fullmatch(name) is not None
-            _check(valid, f"tasks has the name {name!r}; expected letters, digits, _ and -, since it names a folder")
+            check(valid, f"tasks has the name {name!r}; expected letters, digits, _ and -, since it names a folder")
         temperature = self.temperature
-        _check(temperature is None or temperature > 0, f"temperature is {temperature}; expected more than 0")
+        check(temperature is None or temperature > 0, f"temperature is {temperature}; expected more than 0")
         self.task_configs()
 
     def task_configs(self) -> dict[str, FinetuneConfig]:

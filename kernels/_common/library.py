@@ -130,7 +130,7 @@ def _first_order(name: str, backward: Callable[..., Any], ctx: Any, *douts: Tens
     with torch.no_grad():
         gradients = backward(ctx, *douts)
     sources = (*ctx.saved_tensors, *douts)
-    return _NoSecondDerivative.apply(name, len(sources), *sources, *gradients)  # type: ignore[no-untyped-call]
+    return _NoSecondDerivative.apply(name, len(sources), *sources, *gradients)
 
 
 def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> None:

@@ -74,7 +74,7 @@ def test_matches_reference(
 
 @pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_the_widest_rows(impl: str, device: str, poisoned_empty: None) -> None:
-    """8192 columns and just below; in Triton dx_bias has a kernel of its own here, and 9 rows are two parts of sums."""
+    """Just below 8192 columns; in Triton dx_bias has a separate kernel here, and 9 rows are two partial sums."""
     ours, reference = functions(impl, 0.1)
     inputs, dout = random_inputs(9, 8190, device), torch.randn(9, 8190, device=device)
     assert_three_way(three_way(ours, reference, inputs, torch.bfloat16, (dout,)))
@@ -105,7 +105,7 @@ def test_drops_exactly_the_elements_of_the_definition(
 
 @pytest.mark.parametrize(("impl", "device"), targets(OP))
 def test_constant_rows_give_the_bias(impl: str, device: str) -> None:
-    """Variance 0: nothing but eps under the root, at values whose square would swamp it."""
+    """The variance is 0, also for values whose square would lose it to rounding."""
     value = torch.tensor([0.0, 1.0, -3.7, 1e4, -123456.789, 1e-30], device=device).unsqueeze(1)
     x = value.expand(6, 771).clone().requires_grad_()
     weight, bias = torch.randn(2, 771, device=device)
@@ -119,7 +119,7 @@ def test_constant_rows_give_the_bias(impl: str, device: str) -> None:
 @pytest.mark.parametrize(("impl", "device"), targets(OP))
 @pytest.mark.parametrize("offset", [1e4, -3e5])
 def test_rows_far_from_zero(impl: str, device: str, offset: float) -> None:
-    """E[x^2] - E[x]^2 would lose every digit here. The values are exact, so the input's rounding plays no part."""
+    """E[x^2] - E[x]^2 would cancel completely. The inputs are exact in every dtype."""
     inputs = random_inputs(21, 768, device)
     inputs["residual"] = (inputs["residual"] * 64).round() / 64 + offset
     inputs["x"] = (inputs["x"] * 64).round() / 64

@@ -27,15 +27,16 @@ LENGTHS = {
     "empty ones": [0, 7, 0, 0, 49, 0],
     "tiles": [6, 8, 15, 16, 17, 31, 32, 33, 47, 48],
 }
-# What the Triton kernels tell apart. In float32: whole blocks of 32 and tails, of keys and of queries. In 16 bits:
+# The cases of the Triton kernels. In float32: whole blocks of 32 and tails, of keys and of queries. In 16 bits:
 # sequences in tiles of 4 x 16, of 2 x 32, a tile of 64 or 128 for each with two and three chunks of queries, whole and
 # not, several programs of each; above 128 tokens whole blocks and a tail. D whole and padded, to 16 and to 64.
 INTERPRETED = [("one token", 1, 5), ("two", 2, 64), ("empty ones", 1, 64), ("128", 1, 32)]
 INTERPRETED_16_BITS = [*INTERPRETED, ("four a tile", 2, 32), ("two a tile", 1, 5), ("blocks", 1, 40)]
 CASES = [(lengths, heads, dim) for lengths in LENGTHS for heads, dim in ((1, 5), (3, 32), (2, 64))]
 LENGTHS_OF_TRITON = {"four a tile": [16, 1, 0, 5, 9], "two a tile": [17, 32, 0], "128": [66, 3], "blocks": [150, 3]}
+EPS = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16]
-# What `targets` leaves out, for checks of the definition too.
+# `targets` leaves out the reference on the CPU, which defines the op.
 REFERENCE = ("reference", "cpu")
 OURS = [target for target in targets("attention") if target[0] != "reference"]
 
@@ -77,7 +78,7 @@ def compare(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_reference_is_scaled_dot_product_attention(dtype: torch.dtype) -> None:
-    """The definition itself, against PyTorch's operator a sequence at a time."""
+    """The reference compared with PyTorch's operator, one sequence at a time."""
     lengths = [3, 0, 17, 1]
     cu_seqlens = cumulative(lengths)
     qkv, bias = torch.randn(21, 3, 2, 5, dtype=dtype), torch.randn(3, 2, 5, dtype=dtype)
@@ -141,7 +142,7 @@ def test_tiles_of_the_cuda_kernels(
 
 @pytest.mark.parametrize(("impl", "device"), targets("attention", interpreted=[]))
 def test_longer_than_a_block_of_depth(impl: str, device: str, poisoned_empty: None) -> None:
-    """Several blocks of keys (128) and of queries, whose number shrinks as the rows get longer."""
+    """Several blocks of keys (128) and of queries; longer rows have smaller query blocks."""
     compare(impl, device, [1500], 1, 16, torch.float32, 0.0)
 
 
@@ -149,7 +150,7 @@ def test_longer_than_a_block_of_depth(impl: str, device: str, poisoned_empty: No
 @pytest.mark.parametrize(("impl", "device"), OURS)
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
 def test_any_scale(impl: str, device: str, scale: float, dtype: torch.dtype) -> None:
-    """Below 0 the largest score belongs to the smallest product, at 0 all keys count the same."""
+    """Below 0 the smallest product has the largest score; at 0 all keys have the same weight."""
     cu_seqlens, inputs = cumulative([9, 4], device), {"qkv": torch.randn(13, 3, 2, 8, device=device)}
 
     def ours(qkv: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def test_any_scale(impl: str, device: str, scale: float, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(("impl", "device"), [REFERENCE, *targets("attention")])
 @pytest.mark.parametrize("lengths", [[20, 0, 3, 32]], ids=str)
 def test_dropout_is_the_defined_mask_to_the_bit(impl: str, device: str, lengths: list[int], dtype: torch.dtype) -> None:
-    """Equal scores and unit values lay the dropped probabilities open: out[t, n, j] = multiplier(n, t, j) / length."""
+    """Equal scores and unit values expose the dropped probabilities: out[t, n, j] = multiplier(n, t, j) / length."""
     heads, dim, total = 3, 32, sum(lengths)
     qkv = torch.zeros(total, 3, heads, dim, dtype=dtype, device=device)
     for start, length in zip(cumulative(lengths).tolist(), lengths, strict=False):
@@ -186,7 +187,7 @@ def test_dropout_is_the_defined_mask_to_the_bit(impl: str, device: str, lengths:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("impl", "device"), OURS)
 def test_neighbours_change_nothing(impl: str, device: str, dtype: torch.dtype) -> None:
-    """A sequence between others and elsewhere in the pack: the same bits, forward and backward."""
+    """A sequence has the same bits anywhere in the pack and between any others, forward and backward."""
     lengths = [5, 37, 70, 1]
     qkv = torch.randn(113, 3, 1, 32, device=device).to(dtype)
     dout = torch.randn(113, 1, 32, device=device).to(dtype)
@@ -208,7 +209,7 @@ def test_neighbours_change_nothing(impl: str, device: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] == "cpu"])
 def test_alone_as_in_a_pack(impl: str, device: str, dtype: torch.dtype) -> None:
-    """max_seqlen changes nothing either, where it doesn't choose the kernel: the same bits, forward and backward."""
+    """The same bits alone and in a pack, and for any max_seqlen that selects the same kernel, forward and backward."""
     lengths = [37, 100, 5]
     qkv, dout = torch.randn(142, 3, 2, 32).to(dtype), torch.randn(142, 2, 32).to(dtype)
     packed = outputs_and_gradients(
@@ -244,7 +245,7 @@ def test_nothing_leaks_between_sequences(impl: str, device: str, dtype: torch.dt
 
 @pytest.mark.parametrize(("impl", "device"), OURS)
 def test_large_scores(impl: str, device: str) -> None:
-    """Scores of several thousand: the row maximum keeps exp in range, and one key takes all."""
+    """Scores of several thousand: subtracting the row maximum keeps exp in range, and one key has all the weight."""
     qkv, cu_seqlens = 60 * torch.randn(40, 3, 2, 16, device=device), cumulative([40], device)
 
     def run(qkv: Tensor, impl: str) -> Tensor:
@@ -307,7 +308,7 @@ def test_operators_refuse_lengths_that_would_read_out_of_bounds(
     "ends", [[1, 12], [0, 13], [0, 15, 12], [0, 3, 1, 12], [-5, 2**31 - 1], [-(2**31), 5, 2**31 - 1]], ids=str
 )
 def test_no_lengths_read_out_of_bounds(impl: str, device: str, ends: list[int], dtype: torch.dtype) -> None:
-    """Where values aren't checked: the kernels stay within the pack, around which everything is NaN."""
+    """Where values are not checked, the kernels stay within the pack; the memory around it is NaN."""
     around = torch.full((36, 3, 2, 8), float("nan"), dtype=dtype, device=device)
     qkv = around[12:24].normal_()
     cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
@@ -340,7 +341,8 @@ def test_rows_behind_the_last_sequence_are_zero(
     for results, expected in zip(padded, dense, strict=True):
         assert torch.equal(results[:12], expected)
         assert torch.equal(results[12:], torch.zeros_like(results[12:]))
-    assert torch.allclose(dbias, expected_dbias, rtol=0, atol=1e-6)
+    # float32 sums of 12 rows, of which the zeros change the order: a rounding each.
+    assert torch.allclose(dbias, expected_dbias, rtol=0, atol=12 * EPS * float(expected_dbias.abs().max()))
 
 
 @pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] in ("triton", "cuda")])

@@ -1,4 +1,4 @@
-"""attention's CUDA kernels for Hopper, against the reference: on a Hopper, or in the emulator, which says it is one.
+"""attention's CUDA kernels for Hopper against the reference, on such a GPU or in the emulator, which poses as one.
 
 On other GPUs the same cases run on the kernels for sm_80 and later.
 """
@@ -29,6 +29,7 @@ LENGTHS = {
 CASES = [(name, 2 if name == "several" else 1, dim) for name in LENGTHS for dim in (64, 128)]
 CASES.remove(("longer rings", 1, 128))
 FEWER = [("one", 1, 64), ("several", 2, 64), ("several", 2, 128)]
+EPS = torch.finfo(torch.float32).eps
 DTYPES = [torch.bfloat16, torch.float16]
 OURS = [target for target in targets("attention") if target[0] == "cuda"]
 STATE = (0x123456789ABCDEF, 0x7654321FEDCBA98)
@@ -132,7 +133,7 @@ def test_path_is_chosen_by_the_device(impl: str, device: str, monkeypatch: pytes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("impl", "device"), OURS)
 def test_dropout_is_the_defined_mask_to_the_bit(impl: str, device: str, dtype: torch.dtype) -> None:
-    """Equal scores and unit values lay the dropped probabilities open; 150 keys are two steps."""
+    """Equal scores and unit values expose the dropped probabilities; 150 keys are two steps."""
     lengths, heads, dim, total = [20, 150], 2, 64, 170
     state, cu_seqlens = torch.tensor(STATE, device=device), cumulative(lengths, device)
     multiplier = dropout_multiplier(state, 0.25, heads, total, 150).transpose(0, 1)
@@ -150,7 +151,7 @@ def test_dropout_is_the_defined_mask_to_the_bit(impl: str, device: str, dtype: t
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(("impl", "device"), OURS)
 def test_neighbours_change_nothing(impl: str, device: str, dim: int) -> None:
-    """A sequence between others and elsewhere in the pack, and run again: the same bits, forward and backward."""
+    """A sequence has the same bits anywhere in the pack and in every run, forward and backward."""
     lengths = [5, 137, 70, 1]
     qkv = torch.randn(213, 3, 1, dim, device=device).bfloat16()
     dout = torch.randn(213, 1, dim, device=device).bfloat16()
@@ -185,7 +186,7 @@ def test_nothing_leaks_between_sequences(impl: str, device: str) -> None:
     for x in (out, dqkv):
         assert x[:10].isfinite().all()
         assert x[20:].isfinite().all()
-    # The same pack with the broken rows behind the end of every sequence: dbias is that of sequences without them.
+    # The same pack with the non-finite rows after the last sequence: dbias is that of sequences without them.
     finite_rows = qkv.detach()[:20]
     ends = torch.tensor([0, 10], dtype=torch.int32, device=device)
     rest = (ends, 10, 0.3, 0.0, None)
@@ -197,7 +198,7 @@ def test_nothing_leaks_between_sequences(impl: str, device: str) -> None:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(("impl", "device"), OURS)
 def test_lse_is_the_logarithm_of_the_sum(impl: str, device: str, dim: int) -> None:
-    """With the bias of the keys, which the scores in the kernel don't have."""
+    """Includes the bias of the keys, which the kernel leaves out of the scores."""
     qkv, bias = torch.randn(170, 3, 2, dim, device=device).bfloat16(), torch.randn(3, 2, dim, device=device)
     _, lse = operators(impl).attention_fwd(qkv, bias, cumulative([20, 150], device), 150, 0.1, 0.0, None)
     query = (qkv[:, 0].float() + bias[0]).bfloat16().double()
@@ -212,7 +213,7 @@ def test_lse_is_the_logarithm_of_the_sum(impl: str, device: str, dim: int) -> No
     "ends", [[1, 12], [0, 13], [0, 15, 12], [0, 3, 1, 12], [-5, 2**31 - 1], [-(2**31), 5, 2**31 - 1]], ids=str
 )
 def test_no_lengths_read_out_of_bounds(impl: str, device: str, ends: list[int]) -> None:
-    """Where values aren't checked: the kernels stay within the pack, around which everything is NaN."""
+    """Where values are not checked, the kernels stay within the pack; the memory around it is NaN."""
     around = torch.full((36, 3, 2, 64), float("nan"), dtype=torch.bfloat16, device=device)
     qkv = around[12:24].normal_()
     cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
@@ -242,12 +243,13 @@ def test_rows_behind_the_last_sequence_are_zero(impl: str, device: str, poisoned
     for results, expected in zip(padded, dense, strict=True):
         assert torch.equal(results[:12], expected)
         assert torch.equal(results[12:], torch.zeros_like(results[12:]))
-    assert torch.allclose(dbias, expected_dbias, rtol=0, atol=1e-6)
+    # float32 sums of 12 rows, of which the zeros change the order: a rounding each.
+    assert torch.allclose(dbias, expected_dbias, rtol=0, atol=12 * EPS * float(expected_dbias.abs().max()))
 
 
 @pytest.mark.parametrize(("impl", "device"), OURS)
 def test_any_strides(impl: str, device: str) -> None:
-    """What the copy engine reads in place, and what it can't: that takes the other path."""
+    """Layouts that the copy engine (TMA) reads in place, and layouts that take the other path."""
     cu_seqlens, dout = cumulative([9, 4], device), torch.randn(13, 2, 64, device=device)
 
     def run(qkv: Tensor, impl: str) -> Tensor:

@@ -40,7 +40,7 @@ def test_matches_reference(
 
 @pytest.mark.parametrize(("impl", "device"), targets("bias_gelu"))
 def test_large_and_special_values(impl: str, device: str) -> None:
-    """Far tails, both infinities and NaN, and the saturation points of the approximations."""
+    """Tails, infinities, NaN, and the points where the approximations saturate."""
     x = torch.tensor(
         [[-float("inf"), -200.0, -12.0, -5.7, -4.0, -0.0, 0.0, 4.0, 5.7, 12.0, 200.0, float("inf"), float("nan")]],
         device=device,

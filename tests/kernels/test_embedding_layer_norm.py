@@ -31,7 +31,7 @@ def rng_state(device: str | torch.device) -> Tensor:
 
 
 def random_inputs(tokens: int, cols: int, device: str = "cpu") -> dict[str, Tensor]:
-    """Half of the tokens have id 3: a row of the table that many tokens read, beside many that none does."""
+    """Half of the tokens have id 3: one table row is read by many tokens, most by none."""
     inputs = {
         "input_ids": torch.randint(0, VOCABULARY, (tokens,)).where(torch.rand(tokens) < 0.5, 3),
         "token_type_ids": torch.randint(0, TYPES, (tokens,)),
@@ -98,7 +98,7 @@ def test_matches_reference(
 
 @pytest.mark.parametrize(("impl", "device", "tokens"), targets(OP, [(9,)], interpreted=[(3,)]))
 def test_the_widest_rows(impl: str, device: str, tokens: int, poisoned_empty: None) -> None:
-    """Just below 8192 columns; nine tokens are two parts of the sums over rows. All of them read the same rows."""
+    """Just below 8192 columns; nine tokens are two partial sums. All of them read the same table rows."""
     ours, reference = functions(impl, 0.1)
     inputs, dout = random_inputs(tokens, 8190, device), torch.randn(tokens, 8190, device=device)
     for name in ("input_ids", "token_type_ids", "position_ids"):
@@ -180,7 +180,7 @@ def test_rows_that_no_token_reads_get_zero(impl: str, device: str, poisoned_empt
     [target for target in targets(OP, [(3000,)], interpreted=[(300,)]) if target[0] != "reference"],
 )
 def test_sums_of_many_bfloat16_rows_are_made_in_float32(impl: str, device: str, tokens: int) -> None:
-    """In bfloat16 a sum of equal terms stops growing after 256 of them. Few rows, so that the sums are long."""
+    """A bfloat16 sum of equal terms stops growing after 256 of them. Few table rows make the sums long."""
     inputs = random_inputs(tokens, 16, device)
     for name, rows in (("input_ids", 10), ("token_type_ids", 1), ("position_ids", 4)):
         inputs[name] %= rows
@@ -224,7 +224,7 @@ def test_constant_rows_give_the_bias(impl: str, device: str) -> None:
 
 @pytest.mark.parametrize(("impl", "device", "tokens"), targets(OP, [(21,)], interpreted=[(5,)]))
 def test_rows_far_from_zero(impl: str, device: str, tokens: int) -> None:
-    """E[x^2] - E[x]^2 would lose every digit here. The values are exact, so the input's rounding plays no part."""
+    """E[x^2] - E[x]^2 would cancel completely. The inputs are exact in every dtype."""
     inputs = random_inputs(tokens, 768, device)
     for name in ("word", "token_type", "position"):
         inputs[name] = (inputs[name] * 64).round() / 64
@@ -264,7 +264,7 @@ def test_autocast_to_a_dtype_that_no_cpu_kernel_takes() -> None:
         assert out.dtype == torch.float16
         assert torch.equal(out, eager.half()) == (table_dtype == torch.float32 or not native)
         exact = embedding_layer_norm(**cast(tables, torch.float64))
-        # Its float16 is rounded a second time, which is the floor of `eager`'s half.
+        # float16 rounds once more, which the floor of the bound allows.
         assert_three_way([compare("out", out, eager.half(), exact)])
 
 

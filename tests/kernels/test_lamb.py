@@ -1,4 +1,4 @@
-"""lamb: the step against a slow scalar twin in plain Python, and the cases in which a norm is zero."""
+"""lamb: the step compared with scalar Python code, and the cases in which a norm is zero."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bert_fast.kernels.lamb.reference import lamb_step_reference
 from bert_fast.testing import assert_three_way, compare, max_error, targets
 
 SHAPES = [(1,), (7,), (5, 3), (2, 3, 4)]
-# The reference is tested like the others: they are held to numbers computed one at a time.
+# The reference is tested too: all are compared with numbers computed one at a time.
 TARGETS = [("reference", "cpu"), *targets("lamb")]
 TRITON = [target for target in targets("lamb") if target[0] == "triton"]
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-5}
@@ -46,7 +46,7 @@ def scalar_lamb(
 
 
 def assert_close(a: Tensor, b: Tensor, impl: str, tolerance: float) -> None:
-    """To the bit for the reference; Triton's compiler may round in another place."""
+    """Equal bits for the reference; Triton's compiler may round elsewhere."""
     if impl == "triton":
         assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
     else:
@@ -131,7 +131,7 @@ def test_bfloat16_weights_with_float32_moments(impl: str, device: str) -> None:
     assert low[1][0].dtype == torch.float32
     assert torch.equal(low[1][0], full[1][0])
     # In Triton one unit in the last place: the two may add up their norms in another order on a GPU, and the
-    # interpreter cuts off where a GPU rounds.
+    # interpreter truncates where a GPU rounds.
     assert_close(low[0][0], full[0][0].bfloat16(), impl, 2.0**-7)
 
 
@@ -197,7 +197,7 @@ def stepped(lists: list[list[Tensor]], impl: str, **settings: object) -> list[li
 
 
 def check_three_way(lists: list[list[Tensor]], outcome: list[list[Tensor]]) -> None:
-    """`found`, after one step from `lists`, with the reference in the same dtypes and in float64."""
+    """`outcome`, which is one step after `lists`, with the reference in the same dtypes and in float64."""
     eager, truth = ([[x.clone() for x in tensors] for tensors in lists] for _ in range(2))
     truth = [[x.double() for x in tensors] for tensors in truth]
     for twin in (eager, truth):
@@ -277,7 +277,7 @@ def test_nan_stays_in_its_tensor_and_clipping_spreads_it(impl: str, device: str)
 
 @pytest.mark.parametrize(("impl", "device"), TRITON)
 def test_tables_follow_the_tensors(impl: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are kept for tensors that stay where they are, found again by address, and dropped when there are many."""
+    """Pointer tables are cached by address for tensors that don't move; the oldest are evicted."""
     from bert_fast.kernels.lamb.triton import tables as triton_tables
 
     monkeypatch.setattr(triton_tables, "_MAX_TABLES", 3)
@@ -311,7 +311,7 @@ def test_float64_goes_to_the_reference(impl: str, device: str) -> None:
 
 @pytest.mark.parametrize(("impl", "device"), TRITON)
 def test_inside_torch_compile(impl: str, device: str) -> None:
-    """The step reads addresses, so it is left out of the graph, and what is around it is traced."""
+    """The step reads addresses, so it is a graph break; the code around it is compiled."""
     lists = state([(5,)], device)
     expected = stepped(lists, impl)[0][0] * 2
 

@@ -1,4 +1,4 @@
-"""linear: every implementation and every backend of the CPU against the reference, forward and backward."""
+"""linear: every implementation and every CPU backend against the reference, forward and backward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bert_fast.testing import assert_three_way, targets, three_way
 SHAPES = [(0, 8, 16), (1, 1, 40), (3, 7, 33), (65, 96, 50), (130, 128, 512), (13, 1601, 131)]
 INTERPRETED_SHAPES = [(0, 8, 16), (3, 7, 33)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# What can compute here whatever the table chooses: oneDNN has packed bfloat16 only where the CPU has units for it.
+# The backends that run on this CPU, whatever the table chooses; oneDNN's bfloat16 needs BF16 instructions.
 BACKENDS = [
     (torch.float32, Backends("tiles", "blas")),
     (torch.float32, Backends("blas", "blas")),
@@ -35,7 +35,7 @@ def backend_id(backend: tuple[torch.dtype, Backends]) -> str:
 
 @pytest.fixture(params=BACKENDS, ids=backend_id)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, Backends]:
-    """The dtype that runs on the CPU by these backends, which the table need not have chosen here."""
+    """A dtype and the backends that it runs on, whatever the table chooses on this CPU."""
     monkeypatch.setitem(cpu_backends.BACKENDS, *request.param)
     dtype, backends = request.param
     return dtype, backends
@@ -64,17 +64,17 @@ def check(impl: str, dtype: torch.dtype, inputs: dict[str, Tensor], activation: 
     def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return linear_reference(x, (weight,), bias, activation)
 
-    # With GeLU there are two ops behind each other, as in a model, and DESIGN §4's factor for that.
+    # With GeLU there are two ops in sequence, as in a model, hence its factor (DESIGN §4).
     factor = 2.0 if activation is None else 3.0
-    # In float32 the order of additions is all there is of an error, in eager PyTorch too, and which order is better is
-    # luck. A sum of K products of either sign grows as sqrt(k), and its k-th addition is off by eps * sqrt(k / 12) on
-    # average (uniformly, within half a unit): together by eps * sqrt(K^2 / 24), which is sqrt(K / 24) units of a usual
-    # sum. Of some thousand sums the worst error and the largest value are both about four times the usual one.
+    # In float32 the whole error is the order of additions, in eager PyTorch too, and which order is better is luck. A
+    # sum of K products of random sign grows as sqrt(k), and its k-th addition rounds by eps * sqrt(k / 12) on average
+    # (uniform within half a unit): in all eps * sqrt(K^2 / 24), that is sqrt(K / 24) units of a typical sum. Over
+    # thousands of sums the worst error and the largest value are both about four times the typical one.
     terms = max(inputs["weight"].shape + inputs["x"].shape)
     floor = max(1.0, (terms / 24) ** 0.5) if dtype == torch.float32 else 1.0
     for function, rows in ((ours, 4), (in_inference, 1)):
-        found = three_way(function, reference, inputs, dtype, (dout,), factor=factor, floor_ulps=floor)
-        assert_three_way(found[:rows])
+        comparisons = three_way(function, reference, inputs, dtype, (dout,), factor=factor, floor_ulps=floor)
+        assert_three_way(comparisons[:rows])
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
@@ -119,7 +119,7 @@ def test_several_weights_are_one(backend: tuple[torch.dtype, Backends]) -> None:
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inference by our own products in both dtypes."""
+    """Inference with the compiled matrix product in both dtypes."""
     monkeypatch.setitem(cpu_backends.BACKENDS, torch.float32, Backends("tiles", "blas"))
     monkeypatch.setitem(cpu_backends.BACKENDS, torch.bfloat16, Backends("tiles", "float32"))
 

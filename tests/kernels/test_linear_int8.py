@@ -18,13 +18,13 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(params=["tiles", "onednn"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What computes the products, whatever is faster on this CPU."""
+    """The backend that computes the products, whichever is faster on this CPU."""
     monkeypatch.setattr(cpu_backends, "BACKEND", request.param)
     return str(request.param)
 
 
 def on_the_grid(rows: int, width: int) -> Tensor:
-    """Rows that 8 bits hold exactly: sixteenths from 0 to 255, both of them in each row of two values or more."""
+    """Rows that INT8 represents exactly: 0 to 255 sixteenths, with both bounds in each row of two values or more."""
     x = torch.randint(0, 256, (rows, width)) / 16
     if width > 1:
         x[:, 0], x[:, 1] = 0.0, 255 / 16
@@ -52,7 +52,7 @@ def test_matches_reference(
     backend: str,
     poisoned_empty: None,
 ) -> None:
-    """Inputs that 8 bits hold exactly: what is left are the roundings of the float32 arithmetic behind the product."""
+    """Inputs that INT8 represents exactly: only the float32 epilogue rounds."""
     x, weight, bias = on_the_grid(rows, width).to(dtype), random_weight(columns, width), torch.randn(columns)
     results = linear_int8(x, weight, bias, activation=activation, impl=impl)
     exact = linear_int8(x.double(), weight, bias.double(), activation=activation, impl="reference")
@@ -78,7 +78,7 @@ def product_of(u: Tensor, values: Tensor, backend: str) -> Tensor:
 
 @pytest.mark.parametrize(("rows", "width", "columns"), [(1, 1, 1), (3, 5, 17), (6, 768, 64), (259, 770, 131)])
 def test_tiles_have_the_bits_of_onednn(rows: int, width: int, columns: int) -> None:
-    """Integers have one sum, and the rest is the same arithmetic: a trace and an eager call compute the same."""
+    """Integer sums are exact and the epilogue is the same, so compiled and eager calls agree to the bit."""
     x, bias, weight = torch.randn(rows, width), torch.randn(columns), random_weight(columns, width)
     results = []
     for backend in ("tiles", "onednn"):
@@ -90,7 +90,7 @@ def test_tiles_have_the_bits_of_onednn(rows: int, width: int, columns: int) -> N
 
 @pytest.mark.parametrize("corner", ["all largest", "all lowest", "alternating"])
 def test_extreme_values_are_exact(corner: str, backend: str) -> None:
-    """The largest sums that there are, in every pair of neighbours: where 16 bits would saturate without VNNI."""
+    """The largest possible sums of each pair of neighbours, which saturate 16 bits without VNNI."""
     width, columns, limit = 3072, 64, cpu_backends.weight_limit()
     u = torch.full((17, width), 255, dtype=torch.uint8)
     values = torch.full((columns, width), -limit if corner == "all lowest" else limit, dtype=torch.int8)
@@ -129,7 +129,7 @@ def test_feed_forward_is_two_layers(dtype: torch.dtype, activation: str, backend
     for bounds in ({}, ranges):
         results = feed_forward_int8(x, up, bias, down, activation=activation, impl="cpu", **bounds)
         exact = feed_forward_int8(x.float(), up, bias, down, activation=activation, impl="reference", **bounds)
-        # A rounding to 8 bits that falls on the other side moves an output by a 255th of a term of its sum.
+        # An INT8 value that rounds the other way moves an output by a 255th of one term of its sum.
         assert torch.allclose(results.float(), exact, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
@@ -143,7 +143,7 @@ def test_error_is_that_of_eight_bits(limit: int, bound: float) -> None:
 
 
 def test_weights_that_would_saturate_are_refused(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """As a model has that was quantized on a CPU with VNNI and pickled."""
+    """Such weights come from a model that was quantized on a CPU with VNNI."""
     x, weight = torch.rand(3, 16), quantize_weight(torch.randn(8, 16), limit=127)
     monkeypatch.setattr(cpu_backends, "weight_limit", lambda: 64)
     with pytest.raises(ValueError, match=r"up to 127 in magnitude.*multiplies up to 64 exactly"):

@@ -270,7 +270,7 @@ def test_hits_equal_the_reference(impl: str, device: str) -> None:
 
 @pytest.mark.parametrize(("impl", "device"), TARGETS)
 def test_ignore_index_may_be_a_token(impl: str, device: str) -> None:
-    """Zero as the label that takes no part, as older data sets have it."""
+    """Label 0 is the ignored one, as in older data sets."""
     inputs = make_inputs(9, 8, 5, device)
     parameters = [inputs[name] for name in PARAMETERS]
     labels = torch.tensor([0, 1, 2, 0, 4, 0, 0, 3, 0], device=device)
@@ -283,8 +283,8 @@ def test_ignore_index_may_be_a_token(impl: str, device: str) -> None:
 
 @pytest.mark.parametrize(("impl", "device"), TARGETS)
 def test_extreme_logits_stay_finite_and_infinite_ones_show(impl: str, device: str) -> None:
-    """Logits of +-1e4 overflow an exponential that is not shifted by the maximum; one of minus infinity rules its word
-    out; a NaN must reach the loss."""
+    """Logits of +-1e4 overflow an exponential that is not shifted by the maximum; one of minus infinity excludes its
+    word; a NaN reaches the loss."""
     inputs = make_inputs(4, 8, 50, device)
     inputs["decoder_bias"][[3, 4, 5]] = torch.tensor([1e4, -1e4, -float("inf")], device=device)
     leaves = [x.requires_grad_() for x in inputs.values()]
@@ -300,7 +300,7 @@ def test_extreme_logits_stay_finite_and_infinite_ones_show(impl: str, device: st
 
 @pytest.mark.parametrize(("impl", "device"), TARGETS)
 def test_tied_decoder_gets_both_gradients(impl: str, device: str) -> None:
-    """The word table gives the hidden states and decodes them: its gradient is the sum of the two."""
+    """The word embedding is also the decoder: its gradient is the sum of both."""
     inputs = make_inputs(12, 16, 101, device)
     ids, labels = torch.randint(0, 101, (12,), device=device), make_labels(12, 101, 0.8, device)
 

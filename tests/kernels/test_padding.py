@@ -24,13 +24,13 @@ DTYPES = [
     *(torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool),
 ]
 
-# The reference is tested like the others: what moves values is held to boolean indexing.
+# The reference is tested too: all are compared with boolean indexing.
 TARGETS = [("reference", "cpu"), *targets("padding")]
 NATIVE = available_impls()["padding"]["cpu"].ok
 
 
 def check_round_trip(x: Tensor, mask: Tensor, impl: str) -> None:
-    """unpad against indexing with the mask, pad against masking: both move values and change none."""
+    """unpad equals indexing with the mask, pad equals masking, to the bit."""
     real = mask.bool()
     unpadded = unpad(x, mask, impl=impl)
     lengths = real.sum(1)
@@ -110,7 +110,7 @@ def test_rows_shared_by_threads_and_programs(
 @pytest.mark.parametrize(("impl", "device"), TARGETS)
 @pytest.mark.parametrize("start", [1, 2, 4, 8])
 def test_memory_that_starts_anywhere(impl: str, device: str, start: int) -> None:
-    """A view that begins `start` bytes into its memory, with rows of 16 bytes: nothing wider than `start` fits."""
+    """Rows of 16 bytes that are aligned to `start` bytes only."""
     x = torch.randint(0, 255, (12 * 16 + start,), dtype=torch.uint8, device=device)[start:].view(3, 4, 16)
     check_round_trip(x, torch.tensor(MASKS["holes"], device=device), impl)
 
@@ -168,7 +168,7 @@ def test_any_mask_at_all(impl: str, device: str, batch: int, seqlen: int, width:
 
 @pytest.mark.parametrize(("impl", "device"), [*TARGETS, ("auto", "cpu")])
 def test_compiles_whole(impl: str, device: str, compile_backend: str) -> None:
-    """T comes out of the mask's values, and one compiled function serves every T."""
+    """T depends on the mask's values; one compiled function serves every T."""
 
     def function(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         results = unpad(x, mask, impl=impl)
@@ -187,7 +187,7 @@ def test_compiles_whole(impl: str, device: str, compile_backend: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pad_in_a_cuda_graph() -> None:
-    """Forward and backward, replayed with other values at other places of the same number."""
+    """Forward and backward, replayed with other values at as many other positions."""
     first, second = (torch.tensor(MASKS[name], device="cuda") for name in ("holes", "left padded"))
     second[1, 0], second[2, 0] = 1, 0
     x = torch.randn(int(first.sum()), 40, device="cuda", requires_grad=True)
@@ -243,7 +243,7 @@ def test_operators_refuse_indices_that_would_reach_out_of_bounds(indices: list[i
 @pytest.mark.parametrize(("impl", "device"), [target for target in targets("padding") if target[0] == "triton"])
 @pytest.mark.parametrize("indices", [*OUT_OF_BOUNDS, [-(2**62), 2**62]], ids=str)
 def test_triton_reaches_nothing_out_of_bounds(impl: str, device: str, indices: list[int]) -> None:
-    """Values that it can't refuse without waiting for the device: rows outside are zeros, and write nowhere."""
+    """Indices are not checked on the device: a row out of range reads as zeros and is not written."""
     around = torch.full((36, 5), -1.0, device=device)
     x, places = around[12:24], torch.tensor(indices, device=device)
     x.copy_(torch.rand(12, 5) + 1.0)
