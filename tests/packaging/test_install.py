@@ -1,4 +1,4 @@
-"""The wheel, the sdist, the editable install and the name `kernels`, each in a separate process."""
+"""The wheel, the sdist, the editable install and the name `kernels`, each tried in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/__init__.py"))
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
-    """Standard output of `command`; AssertionError with all of its output if it fails."""
+    """Standard output of `command`; AssertionError with everything it printed where it fails."""
     env = {**os.environ, **environment}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
@@ -25,7 +25,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tracked and new files, without build outputs."""
+    """What git would give a stranger: tracked and new files, nothing that was built."""
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
     target = tmp_path_factory.mktemp("source")
     for name in listed:
@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel without compiled code; the other tests run with that of the editable install."""
+    """A wheel with no compiled code: that part is the editable install's, which the whole suite runs on."""
     out = tmp_path_factory.mktemp("wheel")
     run(
         sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", str(out), ".",
@@ -65,7 +65,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_wheel_contains_every_op_and_no_other_top_level_name(wheel: Path) -> None:
+def test_wheel_maps_every_op_and_claims_no_name_of_others(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"bert_fast"}
@@ -83,21 +83,21 @@ def test_sdist_carries_the_sources(source: Path, tmp_path: Path) -> None:
     with tarfile.open(built) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     patterns = ("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu", "kernels/*/*.py")
-    expected = {str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)}
-    assert expected <= names
+    wanted = {str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)}
+    assert wanted <= names
     assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
 
 
-# Without the finder of the editable install, which would provide the compiled modules.
+# The environment that runs the tests has an editable install; its finder would lend the wheel the compiled modules.
 ALONE = "import sys; sys.meta_path = [finder for finder in sys.meta_path if '__editable__' not in finder.__module__]\n"
 
 USE = """
 import importlib.util, torch
 assert importlib.util.find_spec("bert_fast").origin.startswith({site!r})
 from bert_fast.kernels import available_impls, bias_gelu, ImplUnavailableError
-impls = available_impls()["bias_gelu"]
-assert impls["reference"].ok and not impls["cpu"].ok
-assert "BERT_FAST_NATIVE=0" in impls["cpu"].reason, impls["cpu"].reason
+found = available_impls()["bias_gelu"]
+assert found["reference"].ok and not found["cpu"].ok
+assert "BERT_FAST_NATIVE=0" in found["cpu"].reason, found["cpu"].reason
 x = torch.randn(3, 5)
 assert torch.equal(bias_gelu(x, torch.zeros(5)), torch.nn.functional.gelu(x))
 try:
@@ -109,12 +109,12 @@ else:
 """
 
 
-def test_wheel_without_native_code_uses_the_reference_and_has_the_reason(installed: Path, tmp_path: Path) -> None:
+def test_wheel_without_native_code_runs_on_the_reference_and_says_why(installed: Path, tmp_path: Path) -> None:
     run(sys.executable, "-c", ALONE + USE.format(site=str(installed)), cwd=tmp_path, PYTHONPATH=str(installed))
 
 
 def test_a_package_named_kernels_keeps_its_name(installed: Path, tmp_path: Path) -> None:
-    """In the checkout, which has a folder `kernels/`, an installed package of that name is imported."""
+    """In the checkout itself, beside our folder `kernels/`, an installed package of that name is what gets imported."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '9.9'\n")
     code = "import kernels, bert_fast.kernels; assert kernels.__version__ == '9.9', kernels"
@@ -126,8 +126,8 @@ def test_transformers_does_not_take_the_folder_for_the_package_kernels() -> None
     run(sys.executable, "-c", code, cwd=ROOT)
 
 
-def test_without_a_compiler_the_build_succeeds_and_has_the_reason(source: Path, tmp_path: Path) -> None:
-    """Without a compiler on PATH the build succeeds and records the reason."""
+def test_no_compiler_is_said_and_does_not_fail_the_build(source: Path, tmp_path: Path) -> None:
+    """With no compiler on PATH the build succeeds and leaves the reason."""
     build = tmp_path / "lib"
     printed = run(
         sys.executable, "setup.py", "build_ext", "--build-lib", str(build), "--build-temp", str(tmp_path / "temp"),

@@ -1,4 +1,4 @@
-"""The compiled modules use only C functions of torch that torch 2.11, the oldest supported version, has."""
+"""The compiled modules use nothing of torch but C functions that torch 2.11, the oldest supported, has."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 import bert_fast
 
-# The functions of torch that the modules use; each is exported by the libraries of torch 2.11.0 (the wheel for macOS,
-# the smallest), or declared in its headers (aoti_torch_get_current_cuda_stream, of builds with CUDA). Check a new one
-# there before adding it.
+# What the modules take from torch; each was found in the libraries of torch 2.11.0 (its wheel for macOS, the smallest),
+# aoti_torch_get_current_cuda_stream, which builds with CUDA have, in its headers. Look a new one up there before it
+# comes in here.
 KNOWN = Path(__file__).with_name("torch_2_11_functions.txt")
 MODULES = {
     "CPU kernels": sorted(Path(bert_fast.__file__).parent.glob("_C.*")),
@@ -21,7 +21,7 @@ MODULES = {
 
 
 def undefined(module: Path) -> list[str]:
-    """The undefined symbols of the module, without versions."""
+    """Names that the module expects others to define, without versions."""
     done = subprocess.run(
         ["nm", "-D", "--undefined-only", str(module)], capture_output=True, text=True, check=True
     ).stdout
@@ -29,11 +29,11 @@ def undefined(module: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_only_functions_of_the_oldest_torch_are_used(kind: str) -> None:
+def test_only_functions_that_the_oldest_torch_has(kind: str) -> None:
     known = set(KNOWN.read_text().split())
     for module in MODULES[kind]:
         names = undefined(module)
-        assert [name for name in names if "torch" in name], "no symbol of torch in the output of nm"
+        assert [name for name in names if "torch" in name], "no module of torch's; nm reads something else"
         assert not {name for name in names if "torch" in name} - known
         mangled = [name for name in names if name.startswith("_Z") and ("3c10" in name or "2at" in name)]
-        assert not mangled, "C++ symbols of torch, which change between releases"
+        assert not mangled, "C++ of torch, whose names change from one release to the next"
