@@ -121,19 +121,18 @@ def check_absent(target: Path, *, overwrite: bool) -> None:
 
 
 def recover(parent: Path, *, exclusive: bool = True) -> None:
-    """Clean up in the folder `parent` after writers that were killed.
+    """Clean up in the folder `parent` after killed writers.
 
     Temporary files and folders are deleted. An old target that was moved aside gets its name back, unless a new one has
-    taken it.
+    taken it. Only leftovers of ended processes of this host are touched, and with `exclusive` those of every folder.
 
     Args:
         parent: the folder of the targets; it may be missing.
-        exclusive: whether the caller is the only writer in `parent`. If not, only leftovers of ended processes of this
-            host are touched.
+        exclusive: whether no other process writes folders in `parent` at the moment.
     """
     for path in parent.glob(".*"):
         match = _LEFTOVER.fullmatch(path.name)
-        if match is None or not (exclusive or _has_ended(match["host"], int(match["pid"]))):
+        if match is None or not ((exclusive and path.is_dir()) or _has_ended(match["host"], int(match["pid"]))):
             continue
         target = parent / match["target"]
         with contextlib.suppress(FileNotFoundError):  # another process cleans up at the same time

@@ -194,17 +194,18 @@ def test_the_next_writer_recovers_what_a_killed_one_left(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_leftovers_of_processes_that_may_live_are_kept_unless_the_caller_is_exclusive(tmp_path: Path) -> None:
+def test_leftovers_of_processes_that_may_live_are_kept_except_folders_of_an_exclusive_writer(tmp_path: Path) -> None:
     target = tmp_path / "result"
-    own = _io.temporary_path(target)
-    elsewhere = own.with_name(own.name.replace(_io._HOST, "00000000").replace(f"-{os.getpid()}-", "-4194304-"))
+    live, live_file = _io.temporary_path(target), _io.temporary_path(target)
+    other_host = live.with_name(live.name.replace(_io._HOST, "00000000").replace(f"-{os.getpid()}-", "-4194305-"))
     others = [tmp_path / name for name in (".result.tmp", ".hidden", ".result.12-34.tmp")]
-    for folder in (own, elsewhere, *others):
+    for folder in (live, other_host, *others):
         folder.mkdir()
+    live_file.touch()
     write(target)
-    assert sorted(tmp_path.iterdir()) == sorted([target, own, elsewhere, *others])
+    assert sorted(tmp_path.iterdir()) == sorted([target, live, live_file, other_host, *others])
     _io.recover(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([target, *others]), "only names of this module are deleted"
+    assert sorted(tmp_path.iterdir()) == sorted([target, live_file, *others])
     _io.recover(tmp_path / "absent")
 
 

@@ -77,7 +77,7 @@ def local_folder(folder: str | Path, cache: str | Path | None = None) -> Path:
                 temporary.write_bytes(manifest)
         entries = read_manifest(target)["files"]
         for parent in {(target / name).parent for name in entries}:
-            _io.recover(parent)
+            _io.recover(parent, exclusive=False)
         for name, entry in entries.items():
             if (target / name).is_file() and (target / name).stat().st_size == entry["bytes"]:
                 continue

@@ -99,7 +99,7 @@ def _converted(folder: Path) -> Tokenizer:
             f"{folder}: expected a tokenizer.json, a vocab.txt or a folder with one of them, or with one of {older}"
         )
     shown = " and ".join(names)
-    # google is a namespace, whose absence is an error for find_spec.
+    # find_spec raises if the namespace package google is absent, so it is looked up first.
     absent = [name for name in packages if not find_spec(name.partition(".")[0]) or not find_spec(name)]
     if absent:
         raise ImportError(

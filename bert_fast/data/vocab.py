@@ -151,7 +151,13 @@ def is_lowercase(tokenizer: Tokenizer) -> bool:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_length: int = 512) -> None:
-    """Write `vocab.txt`, `tokenizer.json` and `tokenizer_config.json` into an existing folder."""
+    """Write `vocab.txt`, `tokenizer.json` and `tokenizer_config.json`.
+
+    Args:
+        tokenizer: the tokenizer.
+        folder: an existing folder.
+        model_max_length: maximum number of tokens of the model, for transformers.
+    """
     folder = Path(folder)
     tokens = tokenizer.get_vocab()
     (folder / "vocab.txt").write_text(
