@@ -64,7 +64,7 @@ def define(
     """
     prototype = _prototype(fake, arguments_of)
     arguments = tuple(prototype.__signature__.parameters)
-    INPUTS[name] = namedtuple(f"{name}_inputs", arguments)  # type: ignore[misc]
+    INPUTS[name] = namedtuple(f"{name}_inputs", arguments)
     schema = re.sub(
         r"SymInt(\??) (\w+)",
         lambda match: match[0] if match[2] in symbolic else f"int{match[1]} {match[2]}",

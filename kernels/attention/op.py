@@ -25,7 +25,7 @@ LARGEST_CUDA_D = 256  # kMaxDim of csrc/attention/cuda/common.h
 
 def _fwd_fake(qkv: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     """out, lse."""
-    total, _, heads, dim = qkv.shape
+    total, _three, heads, dim = qkv.shape
     return qkv.new_empty(total, heads, dim), qkv.new_empty(heads, total, dtype=torch.float32)
 
 
