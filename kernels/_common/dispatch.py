@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 IMPLS = ("reference", "triton", "cuda", "cpu")
 _ENVIRONMENT = "BERT_FAST_IMPL"
@@ -90,6 +91,8 @@ class Op:
         """
         dtype = dtype or x.dtype
         requested = _default[-1] if impl == "auto" else impl
+        if requested != "reference" and _transformed():
+            return self._select_transformed(requested)
         if requested == "auto":
             for rule in self.auto_rules:
                 if rule.device == x.device.type and dtype in rule.dtypes:
@@ -109,6 +112,14 @@ class Op:
             raise self._unavailable(requested, f"takes {supported}; the input is {dtype}")
         return implementation.call
 
+    def _select_transformed(self, requested: str) -> Callable[..., Any]:
+        if requested == "auto":
+            return self.impls["reference"].call
+        raise ImplUnavailableError(
+            f"{self.name}: impl={requested!r} supports neither the transforms of torch.func nor forward-mode "
+            "differentiation; impl='reference' does, and impl='auto' chooses it there"
+        )
+
     def _unavailable(self, impl: str, reason: str) -> ImplUnavailableError:
         names = [name for name, implementation in self.impls.items() if implementation.availability.ok]
         available = f"Available here: {', '.join(names)} (impl='auto' chooses)."
@@ -116,6 +127,13 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active; operators would ignore it."""
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def available_impls() -> dict[str, dict[str, Availability]]:

@@ -38,6 +38,7 @@ def define(
     arguments_of: Callable[..., Any] | None = None,
     setup_context: Callable[[Any, Any, Any], None] | None = None,
     backward: Callable[..., dict[str, Tensor | None]] | None = None,
+    higher_order: bool = False,
     symbolic: tuple[str, ...] = (),
     mutated: tuple[str, ...] = (),
     triton: bool = True,
@@ -55,6 +56,7 @@ def define(
         setup_context: (ctx, inputs, output) saves what `backward` needs; `inputs` is a named tuple.
         backward: (ops, ctx, *douts) returns the gradients by argument name, those left out being None. `ops` is the
             namespace of torch.ops that the operator ran in.
+        higher_order: whether the operators that `backward` calls are differentiable; else a second derivative raises.
         symbolic: the integer arguments that torch.compile may keep symbolic (SymInt).
         mutated: the tensor arguments that the operator writes to.
         triton: whether there are Triton kernels.
@@ -89,6 +91,8 @@ def define(
         torch.library.register_fake(qualified, fake_by_name, lib=library)
         if backward is not None:
             gradient = functools.partial(backward_by_name, getattr(torch.ops, namespace))
+            if not higher_order:
+                gradient = functools.partial(_first_order, qualified, gradient)
             torch.library.register_autograd(qualified, gradient, setup_context=setup_context_by_name, lib=library)
 
 
@@ -104,6 +108,29 @@ def _prototype(fake: Callable[..., Any], arguments_of: Callable[..., Any] | None
 
     prototype.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
     return prototype
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Returns the gradients of operator `name`, `tensors[count:]`; raises when they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tuple(None if x is None else x.view_as(x) for x in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError(f"{ctx.name} has no second derivative; use impl='reference', which has")
+
+
+def _first_order(name: str, backward: Callable[..., Any], ctx: Any, *douts: Tensor | None) -> Any:
+    """`backward`, whose results raise when they are differentiated: its operators have no gradient, or torch's 0."""
+    if not torch.is_grad_enabled():
+        return backward(ctx, *douts)
+    with torch.no_grad():
+        gradients = backward(ctx, *douts)
+    sources = (*ctx.saved_tensors, *douts)
+    return _NoSecondDerivative.apply(name, len(sources), *sources, *gradients)
 
 
 def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> None:

@@ -103,8 +103,8 @@ def masked_lm_loss(
         raise ValueError(f"z_loss is {z_loss}; expected a number that is not negative, such as 1e-4")
     _check_labels(labels, decoder_weight.shape[0], ignore_index)
     hidden = to_compute_dtype(hidden)
+    call = OP.select(impl, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        call = OP.select(impl, hidden)
         outputs = call(hidden, labels, *parameters.values(), eps, ignore_index, label_smoothing, z_loss)
         return MaskedLMLoss(*outputs)
 

@@ -28,12 +28,13 @@ def _fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     with torch.autocast("cpu", enabled=False):
         rows = (args.labels != args.ignore_index).nonzero().squeeze(1)
         count = torch.tensor(rows.shape[0])
-        x, dense = hidden[rows].to(dtype), args.dense_weight.to(dtype)  # (M, E), M labelled rows
+        # (M, E), M labelled rows; contiguous, since the BLAS sums in another order where operands are not.
+        x, dense = hidden[rows].to(dtype).contiguous(), args.dense_weight.to(dtype).contiguous()
         norm_weight, norm_bias = args.norm_weight.float(), args.norm_bias.float()
         product = torch.mm(x, dense.T).float()
         activations = torch.ops.bert_fast.bias_gelu_fwd(product, dense_bias, False)
         normed, mean, rstd = torch.native_layer_norm(activations, [width], norm_weight, norm_bias, args.eps)
-        decoder = args.decoder_weight.to(dtype), args.decoder_bias
+        decoder = args.decoder_weight.to(dtype).contiguous(), args.decoder_bias
         loss, correct, ddecoder = _decode(
             normed, args.labels[rows], *decoder, args.label_smoothing, args.z_loss, args.needs_grad
         )

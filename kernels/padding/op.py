@@ -66,6 +66,7 @@ define(
     arguments_of=gather_rows_reference,
     setup_context=_gather_setup_context,
     backward=_gather_backward,
+    higher_order=True,
 )
 define(
     "scatter_rows",
@@ -73,6 +74,7 @@ define(
     arguments_of=scatter_rows_reference,
     setup_context=_scatter_setup_context,
     backward=_scatter_backward,
+    higher_order=True,
     symbolic=("rows",),
 )
 
