@@ -74,6 +74,7 @@ define(
     arguments_of=scatter_rows_reference,
     setup_context=_scatter_setup_context,
     backward=_scatter_backward,
+    higher_order=True,
     symbolic=("rows",),
     higher_order=True,
 )
