@@ -48,7 +48,7 @@ def malformed() -> list[Malformed]:
                 ValueError,
                 r"input_range has shape \(3,\); expected \(2,\)",
             ),
-            "x requires a gradient": ({"x": x.clone().requires_grad_()}, ValueError, "^x .* gradient"),
+            "x requires a gradient": ({"x": x.clone().requires_grad_()}, ValueError, "^x.* gradient"),
         },
     )
     weights = malformed_calls(
