@@ -179,7 +179,7 @@ class FinetuneConfig:
         task: classification, multi-label, regression, token-classification, question-answering, multiple-choice or
             sentence-embedding.
         model: folder of the pretrained checkpoint and its tokenizer.
-        output_dir: folder of the result; it is written as a whole at the end of the run.
+        output_dir: folder of the result; it is written atomically at the end of the run.
         data: the data and its splits.
         text: how texts are tokenized.
         augment: data augmentation of the training rows; off by default.
@@ -281,7 +281,7 @@ class MultitaskConfig:
     Args:
         tasks: name -> settings. The result of each task is a folder of that name.
         model: folder of the pretrained checkpoint and its tokenizer.
-        output_dir: folder of the results; it is written as a whole at the end of the run.
+        output_dir: folder of the results; it is written atomically at the end of the run.
         sampling: how often each task is sampled: in proportion to its number of batches (an epoch is then one pass
             over the rows of all tasks), to the square root of that number, or uniformly.
         temperature: overrides sampling: in proportion to the number of batches to the power of 1 / temperature.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast.kernels import add_layer_norm, attention, embedding_layer_norm, linear
-from bert_fast.kernels._common.checks import autocast
+from bert_fast.kernels._common.checks import to_compute_dtype
 from bert_fast.kernels._common.philox import dropout_multiplier
 from bert_fast.models.activations import ACTIVATIONS, GELU_ACTIVATIONS
 from bert_fast.models.config import BertConfig
@@ -151,7 +151,7 @@ def _without_gradient_at_padding(table: nn.Embedding) -> Tensor:
 def _call(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) in the dtype that a kernel would return."""
     out: Tensor = module(x)
-    return out.to(autocast(x).dtype)
+    return out.to(to_compute_dtype(x).dtype)
 
 
 def _dropout(x: Tensor, dropout_p: float, rng_state: Tensor | None) -> Tensor:

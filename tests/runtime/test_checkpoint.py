@@ -39,7 +39,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_write_cleans_up_after_killed_ones(tmp_path: Path) -> None:
     """One killed while it wrote, one between moving the old folder aside and renaming the new one."""
-    for leftover in (".step-00000001.77-0123abcd.tmp", ".step-00000002.78-0123abcd.old"):
+    for leftover in (".step-00000001.00000000-77-0123abcd.tmp", ".step-00000002.00000000-78-0123abcd.old"):
         (tmp_path / leftover).mkdir()
         fill(tmp_path / leftover)
     (tmp_path / ".hidden").mkdir()  # not a leftover
