@@ -76,7 +76,6 @@ define(
     backward=_scatter_backward,
     higher_order=True,
     symbolic=("rows",),
-    higher_order=True,
 )
 
 
