@@ -19,7 +19,7 @@ import bert_fast.kernels  # noqa: F401  (fills OPS)
 from bert_fast.kernels._common import cases, records
 from bert_fast.kernels._common.cases import Sample
 from bert_fast.kernels._common.dispatch import IMPLS, OPS
-from bert_fast.testing import Comparison, compare, three_way
+from bert_fast.testing import FLOOR_ULPS, Comparison, compare, three_way
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,7 +84,11 @@ def record(results: list[Result]) -> Path:
     """
     runs: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        if result.device == "cuda" and result.impl in records.RECORDED and cases.load(result.op).own_gpu_kernels:
+        if (
+            result.device == "cuda"
+            and result.impl in records.RECORDED
+            and not OPS[result.op].impls[result.impl].built_on
+        ):
             runs.setdefault((result.op, result.impl), []).append(result)
     if not runs:
         raise ValueError(
@@ -131,7 +135,16 @@ def compare_sample(sample: Sample, impl: str, device: str, dtype: torch.dtype) -
         return [compare(f"out{index}", *triple) for index, triple in enumerate(outputs)]
     outs = reference(**inputs)
     douts = tuple(map(torch.randn_like, _as_tuple(outs)))
-    rows = three_way(ours, reference, inputs, dtype, douts, parameter_dtype=torch.float32, parameters=sample.parameters)
+    rows = three_way(
+        ours,
+        reference,
+        inputs,
+        dtype,
+        douts,
+        parameter_dtype=torch.float32,
+        parameters=sample.parameters,
+        floor_ulps=sample.float32_ulps if dtype == torch.float32 else FLOOR_ULPS,
+    )
     if sample.mean_of:
         floor = torch.finfo(dtype).eps * float(outs) / sample.mean_of**0.5
         rows[0] = rows[0]._replace(bound=rows[0].bound + floor)

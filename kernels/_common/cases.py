@@ -39,6 +39,12 @@ class Sample:
         gradients: False for an op without a gradient.
         mean_of: number of rows that the only output is the float32 mean of, 0 if it is none: each row may be off by one
             unit in the last place of the dtype under test, independently, so the bound gets eps / sqrt(rows).
+        float32_ulps: floor of the bound in float32, in units in the last place of the largest value. There the whole
+            error is the order of additions, in eager PyTorch too, and which order is better is luck. A sum of K
+            products of random sign grows as sqrt(k), and its k-th addition rounds by eps * sqrt(k / 12) on average
+            (uniform within half a unit): in all by sqrt(K / 24) units of a typical sum, times the number of matrix
+            products in sequence. Over thousands of sums the worst error and the largest value are both a few times the
+            typical one.
     """
 
     name: str
@@ -47,6 +53,7 @@ class Sample:
     parameters: tuple[str, ...] = ()
     gradients: bool = True
     mean_of: int = 0
+    float32_ulps: float = 1.0
 
     def cast(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
         """The inputs on `device`: floating-point ones in `dtype`, or float32 where they are `parameters` and stay so.
@@ -86,7 +93,6 @@ class OpCases:
             but must not read or write memory that is not theirs. The sanitizer runs them.
         launches: calls the op's Triton launchers on meta tensors in every configuration that dispatch can choose; the
             compile report records what they launch.
-        own_gpu_kernels: False where the GPU kernels are another op's, whose record of passing runs counts.
         extra: (impl, device): launches that the samples are too small for; the sanitizer runs it.
         benchmarks: (device, quick) -> what `python -m benchmarks.ops` times there, the most important first; fewer
             sizes if quick is True.
@@ -98,7 +104,6 @@ class OpCases:
     hostile: Callable[[Any, str], list[Callable[[], Any]]] = lambda operators, device: []
     launches: Callable[[], None] = lambda: None
     extra: Callable[[str, str], None] = lambda impl, device: None
-    own_gpu_kernels: bool = True
     benchmarks: Callable[[torch.device, bool], list[Plan]] = lambda device, quick: []
 
 

@@ -24,11 +24,12 @@ def samples(lengths: Lengths = None) -> list[Sample]:
     T = sum(LENGTHS if lengths is None else lengths)
     inputs = {"x": randn(T, E), "weight": randn(F, E, scale=E**-0.5), "bias": randn(F)}
     parameters = ("weight", "bias")
+    ulps = (F / 24) ** 0.5  # F is the length of dx's sums
     without_bias = {name: inputs[name] for name in ("x", "weight")}
     return [
-        Sample("bias", linear, inputs, parameters),
-        Sample("bias, GeLU", functools.partial(linear, activation="gelu"), inputs, parameters),
-        Sample("two weights", _two_weights, without_bias, ("weight",)),
+        Sample("bias", linear, inputs, parameters, float32_ulps=ulps),
+        Sample("bias, GeLU", functools.partial(linear, activation="gelu"), inputs, parameters, float32_ulps=ulps),
+        Sample("two weights", _two_weights, without_bias, ("weight",), float32_ulps=ulps),
     ]
 
 
@@ -107,4 +108,4 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     ]
 
 
-CASES = OpCases("linear", samples, malformed, own_gpu_kernels=False, benchmarks=benchmarks)
+CASES = OpCases("linear", samples, malformed, benchmarks=benchmarks)

@@ -15,7 +15,6 @@ from bert_fast import kernels
 from bert_fast.cli.main import main
 from bert_fast.kernels._common.dispatch import OPS, Implementation
 from bert_fast.kernels._common.library import simulated
-from bert_fast.verification import CASES
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +170,6 @@ def test_info_names_every_implementation_and_reason(capsys: pytest.CaptureFixtur
 
 
 def test_verify_covers_every_op_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sorted(CASES) == sorted(OPS)
     # tests/kernels runs the same cases in the Triton interpreter and the emulator, where they would take minutes here.
     requested = [impl for impl in ("reference", "triton", "cuda", "cpu") if not simulated(impl)]
     assert main(["verify", "--impls", f"[{','.join(requested)}]"]) == 0

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bert_fast.kernels import available_impls, masked_lm_loss
 from bert_fast.kernels._common.triton_launch import recording
 from bert_fast.kernels.masked_lm_loss import cpu_backends
+from bert_fast.kernels.masked_lm_loss.cases import FLOAT32_ULPS
 from bert_fast.kernels.masked_lm_loss.reference import masked_lm_loss_reference
 from bert_fast.testing import assert_three_way, operators, targets, three_way
 
@@ -28,14 +29,6 @@ INTERPRETED_SHAPES = [(1, 1, 1), (5, 12, 7), (129, 72, 130)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PARAMETERS = ("dense_weight", "dense_bias", "norm_weight", "norm_bias", "decoder_weight", "decoder_bias")
 IGNORE = -100
-# In float32 all there is of an error is the order of additions, in eager PyTorch too, so that its error, the yardstick,
-# is luck. A sum of K products of either sign grows as sqrt(k), and its k-th addition is off by eps * sqrt(k / 12) on
-# average (uniformly, within half a unit): together by eps * sqrt(K^2 / 24), of a sum of sqrt(K), so by sqrt(K / 24)
-# units; 2.3 for the 130 terms that an interpreted case has at most. The largest value, whose units the floor is of, is
-# two or three times the usual one: one unit a sum. A gradient has four of them one behind the other: dense, decoder,
-# decoder transposed, LayerNorm's or dense transposed. (With one unit 4 of 2,880 comparisons, of 20 and 40 seeds, were
-# over, by up to 1.6 units.)
-FLOOR_ULPS = {torch.float32: 4.0}
 TARGETS = targets("masked_lm_loss")
 WITH_REFERENCE = [("reference", "cpu"), *TARGETS]
 TRITON = [target for target in TARGETS if target[0] == "triton"]
@@ -81,7 +74,9 @@ def compare(
         return masked_lm_loss_reference(tensors["hidden"], labels, *parameters, *settings)[0]
 
     dout = torch.tensor(1.5, device=labels.device)
-    comparisons = three_way(ours, reference, inputs, dtype, (dout,), floor_ulps=FLOOR_ULPS.get(dtype, 1.0))
+    comparisons = three_way(
+        ours, reference, inputs, dtype, (dout,), floor_ulps=FLOAT32_ULPS if dtype == torch.float32 else 1.0
+    )
     # The loss is one float32 number out of `dtype` logits, which eager PyTorch may hit by luck: the floor is that
     # of a mean over `count` rows, each off by one unit in the last place of `dtype`, independently.
     count = max(1, int((labels != IGNORE).sum()))
