@@ -32,7 +32,7 @@ from bert_fast.kernels._common.cases import (
 )
 from bert_fast.kernels.masked_lm_loss import masked_lm_loss
 
-# A gradient has four matrix products in sequence: dense, decoder, decoder transposed, and dense transposed or the sum of
+# A gradient has four matrix products in sequence: dense, decoder, decoder transposed, and dense transposed or sums in
 # LayerNorm. Each adds about one unit: sqrt(K / 24) is 2.3 for the 130 terms of an interpreted case, and the largest
 # value is two or three times the typical one. (With one unit 4 of 2,880 comparisons were over, by up to 1.6 units, on
 # 20 seeds in Triton and 40 on the CPU.)
