@@ -65,13 +65,15 @@ def fitted(table: Table, **options: Any) -> QuestionAnswering:
 def test_a_model_learns_to_answer(
     unanswerable: bool, tokenizer: Tokenizer, learn: Callable[..., Any], predict: Callable[..., Any]
 ) -> None:
-    train, test = rows(150, 0, unanswerable=unanswerable), rows(40, 1, unanswerable=unanswerable)
+    # Unanswerable questions need more rows to generalize without a single error, whatever the rounding.
+    train = rows(300 if unanswerable else 150, 0, unanswerable=unanswerable)
+    test = rows(40, 1, unanswerable=unanswerable)
     task = fitted(train, overlap=6)
     assert task.settings() == {"without_answer": unanswerable, "by": "words", "null_threshold": 0.0}
     assert task.check(test, COLUMNS) == []
     examples = task.encode(train, COLUMNS, tokenizer, TEXT, training=True)
-    assert len(examples) > 150, "long contexts have several windows"
-    settings = {"epochs": 30, "rows": 8, "lr": 2e-3} if unanswerable else {"epochs": 14, "rows": 16, "lr": 4e-3}
+    assert len(examples) > len(train), "long contexts have several windows"
+    settings = {"epochs": 20, "rows": 8, "lr": 2e-3} if unanswerable else {"epochs": 14, "rows": 16, "lr": 4e-3}
     model = learn(task, tokenizer, examples, **settings)
     predictions = predict(task, model, tokenizer, test, COLUMNS, TEXT)
     metrics = task.evaluate(predictions, test, COLUMNS)
