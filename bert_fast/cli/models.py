@@ -21,6 +21,7 @@ def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any
     import bert_fast.models
     from bert_fast._device import resolve_device
     from bert_fast.data import load_tokenizer
+    from bert_fast.models.checkpoint import NOT_STORED
 
     if not Path(folder).is_dir():
         expected = "a checkpoint (config.json, model.safetensors, vocab.txt)"
@@ -29,7 +30,7 @@ def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any
     with _collected_warnings() as warnings:
         model = getattr(bert_fast.models, kind).from_pretrained(folder, **settings)
     for text in warnings:
-        if text.startswith("not in the checkpoint"):
+        if text.startswith(NOT_STORED):
             raise ValueError(f"{folder} can't be used as {kind}: {text}")
     return model.to(target).eval(), tokenizer
 

@@ -221,9 +221,9 @@ class Finetuner:
                     f"the loss is {loss} and the gradient norm {norm} by step {self.step}; "
                     "lower optimizer.lr or raise optimizer.warmup_steps"
                 )
-        for log, mean in zip(logs, means, strict=True):
-            if mean is not None:
-                values = {"epoch": round(epochs, 4), "loss": mean, "lr": lr, "grad_norm": norm}
+        for log, loss in zip(logs, means, strict=True):
+            if loss is not None:
+                values = {"epoch": round(epochs, 4), "loss": loss, "lr": lr, "grad_norm": norm}
                 log.write("train", self.step, {**values, "tokens": self.tokens, "tokens_per_second": speed})
         progress.show_training(sum(logged) / len(logged), lr, speed)
 

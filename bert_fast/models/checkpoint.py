@@ -31,6 +31,7 @@ _OLD_NAMES = (
     (re.compile(r"\bLayerNorm\.beta$"), "LayerNorm.bias"),
 )
 _BUFFERS = re.compile(r"(^|\.)embeddings\.(position_ids|token_type_ids)$")
+NOT_STORED = "newly initialized, because not in the checkpoint"  # begins the warning that names such tensors
 _HEADS = re.compile(
     r"(?:pre_)?(cls\.predictions|cls\.seq_relationship|classifier|qa_outputs|(?:\w+\.)?pooler|lm_head|sequence_summary"
     r"|discriminator_predictions|generator_predictions|generator_lm_head|vocab_(?:transform|layer_norm|projector))\."
@@ -258,7 +259,7 @@ def _report(missing: list[str], new_heads: list[str], unexpected: list[str], str
             "ignores unexpected ones)"
         )
     if new_heads or missing:
-        _logger.warning("newly initialized, because not in the checkpoint: %s", ", ".join(sorted(new_heads + missing)))
+        _logger.warning("%s: %s", NOT_STORED, ", ".join(sorted(new_heads + missing)))
     if unexpected:
         _logger.warning("in the checkpoint and not used: %s", ", ".join(unexpected))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -387,6 +389,17 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], message: str)
     with pytest.raises(ValueError, match=r".") as error:
         from_mapping(FinetuneConfig, {**needed, **values})
     assert message in str(error.value)
+
+
+def test_public_names_are_exported_and_settings_do_not_import_torch() -> None:
+    code = """
+import sys
+import bert_fast.finetune as package
+package.FinetuneConfig, package.MultitaskConfig
+assert "torch" not in sys.modules
+assert all(getattr(package, name).__name__ == name for name in package.__all__)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_bf16_learns(config: FinetuneConfig) -> None:

@@ -20,7 +20,7 @@ from bert_fast.models import BertConfig, BertModel
 FILES = ("model.safetensors", "nested/config.json", "metrics.json")
 # The calls that change the file system, of which Path and shutil are made.
 CALLS = ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
-# Replaces the result at argv[1], and kills itself before call number argv[2]; prints how many calls there are without.
+# Replaces the result at argv[1], and kills itself before call number argv[2]; otherwise prints the number of calls.
 SCRIPT = f"""
 import os, signal, sys
 from pathlib import Path

@@ -132,5 +132,5 @@ def predict() -> Callable[..., list[dict[str, Any]]]:
 
 
 def without(columns: Mapping[str, str], *roles: str) -> dict[str, str]:
-    """The columns but for those of some roles."""
+    """The columns without those of some roles."""
     return {role: name for role, name in columns.items() if role not in roles}
