@@ -83,7 +83,13 @@ def cuda_sources_hash(op: str) -> str:
     """A hash of an op's CUDA sources and of the shared headers, which identifies what a verification record is for."""
     digest = hashlib.sha256()
     for path in sorted(
-        [*ROOT.glob(f"csrc/{op}/cuda*.*"), *ROOT.glob(f"csrc/{op}/cuda/*"), *ROOT.glob("csrc/common/cuda*.h")]
+        [
+            *ROOT.glob(f"csrc/{op}/cuda*.*"),
+            *ROOT.glob(f"csrc/{op}/cuda/*"),
+            *ROOT.glob(f"csrc/{op}/checks.h"),
+            *ROOT.glob("csrc/common/cuda*.h"),
+            *(ROOT / "csrc" / "common" / name for name in ("dropout.h", "tensor.h")),
+        ]
     ):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -123,8 +123,8 @@ def check_absent(target: Path, *, overwrite: bool) -> None:
 def recover(parent: Path, *, exclusive: bool = True) -> None:
     """Clean up in the folder `parent` after killed writers.
 
-    Temporary files and folders are deleted. An old target that was moved aside gets its name back, unless a new one has
-    taken it. Only leftovers of ended processes of this host are touched, and with `exclusive` those of every folder.
+    Temporary files and folders are deleted. An old target that was moved aside is renamed back, unless a new one
+    exists. Only leftovers of ended processes of this host are touched, and with `exclusive` those of every folder.
 
     Args:
         parent: the folder of the targets; it may be missing.

@@ -51,7 +51,7 @@ def verify(ops: list[str] | None = None, impls: list[str] | None = None, seed: i
 
     Args:
         ops: names of ops.
-        impls: names of implementations to look at; None for all that are available.
+        impls: names of implementations to run; None for all that are available.
         seed: of the inputs.
 
     Raises:
@@ -77,7 +77,7 @@ def record(results: list[Result]) -> Path:
     """Write the passing runs on this machine's GPU, for `auto` to rely on; returns the file.
 
     In a checkout the file is part of the project (bert_fast/verified), else it is in the user's cache. An
-    implementation is recorded when every one of its cases passed, and struck out of the file when one failed.
+    implementation is recorded when every one of its cases passed, and removed from the file when one failed.
 
     Raises:
         ValueError: there is no result of a GPU kernel.

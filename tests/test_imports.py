@@ -94,7 +94,8 @@ print([name for name in {OPTIONAL!r} if name in sys.modules and name not in befo
 ABOVE = {
     "integrations": ["cli", "finetune", "pretrain", "runtime", "optim", "tasks"],
     "tasks": ["cli", "finetune", "pretrain", "runtime", "optim", "integrations"],
-    "pretrain": ["cli", "tasks", "integrations"],
+    "finetune": ["cli", "integrations"],
+    "pretrain": ["cli", "finetune", "tasks", "integrations"],
     "runtime": ["cli", "finetune", "pretrain", "tasks", "integrations"],
     "optim": ["cli", "finetune", "pretrain", "runtime", "tasks", "integrations"],
     "models": ["cli", "finetune", "pretrain", "runtime", "optim", "tasks", "integrations"],

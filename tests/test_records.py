@@ -32,6 +32,12 @@ def result(op: str, comparison: Comparison, device: str = "cuda", impl: str = "t
     return verification.Result(op, impl, device, "bfloat16", "erf", (comparison,))
 
 
+def test_a_record_of_an_older_version_does_not_count(folders: tuple[Path, Path]) -> None:
+    folders[1].mkdir(parents=True)
+    (folders[1] / "nvidia-h200.json").write_text('{"device": "NVIDIA H200", "operations": {"bias_gelu": {}}}')
+    assert "no passing run on a GPU is recorded" in records.why_unverified("bias_gelu", "triton")
+
+
 def test_a_passing_run_is_recorded_and_valid(folders: tuple[Path, Path]) -> None:
     assert "no passing run on a GPU is recorded" in records.why_unverified("bias_gelu", "triton")
     path = verification.record([result("bias_gelu", PASSED), result("padding", PASSED, device="cpu")])

@@ -174,7 +174,7 @@ def judge_folder(folder: Path) -> list[dict[str, Any]]:
     entries = []
     for target in targets_of(folder.name):
         file = folder / f"{target.op}.json"
-        entries += judge(target, json.loads(file.read_text()) if file.exists() else None)
+        entries += judge(target, json.loads(file.read_text(encoding="utf-8")) if file.exists() else None)
     return entries
 
 

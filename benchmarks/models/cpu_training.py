@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -33,10 +32,12 @@ from benchmarks.models.cpu_inference import conclude, processor_options, process
 from benchmarks.runner.devices import Cpu
 from benchmarks.runner.runner import Case, Plan, Variant, run, warm
 from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Scenario, Size, batches, model_of
+from bert_fast._device import autocast
 from bert_fast.data import PackedBatch
 from bert_fast.kernels._common.benchmarks import evenly_spaced
 from bert_fast.models import BertForMaskedLM
 
+CPU = torch.device("cpu")
 BASE = Size("BERT-base", 12, 768, 3072, batch=8, seqlen=128)
 SMOKE = Size("tiny", 2, 64, 128, heads=2, vocabulary=100, batch=3, seqlen=12)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,14 +87,10 @@ def variants_of(size: Size, compiled: bool) -> dict[str, Side]:
     return {**variants, "bert_fast": ours_of(ours)}
 
 
-def autocast(precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-
-
 def loss_and_gradient(variant: Side, batch: Batches, precision: str) -> Tensor:
     """The compared values, without dropout: the loss, and the word embeddings' gradient over its largest value."""
     variant.model.eval()
-    with autocast(precision):
+    with autocast(CPU, precision):
         loss = variant.loss(batch)
     (gradient,) = torch.autograd.grad(loss, [variant.model.get_input_embeddings().weight])
     return torch.cat([loss.detach().double().reshape(1), (gradient / gradient.abs().max()).double().flatten()])
@@ -105,7 +102,7 @@ def step_of(variant: Side, batch: Batches, precision: str) -> Callable[[], None]
 
     def step() -> None:
         variant.model.train()
-        with autocast(precision):
+        with autocast(CPU, precision):
             loss = variant.loss(batch)
         loss.backward()
         optimizer.step()

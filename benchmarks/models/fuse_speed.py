@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.runner.runner import Case, Plan, Variant, arguments, main, parse
 from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Size, model_of
 from bert_fast import fuse
+from bert_fast._device import autocast
 from bert_fast.kernels._common.benchmarks import dtype_name, half_filled
 
 SIZES = (Size("base, 4 layers", 4, 768, 3072), Size("MiniLM-L6-H384", 6, 384, 1536, batch=8))
@@ -45,7 +46,7 @@ def logits_and_gradients(model: Any, inputs: dict[str, Tensor], dtype: torch.dty
     """The compared values, concatenated: the logits and each weight's gradient, each over its norm."""
     model.eval()
     with (
-        torch.autocast(inputs["labels"].device.type, dtype, enabled=dtype is torch.bfloat16),
+        autocast(inputs["labels"].device, dtype_name(dtype)),
         torch.set_grad_enabled(train),
     ):
         out = model(**inputs)
@@ -58,17 +59,17 @@ def logits_and_gradients(model: Any, inputs: dict[str, Tensor], dtype: torch.dty
 
 def variant(model: Any, inputs: dict[str, Tensor], dtype: torch.dtype, train: bool) -> Variant:
     """The call that is timed, with the model's values without dropout as its result."""
-    autocast = partial(torch.autocast, inputs["labels"].device.type, dtype, enabled=dtype is torch.bfloat16)
+    context = partial(autocast, inputs["labels"].device, dtype_name(dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # the work of a step, without changing the weights
 
     def infer() -> None:
         model.eval()
-        with torch.inference_mode(), autocast():
+        with torch.inference_mode(), context():
             model(**inputs)
 
     def step() -> None:
         model.train()
-        with autocast():
+        with context():
             loss = model(**inputs).loss
         loss.backward()
         optimizer.step()

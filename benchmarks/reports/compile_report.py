@@ -183,7 +183,7 @@ def required() -> dict[str, tuple[int, int]]:
 
 
 def read() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(TABLE.read_text()) if TABLE.exists() else []
+    rows: list[dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else []
     return rows
 
 

@@ -187,7 +187,7 @@ def draw_folder(folder: Path, suffix: str = ".svg") -> list[Path]:
     """Draw every report in a device's folder; returns the written files."""
     written = []
     for path in sorted(folder.glob("*.json")):
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(report, dict) or not any(row.get("ms") for row in report.get("rows", [])):
             continue
         file = path.with_suffix(suffix)

@@ -15,7 +15,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks.runner.devices import Machine, environment, reason, rounds_in
 from benchmarks.runner.runner import arguments, parse, write
 from bert_fast import fuse
+from bert_fast._device import autocast
 from bert_fast.data import PackedBatch
 from bert_fast.kernels import available_impls, use_impl
 from bert_fast.kernels._common.benchmarks import half_filled
@@ -89,7 +90,7 @@ class Scenario:
 
 def precision(device: torch.device) -> AbstractContextManager[Any]:
     """BF16 autocast on CUDA; FP32 on the CPU, where the benchmark only checks that it runs."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    return autocast(device, "bf16" if device.type == "cuda" else "fp32")
 
 
 def model_of(size: Size, kind: str = "BertForSequenceClassification") -> Any:

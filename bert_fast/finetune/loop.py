@@ -215,10 +215,10 @@ class Finetuner:
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         means = [float(torch.stack(list(of_task)).mean()) if of_task else None for of_task in losses]
         logged = [mean for mean in means if mean is not None]
-        for loss in logged:
-            if not math.isfinite(loss) or not math.isfinite(norm):
+        for value in logged:
+            if not math.isfinite(value) or not math.isfinite(norm):
                 raise TrainingDivergedError(
-                    f"the loss is {loss} and the gradient norm {norm} by step {self.step}; "
+                    f"the loss is {value} and the gradient norm {norm} by step {self.step}; "
                     "lower optimizer.lr or raise optimizer.warmup_steps"
                 )
         for log, loss in zip(logs, means, strict=True):

@@ -24,7 +24,7 @@ def config_entry(config: FinetuneConfig, task: Task) -> dict[str, Any]:
 def build_model(config: FinetuneConfig, task: Task, report: Callable[[str], None] = print) -> nn.Module:
     """The model of the task's class from the checkpoint `config.model`.
 
-    A head for another task, pooling or number of labels is initialized randomly, and `report` is told so.
+    A head for another task, pooling or number of labels is initialized randomly, and `report` is called with a message.
 
     Raises:
         ValueError: the checkpoint is damaged, or has no dropout where classifier_dropout sets one.

@@ -6,9 +6,7 @@ It is made from the files of the result folder alone, so it can be regenerated f
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bert_fast._html import html_page, panels_of, svg, table
 from bert_fast._io import write_text
 from bert_fast.runtime.log import read_log
 from bert_fast.tasks.metrics import calibration
@@ -23,16 +22,7 @@ from bert_fast.tasks.metrics import calibration
 METRICS, PREDICTIONS, SETTINGS, REPORT = "metrics.json", "predictions.dev.jsonl", "finetune.json", "report.html"
 MAX_MISTAKES = 25
 _MAX_TICK_LABELS = 30  # a larger confusion matrix is drawn without names and numbers
-_MAX_CELL_CHARACTERS = 400
 BLUE, ORANGE = "#1b6ca8", "#d9822b"
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62em; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
-td, th { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
-td.n { text-align: right } td.hit { background: #e3eef6 } svg { max-width: 100%; height: auto }
-pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
-"""
 
 
 def missing_package() -> str:
@@ -85,12 +75,6 @@ def page(
     return html_page(title, parts)
 
 
-def html_page(title: str, parts: Sequence[str]) -> str:
-    """A complete page, in the style of the reports, from HTML fragments."""
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-
-
 def multitask_page(title: str, metrics: Mapping[str, Any]) -> str:
     """The report of a run on several tasks, from its metrics: one line per task, with links to their own reports."""
     rows: list[Sequence[Any]] = [["task", "kind", "metric", "dev", "test"]]
@@ -115,54 +99,6 @@ def _numbers(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, lis
     first = metrics[splits[0]]
     names = [name for name, value in first.items() if value is None or isinstance(value, (int, float))]
     return {name: [metrics[split].get(name) for split in splits] for name in names}
-
-
-def table(rows: Sequence[Sequence[Any]], *, header: bool = True, diagonal: bool = False) -> str:
-    """An HTML table whose first row is the header; numbers are right-aligned, `diagonal` highlights the diagonal."""
-    lines = []
-    for number, row in enumerate(rows):
-        cells = []
-        for column, value in enumerate(row):
-            tag = "th" if header and number == 0 else "td"
-            classes = "n" if isinstance(value, (int, float)) or value is None else ""
-            classes += " hit" if diagonal and number and number == column else ""
-            opening = f'{tag} class="{classes}"' if classes else tag
-            cells.append(f"<{opening}>{_cell(value)}</{tag}>")
-        lines.append(f"<tr>{''.join(cells)}</tr>\n")
-    return f'<div class="wide"><table>\n{"".join(lines)}</table></div>'
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "undefined"
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return escape(text if len(text) <= _MAX_CELL_CHARACTERS else text[:_MAX_CELL_CHARACTERS] + " …")
-
-
-def svg(figure: Any) -> str:
-    """A figure as an inline SVG; deterministic."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bert_fast"}), warnings.catch_warnings():
-        # matplotlib's font lacks most scripts; the browser renders the text with its own fonts.
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def panels_of(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
-    """A figure without a GUI window, and its axes in one row."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
 
 
 def curves(log: Sequence[Mapping[str, Any]], metric: str, best: int) -> str:

@@ -1,7 +1,7 @@
 """The layout of transformers' models: the classes of each architecture, and the modules of a layer.
 
 RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA repeat BERT's modules under their own class names; DistilBERT's differ.
-Nothing here imports transformers: whoever has a model has imported it.
+Nothing here imports transformers: a caller with a model has already imported it.
 """
 
 from __future__ import annotations

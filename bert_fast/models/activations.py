@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bert_fast.kernels._common.activation import activate
+
 # hidden_act -> the `activation` argument of the kernels
 GELU_ACTIVATIONS = {
     "gelu": "gelu",
@@ -19,10 +21,7 @@ GELU_ACTIVATIONS = {
 }
 # hidden_act -> eager PyTorch
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    **{
-        name: partial(F.gelu, approximate="tanh" if gelu == "gelu_tanh" else "none")
-        for name, gelu in GELU_ACTIVATIONS.items()
-    },
+    **{name: partial(activate, activation=gelu) for name, gelu in GELU_ACTIVATIONS.items()},
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,

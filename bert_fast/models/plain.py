@@ -10,6 +10,7 @@ from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 M = TypeVar("M", bound=nn.Module)
@@ -18,7 +19,8 @@ M = TypeVar("M", bound=nn.Module)
 # output of the word embedding (see `requires_input_gradient`).
 _RECORDING = "transformers.utils.output_capturing"
 _INPUT_GRADIENT = "make_inputs_require_grads"
-_TENSORS = frozenset((torch.Tensor, nn.Parameter, type(None)))
+# Fake tensors stand for ordinary ones while a graph is traced or captured.
+_TENSORS = frozenset((torch.Tensor, nn.Parameter, FakeTensor, type(None)))
 
 
 def has_hooks(module: nn.Module) -> bool:

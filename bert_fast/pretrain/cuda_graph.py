@@ -34,7 +34,7 @@ class Capture(Protocol):
     def warm_up(self, function: Callable[[], None]) -> None:
         """Run `function` eagerly where it will be captured."""
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture `function` without running it; returns its replay on the same tensors."""
 
 
@@ -54,7 +54,7 @@ class CudaCapture:
             function()
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture `function` as a CUDA graph; returns its replay.
 
         Raises:
@@ -145,7 +145,7 @@ class _Graph:
             self._capture.warm_up(self._function)
             return
         if self._replay is None:
-            self._replay = self._capture.record(self._function)
+            self._replay = self._capture.capture(self._function)
         self._replay()
 
 

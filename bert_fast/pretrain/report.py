@@ -14,7 +14,7 @@ from typing import Any
 
 from bert_fast import _io
 from bert_fast._config import differences
-from bert_fast.finetune.report import html_page, panels_of, svg, table
+from bert_fast._html import html_page, panels_of, svg, table
 from bert_fast.pretrain.config import SETTINGS
 from bert_fast.runtime.log import LOG, read_log
 

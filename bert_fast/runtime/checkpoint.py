@@ -55,7 +55,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 def write_folder(target: Path, fill: Callable[[Path], None], ranks: Ranks | None = None) -> None:
     """Write the folder `target` with what `fill(folder)` writes and a manifest: it appears complete, or not at all.
 
-    An existing `target` is replaced. What killed writers left beside it is cleaned up.
+    An existing `target` is replaced. Leftovers of killed writers are deleted.
 
     Args:
         target: the folder.

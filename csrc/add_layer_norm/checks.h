@@ -1,4 +1,4 @@
-// What add_layer_norm's kernels accept, on every device.
+// Argument checks shared by the CPU and CUDA kernels of add_layer_norm.
 #pragma once
 
 #include <optional>
@@ -18,7 +18,7 @@ inline void check_inputs(const Tensor& x, const Tensor& residual, const Tensor& 
   if (x_bias) check_size(*x_bias, "x_bias", 0, x.size(1));
 }
 
-// What the backward pass takes in addition.
+// Checks the additional arguments of the backward pass.
 inline void check_saved(const Tensor& dout, const Tensor& x, const Tensor& mean, const Tensor& rstd) {
   check_size(dout, "dout", 0, x.size(0));
   check_size(dout, "dout", 1, x.size(1));

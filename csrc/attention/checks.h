@@ -1,4 +1,4 @@
-// What attention's kernels accept, on every device.
+// Argument checks shared by the CPU and CUDA kernels of attention.
 #pragma once
 
 #include <optional>
@@ -25,7 +25,7 @@ inline void check_like_out(const Tensor& x, const char* name, const Tensor& qkv)
   check_dtype(x, name, qkv.scalar_type());
 }
 
-// What the backward pass takes in addition.
+// Checks the additional arguments of the backward pass.
 inline void check_saved(const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv) {
   check_like_out(dout, "dout", qkv);
   check_like_out(out, "out", qkv);

@@ -1,4 +1,4 @@
-// What bias_gelu's kernels accept, on every device.
+// Argument checks shared by the CPU and CUDA kernels of bias_gelu.
 #pragma once
 
 #include "common/tensor.h"

@@ -1,4 +1,4 @@
-// What every CUDA source includes: launching a kernel, loads and stores of packs of elements, sums over a warp.
+// Common header of the CUDA sources: launching a kernel, loads and stores of packs of elements, sums over a warp.
 #pragma once
 
 #ifdef BERT_FAST_EMULATOR  // the tests' build, by the C++ compiler for CPU tensors (tests/emulator)

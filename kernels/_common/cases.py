@@ -1,4 +1,4 @@
-"""What tools know about an op, described once in `kernels/<op>/cases.py` (in the manner of PyTorch's OpInfo).
+"""The description of an op for tools, in `kernels/<op>/cases.py` (in the manner of PyTorch's OpInfo).
 
 `bert-fast verify`, tests/kernels/test_contract.py, the compile reports, the sanitizer run and the benchmarks iterate
 over these descriptions; none of them describes an op a second time.

@@ -166,7 +166,7 @@ def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
 def cuda_kernels(call: Callable[..., Any], op: str, *operators: str) -> Implementation:
     """The CUDA kernels of `op`: available where `bert_fast._CUDA` registered all of `operators`.
 
-    Where tests loaded the emulated kernels (tests/emulator), these are they, on CPU tensors.
+    If the tests loaded the emulated kernels (tests/emulator), they run on CPU tensors.
     """
     device = "cpu" if extensions.CUDA_EMULATED else "cuda"
     missing = [name for name in operators if not extensions.registered(f"{_CUDA}::{name}", device.upper())]

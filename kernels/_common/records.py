@@ -120,8 +120,6 @@ def _commit(checkout: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The record in a file, or an empty one where there is no file."""
-    if not path.exists():
-        return {"device": "", "ops": {}}
-    record: dict[str, Any] = json.loads(path.read_text())
-    return record
+    """The record in a file, or an empty one where there is no file; one of an older version has no "ops" that count."""
+    empty: dict[str, Any] = {"device": "", "ops": {}}
+    return empty | json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty

@@ -1,8 +1,8 @@
 """Row buckets: a bounded set of row counts for a library that prepares code for each number of rows.
 
 oneDNN creates a primitive (code for the shape) for every number of rows, which takes milliseconds, and caches up to
-1,024 of them. A server's batches have any number of tokens, so without buckets its first thousands of batches would pay
-for new primitives, in time and in memory.
+1,024 of them. A server's batches have any number of tokens, so without buckets its first thousands of batches would
+each create primitives, at a cost in time and memory.
 """
 
 from __future__ import annotations

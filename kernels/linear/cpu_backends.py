@@ -131,8 +131,8 @@ def blas(ops: Any, *inputs: Any) -> Tensor:
 
 def _differentiable(ops: Any, call: Call) -> Tensor:
     weight = call.weights[0] if len(call.weights) == 1 else torch.cat(call.weights)
-    keep = not (torch.is_grad_enabled() and weight.requires_grad) and len(call.weights) == 1
-    product: Tensor = ops.linear_fwd(call.x, weight, keep)
+    cache_weight = not (torch.is_grad_enabled() and weight.requires_grad) and len(call.weights) == 1
+    product: Tensor = ops.linear_fwd(call.x, weight, cache_weight)
     return _epilogue(ops, product, call.bias, call.activation)
 
 
@@ -175,15 +175,15 @@ def _packed(call: Call) -> Tensor:
     return _pointwise(pad_rows(x), packed, None if bias is None else bias.to(x.dtype), activation)[: x.shape[0]]
 
 
-def _product(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
-    """The operator linear_fwd: x weight^T in the dtype of x. With `keep`, as in inference: the weight is cached."""
+def _product(x: Tensor, weight: Tensor, cache_weight: bool) -> Tensor:
+    """The operator linear_fwd: x weight^T in the dtype of x; with `cache_weight` as in inference."""
     with torch.autocast("cpu", enabled=False):
-        keep = keep and cacheable((weight,))
-        backend = BACKENDS[x.dtype].inference if keep else BACKENDS[x.dtype].training
+        cache_weight = cache_weight and cacheable((weight,))
+        backend = BACKENDS[x.dtype].inference if cache_weight else BACKENDS[x.dtype].training
         if backend == "tiles":
             return _tiles(Call(x, (weight,), None, None))
         if backend == "onednn" and x.shape[0]:
-            if keep:
+            if cache_weight:
                 return _packed(Call(x, (weight,), None, None))
             return _pointwise(x.contiguous(), weight.to(x.dtype).contiguous())
         return F.linear(x.float(), weight.float()).to(x.dtype)

@@ -28,7 +28,7 @@ from bert_fast.kernels.linear import cpu_backends
 from bert_fast.kernels.linear.reference import linear_reference
 
 
-def _fwd_fake(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
+def _fwd_fake(x: Tensor, weight: Tensor, cache_weight: bool) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 

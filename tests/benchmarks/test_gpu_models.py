@@ -29,7 +29,7 @@ class EagerCapture:
     def warm_up(self, function: Callable[[], None]) -> None:
         function()
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         self.recorded += 1
         work = function.__self__._train_step  # type: ignore[attr-defined]
 

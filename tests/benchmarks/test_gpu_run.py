@@ -137,7 +137,9 @@ def test_every_command_of_the_steps_exists(monkeypatch: pytest.MonkeyPatch, tmp_
     for step in gpu.STEPS:
         step.run(gpu.Options(False, tmp_path), step.share)
     modules = {name: command[2:4] for name, command in commands.items() if command[1] == "-m"}
-    assert all(importlib.util.find_spec(module) for module, _ in modules.values())
+    # Not pip: looking it up makes setuptools leave the standard library's distutils to it for the rest of the process.
+    ours = {module for module, _ in modules.values() if module.startswith(("benchmarks", "bert_fast"))}
+    assert all(importlib.util.find_spec(module) for module in ours)
     ops = {argument for module, argument in modules.values() if module == "benchmarks.ops"}
     assert ops == set(available_impls()) - gpu.CPU_OPS == set(gpu.ops())
     expected = {"sanitizer", "pretraining", "inference", "targets", "plots", "warm-up inference", "benchmark attention"}

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from bert_fast._html import table
 from bert_fast.cli.main import main
 from bert_fast.finetune import report as finetune_report
-from bert_fast.finetune.report import missing_package, page, table, write_report
+from bert_fast.finetune.report import missing_package, page, write_report
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.metrics import classification_metrics
 from bert_fast.tasks.task import make_task

@@ -1,4 +1,4 @@
-"""attention's CUDA kernels for Hopper against the reference, on such a GPU or in the emulator, which poses as one.
+"""attention's CUDA kernels for Hopper against the reference, on such a GPU or in the emulator, which emulates one.
 
 On other GPUs the same cases run on the kernels for sm_80 and later.
 """

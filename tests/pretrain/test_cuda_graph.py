@@ -95,7 +95,7 @@ class Recorder:
     def warm_up(self, function: Callable[[], None]) -> None:
         function()
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         with Operators() as operators:
             function()
         operators.undo()
@@ -114,7 +114,7 @@ class Recorder:
 class Plain(Recorder):
     """Replays the Python function itself."""
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         self.recorded += 1
         return function
 
