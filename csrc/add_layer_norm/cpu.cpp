@@ -77,14 +77,14 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, const Ten
   const int64_t rows = x.size(0), cols = x.size(1);
   check_size(bias, "bias", 0, cols);
   const Dropout drop = make_dropout(dropout_p, rng_state);
-  const Tensor branch = as_contiguous(x), stream = as_contiguous(residual);
-  const Tensor branch_bias = bias_or_zeros(x_bias, cols), gain = as_float(weight), shift = as_float(bias);
+  const Tensor x_in = as_contiguous(x), residual_in = as_contiguous(residual);
+  const Tensor x_bias_in = bias_or_zeros(x_bias, cols), weight_in = as_float(weight), bias_in = as_float(bias);
   const Tensor out = empty({rows, cols}, x.scalar_type());
   const Tensor mean = empty({rows}, ScalarType::Float), rstd = empty({rows}, ScalarType::Float);
   dispatch_float(x.scalar_type(), "add_layer_norm", [&](auto element) {
     using T = decltype(element);
-    forward<T>({data<T>(branch), data<T>(stream), data<float>(branch_bias), data<float>(gain), data<float>(shift),
-                mutable_data<T>(out), mutable_data<float>(mean), mutable_data<float>(rstd), cols,
+    forward<T>({data<T>(x_in), data<T>(residual_in), data<float>(x_bias_in), data<float>(weight_in),
+                data<float>(bias_in), mutable_data<T>(out), mutable_data<float>(mean), mutable_data<float>(rstd), cols,
                 static_cast<float>(eps), drop},
                rows);
   });
@@ -102,17 +102,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tens
   const int64_t rows = x.size(0), cols = x.size(1);
   add_layer_norm::check_saved(dout, x, mean, rstd);
   const Dropout drop = make_dropout(dropout_p, rng_state);
-  const Tensor grad = as_contiguous(dout), branch = as_contiguous(x), stream = as_contiguous(residual);
-  const Tensor branch_bias = bias_or_zeros(x_bias, cols), gain = as_float(weight);
-  const Tensor means = as_float(mean), rstds = as_float(rstd);
+  const Tensor dout_in = as_contiguous(dout), x_in = as_contiguous(x), residual_in = as_contiguous(residual);
+  const Tensor x_bias_in = bias_or_zeros(x_bias, cols), weight_in = as_float(weight);
+  const Tensor mean_in = as_float(mean), rstd_in = as_float(rstd);
   const Tensor dx = empty({rows, cols}, x.scalar_type()), dresidual = empty({rows, cols}, x.scalar_type());
   const RowParts parts(rows);
   const Tensor partial = zeros({parts.count, 3 * cols}, ScalarType::Float);
   dispatch_float(x.scalar_type(), "add_layer_norm", [&](auto element) {
     using T = decltype(element);
-    backward<T>({data<T>(grad), data<T>(branch), data<T>(stream), data<float>(branch_bias), data<float>(gain),
-                 data<float>(means), data<float>(rstds), mutable_data<T>(dx), mutable_data<T>(dresidual), cols, drop},
-                parts, x_bias.has_value(), mutable_data<float>(partial));
+    backward<T>(
+        {data<T>(dout_in), data<T>(x_in), data<T>(residual_in), data<float>(x_bias_in), data<float>(weight_in),
+         data<float>(mean_in), data<float>(rstd_in), mutable_data<T>(dx), mutable_data<T>(dresidual), cols, drop},
+        parts, x_bias.has_value(), mutable_data<float>(partial));
   });
   const auto sum = [&](int64_t index) { return sum_parts(partial, parts.count, cols, 3 * cols, index * cols); };
   return {dx, dresidual, sum(0), sum(1), x_bias ? sum(2) : empty({0}, ScalarType::Float)};

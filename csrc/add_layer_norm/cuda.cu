@@ -218,19 +218,19 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, const Ten
   const int64_t rows = x.size(0), cols = x.size(1);
   check_size(bias, "bias", 0, cols);
   const DropoutArguments drop = dropout_arguments(dropout_p, rng_state);
-  const Tensor branch = as_contiguous(x), stream = as_contiguous(residual), gain = as_float(weight);
-  const Tensor shift = as_float(bias), branch_bias = x_bias ? as_float(*x_bias) : shift;
+  const Tensor x_in = as_contiguous(x), residual_in = as_contiguous(residual), weight_in = as_float(weight);
+  const Tensor bias_in = as_float(bias), x_bias_in = x_bias ? as_float(*x_bias) : bias_in;
   const Tensor out = empty_like_rows(x, {rows, cols}, x.scalar_type());
   const Tensor mean = empty_like_rows(x, {rows}, ScalarType::Float),
                rstd = empty_like_rows(x, {rows}, ScalarType::Float);
-  dispatch_pack(x.scalar_type(), "add_layer_norm", cols, {branch, stream, gain, shift, branch_bias, out},
+  dispatch_pack(x.scalar_type(), "add_layer_norm", cols, {x_in, residual_in, weight_in, bias_in, x_bias_in, out},
                 [&](auto element, auto full) {
                   using T = decltype(element);
-                  const Rows<T> in = {data<T>(branch),
-                                      data<T>(stream),
-                                      x_bias ? data<float>(branch_bias) : nullptr,
-                                      data<float>(gain),
-                                      data<float>(shift),
+                  const Rows<T> in = {data<T>(x_in),
+                                      data<T>(residual_in),
+                                      x_bias ? data<float>(x_bias_in) : nullptr,
+                                      data<float>(weight_in),
+                                      data<float>(bias_in),
                                       mutable_data<T>(out),
                                       mutable_data<float>(mean),
                                       mutable_data<float>(rstd),
@@ -256,23 +256,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tens
   const int64_t rows = x.size(0), cols = x.size(1);
   add_layer_norm::check_saved(dout, x, mean, rstd);
   const DropoutArguments drop = dropout_arguments(dropout_p, rng_state);
-  const Tensor grad = as_contiguous(dout), branch = as_contiguous(x), stream = as_contiguous(residual);
-  const Tensor gain = as_float(weight), branch_bias = x_bias ? as_float(*x_bias) : gain;
-  const Tensor means = as_float(mean), rstds = as_float(rstd);
+  const Tensor dout_in = as_contiguous(dout), x_in = as_contiguous(x), residual_in = as_contiguous(residual);
+  const Tensor weight_in = as_float(weight), x_bias_in = x_bias ? as_float(*x_bias) : weight_in;
+  const Tensor mean_in = as_float(mean), rstd_in = as_float(rstd);
   const Tensor dx = empty_like_rows(x, {rows, cols}, x.scalar_type());
   const Tensor dresidual = empty_like_rows(x, {rows, cols}, x.scalar_type());
   const DeviceParts parts(rows, kParts);
   const Tensor partial = empty_like_rows(x, {parts.count, 3 * cols}, ScalarType::Float);
   dispatch_pack(x.scalar_type(), "add_layer_norm", cols,
-                {grad, branch, stream, gain, branch_bias, dx, dresidual, partial}, [&](auto element, auto full) {
+                {dout_in, x_in, residual_in, weight_in, x_bias_in, dx, dresidual, partial},
+                [&](auto element, auto full) {
                   using T = decltype(element);
-                  const GradRows<T> in = {data<T>(grad),
-                                          data<T>(branch),
-                                          data<T>(stream),
-                                          x_bias ? data<float>(branch_bias) : nullptr,
-                                          data<float>(gain),
-                                          data<float>(means),
-                                          data<float>(rstds),
+                  const GradRows<T> in = {data<T>(dout_in),
+                                          data<T>(x_in),
+                                          data<T>(residual_in),
+                                          x_bias ? data<float>(x_bias_in) : nullptr,
+                                          data<float>(weight_in),
+                                          data<float>(mean_in),
+                                          data<float>(rstd_in),
                                           mutable_data<T>(dx),
                                           mutable_data<T>(dresidual),
                                           mutable_data<float>(partial),

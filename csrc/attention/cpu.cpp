@@ -132,12 +132,12 @@ std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, 
                                          const std::optional<Tensor>& rng_state) {
   const Batch batch(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
   attention::check_saved(dout, out, lse, qkv);
-  const Tensor grad = as_contiguous(dout), sums = as_contiguous(lse);
+  const Tensor dout_in = as_contiguous(dout), lse_in = as_contiguous(lse);
   const Tensor dqkv = empty({batch.total, 3, batch.heads, batch.dim}, qkv.scalar_type());
   const int64_t sequences = static_cast<int64_t>(batch.starts.size()) - 1, width = 3 * batch.heads * batch.dim;
   const Tensor partial = zeros({sequences, width}, ScalarType::Float);
   dispatch_float(qkv.scalar_type(), "attention",
-                 [&](auto element) { backward<decltype(element)>(batch, grad, sums, dqkv, partial); });
+                 [&](auto element) { backward<decltype(element)>(batch, dout_in, lse_in, dqkv, partial); });
   const Tensor dbias = sum_parts(partial, sequences, width);
   return {dqkv, torch::stable::view(dbias, {3, batch.heads, batch.dim})};
 }

@@ -5,7 +5,7 @@
 
 namespace bert_fast {
 
-enum Part { kQuery = 0, kKey = 1, kValue = 2 };
+enum QkvPart { kQuery = 0, kKey = 1, kValue = 2 };
 
 template <class T>
 struct AttentionHead {
@@ -18,8 +18,8 @@ struct AttentionHead {
   const Dropout* dropout;
   uint32_t plane, first_row;  // of the dropout mask: the head, and the index of the first token in the packed batch
 
-  const T* part(Part which) const { return qkv + which * part_stride; }
-  const float* part_bias(Part which) const { return bias ? bias + which * bias_stride : nullptr; }
+  const T* part(QkvPart which) const { return qkv + which * part_stride; }
+  const float* part_bias(QkvPart which) const { return bias ? bias + which * bias_stride : nullptr; }
 };
 
 // What the backward pass reads and writes in addition; dout and dqkv are contiguous (T, N, D) and (T, 3, N, D).

@@ -55,7 +55,7 @@ inline int64_t attention_scratch_floats(int64_t length, int64_t dim, bool backwa
 }
 
 template <class T>
-BF_INLINE HeadRows<T> rows_of(const AttentionHead<T>& head, Part part) {
+BF_INLINE HeadRows<T> rows_of(const AttentionHead<T>& head, QkvPart part) {
   return {head.part(part), head.token_stride, head.part_bias(part), head.length, head.dim, 0};
 }
 

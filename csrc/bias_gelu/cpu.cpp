@@ -1,5 +1,6 @@
 // gelu(x + bias), x (T, F), on the CPU. The backward pass recomputes GeLU's derivative from x and bias.
 #include "bias_gelu/checks.h"
+#include "common/activation.h"
 #include "common/reduce.h"
 
 #define BF_KERNELS "bias_gelu/cpu_kernels.h"
@@ -36,24 +37,25 @@ void backward(const Tensor& dout, const Tensor& x, const Tensor& bias, const Ten
 
 Tensor bias_gelu_fwd(const Tensor& x, const Tensor& bias, bool tanh) {
   bias_gelu::check_inputs(x, bias);
-  const Tensor in = as_contiguous(x), shift = as_float(bias);
+  const Tensor x_in = as_contiguous(x), bias_in = as_float(bias);
   const Tensor out = empty({x.size(0), x.size(1)}, x.scalar_type());
   dispatch_float(x.scalar_type(), "bias_gelu", [&](auto element) {
     using T = decltype(element);
-    tanh ? forward<T, true>(in, shift, out) : forward<T, false>(in, shift, out);
+    tanh ? forward<T, true>(x_in, bias_in, out) : forward<T, false>(x_in, bias_in, out);
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dout, const Tensor& x, const Tensor& bias, bool tanh) {
   bias_gelu::check_inputs(dout, x, bias);
-  const Tensor grad = as_contiguous(dout), in = as_contiguous(x), shift = as_float(bias);
+  const Tensor dout_in = as_contiguous(dout), x_in = as_contiguous(x), bias_in = as_float(bias);
   const Tensor dx = empty({x.size(0), x.size(1)}, x.scalar_type());
   const RowParts parts(x.size(0));
   const Tensor partial = zeros({parts.count, x.size(1)}, ScalarType::Float);
   dispatch_float(x.scalar_type(), "bias_gelu", [&](auto element) {
     using T = decltype(element);
-    tanh ? backward<T, true>(grad, in, shift, dx, partial) : backward<T, false>(grad, in, shift, dx, partial);
+    tanh ? backward<T, true>(dout_in, x_in, bias_in, dx, partial)
+         : backward<T, false>(dout_in, x_in, bias_in, dx, partial);
   });
   return {dx, sum_parts(partial, parts.count, x.size(1))};
 }

@@ -84,32 +84,32 @@ dim3 grid_of(int64_t row_blocks, int64_t cols, int pack) {
 
 Tensor bias_gelu_fwd(const Tensor& x, const Tensor& bias, bool tanh) {
   bias_gelu::check_inputs(x, bias);
-  const Tensor in = as_contiguous(x), shift = as_float(bias);
+  const Tensor x_in = as_contiguous(x), bias_in = as_float(bias);
   const int64_t rows = x.size(0), cols = x.size(1);
   const Tensor out = empty_like_rows(x, {rows, cols}, x.scalar_type());
-  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {in, shift, out}, [&](auto element, auto full) {
+  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {x_in, bias_in, out}, [&](auto element, auto full) {
     using T = decltype(element);
     constexpr bool kFull = decltype(full)::value;
     const auto kernel = tanh ? bias_gelu_forward<T, kFull, true> : bias_gelu_forward<T, kFull, false>;
-    launch(kernel, grid_of(ceil_div(rows, kForwardRows), cols, kPack<T>), kThreads, 0, x, data<T>(in),
-           data<float>(shift), mutable_data<T>(out), rows, cols);
+    launch(kernel, grid_of(ceil_div(rows, kForwardRows), cols, kPack<T>), kThreads, 0, x, data<T>(x_in),
+           data<float>(bias_in), mutable_data<T>(out), rows, cols);
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dout, const Tensor& x, const Tensor& bias, bool tanh) {
   bias_gelu::check_inputs(dout, x, bias);
-  const Tensor grad = as_contiguous(dout), in = as_contiguous(x), shift = as_float(bias);
+  const Tensor dout_in = as_contiguous(dout), x_in = as_contiguous(x), bias_in = as_float(bias);
   const int64_t rows = x.size(0), cols = x.size(1);
   const Tensor dx = empty_like_rows(x, {rows, cols}, x.scalar_type());
   const DeviceParts parts(rows);
   const Tensor partial = empty_like_rows(x, {parts.count, cols}, ScalarType::Float);
-  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {grad, in, shift, dx}, [&](auto element, auto full) {
+  dispatch_pack(x.scalar_type(), "bias_gelu", cols, {dout_in, x_in, bias_in, dx}, [&](auto element, auto full) {
     using T = decltype(element);
     constexpr bool kFull = decltype(full)::value;
     const auto kernel = tanh ? bias_gelu_backward<T, kFull, true> : bias_gelu_backward<T, kFull, false>;
-    launch(kernel, grid_of(parts.count, cols, kPack<T>), kThreads, 0, x, data<T>(grad), data<T>(in), data<float>(shift),
-           mutable_data<T>(dx), mutable_data<float>(partial), rows, cols, parts.size);
+    launch(kernel, grid_of(parts.count, cols, kPack<T>), kThreads, 0, x, data<T>(dout_in), data<T>(x_in),
+           data<float>(bias_in), mutable_data<T>(dx), mutable_data<float>(partial), rows, cols, parts.size);
   });
   return {dx, sum_parts_cuda(partial, 0, cols)};
 }

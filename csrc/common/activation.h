@@ -1,4 +1,4 @@
-// The activation of a linear layer as the operators encode it: 0 none, 1 GeLU with erf, 2 GeLU with tanh.
+// The activation of a linear layer as the operators encode it (kernels/_common/activation.py).
 #pragma once
 
 #include <type_traits>
@@ -7,13 +7,15 @@
 
 namespace bert_fast {
 
+enum Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };
+
 // Run `body` with the activation as a constant.
 template <class Body>
 inline void dispatch_activation(int64_t activation, const char* name, const Body& body) {
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, name, ": unknown activation ", activation);
-  if (activation == 0) body(std::integral_constant<int, 0>{});
-  if (activation == 1) body(std::integral_constant<int, 1>{});
-  if (activation == 2) body(std::integral_constant<int, 2>{});
+  STD_TORCH_CHECK(activation >= kNone && activation <= kGeluTanh, name, ": unknown activation ", activation);
+  if (activation == kNone) body(std::integral_constant<int, kNone>{});
+  if (activation == kGelu) body(std::integral_constant<int, kGelu>{});
+  if (activation == kGeluTanh) body(std::integral_constant<int, kGeluTanh>{});
 }
 
 }  // namespace bert_fast

@@ -35,10 +35,10 @@ BF_INLINE vfloat gelu_grad(vfloat u) {
   return 0.5f * (1.0f + verf(u * kSqrtHalf)) + u * (kInvSqrt2Pi * vexp(-0.5f * u * u));
 }
 
-// ACTIVATION as in common/activation.h.
+// ACTIVATION is an Activation of common/activation.h.
 template <int ACTIVATION>
 BF_INLINE vfloat activate(vfloat u) {
-  return ACTIVATION == 0 ? u : gelu<ACTIVATION == 2>(u);
+  return ACTIVATION == kNone ? u : gelu<ACTIVATION == kGeluTanh>(u);
 }
 
 }  // namespace BF_ISA

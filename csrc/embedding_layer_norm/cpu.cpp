@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
   const Inputs in(input_ids, token_type_ids, position_ids, word, token_type, position, weight);
   check_size(bias, "bias", 0, in.cols);
   const Dropout drop = make_dropout(dropout_p, rng_state);
-  const Tensor gain = as_float(weight), shift = as_float(bias);
+  const Tensor weight_in = as_float(weight), bias_in = as_float(bias);
   const Tensor out = empty({in.tokens, in.cols}, out_dtype);
   const Tensor mean = empty({in.tokens}, ScalarType::Float), rstd = empty({in.tokens}, ScalarType::Float);
   dispatch_float(word.scalar_type(), "embedding_layer_norm", [&](auto element) {
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
       using O = decltype(out_element);
       forward<decltype(element), O>(
           in.tables<decltype(element)>(),
-          {data<float>(gain), data<float>(shift), mutable_data<O>(out), mutable_data<float>(mean),
+          {data<float>(weight_in), data<float>(bias_in), mutable_data<O>(out), mutable_data<float>(mean),
            mutable_data<float>(rstd), static_cast<float>(eps), drop},
           in.tokens);
     });
@@ -230,7 +230,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
   check_size(mean, "mean", 0, in.tokens);
   check_size(rstd, "rstd", 0, in.tokens);
   const Dropout drop = make_dropout(dropout_p, rng_state);
-  const Tensor grad = as_contiguous(dout), gain = as_float(weight), means = as_float(mean), rstds = as_float(rstd);
+  const Tensor dout_in = as_contiguous(dout), weight_in = as_float(weight), mean_in = as_float(mean),
+               rstd_in = as_float(rstd);
   const Tensor dsum = empty({in.tokens, in.cols}, ScalarType::Float);
   const RowParts parts(in.tokens);
   const Tensor partial = zeros({parts.count, 2 * in.cols}, ScalarType::Float);
@@ -239,10 +240,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
     using T = decltype(element);
     dispatch_float(dout.scalar_type(), "embedding_layer_norm", [&](auto out_element) {
       using O = decltype(out_element);
-      backward<T, O>(
-          in.tables<T>(),
-          {data<O>(grad), data<float>(gain), data<float>(means), data<float>(rstds), mutable_data<float>(dsum), drop},
-          parts, mutable_data<float>(partial));
+      backward<T, O>(in.tables<T>(),
+                     {data<O>(dout_in), data<float>(weight_in), data<float>(mean_in), data<float>(rstd_in),
+                      mutable_data<float>(dsum), drop},
+                     parts, mutable_data<float>(partial));
     });
     const float* rows = data<float>(dsum);
     dword = scatter_sum<T>(in.words, rows, in.cols, padding_idx);

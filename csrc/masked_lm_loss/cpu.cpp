@@ -70,15 +70,15 @@ std::tuple<Tensor, Tensor> masked_lm_loss_rows(const Tensor& logits, const Tenso
     check_dtype(dbias, "dbias", ScalarType::Float);
     STD_TORCH_CHECK(dbias.is_contiguous(), "masked_lm_loss: expected contiguous dbias (V,)");
   }
-  const Tensor targets = as_contiguous(labels), shift = as_float(bias);
-  check_labels(data<int64_t>(targets), rows, cols);
+  const Tensor labels_in = as_contiguous(labels), bias_in = as_float(bias);
+  check_labels(data<int64_t>(labels_in), rows, cols);
 
   std::vector<double> losses(rows);
   const std::unique_ptr<bool[]> hits(new bool[rows]);
   dispatch_float(logits.scalar_type(), "masked_lm_loss", [&](auto element) {
     using T = decltype(element);
     const auto run = grad ? rows_loss<T, true> : rows_loss<T, false>;
-    run(logits, data<int64_t>(targets), data<float>(shift), {scale, label_smoothing, z_loss}, losses.data(),
+    run(logits, data<int64_t>(labels_in), data<float>(bias_in), {scale, label_smoothing, z_loss}, losses.data(),
         hits.get());
     if (grad) bias_grad<T>(logits, mutable_data<float>(dbias));
   });

@@ -96,14 +96,14 @@ std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, 
   Tensor dqkv = empty_like_rows(qkv, {total, 3, heads, dim}, qkv.scalar_type());
   Tensor dbias = empty_like_rows(qkv, {3, heads, dim}, ScalarType::Float);
   if (arguments.empty()) return {torch::stable::zero_(dqkv), torch::stable::zero_(dbias)};
-  const Tensor grad = as_contiguous(dout), result = as_contiguous(out), sums = as_contiguous(lse);
+  const Tensor dout_in = as_contiguous(dout), out_in = as_contiguous(out), lse_in = as_contiguous(lse);
   const bool biased = bias.has_value();
   const bool rounded = qkv.scalar_type() != ScalarType::Float;
   const Tensor biased_q = empty_like_rows(qkv, {biased && rounded ? total : 0, heads, dim}, qkv.scalar_type());
   const Tensor partial =
       empty_like_rows(qkv, {biased ? batch.sequences * batch.blocks : 0, 3 * heads * dim}, ScalarType::Float);
-  arguments.align_to(grad);
-  arguments.align_to(result);
+  arguments.align_to(dout_in);
+  arguments.align_to(out_in);
   arguments.align_to(dqkv);
   if (biased && rounded) arguments.align_to(biased_q);
   const bool hopper = takes_hopper_path(batch, qkv.scalar_type(), qkv);
@@ -113,10 +113,10 @@ std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, 
   const Tensor statistics = empty_like_rows(qkv, {heads, 3, statistics_rows}, ScalarType::Float);
   dispatch_cuda(qkv.scalar_type(), "attention", [&](auto element) {
     using T = decltype(element);
-    const AttentionBackward<T> tensors = {data<T>(grad),
+    const AttentionBackward<T> tensors = {data<T>(dout_in),
                                           data<T>(arguments.qkv),
-                                          data<T>(result),
-                                          data<float>(sums),
+                                          data<T>(out_in),
+                                          data<float>(lse_in),
                                           mutable_data<T>(dqkv),
                                           biased && rounded ? mutable_data<T>(biased_q) : nullptr,
                                           mutable_data<float>(statistics),
