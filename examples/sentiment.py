@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from examples.naive_bayes import accuracy
-from examples.trainer_comparison import Experiment, Row, arguments, compared, download, finish, minilm, thinned
+from examples.trainer_comparison import Experiment, Row, arguments, compared, download, minilm, thinned, write_results
 
 PACKAGE = "vaderSentiment==3.3.2"
 FILES = {"movies": "movieReviewSnippets_GroundTruth.txt", "tweets": "tweets_GroundTruth.txt"}
@@ -76,7 +76,7 @@ def main() -> None:
         *compared(experiment, options.seeds, options.sides),
     ]
     title = f"Sentiment of {options.kind}, from MiniLM-L6's weights"
-    finish("sentiment", title, lines, write=options.write, suffix=f"_{options.kind}")
+    write_results("sentiment", title, lines, write=options.write, suffix=f"_{options.kind}")
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def _mean_std(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f}{deviation}"
 
 
-def finish(name: str, title: str, lines: list[str], *, write: bool, suffix: str = "") -> None:
+def write_results(name: str, title: str, lines: list[str], *, write: bool, suffix: str = "") -> None:
     """Print the table, the machine and the command; with `write`, also to examples/results/<name><suffix>.md."""
     import transformers
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bert_fast.tasks.io.sources import read_table
-from examples.trainer_comparison import Experiment, arguments, compared, finish, minilm, thinned
+from examples.trainer_comparison import Experiment, arguments, compared, minilm, thinned, write_results
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         max_length=options.max_length,
     )
     lines = compared(experiment, options.seeds, options.sides)
-    finish("wnut17_ner", "WNUT17 entities, from MiniLM-L6's weights", lines, write=options.write)
+    write_results("wnut17_ner", "WNUT17 entities, from MiniLM-L6's weights", lines, write=options.write)
 
 
 if __name__ == "__main__":

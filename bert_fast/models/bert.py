@@ -442,7 +442,10 @@ class BertHeadModel(BertPreTrainedModel):
         rng_states: Tensor | None = None,
         **flags: Unpack[OutputFlags],
     ) -> PackedOutput:
-        """Remove padding and run the encoder; the arguments are those of `BertModel.forward`."""
+        """Remove padding and run the encoder; the arguments are those of `BertModel.forward`.
+
+        The packed tokens go through its forward, so that hooks on the encoder run.
+        """
         tokens = Tokens.from_inputs(
             self.config,
             input_ids=input_ids,

@@ -83,7 +83,7 @@ def _choose(dtype: torch.dtype) -> Backends:
 BACKENDS = {dtype: _choose(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
-class Call(NamedTuple):
+class LinearArguments(NamedTuple):
     """The arguments of `linear_reference`."""
 
     x: Tensor
@@ -103,7 +103,7 @@ class Call(NamedTuple):
 
 def run(ops: Any, *inputs: Any) -> Tensor:
     """act(x weight^T + bias) on the CPU, for the dtypes of BACKENDS. `ops` is torch.ops.bert_fast."""
-    call = Call(*inputs)
+    call = LinearArguments(*inputs)
     training = call.trains
     backends = BACKENDS[call.x.dtype]
     backend = backends.training if training else backends.inference
@@ -118,7 +118,7 @@ def run(ops: Any, *inputs: Any) -> Tensor:
 
 def blas(ops: Any, *inputs: Any) -> Tensor:
     """act(x weight^T + bias) by torch's own product and the bias_gelu of `ops`, on any device."""
-    x, weights, bias, activation = Call(*inputs)
+    x, weights, bias, activation = LinearArguments(*inputs)
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):  # autocast casts and caches the weight
         weight = weight.to(x.dtype)
@@ -129,7 +129,7 @@ def blas(ops: Any, *inputs: Any) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _differentiable(ops: Any, call: Call) -> Tensor:
+def _differentiable(ops: Any, call: LinearArguments) -> Tensor:
     weight = call.weights[0] if len(call.weights) == 1 else torch.cat(call.weights)
     cache_weight = not (torch.is_grad_enabled() and weight.requires_grad) and len(call.weights) == 1
     product: Tensor = ops.linear_fwd(call.x, weight, cache_weight)
@@ -145,7 +145,7 @@ def _epilogue(ops: Any, product: Tensor, bias: Tensor | None, activation: str | 
     return out
 
 
-def _tiles(call: Call) -> Tensor:
+def _tiles(call: LinearArguments) -> Tensor:
     packed = cached_weight("tiles", call.weights, torch.ops.bert_fast.linear_pack)
     columns = sum([weight.shape[0] for weight in call.weights])
     code = ACTIVATIONS[call.activation].code
@@ -167,7 +167,7 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     return out
 
 
-def _packed(call: Call) -> Tensor:
+def _packed(call: LinearArguments) -> Tensor:
     x, weights, bias, activation = call
     if not x.shape[0]:
         return x.new_empty(0, sum(weight.shape[0] for weight in weights))
@@ -176,15 +176,15 @@ def _packed(call: Call) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, cache_weight: bool) -> Tensor:
-    """The operator linear_fwd: x weight^T in the dtype of x; with `cache_weight` as in inference."""
+    """The operator linear_fwd: x weight^T in the dtype of x; `cache_weight` takes the path of inference."""
     with torch.autocast("cpu", enabled=False):
         cache_weight = cache_weight and cacheable((weight,))
         backend = BACKENDS[x.dtype].inference if cache_weight else BACKENDS[x.dtype].training
         if backend == "tiles":
-            return _tiles(Call(x, (weight,), None, None))
+            return _tiles(LinearArguments(x, (weight,), None, None))
         if backend == "onednn" and x.shape[0]:
             if cache_weight:
-                return _packed(Call(x, (weight,), None, None))
+                return _packed(LinearArguments(x, (weight,), None, None))
             return _pointwise(x.contiguous(), weight.to(x.dtype).contiguous())
         return F.linear(x.float(), weight.float()).to(x.dtype)
 
