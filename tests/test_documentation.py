@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/PENDING.md"]
-# Placeholders in the tree, and a folder that takes their place.
-PLACEHOLDERS = {"kernels/<op>": "kernels/attention", "csrc/<op>": "csrc/attention"}
+# Patterns of the tree, and a folder that each stands for.
+EXAMPLES = {"kernels/<op>": "kernels/attention", "csrc/<op>": "csrc/attention"}
 
 
 def tracked() -> list[str]:
@@ -34,7 +34,7 @@ def folders_of_the_tree() -> list[str]:
 
 
 def test_the_tree_in_design_is_the_tree() -> None:
-    listed = {PLACEHOLDERS.get(folder, folder) for folder in folders_of_the_tree()}
+    listed = {EXAMPLES.get(folder, folder) for folder in folders_of_the_tree()}
     missing = sorted(folder for folder in listed if not (ROOT / folder).is_dir())
     assert not missing, f"DESIGN.md lists folders that do not exist: {missing}"
     ops = {path.parent.name for path in ROOT.glob("kernels/*/api.py")}
