@@ -113,7 +113,7 @@ def our_step(variant: Ours, packed: PackedBatch) -> OurStep:
 def their_step(variant: Variant, packed: PackedBatch, padded: dict[str, Tensor]) -> Callable[[], None]:
     """A step of a transformers model in a plain training loop."""
     device, parameters = packed.input_ids.device, list(variant.model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=device.type == "cuda")  # constant weights, like ours
 
     def step() -> None:
         variant.model.train()
