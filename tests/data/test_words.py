@@ -146,7 +146,9 @@ def test_span_lengths_are_geometric_up_to_ten_words():
     thresholds = span_thresholds(10, 0.2)
     shares = np.diff(np.concatenate([[0], thresholds, [2**32]])) / 2**32
     expected = np.array([0.2 * 0.8**k for k in range(10)])
+    # A threshold is a multiple of 2^-32 (2.3e-10), and a share the difference of two.
     np.testing.assert_allclose(shares, expected / expected.sum(), atol=1e-9)
+    # 3.797 is rounded to three decimals.
     assert (shares * np.arange(1, 11)).sum() == pytest.approx(3.797, abs=1e-3), "3.8 in the paper"
     assert span_thresholds(1, 0.2).size == 0
 

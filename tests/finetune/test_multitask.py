@@ -125,6 +125,7 @@ def test_each_task_learns_and_loads_in_transformers(base: Path, rows: dict[str, 
     line = json.loads((folders["opinions"] / "predictions.dev.jsonl").read_text().splitlines()[0])
     with torch.no_grad():
         scores = models["opinions"](**tokenizer(line["input"]["text"], return_tensors="pt")).logits.softmax(-1)[0]
+    # float32 in another order: some eps (1.2e-7) of the logits; a score moves by a quarter of that.
     assert scores.tolist() == pytest.approx(list(line["prediction"]["scores"].values()), abs=1e-5)
     assert {id(of_task.model.bert.encoder) for of_task in result.tasks.values()} == {
         id(result.tasks["names"].model.bert.encoder)
@@ -171,6 +172,7 @@ def test_the_encoder_learns_from_every_task(base: Path, rows: dict[str, Any], tm
     alone = [gradients((0, first)), gradients((1, second))]
     assert both.keys() == alone[0].keys() == alone[1].keys()
     for name, gradient in both.items():
+        # The factor 1/2 is exact; the sum of two float32 gradients of up to 3 rounds by half an ulp, 1.2e-7.
         assert torch.allclose(gradient, (alone[0][name] + alone[1][name]) / 2, atol=1e-6), name
         assert all(one[name].abs().max() > 0 for one in alone), name
 

@@ -40,6 +40,7 @@ HEADS = [
     "BertForMultipleChoice",
 ]
 B, S = 3, 13
+# float64 (eps 2.2e-16): two layers, with sums of up to 80 terms, differ by at most 4e-14 of 1 + |value|.
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 
@@ -200,6 +201,7 @@ def test_defaults_from_the_configuration() -> None:
 def test_activations_with_and_without_a_kernel(act: str) -> None:
     ours, theirs = twins("BertForMaskedLM", hidden_act=act)
     inputs = inputs_of("BertForMaskedLM")
+    # float64 (eps 2.2e-16): the difference is 2e-15.
     assert_same(results(ours, inputs), results(theirs, inputs), rtol=1e-9, atol=1e-9)
 
 

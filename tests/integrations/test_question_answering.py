@@ -23,6 +23,7 @@ SMALL = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+# float64 (eps 2.2e-16): two layers, with sums of up to 80 terms, differ by at most 1e-15 of 1 + |value|.
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 

@@ -180,8 +180,10 @@ def test_label_smoothing_and_z_loss_by_their_formulas(impl: str, device: str) ->
     target[torch.arange(5), labels[labels != IGNORE]] += 1 - smoothing
     lse = logits.logsumexp(0)
     expected = (target * (lse - logits)).sum(1).mean() + z_loss * lse**2
+    # float32: sums over 11 words and 5 rows; 8 eps (1.2e-7).
     assert result.item() == pytest.approx(expected.item(), rel=1e-6)
     slope = logits.softmax(0) * (1 + 2 * z_loss * lse) - target.mean(0)
+    # float32: softmax minus target; half an eps of terms below 0.5 is 3e-8.
     assert torch.allclose(torch.autograd.grad(result, parameters[-1])[0].double(), slope, atol=1e-7, rtol=1e-5)
 
 
@@ -249,6 +251,7 @@ def test_counts_hits_and_takes_the_first_of_equal_logits(impl: str, device: str)
     result = masked_lm_loss(inputs["hidden"], labels, *(inputs[name] for name in PARAMETERS), impl=impl)
     assert (result.correct.item(), result.count.item()) == (2, 5)
     logsumexp = inputs["decoder_bias"].double().logsumexp(0)
+    # float32: exact logits, sums over 11 words and 5 rows; 8 eps (1.2e-7).
     assert result.loss.item() == pytest.approx(float(logsumexp - 9 / 5), rel=1e-6)
 
 
@@ -286,6 +289,7 @@ def test_extreme_logits_stay_finite_and_infinite_ones_show(impl: str, device: st
     labels = torch.tensor([3, 4, 3, IGNORE], device=device)
     loss = masked_lm_loss(leaves[0], labels, *leaves[1:], impl=impl).loss
     truth = masked_lm_loss(leaves[0].double(), labels, *(x.double() for x in leaves[1:]), impl="reference").loss
+    # float32: logits of 1e4 in a mean of three rows; 8 eps (1.2e-7).
     assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, leaves))
     with torch.no_grad():
@@ -306,6 +310,7 @@ def test_tied_decoder_gets_both_gradients(impl: str, device: str) -> None:
         return torch.autograd.grad(loss, table)[0]
 
     truth = gradients(torch.float64, "reference")
+    # float32 gradients of up to 0.4, sums of up to 101 terms: 1e-6 is 20 eps of the largest.
     assert torch.allclose(gradients(torch.float32, impl).double(), truth, atol=1e-6, rtol=1e-5)
 
 
@@ -387,6 +392,7 @@ def test_backward_twice_and_without_grad(impl: str, device: str) -> None:
     loss = masked_lm_loss(leaves[0], labels, *leaves[1:], impl=impl).loss
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     again = torch.autograd.grad(3 * loss, leaves)
+    # The factor 3 is one more float32 rounding, wherever it is applied: half an eps (6e-8).
     assert all(torch.allclose(3 * a, b, rtol=1e-6) for a, b in zip(first, again, strict=True))
     with torch.no_grad():
         without_grad = masked_lm_loss(leaves[0], labels, *leaves[1:], impl=impl).loss
@@ -423,11 +429,14 @@ def test_equals_the_head_of_transformers(impl: str, device: str) -> None:
     )
     ours = masked_lm_loss(hidden, labels, *parameters, eps=config.layer_norm_eps, impl=impl)
     logits = F.linear(transform(hidden), head.decoder.weight, head.bias)
+    # float32: the bias is exchanged in three additions to logits of up to 5, rounded by half an ulp (2.4e-7) each.
     assert torch.allclose(logits, head(hidden) - head.decoder.bias + head.bias, atol=1e-5)
     theirs = F.cross_entropy(logits, labels)
+    # float32 in another order: sums over 32 columns, 997 words and about 16 rows; the error is 1e-7.
     assert torch.allclose(ours.loss, theirs, rtol=1e-5)
     leaves = (hidden, *parameters)
     for a, b in zip(torch.autograd.grad(ours.loss, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        # float32 gradients of up to 0.4, sums of up to 997 terms: 1e-6 is 20 eps of the largest.
         assert torch.allclose(a, b, atol=1e-6, rtol=1e-4)
 
 

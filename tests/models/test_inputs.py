@@ -84,6 +84,7 @@ def test_a_sequence_is_the_same_however_it_is_padded(model: BertModel, side: str
         torch.nn.functional.pad(types, (left, right)),
         position_ids=torch.nn.functional.pad(torch.arange(64), (left, right)).unsqueeze(0),
     )
+    # float32: a product with another number of rows may sum in another order; 1e-5 is 20 eps of values of up to 4.
     torch.testing.assert_close(output.last_hidden_state[0, left : left + 64], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -139,6 +140,7 @@ def test_heads_take_packed_input(name: str) -> None:
     for key in actual.keys():  # noqa: SIM118 (an output is not a dict)
         value = expected[key]
         value = value[real] if key in per_token else value
+        # Both compute the same packed rows; a sum in another order would be off by a few float32 eps (1.2e-7).
         torch.testing.assert_close(actual[key], value, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 

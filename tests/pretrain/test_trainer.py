@@ -146,6 +146,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(config: 
         (out.mlm_loss * masked / sum(weights[0]) + out.next_sentence_loss * pairs / sum(weights[1])).backward()
     for name, parameter in reference.named_parameters():
         assert parameter.grad is not None
+        # float32 gradients of up to 0.3, of which an eps is 3e-8; some are zero but for rounding.
         assert torch.allclose(gradients[name].double(), parameter.grad, rtol=1e-3, atol=1e-6), name
 
 
@@ -161,6 +162,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(config: PretrainConfig) ->
     data = open_data(replace(config.data, token_budget=1024), config.seed)
     large = held_out_totals(trainer.model, data.held_out_batches(), trainer.device, "fp32").summary()
     assert trainer.model.training
+    # float32 sums in batches of other sizes: the error is 3e-8, a quarter of an eps.
     assert small == pytest.approx(large, rel=1e-5)
 
 
@@ -321,6 +323,7 @@ def test_transformers_loads_every_checkpoint_with_the_same_logits(config: Pretra
         theirs = transformers.BertForPreTraining.from_pretrained(folder).eval()
         with torch.no_grad():
             a, b = ours(first), theirs(first)
+        # float32 in another order through two layers: the error is 1.2e-7, two eps of logits of up to 0.5.
         assert torch.allclose(a.prediction_logits, b.prediction_logits, atol=1e-5)
         assert torch.allclose(a.seq_relationship_logits, b.seq_relationship_logits, atol=1e-5)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -329,6 +332,7 @@ def test_transformers_loads_every_checkpoint_with_the_same_logits(config: Pretra
 
 def test_a_unigram_bias_starts_at_the_unigram_loss(config: PretrainConfig) -> None:
     trainer = Trainer(replace(config, model=replace(config.model, unigram_bias=True)), quiet)
+    # Weights of 0.02 on 32 values of size 1 give the logits a variance of 0.013, which adds half of it to the loss.
     assert trainer.evaluate()["mlm_loss"] == pytest.approx(trainer.data.unigram_loss(), abs=0.05)
 
 

@@ -104,6 +104,7 @@ def test_the_classifier_pools_all_tokens(pooling: str) -> None:
     parts = {"mean": [row.mean(0) for row in rows], "max": [row.amax(0) for row in rows]}
     pooled = torch.cat([torch.stack(parts[name]) for name in pooling.split("_")], 1).float().double()
     logits = model(input_ids=ids, attention_mask=mask).logits
+    # Pooling rounds values of size 1 to float32, by half an eps (6e-8); a logit sums up to 256, times 0.02.
     assert torch.allclose(logits, model.classifier(pooled), atol=1e-7)
     assert model.bert.pooler is None
     with pytest.raises(ValueError, match="classifier_pooling is 'median'"):

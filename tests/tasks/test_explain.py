@@ -68,12 +68,15 @@ def test_gradients_sum_to_the_difference_of_the_logits(pooling: str, task: Task,
     ids = tokenizer.encode("the goods film was bad").ids
     logits = model(input_ids=torch.tensor([ids])).logits[0].detach()
     assert explanation.label == task.labels[int(logits.argmax())] == explanation.prediction["label"]  # type: ignore[attr-defined]
+    # float32: an eps of logits of up to 2 is 2.4e-7.
     assert explanation.logit == pytest.approx(float(logits.max()), abs=1e-5)
     empty = [2, *[0] * (len(ids) - 2), 3]
     without = model(input_ids=torch.tensor([empty])).logits[0].detach()
     assert explanation.baseline == pytest.approx(float(without[logits.argmax()]), abs=1e-5)
+    # The gradients are summed at 200 points of the path; the error is 6e-4.
     assert explanation.gradients.sum() == pytest.approx(explanation.logit - explanation.baseline, abs=0.02)
     assert explanation.gradients[0] == explanation.gradients[-1] == 0.0
+    # float32 products of rows that sum to 1: an eps (1.2e-7) each.
     assert explanation.rollout.sum() == pytest.approx(1.0, abs=1e-5)
     assert explanation.tokens == ["[CLS]", "the", "good", "##s", "film", "was", "bad", "[SEP]"]
     assert explanation.spans[2:4] == [(0, 4, 8), (0, 8, 9)]
@@ -116,7 +119,9 @@ def test_the_label_of_a_word(tokenizer: Tokenizer) -> None:
         sure = {(at, c): float(logits.softmax(-1)[at, c]) for at in firsts for c in columns}
         at, column = max(sure, key=sure.__getitem__)
         assert explanation.label == f"{task.labels[column]} of {firsts[at]!r}"
+        # float32: an ulp of logits of up to 8 is 4.8e-7.
         assert explanation.logit == pytest.approx(float(logits[at, column]), abs=1e-5)
+        # The gradients are summed at 300 points of the path; the error is 2e-6.
         assert explanation.gradients.sum() == pytest.approx(explanation.logit - explanation.baseline, abs=0.03)
         assert explanation.rollout.sum() == pytest.approx(1.0, abs=1e-5)
         assert explanation.rollout.argmax() == at, "half of each layer is the residual connection"
@@ -141,7 +146,9 @@ def test_the_start_of_an_answer(tokenizer: Tokenizer) -> None:
     encoded = tokenizer.encode("was the", "the film  was bad")
     ids, types = torch.tensor([encoded.ids]), torch.tensor([encoded.type_ids])
     logits = model(input_ids=ids, token_type_ids=types).start_logits[0].detach()
+    # float32: an ulp of logits of up to 4 is 2.4e-7.
     assert explanation.logit == pytest.approx(float(logits[token]), abs=1e-5)
+    # The gradients are summed at 300 points of the path; the error is 2e-6.
     assert explanation.gradients.sum() == pytest.approx(explanation.logit - explanation.baseline, abs=0.03)
     assert explanation.rollout.argmax() == token
     html = page([explanation], "t")

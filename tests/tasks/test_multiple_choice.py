@@ -73,6 +73,7 @@ def test_the_loss_equals_that_of_transformers(
     ours, theirs = models_for(task, tokenizer)
     inputs = {name: x.view(7, 3, -1) for name, x in Batch.of(examples).padded().items()}
     expected = theirs(**inputs, labels=torch.tensor(table["label"])).loss
+    # float64 losses (eps 2.2e-16) of two layers: the error is one eps.
     torch.testing.assert_close(mean_loss(task, ours, examples), expected, rtol=1e-9, atol=0)
     torch.testing.assert_close(mean_loss(task, theirs, examples), expected, rtol=1e-9, atol=0)
 
@@ -86,6 +87,7 @@ def test_rows_with_different_numbers_of_choices_have_equal_weight(
     examples = task.encode(table, columns, tokenizer, TEXT, training=True)
     ours, _ = models_for(task, tokenizer)
     alone = [mean_loss(task, ours, [x for x in examples if x.row == row]) for row in range(9)]
+    # float64 sums (eps 2.2e-16) in batches of other sizes: the error is one eps.
     torch.testing.assert_close(mean_loss(task, ours, examples), torch.stack(alone).mean(), rtol=1e-9, atol=0)
     twice = [x for x in examples if x.row == 0] * 2
     torch.testing.assert_close(mean_loss(task, ours, twice), alone[0], rtol=1e-9, atol=0)

@@ -109,6 +109,7 @@ def test_the_contrastive_loss_by_hand() -> None:
     for row in range(4):
         logits = torch.stack([anchors[row] @ other / 0.2 for other in (*pairs, *negatives)])
         expected += float(logits.logsumexp(0) - logits[row])
+    # float64 (eps 2.2e-16), sums of 5 and 8 terms.
     assert float(task.loss(x, examples_of(4, 3), LossOptions())) == pytest.approx(expected, rel=1e-9)
     assert task.weight(examples_of(4, 3), LossOptions()) == 4
 
@@ -124,6 +125,7 @@ def test_duplicates_are_not_negatives() -> None:
     unit = F.normalize(x, dim=-1)
     # The text of row 0 is not a negative of row 0; the pair of row 0 is a negative of row 1.
     logits = torch.stack([unit[2] @ unit[1], unit[2] @ unit[3]]) / task.options.temperature
+    # float64 (eps 2.2e-16), sums of 5 and 2 terms.
     assert first == pytest.approx(float(logits.logsumexp(0) - logits[1]), rel=1e-9)
 
 
@@ -133,6 +135,7 @@ def test_the_other_losses_by_hand() -> None:
     task, _ = fitted(rows(6, 0, "triplet"), objective="triplet", margin=0.4)
     gaps = (anchors * pairs).sum(1) - (anchors * negatives).sum(1)
     expected = (0.4 - gaps).clamp(min=0).sum()
+    # float64 (eps 2.2e-16), sums of 5 and 3 terms.
     torch.testing.assert_close(task.loss(x, examples_of(3, 3), LossOptions()), expected, rtol=1e-9, atol=0)
     task, _ = fitted(rows(6, 0, "cosine"))
     x = vectors(6, 4)
@@ -169,6 +172,7 @@ def test_vectors_of_single_texts_equal_those_of_encode(
     expected = encode(ours, tokenizer, texts, pooling=pooling)
     for model in (ours, theirs):
         predictions = predict(task, model, tokenizer, table, columns, TEXT)
+        # Both round float64 vectors to float32: half an eps, 6e-8.
         torch.testing.assert_close(
             torch.tensor([item["vector"] for item in predictions]), expected, rtol=1e-5, atol=1e-6
         )
