@@ -143,7 +143,7 @@ def test_three_way_against_transformers(pair: Pair, name: str, dtype: torch.dtyp
 def test_other_activations(pair: Pair, act: str) -> None:
     actual, expected = measure(pair, "BertForPreTraining", torch.float64, hidden_act=act)
     for key, value in expected.items():
-        # transformers rounds the sqrt(2 / pi) of gelu_fast to ten digits, an error of 4e-12; the others differ by 4e-15.
+        # transformers rounds the sqrt(2 / pi) of gelu_fast to ten digits, an error of 4e-12; others differ by 4e-15.
         torch.testing.assert_close(actual[key], value, rtol=1e-9, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
 
 
