@@ -47,8 +47,8 @@ class BackendRule:
     measured: str
 
 
-# GFLOP/s at 1,024 rows. AVX-512: two threads of an AMD EPYC (Zen 5), 2026-11-30. AVX2: two of an AMD EPYC, whose
-# fused multiply-adds alone reach 192, 2026-11-22.
+# GFLOP/s at 1,024 rows. AVX-512: two threads of an AMD EPYC (Zen 5), 2026-11-30, not idle and not by the recorded
+# benchmark, which is pending. AVX2: two of an AMD EPYC, whose fused multiply-adds alone reach 192, 2026-11-22.
 TABLE = (
     BackendRule(
         "avx512",
