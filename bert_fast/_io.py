@@ -14,7 +14,7 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,52 @@ def write_json(target: Path, values: Any, *, sort_keys: bool = False) -> None:
     """Write `values` as indented JSON, atomically; a value that JSON cannot represent is written as its text."""
     text = json.dumps(values, indent=1, ensure_ascii=False, default=str, sort_keys=sort_keys)
     write_text(target, text + "\n")
+
+
+def read_json(path: Path, fields: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: the file.
+        fields: the keys that it must have, and the type of each value.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is no JSON object, a key is missing or a value has another type; the message names the file.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return check_fields(values, fields or {}, str(path))
+
+
+def check_fields(values: Any, fields: Mapping[str, type | tuple[type, ...]], where: str) -> dict[str, Any]:
+    """`values`, if it is a mapping that has `fields` with values of their types (a bool is no int).
+
+    Raises:
+        ValueError: it is not; the message begins with `where`.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {_kind(values)}; expected an object")
+    for name, kind in fields.items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if name not in values:
+            raise ValueError(f"{where} has no {name!r}")
+        value = values[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join(_NAMES.get(k, k.__name__) for k in kinds)
+            raise ValueError(f"{where}: {name!r} is {_kind(value)}; expected {expected}")
+    return values
+
+
+_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number", type(None): "null"}
+
+
+def _kind(value: Any) -> str:
+    """A short description of a JSON value for an error message."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else _NAMES.get(type(value), type(value).__name__)
 
 
 @contextmanager

@@ -271,3 +271,29 @@ def test_links_in_a_folder_are_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "result" / "latest").is_symlink()
     _io.remove(tmp_path / "result" / "latest")
     assert contents(tmp_path / "result") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not valid JSON"),
+        ('{"a": 1', "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[1]", r"is \[1\]; expected an object"),
+        ("{}", "has no 'a'"),
+        ('{"a": "1"}', "'a' is \"1\"; expected an integer"),
+        ('{"a": true}', "'a' is true; expected an integer"),
+        ('{"a": 1, "b": {}}', "'b' is {}; expected a list or null"),
+    ],
+)
+def test_json_of_another_schema_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json:? {message}"):
+        _io.read_json(path, {"a": int, "b": (list, type(None))})
+
+
+def test_json_of_the_schema_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    _io.write_json(path, {"a": 1, "b": None, "c": "ü"})
+    assert _io.read_json(path, {"a": int, "b": (list, type(None))}) == {"a": 1, "b": None, "c": "ü"}

@@ -1,0 +1,118 @@
+"""The lock of an output: one holder at a time, released by any death, and a file system without flock."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from bert_fast import _lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from bert_fast._lock import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def hold(target: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(target)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_second_holder_is_refused_and_told_who_is_the_first(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    process = hold(target)
+    try:
+        who = f"host {re.escape(os.uname().nodename)}, pid {process.pid}, since 20"
+        with pytest.raises(_lock.OutputBusyError, match=rf"a.* run \({who}.*\) is at"), _lock.exclusive(target):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_lock_ends_with_its_process(tmp_path: Path, number: signal.Signals) -> None:
+    target = tmp_path / "run"
+    process = hold(target)
+    process.send_signal(number)
+    process.wait()
+    assert _lock.lock_path(target).exists()
+    with _lock.exclusive(target):
+        assert json.loads(_lock.lock_path(target).read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_thread_is_refused(tmp_path: Path) -> None:
+    errors = []
+
+    def second() -> None:
+        try:
+            with _lock.exclusive(tmp_path / "run"):
+                pass
+        except _lock.OutputBusyError as error:
+            errors.append(error)
+
+    with _lock.exclusive(tmp_path / "run"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(errors) == 1
+
+
+def test_many_processes_one_at_a_time(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from bert_fast._lock import OutputBusyError, exclusive\n"
+        "done, target = 0, Path(sys.argv[1])\n"
+        "while done < 20:\n"
+        "    try:\n"
+        "        with exclusive(target):\n"
+        "            with open(f'{target}.inside', 'x'): pass\n"  # fails if another one is inside
+        "            Path(f'{target}.inside').unlink(); done += 1\n"
+        "    except OutputBusyError: time.sleep(0.001)\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")]) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("holder", "refused"),
+    [
+        ({"host": os.uname().nodename, "pid": 2**22 + 1}, False),  # more than the largest process number
+        ({"host": os.uname().nodename, "pid": 1}, True),
+        ({"host": "elsewhere", "pid": 2**22 + 1}, True),
+        ({}, False),
+    ],
+)
+def test_without_flock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: dict[str, object], refused: bool
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    target = tmp_path / "run"
+    _lock.lock_path(target).write_text(json.dumps(holder))
+    if refused:
+        with pytest.raises(_lock.OutputBusyError, match=f"pid {holder['pid']}"), _lock.exclusive(target):
+            pass
+        assert json.loads(_lock.lock_path(target).read_text()) == holder
+    else:
+        expected = pytest.raises(_lock.OutputBusyError, match=f"pid {os.getpid()}")
+        with _lock.exclusive(target), expected, _lock.exclusive(target):
+            pass
