@@ -1,9 +1,47 @@
-"""Settings of tokenization and augmentation, without importing torch."""
+"""Settings of labelled files, tokenization and augmentation, without importing torch."""
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
 from typing import Literal
+
+from bert_fast._config import check, convert_fields
+
+
+@dataclass(frozen=True)
+class FormatSettings:
+    r"""How text files are read; what is None is detected, and printed where it is not what the suffix says.
+
+    Args:
+        delimiter: between the fields of .csv and .tsv files: one character, tab, or several without quoting.
+        quote: the quotation mark of .csv and .tsv files; empty if quotation marks are ordinary characters.
+        escape: the character before a quotation mark inside a quoted field; empty if it is doubled instead.
+        encoding: of any text file, such as cp1252, gb18030 or utf-16; by default UTF-8, and UTF-16 with a byte order
+            mark.
+    """
+
+    delimiter: str | None = None
+    quote: str | None = None
+    escape: str | None = None
+    encoding: str | None = None
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "format.")
+        if self.delimiter in ("tab", "\\t"):
+            object.__setattr__(self, "delimiter", "\t")
+        check(self.delimiter != "", "format.delimiter is empty; expected a character such as ';', or tab")
+        for name, value in (("quote", self.quote), ("escape", self.escape)):
+            check(len(value or "") <= 1, f"format.{name} is {value!r}; expected one character, or empty for none")
+        if self.delimiter is not None:
+            several, quoted = len(self.delimiter) > 1, self.quote or self.escape
+            check(not (several and quoted), f"format.delimiter is {self.delimiter!r}; expected one character with quoting")
+            check(self.delimiter not in ("\n", "\r", self.quote, self.escape), "format.delimiter is also a line end or quote")
+        if self.encoding is not None:
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError as error:
+                raise ValueError(f"format.encoding is {self.encoding!r}; expected a codec of Python") from error
 
 
 @dataclass(frozen=True)

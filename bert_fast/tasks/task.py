@@ -30,7 +30,7 @@ CONFIG_KEY = "bert_fast_task"  # of the entry in config.json, which transformers
 # name -> module:class, imported on first use.
 TASKS = {
     "classification": "bert_fast.tasks.classification:Classification",
-    "multi-label": "bert_fast.tasks.classification:MultiLabel",
+    "multi-label": "bert_fast.tasks.multi_label:MultiLabel",
     "regression": "bert_fast.tasks.classification:Regression",
     "token-classification": "bert_fast.tasks.token_classification:TokenClassification",
     "question-answering": "bert_fast.tasks.question_answering:QuestionAnswering",

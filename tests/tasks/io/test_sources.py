@@ -63,7 +63,11 @@ def test_conll_and_text_and_a_file_without_a_header(tmp_path: Path) -> None:
     path = tmp_path / "a.conll"
     path.write_text("-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\nPeter NNP B-PER\n")
     table = read_table(path)
-    assert table.columns == {"tokens": [["EU", "rejects"], ["Peter"]], "tags": [["B-ORG", "O"], ["B-PER"]]}
+    assert table.columns == {
+        "tokens": [["EU", "rejects"], ["Peter"]],
+        "column2": [["NNP", "VBZ"], ["NNP"]],
+        "tags": [["B-ORG", "O"], ["B-PER"]],
+    }
     assert table.where(1) == f"{path}, line 7"
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert read_table(tmp_path / "a.txt").numbers == [1, 3]
