@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bert_fast._config import convert_fields
 from bert_fast.tasks.encoding import encode_windows
-from bert_fast.tasks.io.columns import LABEL, SCORE, TEXT, TEXT_PAIR, Role, column_option, number_column, text_column
+from bert_fast.tasks.io.columns import LABEL, SCORE, TEXT, TEXT_PAIR, column_option, number_column, text_column
 from bert_fast.tasks.io.labels import Labels, is_missing, label_name, labels_that_look_missing, plain_value
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.metrics import classification_metrics, regression_metrics
@@ -200,6 +200,9 @@ class Classification(TextTask):
         pairs = zip(predictions, true_labels, strict=True)
         return [0.0 if item["label"] == name else 1.0 - item["scores"][name] for item, name in pairs]
 
+    def outcome(self, prediction: Mapping[str, Any]) -> str:
+        return repr(prediction["label"])
+
     def class_counts(self, examples: Sequence[Example]) -> list[int]:
         counts = Counter(example.target for example in examples)
         return [counts[number] for number in range(len(self.labels))]
@@ -289,3 +292,6 @@ class Regression(TextTask):
     def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
         """The absolute error of each value."""
         return [abs(item["value"] - x) for item, x in zip(predictions, self.targets(table, columns), strict=True)]
+
+    def outcome(self, prediction: Mapping[str, Any]) -> str:
+        return f"{prediction['value']:.4g}"

@@ -45,9 +45,9 @@ class MultiLabelOptions(TextOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold is {self.threshold}; expected a number in (0, 1)")
+            raise ValueError(f"options.threshold is {self.threshold}; expected a number in (0, 1)")
         if not self.separator:
-            raise ValueError("separator is empty; expected auto, or a string such as ','")
+            raise ValueError("options.separator is empty; expected auto, or a string such as ','")
 
 
 def _cell_labels(value: Any) -> str | list[Any]:
@@ -185,7 +185,9 @@ class MultiLabel(TextTask):
             how = f"lists of {self.multi_hot} times 0 or 1"
         else:
             how = f"separated by {self.separator!r} where they are one text"
-        return f"{len(self.labels)} labels, {how}: {', '.join(self.labels[:20])}{' ...' if len(self.labels) > 20 else ''}"
+        return (
+            f"{len(self.labels)} labels, {how}: {', '.join(self.labels[:20])}{' ...' if len(self.labels) > 20 else ''}"
+        )
 
     def settings(self) -> dict[str, Any]:
         return {"labels": self.labels, "separator": self.separator, "multi_hot": self.multi_hot}
@@ -247,6 +249,9 @@ class MultiLabel(TextTask):
         wrong = ((scores >= self.options.threshold) != (true > 0.5)).any(1)
         errors: list[float] = np.where(wrong, np.abs(scores - true).mean(1), 0.0).tolist()
         return errors
+
+    def outcome(self, prediction: Mapping[str, Any]) -> str:
+        return ", ".join(map(repr, prediction["labels"])) or "having no label"
 
     def class_counts(self, examples: Sequence[Example]) -> list[int]:
         return [int(count) for count in np.sum([example.target for example in examples], axis=0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bert_fast._config import check, convert_fields
 from bert_fast.tasks.alignment import (
     Pieces,
     Span,
@@ -51,8 +53,8 @@ class QuestionAnsweringOptions:
         n_best: number of answers in a prediction.
         null_threshold: predict no answer if its score exceeds that of the best answer by more than this; by default
             the value with the best F1 on dev, which is stored in the model's configuration.
-        mismatched: what happens to answers that the context does not have at the given start: refuse (an error),
-            nearest (use the nearest occurrence) or drop.
+        mismatched: what happens to answers that the context does not have at the given start, nor at one other place
+            that can be meant (see `locate_answer`): refuse (an error), nearest (use the nearest occurrence) or drop.
         by: compare answers by words, or by characters for Chinese and Japanese; auto detects it from the contexts.
     """
 
@@ -65,9 +67,14 @@ class QuestionAnsweringOptions:
     by: Literal["auto", "words", "characters"] = "auto"
 
     def __post_init__(self) -> None:
+        convert_fields(self, "options.")
         for name, lowest in (("overlap", 0), ("max_question", 1), ("max_answer", 1), ("n_best", 1)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {lowest} or more")
+            value = getattr(self, name)
+            check(value >= lowest, f"options.{name} is {value}; expected {lowest} or more")
+        threshold = self.null_threshold
+        check(
+            threshold is None or math.isfinite(threshold), f"options.null_threshold is {threshold}; expected a number"
+        )
 
 
 class Candidate(NamedTuple):
@@ -131,6 +138,12 @@ class QuestionAnswering(Task):
         if not self.without_answer and not all(answers):
             count = sum(not of_row for of_row in answers)
             messages.append(f"{table.source}: {count} questions have no answer, but every training question has one")
+        moved = sum(answer.start is not None and answer.start != start for of_row in starts for answer, start in of_row)
+        if moved:
+            messages.append(
+                f"{table.source}: {moved} answers are not at their start in the context, but at one other place that "
+                "can be meant (bytes, spaces, the only occurrence); they are used there"
+            )
         if dropped := [row for row, of_row in enumerate(starts) if answers[row] and not of_row]:
             messages.append(f"{table.source}: {len(dropped)} questions have answers that are not in their context")
         return messages
@@ -141,6 +154,9 @@ class QuestionAnswering(Task):
     def restore(self, settings: Mapping[str, Any]) -> None:
         self.without_answer, self.by = bool(settings["without_answer"]), settings["by"]
         self.tuned_threshold = float(settings.get("null_threshold", 0.0))
+
+    def outcome(self, prediction: Mapping[str, Any]) -> str:
+        return repr(prediction["answer"]) if prediction["answer"] else "no answer"
 
     def tune(self, metrics: Mapping[str, Any]) -> str:
         best = metrics.get("best_f1_threshold")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_fast._config import check, convert_fields
 from bert_fast.models.embedding import pool
 from bert_fast.tasks.encoding import encode_texts
 from bert_fast.tasks.io.columns import Role, column_option, number_column, text_column
@@ -59,10 +61,12 @@ class SentenceEmbeddingOptions:
     score_high: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; expected more than 0")
-        if self.margin < 0:
-            raise ValueError(f"margin is {self.margin}; expected 0 or more")
+        convert_fields(self, "options.")
+        check(0 < self.temperature < math.inf, f"options.temperature is {self.temperature}; expected more than 0")
+        check(0 <= self.margin < math.inf, f"options.margin is {self.margin}; expected 0 or more")
+        for name in ("score_low", "score_high"):
+            value = getattr(self, name)
+            check(value is None or math.isfinite(value), f"options.{name} is {value}; expected a finite number")
 
 
 class SentenceEmbedding(Task):
@@ -248,3 +252,6 @@ class SentenceEmbedding(Task):
             negative = np.array([item["negative_similarity"] for item in predictions])
             metrics["triplet_accuracy"] = float((similarity > negative).mean())
         return metrics
+
+    def outcome(self, prediction: Mapping[str, Any]) -> str | None:
+        return f"a cosine of {prediction['similarity']:.3f}" if "similarity" in prediction else None

@@ -35,8 +35,13 @@ class FormatSettings:
             check(len(value or "") <= 1, f"format.{name} is {value!r}; expected one character, or empty for none")
         if self.delimiter is not None:
             several, quoted = len(self.delimiter) > 1, self.quote or self.escape
-            check(not (several and quoted), f"format.delimiter is {self.delimiter!r}; expected one character with quoting")
-            check(self.delimiter not in ("\n", "\r", self.quote, self.escape), "format.delimiter is also a line end or quote")
+            check(
+                not (several and quoted), f"format.delimiter is {self.delimiter!r}; expected one character with quoting"
+            )
+            check(
+                self.delimiter not in ("\n", "\r", self.quote, self.escape),
+                "format.delimiter is also a line end or quote",
+            )
         if self.encoding is not None:
             try:
                 codecs.lookup(self.encoding)
@@ -64,10 +69,9 @@ class TextSettings:
     overlap: int = 32
 
     def __post_init__(self) -> None:
+        convert_fields(self, "text.")
         if self.max_length < 4:
             raise ValueError(f"text.max_length is {self.max_length}; expected 4 or more: [CLS] a b [SEP]")
-        if self.long not in ("head", "tail", "head_tail", "windows"):
-            raise ValueError(f"text.long is {self.long!r}; expected head, tail, head_tail or windows")
         if self.overlap < 0:
             raise ValueError(f"text.overlap is {self.overlap}; expected 0 or more")
 
@@ -98,6 +102,7 @@ class AugmentSettings:
     rows: float = 1.0
 
     def __post_init__(self) -> None:
+        convert_fields(self, "augment.")
         for name in ("mask", "delete", "duplicate", "swap", "synonym"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"augment.{name} is {getattr(self, name)}; expected a share in [0, 1)")

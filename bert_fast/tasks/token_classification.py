@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bert_fast._config import convert_fields
 from bert_fast.tasks.alignment import (
     Span,
     first_pieces,
@@ -21,7 +22,6 @@ from bert_fast.tasks.alignment import (
     windows,
     word_pieces,
 )
-from bert_fast._config import convert_fields
 from bert_fast.tasks.classification import class_loss, softmax, unseen_labels_message
 from bert_fast.tasks.io import tag_schemes
 from bert_fast.tasks.io.columns import Role
@@ -68,7 +68,7 @@ class TokenClassificationOptions:
     def __post_init__(self) -> None:
         convert_fields(self, "options.")
         if self.overlap < 0:
-            raise ValueError(f"overlap is {self.overlap}; expected 0 or more")
+            raise ValueError(f"options.overlap is {self.overlap}; expected 0 or more")
 
 
 class Sentence(NamedTuple):
@@ -348,10 +348,21 @@ class TokenClassification(Task):
         """The share of words with a wrong tag."""
         pairs = zip(self._tags(table, columns), (item["tags"] for item in predictions), strict=True)
         return [
-            sum(a != b for a, b in zip(tags, predicted if self.style is None else self.style.read(predicted), strict=True))
+            sum(
+                a != b
+                for a, b in zip(tags, predicted if self.style is None else self.style.read(predicted), strict=True)
+            )
             / max(len(tags), 1)
             for tags, predicted in pairs
         ]
+
+    def warning(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> str:
+        rows = [row for row, prediction in enumerate(predictions) if prediction["tags"]]
+        return super().warning([predictions[row] for row in rows], table.select(rows), columns)
+
+    def outcome(self, prediction: Mapping[str, Any]) -> str:
+        tags = sorted(set(prediction["tags"]))
+        return f"{tags[0]!r} at every word" if len(tags) == 1 else repr(prediction["tags"])
 
     def class_counts(self, examples: Sequence[Example]) -> list[int]:
         counts = Counter(label for example in examples for label in example.target)

@@ -186,7 +186,11 @@ def test_a_task_is_restored_from_the_configuration() -> None:
         ({"tokens": [[]], "tags": [[]]}, {}, "no row has tagged words"),
         ({"tokens": [7], "tags": [["O"]]}, {}, "line 7: 'tokens' holds 7; expected a text or a list of words"),
         ({"tokens": [["a"]], "tags": [None]}, {}, "line 7: 'tags' holds None"),
-        ({"tokens": [["a"]], "tags": [["N"]]}, {"scheme": "iob2"}, "line 7, word 1: 'N' is not an entity tag.*scheme to none"),
+        (
+            {"tokens": [["a"]], "tags": [["N"]]},
+            {"scheme": "iob2"},
+            "line 7, word 1: 'N' is not an entity tag.*scheme to none",
+        ),
         (
             {"tokens": [["a", "b"]], "tags": [["O", "I-P"]]},
             {"scheme": "iob2", "invalid": "refuse"},

@@ -14,7 +14,21 @@ from typing import Any
 from bert_fast.tasks.io.table import Table
 
 # Texts that usually mean that a row has no label; compared in lower case.
-_LOOK_MISSING = {"", "-1", "-100", "-", "--", "nan", "none", "null", "n/a", "na", "#n/a", "?", "unlabeled", "unlabelled"}
+_LOOK_MISSING = {
+    "-1",
+    "-100",
+    "-",
+    "--",
+    "nan",
+    "none",
+    "null",
+    "n/a",
+    "na",
+    "#n/a",
+    "?",
+    "unlabeled",
+    "unlabelled",
+}
 _BOOLEANS = {"true": "1", "false": "0"}
 _INTEGRAL = re.compile(r"([+-]?\d+)\.0*", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)

@@ -25,9 +25,7 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LEGACY = ("cp1252", "gb18030", "shift_jis", "cp1251")  # that a message may suggest
 
 
-def read_table(
-    source: str | Path, names: Sequence[str] | None = None, settings: FormatSettings | None = None
-) -> Table:
+def read_table(source: str | Path, names: Sequence[str] | None = None, settings: FormatSettings | None = None) -> Table:
     """Read all rows of a source.
 
     The suffix of a file, which .gz may follow (except for .parquet), is its format:
@@ -43,8 +41,8 @@ def read_table(
 
     Text is UTF-8, and a line ends at a line feed alone. Other delimiters, quoting and UTF-16 with a byte order mark are
     detected; see `read_separated` and `read_conll`. A folder written by `datasets.Dataset.save_to_disk` is read with
-    pyarrow; `datasets:NAME[:CONFIGURATION[:SPLIT]]` loads a data set with the package `datasets`. Class indices of both,
-    and of Parquet files that `datasets` wrote, become class names.
+    pyarrow; `datasets:NAME[:CONFIGURATION[:SPLIT]]` loads a data set with the package `datasets`. Class indices of
+    both, and of Parquet files that `datasets` wrote, become class names.
 
     Args:
         source: a file, a folder or `datasets:NAME`.

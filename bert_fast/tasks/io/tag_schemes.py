@@ -210,16 +210,16 @@ def detect_style(
         row, tag = next((row, tag) for row, sentence in enumerate(sentences) for tag in sentence if tag in strays)
         more = f" (and {len(strays) - 1} other tags)" if len(strays) > 1 else ""
         raise ValueError(
-            f"{where(row)}, word {sentences[row].index(tag) + 1}: {tag!r}{more} is not an entity tag, as most are, such "
-            f"as {next(iter(tags))!r}; correct it, or set options.scheme to none for tags that are not of entities"
+            f"{where(row)}, word {sentences[row].index(tag) + 1}: {tag!r}{more} is not an entity tag, as most are, "
+            f"such as {next(iter(tags))!r}; correct it, or set options.scheme to none for tags that are not of entities"
         )
     return TagStyle(_detect_scheme(sentences, letters, form), form)
 
 
 def detect_form(sentences: Iterable[Sequence[str]]) -> str:
     """The form of most entity tags; see `TagStyle`."""
-    counts = Counter(tag for sentence in sentences for tag in sentence)
-    return max(_FORMS, key=lambda form: sum(n for tag, n in counts.items() if tag not in ("O", "o") and _parse(tag, form)))
+    counts = Counter(tag for sentence in sentences for tag in sentence if tag not in ("O", "o"))
+    return max(_FORMS, key=lambda form: sum(counts[tag] for tag in counts if _parse(tag, form)))
 
 
 def _detect_scheme(sentences: Sequence[Sequence[str]], letters: set[str], form: str) -> str:
