@@ -90,6 +90,11 @@ def unseen_labels_message(table: Table, unseen: Mapping[str, int], labels: Seque
     return f"{table.source}: labels unseen in training: {listed}; expected {known}"
 
 
+def describe_labels(labels: Sequence[str]) -> str:
+    """The message about the labels that were found."""
+    return f"{len(labels)} labels: {', '.join(labels[:20])}{' ...' if len(labels) > 20 else ''}"
+
+
 def class_messages(table: Table, labels: Sequence[str], counts: Mapping[str, int]) -> list[str]:
     """Warnings about classes without a row, and about labels that look as if a row had none."""
     absent = [label for label in labels if not counts.get(label)]
@@ -150,7 +155,7 @@ class Classification(TextTask):
         return class_messages(table, self.labels, counts)
 
     def describe(self) -> str:
-        return f"{len(self.labels)} labels: {', '.join(self.labels[:20])}{' ...' if len(self.labels) > 20 else ''}"
+        return describe_labels(self.labels)
 
     def settings(self) -> dict[str, Any]:
         return {"labels": self.labels}

@@ -17,6 +17,7 @@ from bert_fast.tasks.classification import (
     TextOptions,
     TextTask,
     class_messages,
+    describe_labels,
     score_matrix,
     unseen_labels_message,
 )
@@ -185,9 +186,7 @@ class MultiLabel(TextTask):
             how = f"lists of {self.multi_hot} times 0 or 1"
         else:
             how = f"separated by {self.separator!r} where they are one text"
-        return (
-            f"{len(self.labels)} labels, {how}: {', '.join(self.labels[:20])}{' ...' if len(self.labels) > 20 else ''}"
-        )
+        return f"{describe_labels(self.labels)}; {how}"
 
     def settings(self) -> dict[str, Any]:
         return {"labels": self.labels, "separator": self.separator, "multi_hot": self.multi_hot}

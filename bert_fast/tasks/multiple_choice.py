@@ -67,8 +67,8 @@ class Choices(NamedTuple):
 class MultipleChoice(Task):
     """Selects one of several choices for each text; the number of choices may vary between rows.
 
-    The label is one of the labels that the file gives to the choices (A to E, 1 to 4, names of columns); else the number
-    of the correct choice (from 0 or 1), its letter, or its text.
+    The label is one of the labels that the file gives to the choices (A to E, 1 to 4, names of columns); else the
+    number of the correct choice (from 0 or 1), its letter, or its text.
     """
 
     name = "multiple-choice"
@@ -305,8 +305,8 @@ def read_choices(value: Any) -> Choices | None:
 def correct_choice(choices: Choices, label: Any, keys: str) -> int | None:
     """The index of the choice that `label` names; None if it names none, or more than one.
 
-    A label of the choices' own comes first, whatever its case. Then `keys`, one of `KEYS`, says what numbers count from;
-    "texts" takes no numbers and letters.
+    A label of the choices' own comes first, whatever its case. Then `keys`, one of `KEYS`, says what numbers count
+    from; "texts" takes no numbers and letters.
     """
     label = plain_value(label)
     if is_missing(label) or isinstance(label, (list, tuple, Mapping)):

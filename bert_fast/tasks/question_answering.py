@@ -71,10 +71,8 @@ class QuestionAnsweringOptions:
         for name, lowest in (("overlap", 0), ("max_question", 1), ("max_answer", 1), ("n_best", 1)):
             value = getattr(self, name)
             check(value >= lowest, f"options.{name} is {value}; expected {lowest} or more")
-        threshold = self.null_threshold
-        check(
-            threshold is None or math.isfinite(threshold), f"options.null_threshold is {threshold}; expected a number"
-        )
+        value = self.null_threshold
+        check(value is None or math.isfinite(value), f"options.null_threshold is {value}; expected a number")
 
 
 class Candidate(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,17 +33,12 @@ class FormatSettings:
         for name, value in (("quote", self.quote), ("escape", self.escape)):
             check(len(value or "") <= 1, f"format.{name} is {value!r}; expected one character, or empty for none")
         if self.delimiter is not None:
-            several, quoted = len(self.delimiter) > 1, self.quote or self.escape
-            check(
-                not (several and quoted), f"format.delimiter is {self.delimiter!r}; expected one character with quoting"
-            )
-            check(
-                self.delimiter not in ("\n", "\r", self.quote, self.escape),
-                "format.delimiter is also a line end or quote",
-            )
+            named = f"format.delimiter is {self.delimiter!r}"
+            check(len(self.delimiter) == 1 or not (self.quote or self.escape), f"{named}; quoting needs one character")
+            check(self.delimiter not in ("\n", "\r", self.quote, self.escape), f"{named}, a line end or the quote")
         if self.encoding is not None:
             try:
-                codecs.lookup(self.encoding)
+                b"".decode(self.encoding)
             except LookupError as error:
                 raise ValueError(f"format.encoding is {self.encoding!r}; expected a codec of Python") from error
 

@@ -346,15 +346,9 @@ class TokenClassification(Task):
 
     def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
         """The share of words with a wrong tag."""
-        pairs = zip(self._tags(table, columns), (item["tags"] for item in predictions), strict=True)
-        return [
-            sum(
-                a != b
-                for a, b in zip(tags, predicted if self.style is None else self.style.read(predicted), strict=True)
-            )
-            / max(len(tags), 1)
-            for tags, predicted in pairs
-        ]
+        predicted = [item["tags"] if self.style is None else self.style.read(item["tags"]) for item in predictions]
+        pairs = zip(self._tags(table, columns), predicted, strict=True)
+        return [sum(a != b for a, b in zip(*tags, strict=True)) / max(len(tags[0]), 1) for tags in pairs]
 
     def warning(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> str:
         rows = [row for row, prediction in enumerate(predictions) if prediction["tags"]]

@@ -147,7 +147,7 @@ def test_invalid_rows(columns: dict[str, list[Any]], message: str) -> None:
 
 def test_the_highest_score_is_chosen() -> None:
     table = Table({"text": ["t"] * 2, "choices": [["a", "b"], ["c", "d", "e"]], "label": [1, 1]})
-    task, columns = fitted(table)
+    task, columns = fitted(table, keys="from0")
     scores = [np.float32(x) for x in (0.0, 2.0, 0.0, 1.0, 3.0)]
     places = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
     examples = [Example(row, [0], [0], None, choice) for row, choice in places]

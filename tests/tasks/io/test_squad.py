@@ -110,7 +110,7 @@ def test_starts_in_bytes_and_in_units_of_utf_16_are_placed(prefix: str, encoding
 
 @pytest.mark.parametrize("start", ["x", 1.5, True, [1], "1e999"], ids=str)
 def test_starts_that_are_not_numbers_of_characters(start: Any) -> None:
-    with pytest.raises(ValueError, match="the start of an answer is .*; expected a number of characters"):
+    with pytest.raises(ValueError, match=r"the start of an answer is .*; expected a number of characters"):
         read_answers("a", start)
 
 
