@@ -24,7 +24,7 @@ def run(args: Any) -> int:
     rows.check_output(args.output)
     loaded = rows.load_task(args.model, args.device, args.options)
     task = loaded[2]
-    table = task.read(args.data, args.names)
+    table = rows.read_rows(args, task, args.data)
 
     from bert_fast.tasks.io.columns import choose_columns
 
@@ -35,6 +35,8 @@ def run(args: Any) -> int:
     for message in task.check(table, columns):
         print(message, file=sys.stderr)
     predictions = rows.predict_rows(args, loaded, table, columns)
+    if warning := task.warning(predictions, table, columns):
+        print(warning, file=sys.stderr)
     metrics = task.evaluate(predictions, table, columns)
     rows.print_metrics(metrics)
     if args.metrics is not None:

@@ -54,7 +54,7 @@ def _table(args: Any, task: Task) -> Table:
             raise ValueError("texts and --file are both given; expected one of them")
         return Table({"text": list(args.texts)}, "arguments")
     if args.file not in (None, "-"):
-        return task.read(args.file, args.names)
+        return rows.read_rows(args, task, args.file)
     lines = [(number, line) for number, line in enumerate(sys.stdin.read().splitlines(), 1) if line.strip()]
     if not lines:
         raise ValueError("no texts; give them as arguments, with --file FILE, or as lines on stdin")

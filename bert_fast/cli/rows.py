@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bert_fast._config import from_mapping
 from bert_fast.cli.models import load, shows_progress
+from bert_fast.tasks.settings import FormatSettings
 
 if TYPE_CHECKING:
     from bert_fast.tasks.io.table import Table
@@ -27,6 +29,13 @@ def add_row_arguments(parser: Any) -> None:
     )
     parser.add_argument(
         "--names", type=list[str] | None, default=None, help="column names of a .csv or .tsv file without a header"
+    )
+    parser.add_class_arguments(FormatSettings, "format")
+    parser.add_argument(
+        "--no_label",
+        type=list[str | int] | None,
+        default=None,
+        help='drop rows whose label is empty or one of these: ["-"]',
     )
     parser.add_argument(
         "--empty",
@@ -52,6 +61,11 @@ def check_output(output: str | None) -> None:
     """Raise ValueError, before anything is computed, if the suffix of `output` is not a supported format."""
     if output is not None and Path(output).suffix not in FORMATS:
         raise ValueError(f"--output is {output!r}; expected a file name ending in {', '.join(FORMATS)}")
+
+
+def read_rows(args: Any, task: Task, source: str) -> Table:
+    """Read the table of a source as --names and --format say."""
+    return task.read(source, args.names, from_mapping(FormatSettings, args.format))
 
 
 def load_task(folder: str, device: str, options: Mapping[str, Any] | None = None) -> tuple[Any, Any, Task]:
@@ -86,14 +100,19 @@ def predict_rows(args: Any, loaded: tuple[Any, Any, Task], table: Table, columns
 
 
 def handle_empty(args: Any, task: Task, table: Table, columns: Mapping[str, str]) -> Table:
-    """Refuse, drop or fill the rows without text, as --empty says."""
+    """Refuse, drop or fill the rows without text, as --empty says, and drop those without a label, as --no_label."""
     from bert_fast.tasks.io.columns import describe_columns, handle_empty_texts
+    from bert_fast.tasks.io.labels import drop_unlabelled
 
     print(describe_columns(table, columns), file=sys.stderr)
     texts = [columns[role] for role in task.text_roles if role in columns]
     table, message = handle_empty_texts(table, texts, args.empty, args.fill)
     if message:
         print(message, file=sys.stderr)
+    if "label" in columns and any(role.name == "label" and role.target for role in task.roles):
+        table, message = drop_unlabelled(table, columns["label"], args.no_label)
+        if message:
+            print(message, file=sys.stderr)
     return table
 
 

@@ -23,6 +23,7 @@ from bert_fast.finetune.models import adopt_model, build_model, describe_task
 from bert_fast.finetune.report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
 from bert_fast.models.config import longest_input
 from bert_fast.tasks.augmentation import Augmenter
+from bert_fast.tasks.diagnostics import encoding_messages
 from bert_fast.tasks.metrics import LOWER_IS_BETTER
 from bert_fast.tasks.prediction import run_examples
 from bert_fast.tasks.task import Batch, Example, LossOptions, Task, make_task
@@ -96,6 +97,10 @@ class TaskRun:
         self.train_examples = self._encode(self.data.train, training=True)
         if not self.train_examples:
             raise ValueError(f"{config.data.train} has no examples to train on")
+        for message in encoding_messages(
+            self.train_examples, self.tokenizer, config.text, self.data.train.table.source
+        ):
+            report(message)
         self.dev_examples = self._encode(self.data.dev, training=False)
         self.loss_options = self._loss_options()
         self.batcher = self._make_batcher(self.train_examples)
@@ -206,6 +211,8 @@ class TaskRun:
         """
         run = {"task": self.task.name, **run, "main_metric": self.config.metric or self.task.main_metric}
         dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
+        if warning := self.task.warning(predictions, self.data.dev.table, self.data.dev.columns):
+            self.report(warning)
         describe_task(self.model, self.config, self.task)
         metrics = {"run": run, "dev": dev}
         if self.data.test is not None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_fast._config import convert_fields
-from bert_fast.tasks.encoding import encode_windows
+from bert_fast.tasks.encoding import encode_windows, is_truncated
 from bert_fast.tasks.io.columns import LABEL, SCORE, TEXT, TEXT_PAIR, column_option, number_column, text_column
 from bert_fast.tasks.io.labels import Labels, is_missing, label_name, labels_that_look_missing, plain_value
 from bert_fast.tasks.io.table import Table
@@ -65,7 +65,7 @@ class TextTask(Task):
         encodings = encode_windows(tokenizer, text_column(table, columns["text"]), pairs, text)
         targets = self.targets(table, columns) if self.has_targets(columns) else [None] * len(table)
         return [
-            Example(row, encoding.ids, encoding.type_ids, target)
+            Example(row, encoding.ids, encoding.type_ids, target, truncated=is_truncated(windows))
             for row, (windows, target) in enumerate(zip(encodings, targets, strict=True))
             for encoding in windows
         ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bert_fast._config import convert_fields
 from bert_fast.tasks.classification import softmax
-from bert_fast.tasks.encoding import encode_texts
+from bert_fast.tasks.encoding import encode_texts, is_truncated
 from bert_fast.tasks.io.columns import Role, column_option, text_column
 from bert_fast.tasks.io.labels import is_missing, label_name, list_from_text, plain_value
 from bert_fast.tasks.io.table import Table
@@ -212,7 +212,7 @@ class MultipleChoice(Task):
             tokenizer, [first[row] for row, _ in indices], [choices[row][index] for row, index in indices], text
         )
         return [
-            Example(row, encoding.ids, encoding.type_ids, targets[row], index)
+            Example(row, encoding.ids, encoding.type_ids, targets[row], index, is_truncated([encoding]))
             for (row, index), encoding in zip(indices, encodings, strict=True)
         ]
 

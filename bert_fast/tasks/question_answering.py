@@ -224,6 +224,7 @@ class QuestionAnswering(Task):
                 continue  # its answers are not in the context, and options.mismatched is drop
             of_context = pieces[context]
             question_ids = question.ids[: min(options.max_question, length // 2)]
+            cut = len(question_ids) < len(question.ids)
             size = length - len(question_ids)
             answer = None
             if starts is not None and starts[row]:
@@ -236,7 +237,8 @@ class QuestionAnswering(Task):
                     target = (0, 0)
                     if answer is not None and window.start <= answer[0] and answer[1] <= window.end:
                         target = (answer[0] - window.start + shift, answer[1] - 1 - window.start + shift)
-                examples.append(Example(row, ids, types, target, WindowContext(of_context.spans, window, shift)))
+                extra = WindowContext(of_context.spans, window, shift)
+                examples.append(Example(row, ids, types, target, extra, cut))
         return examples
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:

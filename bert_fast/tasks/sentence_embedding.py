@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bert_fast._config import check, convert_fields
 from bert_fast.models.embedding import pool
-from bert_fast.tasks.encoding import encode_texts
+from bert_fast.tasks.encoding import encode_texts, is_truncated
 from bert_fast.tasks.io.columns import Role, column_option, number_column, text_column
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.metrics import regression_metrics
@@ -171,9 +171,9 @@ class SentenceEmbedding(Task):
         if self.objective == "cosine" and "label" in columns:
             targets = [*self._cosines(table, columns)]
         return [
-            Example(row, encodings[kind][row].ids, encodings[kind][row].type_ids, targets[row], kind)
+            Example(row, encoding.ids, encoding.type_ids, targets[row], kind, is_truncated([encoding]))
             for row in range(len(table))
-            for kind in kinds
+            for kind, encoding in ((kind, encodings[kind][row]) for kind in kinds)
         ]
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:

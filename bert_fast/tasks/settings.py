@@ -38,7 +38,7 @@ class FormatSettings:
             check(self.delimiter not in ("\n", "\r", self.quote, self.escape), f"{named}, a line end or the quote")
         if self.encoding is not None:
             try:
-                b"".decode(self.encoding)
+                "a".encode(self.encoding)
             except LookupError as error:
                 raise ValueError(f"format.encoding is {self.encoding!r}; expected a codec of Python") from error
 

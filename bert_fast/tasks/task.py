@@ -51,6 +51,7 @@ class Example:
         input_ids, token_type_ids: its tokens, including special tokens.
         target: the target of the loss: int, float, list of int (one label per token), (start, end) ..., or None.
         extra: what decoding needs: offsets, word indices, the window ...
+        truncated: whether tokens of the row are in none of its examples.
     """
 
     row: int
@@ -58,6 +59,7 @@ class Example:
     token_type_ids: Sequence[int]
     target: Any = None
     extra: Any = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ def read_conll(lines: Iterable[tuple[int, str]], source: str) -> Table:
     Columns are separated by tabs where most lines have one, else by spaces and tabs. Columns in between are column2,
     column3 ...; a first column that counts the words of each sentence is not the words. A file of ten columns that
     counts its words is CoNLL-U, with the names of `CONLLU`; the lines of multiword tokens (1-2) and empty nodes (1.1)
-    are skipped. So are -DOCSTART- lines and comments: lines that begin with # and are not a word, having another number
-    of columns than the others, or a tag that no other line has.
+    are skipped. So are -DOCSTART- lines and comments: lines that begin with # and have another number of columns than
+    the others, or that have a # alone and a tag that no other line has.
 
     Args:
         lines: their numbers and texts.
@@ -80,7 +80,10 @@ def _word_lines(lines: list[tuple[int, str]], source: str) -> tuple[list[_Line],
         fields = split[number]
         if line.startswith("#begin document"):
             raise ValueError(f"{source}, line {number}: the coreference format of CoNLL-2012; expected words and tags")
-        if line.startswith("#") and (len(fields) != width or (sure and fields[-1] not in tags)):
+        unlike_words = len(fields) != width or (
+            fields[0].split(" ")[0] == "#" and bool(sure) and fields[-1] not in tags
+        )
+        if line.startswith("#") and unlike_words:
             comments += 1
             continue
         if len(fields) < 2 or not fields[0] or not fields[-1]:

@@ -112,6 +112,8 @@ def _detect(
     default: tuple[_Dialect, list[_Record] | _Malformed] | None = None
     for delimiter in delimiters:
         for dialect in _quotings(delimiter, usual, settings):
+            if settings.escape is None and dialect.escape and not any('\\"' in line for _, line in lines):
+                continue
             records = _records(lines, dialect)
             default = default or (dialect, records)
             if not _consistent(records, names):
