@@ -49,6 +49,7 @@ hi _ _ O
 paris _ _ B-LOC
 """
 WNUT = "@paulwalk\tO\n#\tO\n#ESB\tB-LOC\n\n# \tO\nit\tO\n"
+TWO = "2 lines of comments"
 MSRA = "中 B-NS\n国 E-NS\n的 O\n李 S-NR\n"
 
 
@@ -87,11 +88,11 @@ def test_conll_u(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "tokens", "tags", "notes"),
     [
-        (GERMEVAL, [["Aufgrund", "seiner", "EU"], ["Berlin"]], [["O", "O", "B-LOC"], ["O"]], ("2 lines of comments",)),
+        (GERMEVAL, [["Aufgrund", "seiner", "EU"], ["Berlin"]], [["O", "O", "B-LOC"], ["O"]], (TWO,)),
         (MULTICONER, [["hi", "paris"]], [["O", "B-LOC"]], ("1 lines of comments",)),
         (WNUT, [["@paulwalk", "#", "#ESB"], ["#", "it"]], [["O", "O", "B-LOC"], ["O", "O"]], ()),
         (MSRA, [["中", "国", "的", "李"]], [["B-NS", "E-NS", "O", "S-NR"]], ()),
-        ("# text\na O\n# O\n\n# more text here\nb O\n", [["a", "#"], ["b"]], [["O", "O"], ["O"]], ("2 lines of comments",)),
+        ("# text\na O\n# O\n\n# more text here\nb O\n", [["a", "#"], ["b"]], [["O", "O"], ["O"]], (TWO,)),
         ("a   O  \n\tb \t O\t\n  \nc O", [["a", "b"], ["c"]], [["O", "O"], ["O"]], ()),
         ("New York\tB-LOC\nis\tO\n", [["New York", "is"]], [["B-LOC", "O"]], ()),
         ("a\u2028b O\nc\u00a0d O\n\u3000e O\r\n", [["a\u2028b", "c\u00a0d", "\u3000e"]], [["O", "O", "O"]], ()),
@@ -99,7 +100,7 @@ def test_conll_u(name: str, tmp_path: Path) -> None:
         ("1990 CD O\n1 CD O\n", [["1990", "1"]], [["O", "O"]], ()),
         ("", [], [], ()),
     ],
-    ids=["GermEval", "MultiCoNER", "WNUT", "MSRA", "comments", "blanks", "tabs", "Unicode", "counted", "numbers", "empty"],
+    ids=["GermEval", "MultiCoNER", "WNUT", "MSRA", "#", "blanks", "tabs", "Unicode", "counted", "numbers", "empty"],
 )  # fmt: skip
 def test_other_files(content: str, tokens: Any, tags: Any, notes: Any, tmp_path: Path) -> None:
     table = table_of(tmp_path, content, "a.bio")

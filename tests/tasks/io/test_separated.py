@@ -1,4 +1,4 @@
-"""Files with delimiters: dialects of public data and of programs, given or detected, read as their writers meant them."""
+"""Files with delimiters: dialects of public data and of programs, given or detected."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_backslashes_before_quotes_are_detected(delimiter: str, tmp_path: Path) 
     ("name", "content", "rows"),
     [
         # QNLI, MNLI, QQP: quotation marks are text, also unbalanced and at both ends.
-        ("q.tsv", 'index\tquestion\tlabel\n0\t"Why?" he asked\tyes\n1\t"Why?"\tno\n2\t"open\tno\n', ['"Why?" he asked', '"Why?"', '"open']),
+        ("q.tsv", 'question\tlabel\n"Why?" he said\t1\n"Why?"\t0\n"open\t0\n', ['"Why?" he said', '"Why?"', '"open']),
         # pandas' to_csv(sep="\t"): quoted where needed, quotation marks doubled.
         ("p.tsv", '\tquestion\tlabel\n0\t"she said ""no"""\tyes\n1\tplain\tno\n', ['she said "no"', "plain"]),
         ("r.tsv", '"question"\t"label"\n"Why?"\t1\n"a\tb"\t0\n', ["Why?", "a\tb"]),
