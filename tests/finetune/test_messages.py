@@ -55,7 +55,7 @@ def test_the_dialect_and_the_labels_are_printed_and_no_label_drops_rows(base: Pa
     assert result.metrics["dev"]["labels"] == ["bad", "good"]
     assert not any("is a class" in line for line in messages)
     with pytest.raises(ValueError, match=r"line 15: no label in 'label'; .* set no_label to drop such rows"):
-        run(base, tmp_path, content)
+        run(base, tmp_path, content, overwrite=True)
     messages, _ = run(base, tmp_path, content[: content.index("film;\n")], overwrite=True)
     assert any("the label '-' (1 rows) is a class; if it means no label" in line for line in messages)
 
