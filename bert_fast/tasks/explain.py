@@ -181,7 +181,7 @@ def explain(
         logit=float(target.logits(out)),
         baseline=baseline,
         windows=len(windows),
-        cut=_cut_ranges(tokenizer.encode(*texts), encoding),
+        cut=_cut_ranges(tokenizer.encode(texts[0], texts[1] if len(texts) > 1 else None), encoding),
     )
 
 

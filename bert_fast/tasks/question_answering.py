@@ -146,6 +146,10 @@ class QuestionAnswering(Task):
             messages.append(f"{table.source}: {len(dropped)} questions have answers that are not in their context")
         return messages
 
+    def describe(self) -> str:
+        some = "some questions have no answer" if self.without_answer else "every question has an answer"
+        return f"{some}; answers are compared by {self.by}"
+
     def settings(self) -> dict[str, Any]:
         return {"without_answer": self.without_answer, "by": self.by, "null_threshold": self.tuned_threshold}
 

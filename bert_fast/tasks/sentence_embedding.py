@@ -129,6 +129,12 @@ class SentenceEmbedding(Task):
         outside = sum(not self.low <= score <= self.high for score in number_column(table, columns["label"]))
         return [f"{table.source}: {outside} scores are outside {self.low} to {self.high}"] if outside else []
 
+    def describe(self) -> str:
+        scores = (
+            f", scores of {self.low:g} to {self.high:g} are cosines of 0 to 1" if self.objective == "cosine" else ""
+        )
+        return f"the objective is {self.objective}{scores}"
+
     def settings(self) -> dict[str, Any]:
         return {"objective": self.objective, "low": self.low, "high": self.high}
 

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -146,13 +147,21 @@ class TokenClassification(Task):
             raise ValueError(unseen_labels_message(table, unseen, self.labels))
         if self.style is None:
             return []
+        kinds = sorted({tag_schemes.split_tag(label)[1] for label in self.labels[1:]})
+        twins = [
+            f"{one} and {two}" for one, two in pairwise(sorted(kinds, key=str.lower)) if one.lower() == two.lower()
+        ]
+        messages = (
+            [f"{table.source}: kinds that differ in case are different kinds: {', '.join(twins)}"] if twins else []
+        )
         invalid = [row for row, tags in enumerate(raw) if tag_schemes.violations(tags, self.scheme)]
         if not invalid:
-            return []
+            return messages
         first = tag_schemes.violations(raw[invalid[0]], self.scheme)[0]
         return [
+            *messages,
             f"{table.source}: {len(invalid)} rows have tags that {self.scheme.upper()} forbids, decoded as by conlleval"
-            f", such as {table.where(invalid[0])}, word {first.word + 1}: {first.text}"
+            f", such as {table.where(invalid[0])}, word {first.word + 1}: {first.text}",
         ]
 
     def settings(self) -> dict[str, Any]:

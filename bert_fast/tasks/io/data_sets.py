@@ -109,7 +109,7 @@ def _features(schema: pyarrow.Schema) -> Any:
 def _named(columns: dict[str, list[Any]], features: Any, source: str) -> dict[str, list[Any]]:
     """The columns with class indices replaced by names, where `features` has them."""
     features = features if isinstance(features, dict) else {}
-    named = {}
+    named: dict[str, list[Any]] = {}
     for name, values in columns.items():
         named[name] = []
         for row, value in enumerate(values):

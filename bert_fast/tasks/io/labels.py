@@ -104,23 +104,18 @@ def label_order(names: Iterable[str]) -> list[str]:
 
 
 def labels_that_look_missing(counts: Mapping[str, int]) -> str:
-    """A warning if labels look like marks of rows without one ("-", "nan", "-1" beside no other negative number)."""
-    numbers = [name for name in counts if _NUMBER.fullmatch(name)]
-    signed = "0" not in numbers or len(numbers) == 3  # -1 and 1, or -1, 0 and 1: signs
+    """A warning if labels look like marks of rows without one: "-", "nan", or -1 as the only negative number with 0."""
+    negative = [name for name in counts if name.startswith("-") and _NUMBER.fullmatch(name)]
+    signs = len(negative) > 1 or "0" not in counts
     found = {
         name: count
         for name, count in counts.items()
-        if name.lower() in _LOOK_MISSING
-        and not (name.startswith("-") and name in numbers and (signed or _negatives(numbers) > 1))
+        if name.lower() in _LOOK_MISSING and not (name in negative and signs)
     }
     if not found:
         return ""
     listed = ", ".join(f"{name!r} ({count} rows)" for name, count in found.items())
     return f"the label {listed} is a class; if it means no label, set no_label to [{', '.join(map(repr, found))}]"
-
-
-def _negatives(numbers: Iterable[str]) -> int:
-    return sum(name.startswith("-") for name in numbers)
 
 
 def drop_unlabelled(table: Table, column: str, no_label: Sequence[Any] | None) -> tuple[Table, str]:
