@@ -98,7 +98,7 @@ class Trainer:
         self.warmup = config.warmup(self.total_steps)
         self.step, self.position, self.tokens, self.lr = 0, Position(0, 0), 0, 0.0
         self.best: dict[str, float] | None = None
-        start = ranks.on_rank0(lambda: checkpoint.find_checkpoint(config.resume, self.checkpoints, self.report))
+        start = ranks.on_rank0(self._find_checkpoint)
         torch.manual_seed(config.seed)
         model = build_model(config, self.data, start).to(self.device).train()
         if config.recompute:
@@ -128,6 +128,23 @@ class Trainer:
             self.graph = GraphedStep(self.device_step, self.model.config, config.seed, capture)
         self._prefetch: Prefetch | None = None
         self._warm_up_buckets()
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, as `config.resume` says, verified; None for a new run."""
+        resume = self.config.resume
+        if resume == "auto":
+            return checkpoint.newest_valid(self.checkpoints, self.report)
+        if resume == "never":
+            if checkpoint.list_checkpoints(self.checkpoints):
+                raise ValueError(
+                    f"{self.checkpoints} has checkpoints and resume is never; choose another output_dir, delete them, "
+                    "or resume with resume=auto"
+                )
+            return None
+        if not Path(resume).is_dir():
+            raise FileNotFoundError(f"resume is {resume!r}; expected auto, never or the folder of a checkpoint")
+        checkpoint.verify_folder(Path(resume))
+        return Path(resume)
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.load_trainer_state(folder)
@@ -288,7 +305,11 @@ class Trainer:
         self.saved_step = self.step
         if self.ranks.main:
             best_step = int(self.best["step"]) if self.best else None
-            checkpoint.prune(self.checkpoints, self.config.keep_last, best_step)
+            checkpoint.prune(
+                self.checkpoints,
+                self.config.keep_last,
+                [checkpoint.checkpoint_path(self.checkpoints, best_step)] if best_step is not None else [],
+            )
         return target
 
     def save_final(self) -> Path:
