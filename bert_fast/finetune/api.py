@@ -146,7 +146,7 @@ def _reserved_output(config: FinetuneConfig | MultitaskConfig) -> Iterator[None]
     """Lock the output folder, clean up after a killed writer of it, and check that it may be written."""
     target = Path(os.path.realpath(config.output_dir))
     with exclusive(target, what="fine-tuning run"):
-        recover(target.parent, exclusive=False, name=target.name)
+        recover(target.parent, exclusive=False)
         check_absent(target, overwrite=config.overwrite)
         is_result = any((target / name).is_file() for name in (SETTINGS, MULTITASK_SETTINGS))
         if target.exists() and not is_result and (not target.is_dir() or any(target.iterdir())):

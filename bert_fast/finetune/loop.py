@@ -98,8 +98,8 @@ class Finetuner:
         for task in (task_run.task for task_run in self.task_runs):
             if options.unfreeze_epochs and task.model_class == "BertModel":
                 raise ValueError(
-                    f"optimizer.unfreeze_epochs is {options.unfreeze_epochs}; expected 0: {task.name} has no head, which "
-                    "is what is trained first"
+                    f"optimizer.unfreeze_epochs is {options.unfreeze_epochs}; expected 0: {task.name} has no head to "
+                    "train first"
                 )
         freeze(self.models, embeddings=options.freeze_embeddings, layers=options.freeze_layers)
         groups = layered_groups(self.models, options.weight_decay, options.layer_decay)
@@ -225,6 +225,9 @@ class Finetuner:
         impatient = bool(self.config.patience) and state.evals_since_best >= self.config.patience
         state.finished = impatient or state.step >= self.total_steps
         state.stopped_early = impatient and state.step < self.total_steps
+        if state.finished and any(self.losses):  # of the steps since the last line
+            self.check_finite()
+            self._log(logs, bar)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters and buffers of the models; shared ones once."""

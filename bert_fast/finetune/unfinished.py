@@ -163,7 +163,8 @@ class UnfinishedRun:
                 (result / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.folder / name, result / name)
             metrics = write(result, run)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # a leftover is deleted by the next run
+            checkpoint.delete(self.folder)
         return metrics
 
     def _keep_trained_model(self) -> None:
@@ -215,30 +216,62 @@ class UnfinishedRun:
             checkpoint.save_training_state(folder, loop.models, loop.optimizer, state)
 
         last = checkpoint.list_checkpoints(self.checkpoints)
-        with _io.write_errors(target, f"; the same command resumes from {last[-1]}" if last else ""):
+        with _io.write_errors(target, f"; the same command then resumes from {last[-1]}" if last else ""):
             checkpoint.write_folder(target, fill)
         self._saved_step, self._saved_at = step, time.monotonic()
-        checkpoint.prune(self.checkpoints, self.config.keep_last)
+        checkpoint.prune(self.checkpoints, self.config.keep_last, [Path(os.path.realpath(self.config.resume))])
         return target
 
     def _resume(self) -> None:
         """Restore the state that `config.resume` says, if there is one."""
         loop = self.loop
-        folder = checkpoint.find_checkpoint(self.config.resume, self.checkpoints, self.report)
+        folder = self._own_continuation() or checkpoint.find_checkpoint(
+            self.config.resume, self.checkpoints, self.report
+        )
         if folder is None:
             return
         state = _read_state(folder)
         progress = Progress(**state["progress"])
         changed = self._check_resumable(folder, state)
-        checkpoint.load_training_state(folder, loop.models, loop.optimizer)
         _load_tensors(folder, loop)
+        checkpoint.load_training_state(folder, loop.models, loop.optimizer)
         loop.progress = progress
         loop.unfreezing.advance(progress.epochs)
         progress.finished |= progress.step >= loop.total_steps and progress.evaluated_step == progress.step
-        self._saved_step = progress.step if folder.parent == self.checkpoints else -1
+        self._leave_other_branches(Path(os.path.realpath(folder)))
         self.report(f"resuming from {folder} at step {progress.step} of {loop.total_steps}")
         for name, (before, now) in changed.items():
             self.report(f"{name} is now {now!r}; the run started with {before!r}")
+
+    def _own_continuation(self) -> Path | None:
+        """The newest checkpoint, if the same command has gone on from the checkpoint that `config.resume` names."""
+        if self.config.resume in ("auto", "never") or not checkpoint.list_checkpoints(self.checkpoints):
+            return None
+        newest = checkpoint.newest_valid(self.checkpoints, self.report)
+        assert newest is not None
+        before = _read_state(newest)["config"]
+        same = before["resume"] == self.config.resume and not training_changes(before, asdict(self.config))
+        return newest if same else None
+
+    def _leave_other_branches(self, start: Path) -> None:
+        """Move the checkpoints of other branches than that of `start` aside, with a copy of their logs."""
+        inside = start.parent == self.checkpoints
+        step = self.loop.progress.step
+        aside = checkpoint.set_aside(self.checkpoints, step if inside else -1)
+        for name in self._log_names():
+            log, other = self.folder / name, start.parent.parent / name
+            if aside is not None and log.is_file():
+                (aside / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(log, aside / name)
+            if not inside:  # the log of the run goes on, too
+                log.unlink(missing_ok=True)
+                if other.is_file():
+                    log.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(other, log)
+        if aside is not None:
+            names = ", ".join(path.name for path in checkpoint.list_checkpoints(aside))
+            self.report(f"checkpoints of another branch ({names}) and their log are now in {aside}")
+        self._saved_step = step if inside else -1
 
     def _check_resumable(self, folder: Path, state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         changed = training_changes(state["config"], asdict(self.config))
@@ -271,13 +304,17 @@ def rows_fingerprint(loop: Finetuner) -> str:
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's trainer_state.json, of the schema that `UnfinishedRun.save` writes."""
-    path = folder / checkpoint.STATE
-    state = _io.read_json(path, {"progress": dict, "config": dict, "rows": str})
+    """The state in a checkpoint, of the schema that `UnfinishedRun.save` writes.
+
+    Raises:
+        ValueError: the folder is not the checkpoint of a fine-tuning run; the message names the file.
+    """
+    state = checkpoint.load_trainer_state(folder, {"progress": dict, "config": dict, "rows": str})
     kinds = {name: _KINDS[hint] for name, hint in Progress.__annotations__.items()}
-    unknown = sorted(set(_io.check_fields(state["progress"], kinds, f"{path}: progress")) - set(kinds))
+    where = f"{folder / checkpoint.STATE}: progress"
+    unknown = sorted(set(_io.check_fields(state["progress"], kinds, where)) - set(kinds))
     if unknown:
-        raise ValueError(f"{path}: progress has {', '.join(unknown)}; expected {', '.join(kinds)}")
+        raise ValueError(f"{where} has {', '.join(unknown)}; expected {', '.join(kinds)}")
     return state
 
 

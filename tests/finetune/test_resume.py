@@ -1,4 +1,4 @@
-"""Interrupted runs: a signal saves, the same call resumes with the bits of an uninterrupted run, and nothing is lost."""
+"""Interrupted runs: a signal saves, the same call resumes with the bits of an uninterrupted run, nothing is lost."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from bert_fast.models import BertConfig, BertModel
 from bert_fast.runtime import checkpoint
 from bert_fast.runtime.log import read_log
 from bert_fast.runtime.ranks import TrainingDivergedError
+from bert_fast.tasks.classification import Classification
 
 WORDS = ["ada", "bob", "rome", "oslo", "good", "bad", "the", "we", "saw", "went", "who", "?"]
 
@@ -223,10 +224,309 @@ def test_a_signal_within_an_evaluation(batch: int, base: Path, tmp_path: Path, s
     counted = finetune(whole, report=quiet).metrics
     assert counted["test"]["accuracy"] == counted["dev"]["accuracy"]
     config = settings(base, tmp_path / "run", **changes, steps=5)
-    from bert_fast.tasks.classification import Classification
-
     with signal_at(Classification, "per_example", batch), pytest.raises(RunInterruptedError) as error:
         finetune(config, report=quiet)
     assert error.value.step in (0, 4, 5)
     finetune(config, report=quiet)
     assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+def test_checkpoints_by_steps_and_by_minutes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    write_folder = checkpoint.write_folder
+
+    def counted(target: Path, *arguments: Any) -> None:
+        written.append(int(target.name[5:]))
+        write_folder(target, *arguments)
+        assert len(checkpoint.list_checkpoints(target.parent)) <= 3, "two are kept"
+
+    monkeypatch.setattr(checkpoint, "write_folder", counted)
+    finetune(settings(base, tmp_path / "steps", checkpoint_interval=2), report=quiet)
+    assert written == [2, 4, 6, 8]
+    written.clear()
+    clock = [0.0]
+    monkeypatch.setattr(unfinished_module.time, "monotonic", lambda: clock[0])
+    train_step = Finetuner.train_step
+
+    def slow_step(self: Finetuner, batches: Any) -> Any:
+        clock[0] += 25.0
+        return train_step(self, batches)
+
+    monkeypatch.setattr(Finetuner, "train_step", slow_step)
+    finetune(settings(base, tmp_path / "minutes", checkpoint_minutes=1), report=quiet)
+    assert written == [3, 6, 9]
+    written.clear()
+    finetune(settings(base, tmp_path / "never", checkpoint_minutes=0), report=quiet)
+    assert written == []
+    assert content(tmp_path / "steps") == content(tmp_path / "minutes") == content(tmp_path / "never")
+
+
+@pytest.fixture
+def interrupted(base: Path, tmp_path: Path, signal_at: Callable[..., Any]) -> FinetuneConfig:
+    """A run that was interrupted after step 7, with checkpoints of steps 6 and 7."""
+    config = settings(base, tmp_path / "run", checkpoint_interval=3)
+    with signal_at(Finetuner, "train_step", 7), pytest.raises(RunInterruptedError):
+        finetune(config, report=quiet)
+    assert checkpoints_of(config) == ["step-00000006", "step-00000007"]
+    return config
+
+
+def checkpoints_of(config: FinetuneConfig) -> list[str]:
+    root = unfinished_folder(config.output_dir) / "checkpoints"
+    return [path.name for path in checkpoint.list_checkpoints(root)]
+
+
+def test_a_corrupt_checkpoint_is_skipped(interrupted: FinetuneConfig, base: Path, tmp_path: Path) -> None:
+    finetune(settings(base, tmp_path / "whole"), report=quiet)
+    weights = unfinished_folder(interrupted.output_dir) / "checkpoints" / "step-00000007" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    messages: list[str] = []
+    finetune(interrupted, report=messages.append)
+    assert any("weights.safetensors is corrupt" in text for text in messages)
+    assert any("at step 6 of 10" in text for text in messages)
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"belongs to another run \(seed 0 -> 1\); restore these settings, choose another output_dir, or"),
+        ({"batch": {"rows": 5}}, r"belongs to another run \(batch.rows 4 -> 5\)"),
+        ({"optimizer": {"freeze_layers": 1}}, r"belongs to another run \(optimizer.freeze_layers 0 -> 1"),
+        ({"resume": "never"}, "has checkpoints and resume is never"),
+        ({"resume": "absent"}, "resume is 'absent'; expected auto, never or the folder of a checkpoint"),
+        ({"resume": "{base}"}, "manifest.json is missing"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_another_run_is_refused_and_the_unfinished_one_kept(
+    changes: dict[str, Any], message: str, interrupted: FinetuneConfig, base: Path, tmp_path: Path
+) -> None:
+    changes = {name: str(base) if value == "{base}" else value for name, value in changes.items()}
+    with pytest.raises((ValueError, OSError), match=message):
+        finetune(settings(base, tmp_path / "run", checkpoint_interval=3, **changes), report=quiet)
+    assert checkpoints_of(interrupted) == ["step-00000006", "step-00000007"]
+    finetune(interrupted, report=quiet)
+
+
+def test_other_rows_are_refused_and_moved_ones_are_not(interrupted: FinetuneConfig, base: Path, tmp_path: Path) -> None:
+    text = (base / "classification.jsonl").read_text()
+    for name, content_of in (("same", text), ("other", text.replace("good", "bad", 1))):
+        (tmp_path / f"{name}.jsonl").write_text(content_of)
+    data = {"train": tmp_path / "other.jsonl", "dev": base / "classification.jsonl"}
+    with pytest.raises(ValueError, match=r"the rows of train or dev are not those that .*step-00000007 was trained on"):
+        finetune(settings(base, tmp_path / "run", data=data), report=quiet)
+    messages: list[str] = []
+    data = {**data, "train": tmp_path / "same.jsonl"}
+    optimizer = {"lr": 1e-3, "unfreeze_epochs": 0.5}
+    result = finetune(
+        settings(base, tmp_path / "run", data=data, steps=12, optimizer=optimizer), report=messages.append
+    )
+    assert result.metrics["run"]["steps"] == 12
+    assert "optimizer.lr is now 0.001; the run started with 0.003" in messages
+    assert "steps is now 12; the run started with 10" in messages
+
+
+def test_a_run_goes_on_from_a_named_checkpoint(interrupted: FinetuneConfig, base: Path, tmp_path: Path) -> None:
+    """Of its own, then later ones are set aside; or of another folder, whose log goes on."""
+    finetune(settings(base, tmp_path / "whole"), report=quiet)
+    named = unfinished_folder(interrupted.output_dir) / "checkpoints" / "step-00000006"
+    other = replace(interrupted, output_dir=str(tmp_path / "other"), resume=str(named))
+    finetune(other, report=quiet)
+    assert content(tmp_path / "other") == content(tmp_path / "whole")
+    messages: list[str] = []
+    finetune(replace(interrupted, resume=str(named)), report=messages.append)
+    assert any("checkpoints of another branch (step-00000007) and their log are now in" in text for text in messages)
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+def test_the_same_command_with_a_named_checkpoint_resumes_its_own(
+    interrupted: FinetuneConfig, base: Path, tmp_path: Path, signal_at: Callable[..., Any]
+) -> None:
+    finetune(settings(base, tmp_path / "whole"), report=quiet)
+    named = unfinished_folder(interrupted.output_dir) / "checkpoints" / "step-00000006"
+    other = replace(interrupted, output_dir=str(tmp_path / "other"), resume=str(named))
+    with signal_at(Finetuner, "train_step", 2), pytest.raises(RunInterruptedError) as error:
+        finetune(other, report=quiet)
+    assert error.value.step == 8
+    messages: list[str] = []
+    finetune(other, report=messages.append)
+    assert any("at step 8 of 10" in text for text in messages)
+    assert content(tmp_path / "other") == content(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_model_or_kind_is_refused(
+    interrupted: FinetuneConfig, base: Path, tmp_path: Path
+) -> None:
+    model = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=2)
+    with pytest.raises(ValueError, match="is the checkpoint of another model: "):
+        finetune(interrupted, model=model, report=quiet)
+    state = tmp_path / "pretrained"
+    checkpoint.write_folder(
+        state, lambda folder: checkpoint.save_training_state(folder, model, torch.optim.SGD(model.parameters()), {})
+    )
+    with pytest.raises(ValueError, match="has no 'progress'"):
+        finetune(replace(interrupted, output_dir=str(tmp_path / "new"), resume=str(state)), report=quiet)
+
+
+def test_a_passed_model_resumes(base: Path, tmp_path: Path, signal_at: Callable[..., Any]) -> None:
+    """Of transformers, whose dropout draws from torch's generator too."""
+
+    def model() -> transformers.BertForSequenceClassification:
+        torch.manual_seed(5)
+        return transformers.BertForSequenceClassification.from_pretrained(base, num_labels=2)
+
+    whole = settings(base, tmp_path / "whole")
+    finetune(whole, model=model(), report=quiet)
+    config = settings(base, tmp_path / "run")
+    with signal_at(Finetuner, "train_step", 6), pytest.raises(RunInterruptedError):
+        finetune(config, model=model(), report=quiet)
+    finetune(config, model=model(), report=quiet)
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+def test_a_diverged_state_is_not_saved(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_step = Finetuner.train_step
+
+    def diverging(self: Finetuner, batches: Any) -> Any:
+        losses, norm = train_step(self, batches)
+        if self.progress.step == 5:
+            losses = {index: loss * float("nan") for index, loss in losses.items()}
+        return losses, norm
+
+    monkeypatch.setattr(Finetuner, "train_step", diverging)
+    config = settings(base, tmp_path / "run", log_interval=100, checkpoint_interval=1, eval_steps=100)
+    with pytest.raises(TrainingDivergedError, match=r"by step 5; lower optimizer\.lr"):
+        finetune(config, report=quiet)
+    assert checkpoints_of(config) == ["step-00000003", "step-00000004"]
+
+
+class TestOverwrite:
+    """The old result is there until the new one is complete."""
+
+    @pytest.fixture
+    def config(self, base: Path, tmp_path: Path) -> FinetuneConfig:
+        finetune(settings(base, tmp_path / "run", seed=1, steps=1), report=quiet)
+        return settings(base, tmp_path / "run", overwrite=True, steps=5)
+
+    def test_it_survives_a_refusal_a_failure_and_an_interruption(
+        self, config: FinetuneConfig, base: Path, tmp_path: Path, signal_at: Callable[..., Any],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        before = content(tmp_path / "run")
+        with pytest.raises(FileExistsError, match="run exists; choose another folder, or give --overwrite true"):
+            finetune(replace(config, overwrite=False), report=quiet)
+        with pytest.raises(ValueError, match="metric is 'f1'"):
+            finetune(replace(config, metric="f1"), report=quiet)
+        with monkeypatch.context() as patch:
+            patch.setattr(TaskRun, "loss", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                finetune(config, report=quiet)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        with signal_at(Finetuner, "train_step", 3), pytest.raises(RunInterruptedError):
+            finetune(config, report=quiet)
+        assert content(tmp_path / "run") == before
+        finetune(config, report=quiet)
+        finetune(settings(base, tmp_path / "whole", steps=5), report=quiet)
+        assert content(tmp_path / "run") == content(tmp_path / "whole") != before
+
+    def test_a_folder_of_another_kind_is_not_replaced(self, config: FinetuneConfig, tmp_path: Path) -> None:
+        thesis = tmp_path / "home" / "thesis.tex"
+        thesis.parent.mkdir()
+        thesis.write_text("years")
+        for target in (thesis.parent, thesis):
+            with pytest.raises(
+                FileExistsError, match="holds no result of finetune or multitask, so --overwrite does not"
+            ):
+                finetune(replace(config, output_dir=str(target)), report=quiet)
+        assert thesis.read_text() == "years"
+        (tmp_path / "empty").mkdir()
+        finetune(replace(config, output_dir=str(tmp_path / "empty")), report=quiet)
+
+    def test_a_result_that_appears_during_the_run_is_kept_and_the_model_too(
+        self, config: FinetuneConfig, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        new = replace(config, output_dir=str(tmp_path / "new"), overwrite=False)
+        write = TaskRun.write
+
+        def meanwhile(self: TaskRun, folder: Path, run: Any) -> Any:
+            (tmp_path / "new").mkdir(exist_ok=True)
+            (tmp_path / "new" / "theirs").write_text("theirs")
+            return write(self, folder, run)
+
+        messages: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(TaskRun, "write", meanwhile)
+            with pytest.raises(FileExistsError, match="new exists"):
+                finetune(new, report=messages.append)
+        assert (tmp_path / "new" / "theirs").read_text() == "theirs"
+        kept = unfinished_folder(new.output_dir) / "checkpoints" / "step-00000005"
+        assert any(f"the trained model is kept in {kept}" in text for text in messages)
+        finetune(settings(base, tmp_path / "whole", steps=5), report=quiet)
+        monkeypatch.setattr(Finetuner, "train_step", lambda *_: pytest.fail("it is trained already"))
+        finetune(replace(new, output_dir=str(tmp_path / "third"), resume=str(kept)), report=quiet)
+        assert content(tmp_path / "third") == content(tmp_path / "whole")
+        with pytest.raises(ValueError, match=r"belongs to another run \(optimizer.lr 0.003 -> 0.1\)"):
+            changed = replace(new, output_dir=str(tmp_path / "fourth"), optimizer=replace(new.optimizer, lr=0.1))
+            finetune(replace(changed, resume=str(kept)), report=quiet)
+
+
+def test_two_runs_in_one_folder(base: Path, tmp_path: Path) -> None:
+    for run, config in ((finetune, settings(base, tmp_path / "run")), (multitask, several(base, tmp_path / "run"))):
+        with (
+            exclusive(tmp_path / "run", what="fine-tuning run"),
+            pytest.raises(
+                OutputBusyError, match=r"another fine-tuning run \(host \S+, pid \d+, since .*\) is at work in"
+            ),
+        ):
+            run(config, report=quiet)  # type: ignore[operator]
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with exclusive(tmp_path / "run"), pytest.raises(OutputBusyError):
+        finetune(settings(base, tmp_path / "link"), report=quiet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link"]
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "result"])
+def test_a_full_disk(where: str, interrupted: FinetuneConfig, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """One sentence; the last checkpoint and an old result are there, and the run goes on when there is space."""
+    finetune(settings(base, tmp_path / "whole"), report=quiet)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    config = replace(interrupted, overwrite=True)
+    messages: list[str] = []
+    with monkeypatch.context() as patch:
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        if where == "checkpoint":
+            patch.setattr(unfinished_module, "save_file", full)
+        else:
+            patch.setattr(_io, "fsync_tree", full)
+        with pytest.raises(OSError, match=r"can't be written: the disk is full") as error:
+            finetune(config, report=messages.append)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert checkpoints_of(config) == ["step-00000006", "step-00000007"]
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+    finetune(config, report=quiet)
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
+
+
+def test_a_failing_report_is_a_warning(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    separators = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
+    rows = [json.loads(line) for line in (base / "classification.jsonl").read_text().splitlines()]
+    rows = [{**row, "text": f"{row['text']} {separators}", "id": "\ud800"} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": tmp_path / "rows.jsonl", "dev": tmp_path / "rows.jsonl"}
+    messages: list[str] = []
+    config = settings(base, tmp_path / "run", data=data, report=True, steps=1)
+    finetune(config, report=messages.append)
+    lines = (tmp_path / "run" / "predictions.dev.jsonl").read_bytes().split(b"\n")
+    assert [json.loads(line)["input"] for line in lines[:-1]] == rows
+    monkeypatch.setattr("bert_fast.finetune.task_run.write_report", lambda _: 1 / 0)
+    result = finetune(replace(config, overwrite=True), report=messages.append)
+    assert "warning: report.html is not written: ZeroDivisionError: division by zero" in messages
+    assert (Path(result.folder) / "model.safetensors").is_file()
