@@ -64,6 +64,9 @@ class TaskRun:
         name: of the task in a multi-task run.
         weight: factor of its loss in a multi-task run.
 
+    Attributes:
+        on_batch: called with the number of examples after each batch of an evaluation; may raise to stop it.
+
     Raises:
         ValueError: settings, rows and model are inconsistent.
         FileNotFoundError: `config.model` is not a folder.
@@ -94,6 +97,7 @@ class TaskRun:
         if unsupported := self.task.head_config():
             report(f"{unsupported}: transformers has no such head and computes other outputs; predict with bert_fast")
         self.model = model
+        self.on_batch: Callable[[int], None] | None = None
         self.train_examples = self._encode(self.data.train, training=True)
         if not self.train_examples:
             raise ValueError(f"{config.data.train} has no examples to train on")
@@ -178,6 +182,7 @@ class TaskRun:
             examples,
             batch_tokens=self.config.batch.eval_tokens,
             precision=self.config.precision,
+            progress=self.on_batch,
         )
         while True:
             predictions = self.task.decode(outputs.arrays, examples, split.table, split.columns)
@@ -209,24 +214,24 @@ class TaskRun:
         Returns:
             The content of metrics.json.
         """
-        run = {"task": self.task.name, **run, "main_metric": self.config.metric or self.task.main_metric}
         dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
         if warning := self.task.warning(predictions, self.data.dev.table, self.data.dev.columns):
             self.report(warning)
         describe_task(self.model, self.config, self.task)
+        self._write_model(folder)
+        run = {"task": self.task.name, **run, "main_metric": self.config.metric or self.task.main_metric}
         metrics = {"run": run, "dev": dev}
         if self.data.test is not None:
             examples = self._encode(self.data.test, training=False)
             metrics["test"], _ = self.evaluate(self.data.test, examples)
         write_json(folder / METRICS, metrics)
         write_json(folder / SETTINGS, asdict(self.config))
-        with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
-            table, columns = self.data.dev.table, self.data.dev.columns
-            errors: Sequence[float | None] | None = self.task.errors(predictions, table, columns)
-            errors = [None] * len(predictions) if errors is None else errors
-            for row, (prediction, error) in enumerate(zip(predictions, errors, strict=True)):
-                line = {"row": table.numbers[row], "input": table.row(row), "prediction": prediction, "error": error}
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        self._write_predictions(folder / PREDICTIONS, predictions)
+        if self.config.report:
+            self._write_report(folder)
+        return metrics
+
+    def _write_model(self, folder: Path) -> None:
         model: Any = self.model
         model.save_pretrained(folder)
         for path in (Path(self.config.model) / name for name in TOKENIZER_FILES):
@@ -236,9 +241,27 @@ class TaskRun:
             self.tokenizer.save(str(folder / "tokenizer.json"))
         for name, values in self.task.extra_files(self.config.text, model.config.hidden_size).items():
             write_json(folder / name, values)
-        if self.config.report:
-            if package := missing_package():
-                self.report(f"{REPORT} is skipped: {package} is not installed; pip install 'bert_fast[finetune]'")
-            else:
-                write_report(folder)
-        return metrics
+
+    def _write_predictions(self, path: Path, predictions: Sequence[Mapping[str, Any]]) -> None:
+        """Write a line of JSON for each row of dev: its number, input, prediction and error."""
+        table = self.data.dev.table
+        errors: Sequence[float | None] | None = self.task.errors(predictions, table, self.data.dev.columns)
+        errors = [None] * len(predictions) if errors is None else errors
+        with path.open("wb") as file:
+            for row, (prediction, error) in enumerate(zip(predictions, errors, strict=True)):
+                line = {"row": table.numbers[row], "input": table.row(row), "prediction": prediction, "error": error}
+                try:
+                    text = json.dumps(line, ensure_ascii=False, default=str).encode()
+                except UnicodeEncodeError:  # a lone surrogate, which UTF-8 does not have
+                    text = json.dumps(line, default=str).encode()
+                file.write(text + b"\n")
+
+    def _write_report(self, folder: Path) -> None:
+        """Write the report; a failure is reported, and the trained model is kept."""
+        if package := missing_package():
+            self.report(f"{REPORT} is skipped: {package} is not installed; pip install 'bert_fast[finetune]'")
+            return
+        try:
+            write_report(folder)
+        except Exception as error:
+            self.report(f"warning: {REPORT} is not written: {type(error).__name__}: {error}")

@@ -305,7 +305,11 @@ class Trainer:
         self.saved_step = self.step
         if self.ranks.main:
             best_step = int(self.best["step"]) if self.best else None
-            checkpoint.prune(self.checkpoints, self.config.keep_last, best_step)
+            checkpoint.prune(
+                self.checkpoints,
+                self.config.keep_last,
+                [checkpoint.checkpoint_path(self.checkpoints, best_step)] if best_step is not None else [],
+            )
         return target
 
     def save_final(self) -> Path:
