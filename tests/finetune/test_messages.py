@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bert_fast._config import from_mapping
 from bert_fast.cli.main import main
 from bert_fast.finetune import FinetuneConfig, FinetuneResult, finetune
+from bert_fast.finetune.task_run import TaskRun
 from bert_fast.models import BertConfig, BertModel
+from bert_fast.tasks.task import Batch
 
 WORDS = ["good", "bad", "the", "film", "was", "é", "2028"]
 
@@ -32,16 +35,33 @@ def run(
     base: Path, tmp_path: Path, content: str, name: str = "train.csv", task: str = "classification", **settings: Any
 ) -> tuple[list[str], FinetuneResult]:
     """Fine-tune for one step on a file of rows; the messages and the result."""
-    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
     messages: list[str] = []
+    return messages, finetune(config_of(base, tmp_path, content, name, task, **settings), report=messages.append)
+
+
+def config_of(
+    base: Path, tmp_path: Path, content: str, name: str = "train.csv", task: str = "classification", **settings: Any
+) -> FinetuneConfig:
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
     data = {"train": str(tmp_path / name), "dev": str(tmp_path / name), **settings.pop("data", {})}
     values = {"task": task, "model": str(base), "output_dir": str(tmp_path / "run"), "data": data, "steps": 1}
-    values |= {"progress": False, "report": False, "device": "cpu", "text": {"max_length": 8}, **settings}
-    return messages, finetune(from_mapping(FinetuneConfig, values), report=messages.append)
+    values |= {
+        "progress": False,
+        "report": False,
+        "device": "cpu",
+        "text": {"max_length": 8},
+        "dropout": 0.0,
+        **settings,
+    }
+    config: FinetuneConfig = from_mapping(FinetuneConfig, values)
+    return config
 
 
 def rows(count: int, text: str = "the film was {}") -> list[tuple[str, str]]:
     return [(text.format(WORDS[number % 2]), WORDS[number % 2]) for number in range(count)]
+
+
+CONTENT = "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows(5))
 
 
 def test_the_dialect_and_the_labels_are_printed_and_no_label_drops_rows(base: Path, tmp_path: Path) -> None:
@@ -113,3 +133,34 @@ def test_rows_with_unusual_line_separators_survive_a_run(base: Path, tmp_path: P
     _, result = run(base, tmp_path, content)
     lines = (Path(result.folder) / "predictions.dev.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["input"]["text"] for line in lines if line][-1] == odd
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[1, 5], (1.0, 5), ["1", "5.0"], np.array([1, 5]), torch.tensor([1.0, 5.0]), {"good": 5, "bad": np.float32(1)}],
+    ids=["ints", "tuple", "texts", "ndarray", "tensor", "by label"],
+)
+def test_class_weights_are_numbers_of_any_kind(weights: Any, base: Path, tmp_path: Path) -> None:
+    task_run = TaskRun(config_of(base, tmp_path, CONTENT, loss={"class_weights": weights}), None, lambda _: None)
+    loss = task_run.loss(task_run.train_examples) / task_run.loss_weight([task_run.train_examples])
+    logits = task_run.task.forward(task_run.model, Batch.of(task_run.train_examples))
+    targets = torch.tensor([example.target for example in task_run.train_examples])
+    expected = torch.nn.functional.cross_entropy(logits.double(), targets, torch.tensor([1.0, 5.0]).double())
+    # float32 (eps 1.2e-7): a loss of about 0.7, of five rows.
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"good": 1, "bat": 2}, "loss.class_weights has the label 'bat'; expected bad, good; did you mean 'bad'"),
+        ({"good": 1}, "loss.class_weights has no weight of bad; expected one of every label"),
+        ([1, 2, 3], "loss.class_weights has 3 numbers; expected 2, one per label"),
+        ([1, "x"], "loss.class_weights is"),
+        (np.ones((2, 2)), "loss.class_weights is"),
+    ],
+    ids=["unknown", "missing", "three", "text", "matrix"],
+)
+def test_class_weights_that_do_not_fit_are_refused(weights: Any, message: str, base: Path, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        TaskRun(config_of(base, tmp_path, CONTENT, loss={"class_weights": weights}), None, lambda _: None)
