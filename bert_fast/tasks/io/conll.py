@@ -12,7 +12,7 @@ from bert_fast.tasks.io.table import Table
 SUFFIXES = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".bioes", ".bmes")
 CONLLU = ("id", "tokens", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 _BLANKS = re.compile(r"[ \t]+")
-_ID = re.compile(r"\d+(?:[-.]\d+)?")
+_ID = re.compile(r"\d{1,9}(?:[-.]\d{1,9})?", re.ASCII)
 
 
 class _Line(NamedTuple):

@@ -98,9 +98,10 @@ def test_conll_u(name: str, tmp_path: Path) -> None:
         ("a\u2028b O\nc\u00a0d O\n\u3000e O\r\n", [["a\u2028b", "c\u00a0d", "\u3000e"]], [["O", "O", "O"]], ()),
         ("1 a B-X\n2 b O\n\n1 c O\n", [["a", "b"], ["c"]], [["B-X", "O"], ["O"]], ()),
         ("1990 CD O\n1 CD O\n", [["1990", "1"]], [["O", "O"]], ()),
+        ("9" * 5000 + " CD O\n", [["9" * 5000]], [["O"]], ()),
         ("", [], [], ()),
     ],
-    ids=["GermEval", "MultiCoNER", "WNUT", "MSRA", "#", "blanks", "tabs", "Unicode", "counted", "numbers", "empty"],
+    ids=["GermEval", "MultiCoNER", "WNUT", "MSRA", "#", "blanks", "tabs", "Unicode", "counted", "numbers", "digits", ""],
 )  # fmt: skip
 def test_other_files(content: str, tokens: Any, tags: Any, notes: Any, tmp_path: Path) -> None:
     table = table_of(tmp_path, content, "a.bio")
