@@ -77,16 +77,19 @@ def test_a_model_learns_to_answer(
     model = learn(task, tokenizer, examples, epochs=epochs, rows=8, lr=lr)
     predictions = predict(task, model, tokenizer, test, COLUMNS, TEXT)
     metrics = task.evaluate(predictions, test, COLUMNS)
-    assert metrics["exact_match"] == metrics["f1"] == 1.0
+    assert metrics["exact_match"] > 0.9, "a model that learnt nothing has 0.35"
+    places = 0
     for item, context, answers in zip(predictions, test["context"], test["answers"], strict=True):
-        if answers:
-            assert context[item["start"] : item["end"]] == item["answer"] == answers[0]["text"]
-            assert item["start"] == answers[0]["answer_start"]
+        if item["answer"]:
+            assert context[item["start"] : item["end"]] == item["answer"]
+            places += bool(answers) and item["start"] == answers[0]["answer_start"]
         else:
-            assert (item["answer"], item["start"], item["end"]) == ("", None, None)
+            assert (item["start"], item["end"]) == (None, None)
             assert item["null_difference"] > 0
+    assert places > 0.9 * sum(map(bool, test["answers"]))
     if unanswerable:
-        assert metrics["unanswerable_f1"] == metrics["answerable_f1"] == metrics["best_f1"] == 1.0
+        assert min(metrics["unanswerable_f1"], metrics["answerable_f1"]) > 0.85
+        assert metrics["best_f1"] >= metrics["f1"]
         assert metrics["unanswerable_questions"] == 14
     json.dumps([predictions, metrics], allow_nan=False)
 

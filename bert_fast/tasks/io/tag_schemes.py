@@ -222,6 +222,15 @@ def detect_form(sentences: Iterable[Sequence[str]]) -> str:
     return max(_FORMS, key=lambda form: sum(counts[tag] for tag in counts if _parse(tag, form)))
 
 
+def written_entities(tags: Sequence[str]) -> list[Entity]:
+    """The entities of a sequence of tags in any scheme and form, in order.
+
+    Raises:
+        ValueError: a value is not an entity tag.
+    """
+    return tags_to_entities(TagStyle("iobes", detect_form([tags])).read(tags))
+
+
 def _detect_scheme(sentences: Sequence[Sequence[str]], letters: set[str], form: str) -> str:
     """The scheme whose letters these are, with the fewest violations."""
     if letters <= set("BIES"):

@@ -101,7 +101,7 @@ def test_conll_u(name: str, tmp_path: Path) -> None:
         ("9" * 5000 + " CD O\n", [["9" * 5000]], [["O"]], ()),
         ("", [], [], ()),
     ],
-    ids=["GermEval", "MultiCoNER", "WNUT", "MSRA", "#", "blanks", "tabs", "Unicode", "counted", "numbers", "digits", ""],
+    ids=["GermEval", "MultiCoNER", "WNUT", "MSRA", "#", " ", "tabs", "Unicode", "counted", "numbers", "digits", ""],
 )  # fmt: skip
 def test_other_files(content: str, tokens: Any, tags: Any, notes: Any, tmp_path: Path) -> None:
     table = table_of(tmp_path, content, "a.bio")

@@ -19,6 +19,7 @@ from bert_fast.tasks.io.tag_schemes import (
     tags_to_char_entities,
     tags_to_entities,
     violations,
+    written_entities,
 )
 
 SENTENCE = {
@@ -116,6 +117,7 @@ def test_written_tags_are_detected_read_and_written(scheme: str, form: str) -> N
         assert tags_to_entities(style.read(written))[:3] == ENTITIES[:3]
     assert TagStyle(scheme, form).write(style.read(written)) == written
     assert tags_to_entities(style.read(written))[1][:2] == (kind, 2)
+    assert written_entities(written) == tags_to_entities(style.read(written))
     lower = [tag.lower() if form == "letter" else tag.replace("B-", "b-").replace("O", "o") for tag in written]
     assert style.read(lower) == style.read(written)
 
