@@ -50,6 +50,8 @@ def load_split(task: Task, source: str, options: TableOptions, report: Callable[
         table, message = drop_unlabelled(table, columns["label"], options.no_label)
         if message:
             report(message)
+    elif options.no_label is not None:
+        raise ValueError(f"data.no_label is {options.no_label}; expected none, since no column of labels is read")
     if not len(table):
         raise ValueError(f"{table.source}: every row was dropped, since none has a text and a label")
     return Split(table, columns)

@@ -121,6 +121,11 @@ def test_the_tag_scheme_is_printed_and_kept_in_the_metrics(base: Path, tmp_path:
         run(base, tmp_path, content, "train.conll", "token-classification", overwrite=True)
 
 
+def test_no_label_needs_a_column_of_labels(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.no_label is \['O'\]; expected none, since no column of labels is read"):
+        run(base, tmp_path, "the B-X\n", "train.conll", "token-classification", data={"no_label": ["O"]})
+
+
 def test_tags_that_the_scheme_forbids_are_named_in_training_rows_too(base: Path, tmp_path: Path) -> None:
     content = "the O\nfilm I-WORK\n\n" + "good B-WORK\nbad I-WORK\n\n" * 5
     messages, _ = run(base, tmp_path, content, "train.conll", "token-classification")
