@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from bert_fast.finetune.config import BatchOptions, TableOptions
 from bert_fast.tasks.io.columns import choose_columns, describe_columns, handle_empty_texts
-from bert_fast.tasks.io.labels import drop_unlabelled
+from bert_fast.tasks.io.labels import drop_unlabelled, label_key
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.prediction import example_groups
 from bert_fast.tasks.task import Columns, Example, Task
@@ -163,10 +164,15 @@ def _rows_by_class(split: Split) -> list[list[int]]:
     """The rows of each class if the labels are classes, else one list of all rows."""
     count = len(split.table)
     labels = split.table[split.columns["label"]] if "label" in split.columns else [None] * count
-    classes = [value if isinstance(value, (str, int, bool)) else None for value in labels]
+    classes = [label_key(value) if _is_class(value) else None for value in labels]
     if len(set(classes)) > count // 2:
         classes = [None] * count
     return [[row for row, value in enumerate(classes) if value == name] for name in dict.fromkeys(classes)]
+
+
+def _is_class(value: Any) -> bool:
+    """Whether a value may be the label of a class: a text or an integer, also as a float."""
+    return isinstance(value, (str, int)) or (isinstance(value, float) and value.is_integer())
 
 
 def _divide(split: Split, held: Sequence[int]) -> tuple[Split, Split]:

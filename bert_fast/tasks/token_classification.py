@@ -133,7 +133,9 @@ class TokenClassification(Task):
 
     def describe(self) -> str:
         if self.style is None:
-            return f"plain tags: {', '.join(self.labels[:20])}{' ...' if len(self.labels) > 20 else ''}"
+            numbers = all(label.isdecimal() for label in self.labels)
+            what = "plain tags, numbers without names" if numbers else "plain tags"
+            return f"{what}: {', '.join(self.labels[:20])}{' ...' if len(self.labels) > 20 else ''}"
         kinds = list(dict.fromkeys(tag_schemes.split_tag(label)[1] for label in self.labels[1:]))
         forms = {"prefix": "", "suffix": ", written with the letter last", "letter": ", without kinds"}
         return f"entity tags of the scheme {self.scheme.upper()}{forms[self.style.form]}: {', '.join(kinds)}"

@@ -14,8 +14,11 @@ import torch
 from bert_fast._config import from_mapping
 from bert_fast.cli.main import main
 from bert_fast.finetune import FinetuneConfig, FinetuneResult, finetune
+from bert_fast.finetune.data import Split, hold_out
 from bert_fast.finetune.task_run import TaskRun
 from bert_fast.models import BertConfig, BertModel
+from bert_fast.tasks.io.labels import label_key
+from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.task import Batch
 
 WORDS = ["good", "bad", "the", "film", "was", "é", "2028"]
@@ -169,3 +172,11 @@ def test_class_weights_are_numbers_of_any_kind(weights: Any, base: Path, tmp_pat
 def test_class_weights_that_do_not_fit_are_refused(weights: Any, message: str, base: Path, tmp_path: Path) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         TaskRun(config_of(base, tmp_path, CONTENT, loss={"class_weights": weights}), None, lambda _: None)
+
+
+def test_equal_labels_of_other_types_are_stratified_together() -> None:
+    labels: list[Any] = [1, 1.0, "1", True, "1.0", 0, "0", 0.0, False, 0] * 4
+    split = Split(Table({"text": [str(number) for number in range(40)], "label": labels}), {"label": "label"})
+    train, dev = hold_out(split, 0.1, seed=0)
+    assert sorted(map(label_key, dev.table["label"])) == ["0", "0", "1", "1"]
+    assert len(train.table) == 36
