@@ -16,8 +16,7 @@ class FormatSettings:
         delimiter: between the fields of .csv and .tsv files: one character, tab, or several without quoting.
         quote: the quotation mark of .csv and .tsv files; empty if quotation marks are ordinary characters.
         escape: the character before a quotation mark inside a quoted field; empty if it is doubled instead.
-        encoding: of any text file, such as cp1252, gb18030 or utf-16; by default UTF-8, and UTF-16 with a byte order
-            mark.
+        encoding: of any text file, such as cp1252 or gb18030; by default UTF-8, or UTF-16 where the first bytes say so.
     """
 
     delimiter: str | None = None

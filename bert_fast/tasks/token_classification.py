@@ -241,10 +241,11 @@ class TokenClassification(Task):
         raw = self._raw_tags(table, columns)
         if self.style is None:
             return raw
+        style = tag_schemes.TagStyle(self.style.scheme, tag_schemes.detect_form(raw))  # tables may differ in their form
         rows = []
         for row, tags in enumerate(raw):
             try:
-                rows.append(self.style.read(tags))
+                rows.append(style.read(tags))
             except ValueError as error:
                 raise ValueError(f"{table.where(row)}, {error}; set options.scheme to none for plain tags") from error
         return rows

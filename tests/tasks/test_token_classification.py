@@ -259,6 +259,13 @@ def test_every_writing_of_tags_is_learnt_as_entities(written: list[str], scheme:
     assert again.evaluate(predictions, table, COLUMNS)["f1"] == 1.0
 
 
+def test_tables_may_write_their_tags_in_different_forms() -> None:
+    table = Table({"tokens": [["a", "b"]], "tags": [["PER-B", "PER-I"]]}, "f")
+    task = fitted(table)
+    other = Table({"tokens": [["a", "b"]], "tags": [["B-PER", "L-PER"]]}, "g")
+    assert task.evaluate([{"tags": ["PER-B", "PER-I"]}], other, COLUMNS)["f1"] == 1.0
+
+
 def test_one_stray_tag_does_not_make_a_corpus_plain() -> None:
     table = sentences(50, 7)
     table = Table({name: [*table[name], row] for name, row in (("tokens", ["a", "b"]), ("tags", ["O", "PERSON"]))}, "f")

@@ -39,8 +39,7 @@ def read_table(source: str | Path, names: Sequence[str] | None = None, settings:
                         one word and its tag per line, blank lines between sentences: columns `tokens` and `tags`
         .txt            one text per line: column `text`
 
-    Text is UTF-8, and a line ends at a line feed alone. Other delimiters, quoting and UTF-16 with a byte order mark are
-    detected; see `read_separated` and `read_conll`. A folder written by `datasets.Dataset.save_to_disk` is read with
+    Text is UTF-8, and a line ends at a line feed alone. Other delimiters, quoting and UTF-16 are detected; see `read_separated` and `read_conll`. A folder written by `datasets.Dataset.save_to_disk` is read with
     pyarrow; `datasets:NAME[:CONFIGURATION[:SPLIT]]` loads a data set with the package `datasets`. Class indices of
     both, and of Parquet files that `datasets` wrote, become class names.
 
@@ -99,6 +98,9 @@ def _lines(path: Path, encoding: str | None) -> tuple[Iterator[tuple[int, str]],
         return _decoded_lines(path, "utf-32"), "encoding UTF-32 detected"
     if start[:2] in _UTF_16:
         return _decoded_lines(path, "utf-16"), "encoding UTF-16 detected"
+    if len(start) == 4 and start.count(0) == 2 and (start[0] == 0) != (start[1] == 0):  # two characters of ASCII
+        encoding = "utf-16-le" if start[1] == 0 else "utf-16-be"
+        return _decoded_lines(path, encoding), f"encoding {encoding.upper()} detected"
     return _utf8_lines(path), ""
 
 

@@ -136,14 +136,14 @@ def test_a_broken_line_is_named_and_does_not_change_how_others_are_read(
         read(tmp_path / "a.csv", content)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
-def test_encodings_with_a_byte_order_mark(encoding: str, packed: bool, tmp_path: Path) -> None:
+def test_encodings_of_unicode_are_detected(encoding: str, packed: bool, tmp_path: Path) -> None:
     content = written(",").encode(encoding)
     table = read(tmp_path / ("a.csv.gz" if packed else "a.csv"), gzip.compress(content) if packed else content)
     assert [list(row) for row in zip(table["text"], table["label"], strict=True)] == ROWS
     assert list(table.columns) == ["text", "label"]
-    assert table.notes == ((f"encoding {encoding.upper()} detected",) if encoding in ("utf-16", "utf-32") else ())
+    assert table.notes == (() if encoding.startswith("utf-8") else (f"encoding {encoding.upper()} detected",))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "conll", "txt"])
