@@ -39,9 +39,10 @@ def read_table(source: str | Path, names: Sequence[str] | None = None, settings:
                         one word and its tag per line, blank lines between sentences: columns `tokens` and `tags`
         .txt            one text per line: column `text`
 
-    Text is UTF-8, and a line ends at a line feed alone. Other delimiters, quoting and UTF-16 are detected; see `read_separated` and `read_conll`. A folder written by `datasets.Dataset.save_to_disk` is read with
-    pyarrow; `datasets:NAME[:CONFIGURATION[:SPLIT]]` loads a data set with the package `datasets`. Class indices of
-    both, and of Parquet files that `datasets` wrote, become class names.
+    Text is UTF-8, and a line ends at a line feed alone. Other delimiters, quoting and UTF-16 are detected; see
+    `read_separated` and `read_conll`. A folder written by `datasets.Dataset.save_to_disk` is read with pyarrow;
+    `datasets:NAME[:CONFIGURATION[:SPLIT]]` loads a data set with the package `datasets`. Class indices of both, and of
+    Parquet files that `datasets` wrote, become class names.
 
     Args:
         source: a file, a folder or `datasets:NAME`.
