@@ -13,6 +13,7 @@ from torch import nn
 from bert_fast._device import autocast
 from bert_fast.models.config import longest_input
 from bert_fast.models.embedding import batches_by_length
+from bert_fast.models.texts import evaluating
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, Task
@@ -64,7 +65,7 @@ def run_examples(
     precision: str = "fp32",
     progress: Callable[[int], None] | None = None,
 ) -> Outputs:
-    """Run `model`, in eval mode, on `examples`.
+    """Run `model`, in eval mode, on `examples`; then every module has the mode again that it had.
 
     Args:
         model: of bert_fast or transformers; runs on its own device.
@@ -77,28 +78,26 @@ def run_examples(
     Returns:
         The output of each example, and the mean loss if all have targets.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    groups = example_groups(task, examples)
-    lengths = [sum(len(examples[index].input_ids) for index in group) for group in groups]
-    arrays: list[Any] = [None] * len(examples)
-    total, weight, options = 0.0, 0.0, LossOptions()
-    has_targets = bool(examples) and all(example.target is not None for example in examples)
-    for numbers in batches_by_length(lengths, batch_tokens):
-        indices = [index for number in numbers for index in groups[number]]
-        batch = Batch.of([examples[index] for index in indices], device)
-        with autocast(device, precision):
-            logits = task.forward(model, batch)
-        if has_targets:
-            total += float(task.loss(logits, batch.examples, options))
-            weight += task.weight(batch.examples, options)
-        for index, array in zip(indices, task.per_example(logits, batch), strict=True):
-            arrays[index] = array
-        if progress is not None:
-            progress(len(indices))
-    model.train(training)
-    return Outputs(arrays, total / weight if weight else None)
+    with evaluating(model):
+        device = next(model.parameters()).device
+        groups = example_groups(task, examples)
+        lengths = [sum(len(examples[index].input_ids) for index in group) for group in groups]
+        arrays: list[Any] = [None] * len(examples)
+        total, weight, options = 0.0, 0.0, LossOptions()
+        has_targets = bool(examples) and all(example.target is not None for example in examples)
+        for numbers in batches_by_length(lengths, batch_tokens):
+            indices = [index for number in numbers for index in groups[number]]
+            batch = Batch.of([examples[index] for index in indices], device)
+            with autocast(device, precision):
+                logits = task.forward(model, batch)
+            if has_targets:
+                total += float(task.loss(logits, batch.examples, options))
+                weight += task.weight(batch.examples, options)
+            for index, array in zip(indices, task.per_example(logits, batch), strict=True):
+                arrays[index] = array
+            if progress is not None:
+                progress(len(indices))
+        return Outputs(arrays, total / weight if weight else None)
 
 
 def predict(

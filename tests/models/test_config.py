@@ -106,7 +106,7 @@ def test_a_file_that_is_not_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         BertConfig.from_pretrained(tmp_path / "absent")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         BertConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="expected an object"):
