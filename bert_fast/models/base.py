@@ -271,14 +271,18 @@ class BertPreTrainedModel(nn.Module):
 
     def _match(self, stored: Mapping[str, Tensor], **options: bool) -> dict[str, Tensor]:
         """The tensors of a checkpoint under our names; where it contradicts the tied weights, they are untied."""
-        if differing := checkpoint.tied_pairs_differ(self._tensors(), stored):
+        stored = checkpoint.modern_names(stored)
+        tied = self._tensors()
+        if differing := checkpoint.tied_pairs_differ(tied, stored):
             _logger.warning(
                 "%s differ in the checkpoint, though tie_word_embeddings is True; they are not tied: set "
                 "tie_word_embeddings=False to silence this warning",
                 ", ".join(differing),
             )
             self.untie_weights()
-        return checkpoint.match_tensors(self._tensors(), stored, **options)
+        # What the checkpoint has once, because it is tied there, still belongs to both.
+        model = self._tensors()._replace(ties_embeddings=tied.ties_embeddings)
+        return checkpoint.match_tensors(model, stored, **options)
 
     def _set(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy `tensors`, under our names, into the parameters, and initialize the others."""

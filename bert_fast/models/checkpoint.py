@@ -84,7 +84,7 @@ def from_hf(state_dict: Mapping[str, Tensor], names: NamePairs = ()) -> dict[str
     """
     tensors: dict[str, Tensor] = {}
     groups: dict[str, dict[str, Tensor]] = {}
-    for hf_name, x in _modern_names(state_dict).items():
+    for hf_name, x in modern_names(state_dict).items():
         name = from_hf_name(hf_name, names)
         if match := _SPLIT.fullmatch(name):
             prefix, part, kind = match.groups()
@@ -102,7 +102,8 @@ def from_hf(state_dict: Mapping[str, Tensor], names: NamePairs = ()) -> dict[str
     return tensors
 
 
-def _modern_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def modern_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint without prefixes of wrappers, names of old releases and stored buffers."""
     tensors = {}
     for name, x in _without_wrappers(state_dict).items():
         if _BUFFERS.search(name):
@@ -142,6 +143,7 @@ def match_tensors(
         ValueError: tensors are missing or unexpected, or their shapes differ from the model's.
     """
     expected, names = model.state.keys() - model.tied, model.names
+    given = sorted(stored)
     stored, foreign = _match_prefix(model, stored)
     tensors = from_hf(stored, names)
     if new_head:
@@ -149,7 +151,7 @@ def match_tensors(
         tensors = {name: tensors[name] for name, match in matches.items() if not match or match[1].endswith("pooler")}
     resized = _resized(model, tensors, ignore_mismatched_sizes=ignore_mismatched_sizes)
     missing = expected - tensors.keys() - resized
-    _check_any(model, expected - missing, list(stored) + list(foreign))
+    _check_any(model, expected - missing, given)
     _check_dtypes(tensors, expected - missing)
     new_heads = _absent_heads(missing | resized, expected) - resized
     unexpected = foreign | set(_hf_names(tensors.keys() - model.state.keys(), names))
@@ -163,7 +165,7 @@ def _match_prefix(model: ModelTensors, stored: Mapping[str, Tensor]) -> tuple[di
     And the names of tensors that another head has under one of our names, such as `classifier.weight`.
     """
     names, prefix = model.names, f"{model.base}."
-    tensors = _modern_names(stored)
+    tensors = modern_names(stored)
     has_prefix = any(name.startswith(prefix) for name in tensors)
     if has_prefix and not model.has_head:
         tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
@@ -175,7 +177,8 @@ def _match_prefix(model: ModelTensors, stored: Mapping[str, Tensor]) -> tuple[di
     aliases = [(bias, decoder_bias), (decoder_bias, bias)]
     if model.ties_embeddings:  # the weight may be stored under either name
         word = to_hf_name(f"bert.{WORD_EMBEDDING}" if model.has_head else WORD_EMBEDDING, names)
-        aliases.append((word, to_hf_name(DECODER, names)))
+        decoder = to_hf_name(DECODER, names)
+        aliases += [(word, decoder), (decoder, word)]
     for name, other in aliases:
         if name in hf_names and name not in tensors and other in tensors:
             tensors[name] = tensors[other]
@@ -203,11 +206,14 @@ def tied_pairs_differ(model: ModelTensors, stored: Mapping[str, Tensor]) -> list
 
 def _check_any(model: ModelTensors, matched: set[str], stored: list[str]) -> None:
     """ValueError if the checkpoint has no tensor of the encoder: all of it would be random."""
-    if not any(not _HEADS.match(name) for name in matched) and model.state:
-        expected = to_hf_name(next(iter(model.state)), model.names)
-        listed = shorten(sorted(stored)) or "no tensor at all"
-        hint = _adapter_hint(stored)
-        raise ValueError(f"the checkpoint has none of the encoder's tensors, such as {expected}: it has {listed}{hint}")
+    if not model.state or any(not _HEADS.match(name) for name in matched):
+        return
+    expected = to_hf_name(next(iter(model.state)), model.names)
+    hint = _adapter_hint(stored)
+    if prefix := next((name.removesuffix(expected) for name in stored if name.endswith(f".{expected}")), ""):
+        hint = f" (its names begin with {prefix!r}: remove that)"
+    listed = shorten(stored) or "no tensor at all"
+    raise ValueError(f"the checkpoint has none of the encoder's tensors, such as {expected}: it has {listed}{hint}")
 
 
 def _adapter_hint(names: Iterable[str]) -> str:

@@ -133,7 +133,7 @@ class BertConfig:
             raise ValueError(
                 f"model_type is {reprlib.repr(self.model_type)}; expected one of {', '.join(ARCHITECTURES)}"
             )
-        if self.dtype is not None:  # also given as a torch.dtype
+        if type(self.dtype).__module__ == "torch":  # a torch.dtype
             self.dtype = str(self.dtype).removeprefix("torch.")
         for name, value in self.architecture.fixed.items():
             setattr(self, name, value)

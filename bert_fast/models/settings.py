@@ -11,7 +11,7 @@ from typing import Any
 COUNTS = {
     "vocab_size": (1, 2**24),
     "hidden_size": (1, 2**16),
-    "num_hidden_layers": (0, 2**10),
+    "num_hidden_layers": (0, 2**8),
     "num_attention_heads": (1, 2**12),
     "intermediate_size": (1, 2**20),
     "max_position_embeddings": (1, 2**24),

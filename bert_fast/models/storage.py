@@ -81,9 +81,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # unpickling a damaged file raises any kind
         raise ValueError(f"{path} is damaged, or not a state_dict of tensors alone: {error}") from error
-    tensors = (
-        {name: x for name, x in state_dict.items() if isinstance(x, Tensor)} if isinstance(state_dict, dict) else {}
-    )
+    items = state_dict.items() if isinstance(state_dict, dict) else ()
+    tensors = {name: x for name, x in items if isinstance(name, str) and isinstance(x, Tensor)}
     if not tensors:
         raise ValueError(f"{path} has no tensors; expected a state_dict")
     return tensors
