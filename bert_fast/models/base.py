@@ -32,7 +32,8 @@ class BertPreTrainedModel(nn.Module):
     """Base class of the models: initialization, tied weights, `from_pretrained` and `save_pretrained`.
 
     Args:
-        config: checked again; ValueError where it is wrong or the model does not exist for its model_type.
+        config: checked again; ValueError where it is wrong or the model does not exist for its model_type, TypeError
+            where it is no BertConfig.
     """
 
     base_model_prefix: ClassVar[str] = "bert"
@@ -42,6 +43,11 @@ class BertPreTrainedModel(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        if not isinstance(config, BertConfig):
+            raise TypeError(
+                f"config is of type {type(config).__name__}; expected a BertConfig (from_dict makes one of a mapping; "
+                f"{type(self).__name__}.from_pretrained loads a model)"
+            )
         config.validate()
         if config.model_type not in self.model_types:
             raise ValueError(
@@ -53,8 +59,8 @@ class BertPreTrainedModel(nn.Module):
     @property
     def base_model(self) -> BertModel:
         """The encoder model; of a BertModel, itself."""
-        model: BertModel = getattr(self, self.base_model_prefix, self)
-        return model
+        model: Any = getattr(self, self.base_model_prefix, self)
+        return model  # type: ignore[no-any-return]
 
     @property
     def hf_class(self) -> str:
@@ -88,10 +94,9 @@ class BertPreTrainedModel(nn.Module):
         It saves the state_dict of a model that is not transformers' own, with the names and the tied parameters of
         this package, and no configuration: nobody could load that.
         """
-        name = type(self).__name__
         raise TypeError(
-            f"transformers' Trainer can't save and resume bert_fast's {name}: use bert_fast.fuse on transformers' "
-            f"{self.hf_class} and give it that, or train this model with bert_fast.finetune or a loop of your own"
+            f"transformers' Trainer can't save and resume bert_fast's {type(self).__name__}: use bert_fast.fuse on "
+            f"transformers' {self.hf_class} and give it that, or train this model with bert_fast.finetune"
         )
 
     def num_parameters(self) -> int:

@@ -189,7 +189,9 @@ class BertModel(BertPreTrainedModel):
     def _flag(self, name: str, **flags: Unpack[OutputFlags]) -> bool:
         unknown = flags.keys() - OutputFlags.__annotations__.keys()
         if unknown:
-            raise TypeError(f"forward got an unexpected keyword: {', '.join(sorted(unknown))}")
+            hint = " (transformers' Trainer needs transformers' model: use bert_fast.fuse)"
+            trainer = hint if "num_items_in_batch" in unknown else ""
+            raise TypeError(f"forward got an unexpected keyword: {', '.join(sorted(unknown))}{trainer}")
         requested = flags.get(name)
         return bool(getattr(self.config, name) if requested is None else requested)
 

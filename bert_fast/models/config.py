@@ -129,6 +129,10 @@ class BertConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:  # JSON has no NumPy scalars
+                setattr(self, item.name, value.item())
         if not isinstance(self.model_type, str) or self.model_type not in ARCHITECTURES:
             raise ValueError(
                 f"model_type is {reprlib.repr(self.model_type)}; expected one of {', '.join(ARCHITECTURES)}"
@@ -358,8 +362,11 @@ class BertConfig:
         write_text(Path(folder) / CONFIG_NAME, self.to_json())
 
     def to_json(self) -> str:
-        """The text of config.json."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        """The text of config.json. ValueError where a value of `extra` can't be written as JSON."""
+        try:
+            return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the configuration can't be written as JSON: {error}") from error
 
     def replace(self, **changes: Any) -> BertConfig:
         """A copy with `changes`."""

@@ -231,7 +231,7 @@ def _index(value: Any) -> int | None:
     """An int, or the decimal digits of one, as JSON keys have them; None for other values."""
     if isinstance(value, str) and value.isdecimal() and len(value) < 10:
         return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return None if isinstance(value, bool) or not hasattr(type(value), "__index__") else int(value)
 
 
 def _is_label(value: Any) -> bool:

@@ -118,7 +118,7 @@ def _as_iterable(texts: Any) -> Iterable[Any]:
             return listed
     if not isinstance(texts, Iterable) and not (hasattr(texts, "__getitem__") and hasattr(texts, "__len__")):
         raise TypeError(f"texts is {_describe(texts)}; expected a sequence of str")
-    return texts  # type: ignore[no-any-return]
+    return texts
 
 
 def _windows(texts: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -249,6 +249,9 @@ def test_transformers_trainer_is_refused_when_it_is_constructed(folders: dict[st
         model = getattr(bert_fast, name).from_pretrained(folders[name])
         with pytest.raises(TypeError, match=rf"can't save and resume bert_fast's {name}: use bert_fast\.fuse"):
             transformers.Trainer(model=model, args=arguments)
+        ids = torch.ones(1, 2, 3, dtype=torch.int64) if "Choice" in name else torch.ones(1, 3, dtype=torch.int64)
+        with pytest.raises(TypeError, match=r"num_items_in_batch \(transformers' Trainer needs .*use bert_fast\.fuse"):
+            model(input_ids=ids, num_items_in_batch=3)
 
 
 def test_prefixes_of_wrappers_are_ignored(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
