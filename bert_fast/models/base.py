@@ -311,7 +311,8 @@ class BertPreTrainedModel(nn.Module):
     ) -> None:
         """Write model.safetensors and config.json to `folder`, in transformers' format: both or none.
 
-        Other files of `folder` stay as they are. A process that is killed leaves the old checkpoint or the new one.
+        Other files of `folder` stay. A process that is killed leaves the old checkpoint or the new one; only a folder
+        that can't be replaced as a whole (a mount point, the working folder) gets the two files one after the other.
 
         Args:
             folder: created if missing.

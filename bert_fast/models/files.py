@@ -11,8 +11,6 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
-# Files that were written together and are about to take their names; see `bert_fast.models.storage`.
-PENDING_NAME = ".bert_fast-pending"
 # The arguments of `Source`, besides name_or_path.
 HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -83,10 +81,8 @@ class Source:
         """
         folder = Path(self.name_or_path).expanduser()
         if folder.is_dir():
-            folder = folder / self.subfolder
-            return next(
-                (path for path in (folder / PENDING_NAME / filename, folder / filename) if path.is_file()), None
-            )
+            path = folder / self.subfolder / filename
+            return path if path.is_file() else None
         name = str(self.name_or_path)
         if folder.exists() or name.startswith((".", "/", "~")) or not name or name.count("/") > 1 or "\\" in name:
             raise FileNotFoundError(f"{name} is not a folder; expected a folder with {filename}, or a hub name")

@@ -1,38 +1,23 @@
-"""The files of a checkpoint: weights are read from safetensors or, if allowed, pickles; weights and config.json are
-written together.
-
-Two files can't be renamed in one step. They are written to a hidden folder next to their targets, and a single rename
-of that folder to `PENDING_NAME` commits both; only then do they take their names. `Source.find` prefers a file that is
-still pending, and the next writer completes an interrupted save: at every moment the folder has the old checkpoint or
-the new one, never one's weights with the other's configuration.
-"""
+"""The files of a checkpoint: weights in safetensors or, if allowed, pickles, and config.json."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bert_fast._io import fsync, fsync_tree, read_json, recover, temporary_path
+from bert_fast._io import atomic_folder, read_json
 from bert_fast.models.files import (
     CONFIG_NAME,
     INDEX_NAME,
-    PENDING_NAME,
     PICKLE_INDEX_NAME,
     PICKLE_NAME,
     WEIGHTS_NAME,
     Source,
 )
-
-_ATTEMPTS = 100  # to commit, where other writers save to the same folder
 
 
 def read(source: Source, *, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -122,61 +107,8 @@ def write(tensors: Mapping[str, Tensor], config: str, folder: Path) -> None:
     Raises:
         OSError: a file can't be written; the old ones are unchanged.
     """
-    with _together(folder) as pending:
-        (pending / CONFIG_NAME).write_text(config, encoding="utf-8")
-        _write_safetensors(tensors, pending / WEIGHTS_NAME, folder / WEIGHTS_NAME)
-
-
-def _write_safetensors(tensors: Mapping[str, Tensor], path: Path, target: Path) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.touch()
-    mode = path.stat().st_mode  # as the umask sets it; the library's file is for its owner alone
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, f"can't be written ({error})", str(target)) from error
-    path.chmod(mode)
-
-
-@contextmanager
-def _together(folder: Path) -> Iterator[Path]:
-    """A temporary folder for the block to fill; on success its files replace those of `folder` together."""
-    folder.mkdir(parents=True, exist_ok=True)
-    recover(folder, exclusive=False)
-    temporary = temporary_path(folder / "save")
-    temporary.mkdir()
-    try:
-        yield temporary
-        fsync_tree(temporary)
-        _complete(folder)
-        for attempt in range(_ATTEMPTS):
-            try:
-                temporary.rename(folder / PENDING_NAME)
-                break
-            except OSError as error:  # another writer has committed in between
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS - 1:
-                    raise
-                _complete(folder)
-        fsync(folder)
-        _complete(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _complete(folder: Path) -> None:
-    """Give the files of a committed save their names; another writer may do so at the same time."""
-    pending = folder / PENDING_NAME
-    if not pending.is_dir():
-        return
-    for name in (WEIGHTS_NAME, CONFIG_NAME):
-        with contextlib.suppress(FileNotFoundError):
-            (pending / name).replace(folder / name)
-    fsync(folder)
-    try:
-        pending.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
-            raise
+    with atomic_folder(folder, overwrite=True, keep_others=True) as temporary:
+        (temporary / CONFIG_NAME).write_text(config, encoding="utf-8")
+        save_file(dict(tensors), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
