@@ -141,6 +141,10 @@ def encode(
     with evaluating(model), ProgressBar(count, shown=bool(show_progress_bar), unit="text", required=True) as bar:
         for window in text_windows([texts] if isinstance(texts, str) else texts, WINDOW):
             ids = [_truncate(encoding.ids, longest, num_trailing) for encoding in tokenizer.encode_batch_fast(window)]
+            if not all(ids):
+                raise ValueError(
+                    f"the text {window[ids.index([])]!r} has no tokens: the tokenizer adds no special tokens"
+                )
             vectors.append(_embed(model, ids, pooling, batches, bar, normalize=normalize or normalize_embeddings))
     out = _concatenate(vectors, config.hidden_size)
     out = out[0] if isinstance(texts, str) else out

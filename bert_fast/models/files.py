@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ class Source:
 
     def __post_init__(self) -> None:
         types: dict[str, tuple[type, ...]] = {
-            "name_or_path": (str, Path),
+            "name_or_path": (str, os.PathLike),
             "subfolder": (str,),
             "revision": (str, type(None)),
             "token": (str, bool, type(None)),
-            "cache_dir": (str, Path, type(None)),
+            "cache_dir": (str, os.PathLike, type(None)),
             "local_files_only": (bool,),
             "force_download": (bool,),
         }

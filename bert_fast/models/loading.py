@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +56,7 @@ def read_config(model: type[BertPreTrainedModel], config: Any, source: Source, s
     """
     caller = f"{model.__name__}.from_pretrained"
     arguments = (*_FROM_PRETRAINED, *HUB_OPTIONS, *model.init_arguments)
-    if config is None or isinstance(config, (str, Path)):
+    if config is None or isinstance(config, (str, os.PathLike)):
         source = source if config is None else source.at(config)
         return BertConfig.from_source(source, settings, caller=caller, arguments=arguments)
     if not hasattr(config, "to_dict"):

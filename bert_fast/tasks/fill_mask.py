@@ -46,7 +46,8 @@ def fill_mask(model: nn.Module, tokenizer: Any, text: str, *, top_k: int = 5) ->
     longest = longest_input(config)
     if len(encoding.ids) > longest:
         raise ValueError(f"the text has {len(encoding.ids)} tokens; expected at most {longest}, the model's maximum")
-    check_integer_argument("top_k", top_k, 1, tokenizer.get_vocab_size(), ", the vocabulary size")
+    largest = min(tokenizer.get_vocab_size(), config.vocab_size)
+    check_integer_argument("top_k", top_k, 1, largest, ", the vocabulary size")
     with evaluating(model), torch.inference_mode():
         logits = model(**pack([encoding.ids], next(model.parameters()).device)).logits[positions].float()
         tokens = [tokenizer.id_to_token(number) for number in range(logits.shape[1])]

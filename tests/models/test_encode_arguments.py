@@ -285,6 +285,15 @@ def test_a_slow_tokenizer_is_named(folder: Path, model: BertModel) -> None:
         model.encode(TEXTS, tokenizer=SlowTokenizer())
 
 
+def test_a_tokenizer_without_special_tokens_has_no_tokens_for_an_empty_text(model: BertModel, folder: Path) -> None:
+    from tokenizers import models
+
+    words = {word: number for number, word in enumerate(load_tokenizer(folder).get_vocab())}
+    bare = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    with pytest.raises(ValueError, match="the text '' has no tokens"):
+        model.encode(["w1", ""], tokenizer=bare)
+
+
 # sentence-transformers
 
 
