@@ -60,7 +60,7 @@ class BertPreTrainedModel(nn.Module):
     def base_model(self) -> BertModel:
         """The encoder model; of a BertModel, itself."""
         model: Any = getattr(self, self.base_model_prefix, self)
-        return model  # type: ignore[no-any-return]
+        return model
 
     @property
     def hf_class(self) -> str:

@@ -62,7 +62,7 @@ def longest_input(config: Any) -> int:
 
 def _override_names(architecture: Architecture) -> set[str]:
     """The settings that may replace those of a config.json of `architecture`, under their names here and there."""
-    names = {item.name for item in fields(BertConfig)} - architecture.fixed.keys()
+    names = {item.name for item in fields(BertConfig)}
     return names | {*architecture.settings.values(), *architecture.defaults} | checks.OTHER_SETTINGS
 
 
@@ -265,7 +265,8 @@ class BertConfig:
 
         Args:
             settings: the file's content; unknown keys are kept in `extra`.
-            overrides: settings that replace those of the file.
+            overrides: settings that replace those of the file. One that the architecture does not have, such as
+                DistilBERT's type_vocab_size, keeps its only value.
 
         Raises:
             TypeError: an override is no setting of this model.
@@ -281,7 +282,7 @@ class BertConfig:
         """`from_dict` on behalf of the function `caller`, an error's subject, which has other `arguments` as well."""
         model_type = {**settings, **overrides}.get("model_type", "bert")
         architecture = ARCHITECTURES.get(model_type if isinstance(model_type, str) else "", ARCHITECTURES["bert"])
-        known = (_override_names(architecture) | settings.keys()) - architecture.fixed.keys()
+        known = _override_names(architecture) | settings.keys()
         unknown = {name: value for name, value in overrides.items() if name not in known}
         checks.refuse_keywords(caller, unknown, known | {*arguments})
         to_ours = [(theirs, ours) for ours, theirs in architecture.settings.items()]

@@ -33,11 +33,11 @@ class Source:
         TypeError: an argument has another type.
     """
 
-    name_or_path: str | Path
+    name_or_path: str | os.PathLike[str]
     subfolder: str = ""
     revision: str | None = None
     token: str | bool | None = field(default=None, repr=False)
-    cache_dir: str | Path | None = None
+    cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
     force_download: bool = False
 
@@ -63,7 +63,7 @@ class Source:
     def __str__(self) -> str:
         return f"{self.name_or_path}/{self.subfolder}" if self.subfolder else str(self.name_or_path)
 
-    def at(self, name_or_path: str | Path) -> Source:
+    def at(self, name_or_path: str | os.PathLike[str]) -> Source:
         """Another folder or repository, asked for in the same way."""
         return replace(self, name_or_path=name_or_path, subfolder="", revision=None)
 

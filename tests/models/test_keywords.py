@@ -140,7 +140,7 @@ def test_settings_that_transformers_accepts_replace_those_of_the_file(folders: d
 @pytest.mark.parametrize(
     ("model_type", "good", "bad"),
     [
-        ("distilbert", {"dim": 24, "n_heads": 3, "dropout": 0.2, "qa_dropout": 0.3}, {"type_vocab_size": 2}),
+        ("distilbert", {"dim": 24, "n_heads": 3, "dropout": 0.2, "qa_dropout": 0.3}, {"embedding_size": 8}),
         ("electra", {"embedding_size": 8, "summary_last_dropout": 0.2}, {"n_layers": 2}),
         ("bert", {"hidden_size": 24}, {"embedding_size": 8}),
         ("roberta", {"type_vocab_size": 1}, {"dim": 3}),
