@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bert_fast.models.texts import as_tokenizer, evaluating
 from bert_fast.tasks.encoding import encode_windows
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.prediction import predict
@@ -121,9 +122,9 @@ def explain(
     question-answering the start of the best answer.
 
     Args:
-        model: a bert_fast model, as written by bert-fast finetune, in eval mode.
+        model: a bert_fast model, as written by bert-fast finetune; runs in eval mode, and keeps the mode that it has.
         task: fitted, one of `TASKS`.
-        tokenizer: of the model.
+        tokenizer: of the model; from `load_tokenizer`, or transformers' fast one.
         texts: one or two.
         text: how texts are tokenized.
         label: the label to explain; the predicted one if None. For token-classification it is explained at the word
@@ -139,6 +140,19 @@ def explain(
     """
     if task.name not in TASKS:
         raise ValueError(f"the task of the model is {task.name}; expected one of {', '.join(TASKS)}")
+    with evaluating(model):
+        return _explain(model, task, as_tokenizer(tokenizer), texts, text, label, steps)
+
+
+def _explain(
+    model: Any,
+    task: Task,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    text: TextSettings,
+    label: str | None,
+    steps: int,
+) -> Explanation:
     labels: list[str] = getattr(task, "labels", [])
     if label is not None and label not in labels:
         raise ValueError(f"label is {label!r}; expected one of {', '.join(labels) or 'none: the model has no labels'}")

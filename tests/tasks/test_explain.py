@@ -218,3 +218,18 @@ def test_what_was_cut_off_is_marked(
     whole = explain(model_of(task, tokenizer), task, tokenizer, ["the film"], settings, steps=2)
     assert whole.cut == []
     assert 'class="cut"' not in page([whole], "t")
+
+
+def test_the_mode_of_the_model_is_kept_and_dropout_is_off(task: Task, tokenizer: Tokenizer) -> None:
+    model = model_of(task, tokenizer)
+    expected = explain(model, task, tokenizer, ["the film"], TEXT, steps=2)
+    model.train()
+    model.bert.embeddings.eval()
+    modes = [module.training for module in model.modules()]
+    explanation = explain(model, task, tokenizer, ["the film"], TEXT, steps=2)
+    assert explanation.logit == expected.logit
+    assert np.array_equal(explanation.gradients, expected.gradients)
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(TypeError, match="tokenizer"):
+        explain(model, task, "bert", ["the film"], TEXT)  # type: ignore[arg-type]
