@@ -76,15 +76,15 @@ def test_related_texts_become_close(
     model = learn(task, tokenizer, examples, epochs=20, rows=12)
     predictions = predict(task, model, tokenizer, test, columns, TEXT)
     metrics = task.evaluate(predictions, test, columns)
-    # Of ten seeds of the weights none is below 0.99, but for one pair of six that is ranked second (an mrr of 0.92).
+    # Lowest of ten seeds of the weights: a pearson of 0.975, an mrr of 0.92 (one pair of six ranked second), 0.95.
     if kind == "cosine":
-        assert metrics["pearson"] > 0.95
+        assert metrics["pearson"] > 0.9
         close = np.array([item["similarity"] > 0.5 for item in predictions])
         assert (close == (np.array(test["score"]) == 5)).mean() > 0.9, "chance is 0.5"
     elif kind == "contrastive":
         assert metrics["mrr"] > 0.8, "chance is 0.41"
     else:
-        assert metrics["triplet_accuracy"] > 0.9, "chance is 0.5"
+        assert metrics["triplet_accuracy"] > 0.85, "chance is 0.5"
     json.dumps([predictions, metrics], allow_nan=False)
 
 
