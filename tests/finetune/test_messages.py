@@ -120,7 +120,7 @@ def test_the_tag_scheme_is_printed_and_kept_in_the_metrics(base: Path, tmp_path:
     assert any("2 lines of comments" in line for line in messages)
     assert json.loads((Path(result.folder) / "metrics.json").read_text())["dev"]["scheme"] == "bilou"
     content += "\nwas PERSON\n"
-    with pytest.raises(ValueError, match=r"train.conll, line 10, word 1: 'PERSON' is not an entity tag, as most are"):
+    with pytest.raises(ValueError, match=r"train.conll, line 10, word 1: 'PERSON' is not an entity tag, as others are"):
         run(base, tmp_path, content, "train.conll", "token-classification", overwrite=True)
 
 

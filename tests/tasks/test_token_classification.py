@@ -269,7 +269,9 @@ def test_tables_may_write_their_tags_in_different_forms() -> None:
 def test_one_stray_tag_does_not_make_a_corpus_plain() -> None:
     table = sentences(50, 7)
     table = Table({name: [*table[name], row] for name, row in (("tokens", ["a", "b"]), ("tags", ["O", "PERSON"]))}, "f")
-    with pytest.raises(ValueError, match=r"f, row 51, word 2: 'PERSON' is not an entity tag, as most are, such as 'B-"):
+    with pytest.raises(
+        ValueError, match=r"f, row 51, word 2: 'PERSON' is not an entity tag, as others are, such as 'B-"
+    ):
         fitted(table)
     assert fitted(table, scheme="none").describe().startswith("plain tags: ")
     with pytest.raises(ValueError, match=r"f, row 51, word 2: 'PERSON' is not an entity tag such as B-PER, or O"):

@@ -77,7 +77,10 @@ def read_separated(
     for line, fields in rows:
         if len(fields) != len(header):
             origin = "names" if names else "the header"
-            raise ValueError(f"{source}, line {line}: {len(fields)} fields; expected {len(header)} as in {origin}")
+            raise ValueError(
+                f"{source}, line {line}: {len(fields)} fields; expected {len(header)} as in {origin}; "
+                "set format.quote, format.escape or format.delimiter if fields are quoted or separated otherwise"
+            )
     columns: dict[str, list[Any]] = {name: [row.fields[i] for row in rows] for i, name in enumerate(header)}
     return Table(columns, source, [row.line for row in rows], "line", tuple(_notes(dialect, usual, settings)))
 
@@ -112,7 +115,8 @@ def _detect(
     default: tuple[_Dialect, list[_Record] | _Malformed] | None = None
     for delimiter in delimiters:
         for dialect in _quotings(delimiter, usual, settings):
-            if settings.escape is None and dialect.escape and not any('\\"' in line for _, line in lines):
+            escaped = ('\\"', f"\\{delimiter}")
+            if settings.escape is None and dialect.escape and not any(x in line for _, line in lines for x in escaped):
                 continue
             records = _records(lines, dialect)
             default = default or (dialect, records)

@@ -20,6 +20,7 @@ class Table:
 
     Raises:
         ValueError: the columns, or `numbers`, differ in length.
+        TypeError: a column is no list; other sequences, such as arrays or a DataFrame's columns, are copied into lists.
     """
 
     columns: dict[str, list[Any]]
@@ -29,6 +30,11 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, values in self.columns.items():
+            if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+                raise TypeError(f"{self.source}: the column {name!r} is {values!r}; expected a list of values")
+        if not all(isinstance(values, list) for values in self.columns.values()):
+            object.__setattr__(self, "columns", {name: list(values) for name, values in self.columns.items()})
         lengths = {name: len(values) for name, values in self.columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{self.source}: columns differ in length: {lengths}")

@@ -193,16 +193,18 @@ def detect_style(
         where: the place of a row, by its index, for messages.
 
     Raises:
-        ValueError: most tags are entity tags, but some are not, or they have letters of several schemes; the message
-            names a tag and its place.
+        ValueError: half of the words or of the tags are of entities, but some tags are not, or they have letters of
+            several schemes; the message names a tag and its place.
     """
     sentences = [list(sentence) for sentence in sentences]
     counts = Counter(tag for sentence in sentences for tag in sentence if tag not in ("O", "o"))
     by_form = {form: {tag: n for tag, n in counts.items() if _parse(tag, form)} for form in _FORMS}
     form = max(by_form, key=lambda form: sum(by_form[form].values()))
     tags = by_form[form]
-    if not tags or sum(tags.values()) * 2 < counts.total():
-        return TagStyle("iob2") if not counts and any(sentences) else None
+    if not counts and any(sentences):
+        return TagStyle("iob2")
+    if not tags or (2 * sum(tags.values()) < counts.total() and 2 * len(tags) < len(counts)):
+        return None  # entity tags by accident, if any, neither half of the words nor of the tags
     letters = {_FORMS[form].fullmatch(tag)["letter"].upper() for tag in tags}  # type: ignore[index]
     if form == "letter" and not ("B" in letters and letters & set("IEML")):
         return None  # a tag set of single letters, or one without first words
@@ -210,8 +212,8 @@ def detect_style(
         row, tag = next((row, tag) for row, sentence in enumerate(sentences) for tag in sentence if tag in strays)
         more = f" (and {len(strays) - 1} other tags)" if len(strays) > 1 else ""
         raise ValueError(
-            f"{where(row)}, word {sentences[row].index(tag) + 1}: {tag!r}{more} is not an entity tag, as most are, "
-            f"such as {next(iter(tags))!r}; correct it, or set options.scheme to none for tags that are not of entities"
+            f"{where(row)}, word {sentences[row].index(tag) + 1}: {tag!r}{more} is not an entity tag, as others are, "
+            f"such as {next(iter(tags))!r}; correct it (outside of entities it is O), or set options.scheme to none"
         )
     return TagStyle(_detect_scheme(sentences, letters, form), form)
 

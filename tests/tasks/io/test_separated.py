@@ -48,6 +48,8 @@ def test_backslashes_before_quotes_are_detected(delimiter: str, tmp_path: Path) 
     table = read(tmp_path / "a.csv", content)
     assert [list(row) for row in zip(table["text"], table["label"], strict=True)] == ROWS
     assert "escapes by backslash detected (format.escape)" in table.notes
+    table = read(tmp_path / "c.csv", f"text{delimiter}label\na\\{delimiter} b{delimiter}1\nc{delimiter}0\n")
+    assert table["text"] == [f"a{delimiter} b", "c"]
     # Backslashes that escape nothing are text.
     table = read(tmp_path / "b.csv", 'path,label\n"C:\\dir\\",1\n"D:\\n",0\n')
     assert table["path"] == ["C:\\dir\\", "D:\\n"]

@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -202,3 +203,11 @@ def test_values_that_are_no_texts_are_named() -> None:
     assert text_column(Table({"text": [1, 2.5, None, float("nan"), "x"]}), "text") == ["1", "2.5", "", "", "x"]
     with pytest.raises(ValueError, match="row 1: 'text' holds bool; expected a text"):
         text_column(Table({"text": [True]}), "text")
+
+
+def test_columns_may_be_any_sequences() -> None:
+    table = Table({"text": ("a", "b"), "label": np.array([0, 1])})  # type: ignore[dict-item]
+    assert table.columns == {"text": ["a", "b"], "label": [0, 1]}
+    for wrong in ("ab", 7):
+        with pytest.raises(TypeError, match=rf"table: the column 'text' is '?{wrong}'?; expected a list"):
+            Table({"text": wrong})  # type: ignore[dict-item]

@@ -155,8 +155,13 @@ def test_values_that_are_not_entity_tags() -> None:
     with pytest.raises(ValueError, match="scheme is 'bilouw'; expected one of iob1, iob2, iobes"):
         entities_to_tags([], 1, "bilouw")
     rows = [["B-PER", "O"]] * 50 + [["O", "X-PER"]]
-    with pytest.raises(ValueError, match=r"row 51, word 2: 'X-PER' is not an entity tag, as most are, such as 'B-PER'"):
+    with pytest.raises(
+        ValueError, match=r"row 51, word 2: 'X-PER' is not an entity tag, as others are, such as 'B-PER'"
+    ):
         detect_style(rows)
+    for outside in ("0", "OTHER", "-", "_"):
+        with pytest.raises(ValueError, match=rf"row 1, word 2: '{outside}' is not an entity tag, .*it is O"):
+            detect_style([["B-PER", *[outside] * 20]])
     with pytest.raises(ValueError, match=r"tags begin with B, M, U; expected the letters of one scheme: BI \(iob2\)"):
         detect_style([["B-P", "M-P", "U-P"]])
 
