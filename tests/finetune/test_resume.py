@@ -468,8 +468,8 @@ class TestOverwrite:
         monkeypatch.setattr(Finetuner, "train_step", lambda *_: pytest.fail("it is trained already"))
         finetune(replace(new, output_dir=str(tmp_path / "third"), resume=str(kept)), report=quiet)
         assert content(tmp_path / "third") == content(tmp_path / "whole")
+        changed = replace(new, output_dir=str(tmp_path / "fourth"), optimizer=replace(new.optimizer, lr=0.1))
         with pytest.raises(ValueError, match=r"belongs to another run \(optimizer.lr 0.003 -> 0.1\)"):
-            changed = replace(new, output_dir=str(tmp_path / "fourth"), optimizer=replace(new.optimizer, lr=0.1))
             finetune(replace(changed, resume=str(kept)), report=quiet)
 
 
