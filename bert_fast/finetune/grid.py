@@ -125,9 +125,9 @@ def sweep(
 
     Returns:
         The content of sweep.json: `metric`; `folds`; `complete`; `overwrite`; `best`, the index of the best of `runs`;
-        and `runs`, the combinations, a list of `settings`, `values` (of the metric on dev, one per run, None if undefined), `n`, `mean`
-        and `std` (the sample standard deviation: divisor n - 1, None for n = 1) of the values, `folders` and `rank`, 1
-        for the best by mean.
+        and `runs`, the combinations, a list of `settings`, `values` (of the metric on dev, one per run, None if
+        undefined), `n`, `mean` and `std` of the values (the sample standard deviation: divisor n - 1, None for n = 1),
+        `folders` and `rank`, 1 for the best by mean.
 
     Raises:
         ValueError: a setting of the grid does not exist or is out of range (before the first run); or a finished run
