@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +153,28 @@ def test_a_failing_report_is_a_warning(toy: Any, tmp_path: Path, monkeypatch: py
     result = finetune(replace(config, overwrite=True), report=messages.append)
     assert "warning: report.html is not written: ZeroDivisionError: division by zero" in messages
     assert (Path(result.folder) / "model.safetensors").is_file()
+
+
+def test_a_limit_of_the_file_size(toy: Any, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE, which safetensors meets in Rust: one sentence, and the old result stays."""
+    config = toy.settings(tmp_path / "run", overwrite=True, steps=2)
+    finetune(replace(config, seed=1), report=quiet)
+    before = toy.content(tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(json.dumps(asdict(config)))
+    limit = (tmp_path / "run" / "model.safetensors").stat().st_size // 2
+    code = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+from bert_fast.cli.main import main
+sys.exit(main(["finetune", "--config", sys.argv[1]]))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("bert-fast finetune: error")]
+    assert len(errors) == 1
+    assert "run can't be written: the file would exceed the limit of this process (ulimit -f)" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert toy.content(tmp_path / "run") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.yaml"]
