@@ -126,7 +126,8 @@ class PretrainConfig:
         explosion: a loss above this many times its running mean explodes; 0 for no limit.
         max_skips: consecutive skipped updates after which skip ends the run too.
         resume: auto resumes from the newest valid checkpoint in output_dir if there is one, never raises an error if
-            there is one, and a path names the checkpoint to resume from.
+            there is one, and a path names the checkpoint to resume from; checkpoints of output_dir that are later than
+            it are moved to output_dir/checkpoints/abandoned-N first. Given again, the command with that path goes on.
         tensorboard: write TensorBoard events in addition to the JSONL log.
         wandb: the Weights & Biases project to log to as well; the package's own settings apply (WANDB_MODE=offline).
         trace: profile this many steps, after the first ten, into trace.json in output_dir, for chrome://tracing or
@@ -225,10 +226,11 @@ class PretrainConfig:
 # Settings with which a resumed run would not be the same run.
 _FIXED = ("data.", "model.", "optimizer.name", "accumulation", "precision", "seed")
 _FREE_DATA = ("data.folder",)  # may move; its fingerprint is compared instead
+_OF_A_CALL = ("output_dir", "resume", "progress", "data.folder")  # say nothing of the run
 
 
 def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{dotted name: (before, now)} of the settings that changed since the checkpoint was written.
+    """{dotted name: (before, now)} of the settings of the run that changed since the checkpoint was written.
 
     Raises:
         ValueError: a setting changed that must not change within a run.
@@ -236,9 +238,13 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tu
     changed = differences(before, now)
     fixed = {name: pair for name, pair in changed.items() if name.startswith(_FIXED) and name not in _FREE_DATA}
     if fixed:
-        listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in fixed.items())
         raise ValueError(
-            f"the checkpoint in output_dir belongs to another run ({listed}); restore these settings, choose another "
-            "output_dir, or start a new run from its weights with model.init_from"
+            f"the checkpoint in output_dir belongs to another run ({listed(fixed)}); restore these settings, choose "
+            "another output_dir, or start a new run from its weights with model.init_from"
         )
-    return changed
+    return {name: pair for name, pair in changed.items() if name not in _OF_A_CALL}
+
+
+def listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    """The settings that changed, for a message."""
+    return ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())

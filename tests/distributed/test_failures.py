@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bert_fast._lock import exclusive
 from bert_fast.pretrain.divergence import replay
 from bert_fast.runtime import checkpoint
 
@@ -86,12 +88,23 @@ def test_a_full_disk_ends_every_rank_and_leaves_the_last_valid_checkpoint(
     start_ranks: Start, settings: dict[str, Any]
 ) -> None:
     outputs = start_ranks(2, config=settings, act={"rank": "all", "step": 4, "what": "full disk"}).wait()
-    assert "is full, so step-00000006 could not be written; free space" in outputs[0]["error"]
-    assert "it resumes from" in outputs[0]["error"]
-    assert outputs[1]["error"].startswith("RankError: rank 0 failed: OSError: [Errno 28] No space left on device")
     folder = Path(settings["output_dir"]) / "checkpoints"
+    sentence = f"[Errno 28] {folder}/step-00000006 can't be written: the disk is full"
+    advice = f"; the same command then resumes from {folder}/step-00000003"
+    assert outputs[0]["error"] == f"OSError: {sentence}{advice}"
+    assert outputs[1]["error"] == f"RankError: rank 0 failed: OSError: {sentence}"
     assert [path.name for path in folder.iterdir()] == ["step-00000003"]
     checkpoint.verify_folder(folder / "step-00000003")
     resumed = start_ranks(2, config=settings).wait()
     assert [rank["error"] for rank in resumed] == [None, None]
     assert resumed[0]["result"]["step"] == 6
+
+
+def test_every_rank_is_refused_while_another_run_is_at_work(start_ranks: Start, settings: dict[str, Any]) -> None:
+    folder = Path(settings["output_dir"])
+    with exclusive(folder, inside=True):
+        outputs = start_ranks(2, config={**settings, "timeout": 8.0}).wait()
+    sentence = rf"OutputBusyError: another run \(host .*, pid {os.getpid()}, since .*\) is at work in {folder}"
+    assert re.match(sentence, outputs[0]["error"])
+    assert re.match(f"RankError: rank 0 failed: {sentence}", outputs[1]["error"])
+    assert list(folder.iterdir()) == []
