@@ -9,6 +9,7 @@ from bert_fast._config import check, check_choices, check_fraction, differences
 from bert_fast.optim.config import OptimizerOptions
 
 SETTINGS = "pretrain.json"  # in output_dir: the run's PretrainConfig
+RECORDS = "diverged"  # in output_dir: the records of steps that diverged
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bert_fast import _io
 from bert_fast._config import differences
-from bert_fast.pretrain.config import SETTINGS, PretrainConfig
+from bert_fast.pretrain.config import RECORDS, SETTINGS, PretrainConfig
 from bert_fast.runtime import checkpoint
 from bert_fast.runtime.checkpoint import CorruptCheckpointError
 from bert_fast.runtime.log import LOG
@@ -27,6 +28,8 @@ def find_checkpoint(
 ) -> Path | None:
     """The verified checkpoint to resume from, as `config.resume` says; None for a new run.
 
+    Leftovers of killed runs are deleted first: no other run is at work in the folder.
+
     Args:
         config: the run.
         root: the folder of its checkpoints.
@@ -38,6 +41,8 @@ def find_checkpoint(
         ValueError: it is never and there are checkpoints, or it names a folder that is no checkpoint.
         CorruptCheckpointError: the checkpoint, or every checkpoint, is corrupt.
     """
+    for folder in (root.parent, root, root.parent / RECORDS):
+        _io.recover(folder)
     resume = config.resume
     if resume == "auto" or (resume == "never" and restarted):
         return checkpoint.newest_valid(root, report)

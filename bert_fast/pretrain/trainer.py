@@ -22,7 +22,7 @@ from bert_fast._progress import ProgressBar
 from bert_fast.data import PackedBatch
 from bert_fast.optim.optimizer import lr_factor, make_optimizer, set_lr
 from bert_fast.pretrain import resume
-from bert_fast.pretrain.config import SETTINGS, PretrainConfig, check_resumable, listed
+from bert_fast.pretrain.config import RECORDS, SETTINGS, PretrainConfig, check_resumable, listed
 from bert_fast.pretrain.cuda_graph import Capture, GraphedStep, capture_on
 from bert_fast.pretrain.divergence import Guard, Verdict, write_record
 from bert_fast.pretrain.metrics import FIELDS, Meter, Totals, gemm_ceiling, held_out_totals
@@ -243,7 +243,7 @@ class Trainer:
                 self._record_divergence(verdict)
 
     def _record_divergence(self, verdict: Verdict) -> None:
-        record = self.output_dir / "diverged" / f"step-{verdict.step:08d}"
+        record = self.output_dir / RECORDS / f"step-{verdict.step:08d}"
 
         def fill(folder: Path) -> None:
             self.parallel.save_pretrained(folder)
@@ -327,11 +327,14 @@ class Trainer:
 
         self._write_folder(target, fill)
         self.saved_step = self.step
+        self._prune()
+        return target
+
+    def _prune(self) -> None:
         if self.ranks.main:
             best_step = int(self.best["step"]) if self.best else None
             kept = resume.kept(self.config, self.checkpoints, best_step)
             checkpoint.prune(self.checkpoints, self.config.keep_last, kept)
-        return target
 
     def save_final(self) -> Path:
         """Write the model and its tokenizer, without training state, in transformers' format, unless they are there."""
@@ -379,6 +382,7 @@ class Trainer:
                 if self.interrupted is None:
                     metrics = metrics or self.evaluate()
                 folder = self.save_final() if self.interrupted is None else self.save()
+                self._prune()  # a run that was killed after its last checkpoint has not
                 log.sync()
         finally:
             if self._prefetch is not None:

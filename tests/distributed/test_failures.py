@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import time
@@ -38,6 +39,33 @@ def test_killed_ranks_resume_with_bit_equal_losses(
     assert lines(killed) == lines(plain)
     weights = [(Path(folder) / "final" / "model.safetensors").read_bytes() for folder in (killed, plain)]
     assert weights[0] == weights[1]
+
+
+def test_a_run_killed_before_any_file_call_resumes_with_bit_equal_losses(
+    start_ranks: Start, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A random choice of the calls, each in a run of its own; the same run is killed again and again at the end."""
+    plain, killed = str(tmp_path / "plain"), str(tmp_path / "killed")
+    config = {**settings, "steps": 4, "checkpoint_interval": 2, "eval_interval": 2, "keep_last": 1}
+    (counted,) = start_ranks(1, config={**config, "output_dir": plain}, kill_before_file_call=0).wait()
+    assert counted["error"] is None
+    assert counted["file_calls"] > 60
+    chosen = random.Random(0)
+    for folder in [*(f"{killed}-{number}" for number in range(5)), *[killed] * 4]:
+        number = chosen.randrange(counted["file_calls"]) + 1
+        run = {**config, "output_dir": folder}
+        job = start_ranks(1, config=run, kill_before_file_call=number)
+        job.wait()
+        if folder != killed:
+            assert [process.exitcode for process in job.processes] == [-signal.SIGKILL], number
+            assert start_ranks(1, config=run).wait()[0]["error"] is None, number
+    assert start_ranks(1, config=run).wait()[0]["error"] is None
+    for folder in (*(f"{killed}-{number}" for number in range(5)), killed):
+        assert lines(folder) == lines(plain)
+        names = [sorted(path.name for path in Path(each).rglob("*")) for each in (folder, plain)]
+        assert names[0] == names[1], "nothing is left over, and nothing is missing"
+        weights = [(Path(each) / "final" / "model.safetensors").read_bytes() for each in (folder, plain)]
+        assert weights[0] == weights[1]
 
 
 def test_a_killed_rank_ends_the_others_with_an_error_that_names_it(
