@@ -121,12 +121,22 @@ class TaskRun:
             if isinstance(settings.class_weights, str):
                 total = sum(counts)
                 weights = torch.tensor([total / (len(counts) * max(count, 1)) for count in counts])
+            elif isinstance(settings.class_weights, dict):
+                weights = torch.tensor(self._weights_by_label(settings.class_weights))
             elif len(settings.class_weights) != len(counts):
                 length = len(settings.class_weights)
                 raise ValueError(f"loss.class_weights has {length} numbers; expected {len(counts)}, one per label")
             else:
                 weights = torch.tensor(settings.class_weights)
         return LossOptions(weights, settings.focal_gamma, settings.label_smoothing)
+
+    def _weights_by_label(self, weights: Mapping[Any, float]) -> list[float]:
+        labels, by_label = self.task.settings()["labels"], {str(label): weight for label, weight in weights.items()}
+        if sorted(by_label) != sorted(labels):
+            raise ValueError(
+                f"loss.class_weights is for {', '.join(sorted(by_label))}; expected the labels {', '.join(labels)}"
+            )
+        return [by_label[label] for label in labels]
 
     def _make_batcher(self, examples: Sequence[Example]) -> Batcher:
         resample = self.config.loss.resample == "balanced"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from bert_fast._config import check, check_choices
+from bert_fast._config import check, convert_fields
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class OptimizerOptions:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        convert_fields(self)
         check(self.lr > 0 and math.isfinite(self.lr), f"lr is {self.lr}; expected a positive number")
         check(
             self.warmup_steps >= 0 and (self.warmup_steps < 1 or float(self.warmup_steps).is_integer()),

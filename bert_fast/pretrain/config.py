@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bert_fast._config import check, check_choices, check_fraction, differences
+from bert_fast._config import check, check_fraction, convert_fields, differences
 from bert_fast.optim.config import OptimizerOptions
 
 SETTINGS = "pretrain.json"  # in output_dir: the run's PretrainConfig
@@ -35,7 +35,7 @@ class ModelOptions:
     unigram_bias: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        convert_fields(self)
         check_fraction("hidden_dropout_prob", self.hidden_dropout_prob)
         check_fraction("attention_probs_dropout_prob", self.attention_probs_dropout_prob)
         check(
@@ -79,6 +79,7 @@ class DataOptions:
     random_token_prob: float = 0.1
 
     def __post_init__(self) -> None:
+        convert_fields(self)
         check(bool(self.folder), "data.folder is empty; expected the folder that `bert-fast prepare` wrote")
         check(self.seq_len >= 5, f"seq_len is {self.seq_len}; expected 5 or more: [CLS] A [SEP] B [SEP]")
         check(
@@ -181,7 +182,7 @@ class PretrainConfig:
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        convert_fields(self)
         check(bool(self.output_dir), "output_dir is empty; expected a folder")
         if (self.steps is None) == (self.epochs is None):
             which = "neither" if self.steps is None else "both"
