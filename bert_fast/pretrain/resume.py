@@ -43,26 +43,11 @@ def find_checkpoint(
     """
     for folder in (root.parent, root, root.parent / RECORDS):
         _io.recover(folder)
-    resume = config.resume
-    if resume == "auto" or (resume == "never" and restarted):
-        return checkpoint.newest_valid(root, report)
-    if resume == "never":
-        if checkpoint.list_checkpoints(root):
-            raise ValueError(
-                f"{root} has checkpoints and resume is never; choose another output_dir, delete them, or resume with "
-                "resume=auto"
-            )
-        return None
-    named = Path(resume)
-    if not named.is_dir():
-        raise FileNotFoundError(f"resume is {resume!r}; expected auto, never or the folder of a checkpoint")
-    own = _continuation(config, root)
-    if own is not None:
-        report(f"this command has gone on from {named} before; its newest checkpoint is {own}")
+    wanted = "auto" if config.resume == "never" and restarted else config.resume
+    if wanted not in ("auto", "never") and (own := _continuation(config, root)) is not None:
+        report(f"this command has gone on from {wanted} before; its newest checkpoint is {own}")
         return own
-    load_state(named)
-    checkpoint.verify_folder(named)
-    return named
+    return checkpoint.find_checkpoint(wanted, root, report)
 
 
 def _continuation(config: PretrainConfig, root: Path) -> Path | None:

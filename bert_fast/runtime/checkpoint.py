@@ -184,6 +184,34 @@ def newest_valid(root: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
+def find_checkpoint(resume: str, root: Path, report: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from, verified; None for a new run.
+
+    Args:
+        resume: auto (the newest valid checkpoint in `root`, if there is one), never, or the folder of a checkpoint.
+        root: the folder of the run's checkpoints.
+        report: called with a message for each corrupt checkpoint that is skipped.
+
+    Raises:
+        ValueError: `resume` is never and there are checkpoints.
+        FileNotFoundError: `resume` is not a folder.
+        CorruptCheckpointError: the checkpoint that `resume` names is corrupt, or every checkpoint is.
+    """
+    if resume == "auto":
+        return newest_valid(root, report)
+    if resume == "never":
+        if list_checkpoints(root):
+            raise ValueError(
+                f"{root} has checkpoints and resume is never; choose another output_dir, delete them, "
+                "or resume with resume=auto"
+            )
+        return None
+    if not Path(resume).is_dir():
+        raise FileNotFoundError(f"resume is {resume!r}; expected auto, never or the folder of a checkpoint")
+    verify_folder(Path(resume))
+    return Path(resume)
+
+
 def prune(root: Path, keep_last: int, keep: Collection[Path] = ()) -> None:
     """Delete all checkpoints in `root` except the newest `keep_last` (0 keeps all) and those of `keep`."""
     for path in list_checkpoints(root)[:-keep_last] if keep_last else []:
