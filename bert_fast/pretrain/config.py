@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bert_fast._config import check, check_fraction, convert_fields, differences
+from bert_fast._config import check, check_finite, check_fraction, convert_fields, differences
 from bert_fast.optim.config import OptimizerOptions
 
 SETTINGS = "pretrain.json"  # in output_dir: the run's PretrainConfig
@@ -36,6 +36,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         convert_fields(self)
+        check_finite(self)
         check_fraction("hidden_dropout_prob", self.hidden_dropout_prob)
         check_fraction("attention_probs_dropout_prob", self.attention_probs_dropout_prob)
         check(
@@ -80,6 +81,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         convert_fields(self)
+        check_finite(self)
         check(bool(self.folder), "data.folder is empty; expected the folder that `bert-fast prepare` wrote")
         check(self.seq_len >= 5, f"seq_len is {self.seq_len}; expected 5 or more: [CLS] A [SEP] B [SEP]")
         check(
@@ -183,6 +185,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         convert_fields(self)
+        check_finite(self)
         check(bool(self.output_dir), "output_dir is empty; expected a folder")
         if (self.steps is None) == (self.epochs is None):
             which = "neither" if self.steps is None else "both"
@@ -198,7 +201,8 @@ class PretrainConfig:
             self.explosion == 0 or self.explosion > 1,
             f"explosion is {self.explosion}; expected more than 1 times the running mean, or 0 for no limit",
         )
-        check(self.timeout > 0, f"timeout is {self.timeout}; expected seconds, more than 0")
+        check(self.seed < 2**63, f"seed is {self.seed}; expected at most 2**63 - 1")
+        check(0 < self.timeout <= 1e9, f"timeout is {self.timeout}; expected seconds, more than 0 and at most 1e9")
         check(
             self.parallel == "ddp" or self.optimizer.name == "adamw",
             "parallel is fsdp and optimizer.name is lamb, whose trust ratios need whole tensors; choose adamw, or ddp",
