@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -258,3 +259,33 @@ def test_the_newest_records_of_diverged_steps_are_kept(config: PretrainConfig, m
     monkeypatch.setattr("bert_fast.pretrain.divergence.Guard.check", lambda self, loss, norm: torch.ones(()))
     pretrain(replace(config, steps=2), quiet)
     assert steps(records) == [1, 2, 92]
+
+
+def test_a_limit_of_the_file_size_keeps_the_last_checkpoint(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a quota or a full disk does: a sentence, and a run that resumes to the bit."""
+    plain = replace(config, output_dir=str(tmp_path / "plain"))
+    pretrain(plain, quiet)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config, quiet)
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # the weights take 100,000 bytes
+    try:
+        message = (
+            r"step-00000006 can't be written: the file would exceed the limit of this process \(ulimit -f\) .*"
+            r"; the same command then resumes from .*/step-00000004"
+        )
+        with pytest.raises(OSError, match=message):
+            pretrain(config, quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    assert steps(root(config)) == [2, 4]
+    assert [path.name for path in root(config).iterdir() if path.name.startswith(".")] == []
+    pretrain(config, quiet)
+    lines = [read_log(Path(each.output_dir) / "log.jsonl") for each in (config, plain)]
+    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+    weights = [(Path(each.output_dir) / "final" / "model.safetensors").read_bytes() for each in (config, plain)]
+    assert weights[0] == weights[1]
