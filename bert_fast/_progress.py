@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -64,14 +63,6 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
         """Print a line above the bar; nothing if there is no bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
-
-    def message(self, text: str, report: Callable[[str], None]) -> None:
-        """Call `report` with `text`; what it prints comes above the bar, not into its line."""
-        if self._bar is None:
-            report(text)
-            return
-        with self._bar.external_write_mode(file=sys.stderr):
-            report(text)
 
     def close(self) -> None:
         """Leave the bar as it is and end its line."""

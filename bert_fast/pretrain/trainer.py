@@ -362,8 +362,6 @@ class Trainer:
         if main and (self.step < self.total_steps or self.evaluation_due):
             log = self._open_log()
         progress = ProgressBar(self.total_steps, done=self.step, unit="step", shown=config.progress and main)
-        report = self.report
-        self.report = lambda text: progress.message(text, report)
         metrics: dict[str, float] = {}
         try:
             with stop_signals(repeated=self.ranks.launched) as self._received_signal:
@@ -390,7 +388,6 @@ class Trainer:
                 self._prefetch = None
             progress.close()
             log.close()
-            self.report = report
         rate = meter.tokens / meter.seconds if meter.seconds else 0.0
         return PretrainResult(
             self.step,
