@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import types
 from collections.abc import Iterable, Mapping
@@ -149,6 +150,15 @@ def _parsed(text: str) -> Any:
         except ValueError:
             pass
     return text
+
+
+def check_finite(options: Any) -> None:
+    """ValueError if a number of the dataclass `options`, also one in a list, is infinite or NaN."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{field.name} is {value}; expected a finite number")
 
 
 def check_fraction(name: str, value: float | None) -> None:

@@ -136,8 +136,10 @@ class UnfinishedRun:
             step = loop.progress.step
             for name in self._log_names():
                 folder = (self.folder / name).parent
-                self._logs.append(RunLog(folder, step, tensorboard=False, report=self.report))
-                stack.callback(self._logs[-1].close)
+                evaluated = loop.progress.evaluated_step == step
+                log = RunLog(folder, step, tensorboard=False, report=self.report, evaluated=evaluated)
+                self._logs.append(log)
+                stack.callback(log.close)
             bar = ProgressBar(loop.total_steps, done=step, shown=self.config.progress, unit="step")
             stack.callback(bar.close)
             for task_run in loop.task_runs:

@@ -119,7 +119,7 @@ def verify_folder(folder: Path) -> None:
     Raises:
         CorruptCheckpointError: it is not, can't be read, or the manifest is no manifest; the message names the file.
     """
-    for name, expected in _read_manifest(folder / MANIFEST).items():
+    for name, expected in read_manifest(folder).items():
         path = folder / name
         if not path.is_file():
             raise CorruptCheckpointError(f"{path} is missing; the manifest lists it")
@@ -134,8 +134,13 @@ def verify_folder(folder: Path) -> None:
                 )
 
 
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """The files that a manifest lists, with size and SHA-256."""
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that the manifest of `folder` lists: {name: {"bytes": size, "sha256": checksum}}.
+
+    Raises:
+        CorruptCheckpointError: it is missing, can't be read or is no manifest; the message names it.
+    """
+    path = folder / MANIFEST
     if not path.is_file():
         raise CorruptCheckpointError(f"{path} is missing")
     try:
@@ -286,6 +291,11 @@ def load_trainer_state(folder: Path, fields: Mapping[str, type | tuple[type, ...
     if not path.is_file():
         raise ValueError(f"{folder} has no {STATE}: it is not a checkpoint to resume from")
     return _io.read_json(path, {**(fields or {}), "optimizer_scalars": dict})
+
+
+def check_state(folder: Path, values: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+    """ValueError, naming the file, unless `values`, a part of the state in `folder`, has `fields` of these types."""
+    _io.check_fields(values, fields, str(folder / STATE))
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -27,6 +27,7 @@ class RunLog:
         report: called with a message if TensorBoard is requested and not installed, and if lines are damaged.
         wandb: the Weights & Biases project to log to as well; a resumed run has the same run id there.
         settings: the run's configuration for Weights & Biases.
+        evaluated: whether the run has the evaluation of `step`; lines of it are dropped if not.
 
     Raises:
         ImportError: `wandb` is given and the package is not installed.
@@ -42,6 +43,7 @@ class RunLog:
         report: Callable[[str], None],
         wandb: str | None = None,
         settings: Mapping[str, Any] | None = None,
+        evaluated: bool = True,
     ) -> None:
         _io.make_folder(output_dir)
         self.path = output_dir / LOG
@@ -49,7 +51,8 @@ class RunLog:
         if damaged:
             _keep_damaged(output_dir / DAMAGED, damaged)
             report(f"{_damage(self.path, damaged)} moved to {output_dir / DAMAGED}")
-        _io.write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+        kept = [x for x in lines if x["step"] < step or (x["step"] == step and (evaluated or x["kind"] != "eval"))]
+        _io.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         # Unbuffered: a full disk raises in `write`, and not again in `close`.
         self._file = self.path.open("ab", buffering=0)
         self._report = report

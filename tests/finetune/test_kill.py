@@ -14,9 +14,9 @@ import torch
 
 from bert_fast.models import BertConfig, BertModel
 
-# argv: the folder with the model and the rows; the number of this part of the kills, and of all parts. Each run is a fork
-# of a process that has imported everything. It takes two steps, with a checkpoint after the first, and replaces the
-# result of another seed.
+# argv: the folder with the model and the rows; the number of this part of the kills, and of all parts. Each run is a
+# fork of a process that has imported everything. It takes two steps, with a checkpoint after the first, and replaces
+# the result of another seed.
 SCRIPT = """
 import builtins, hashlib, io, json, os, shutil, signal, sys, traceback
 from dataclasses import replace
