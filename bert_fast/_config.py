@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -12,13 +14,20 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """The end of a message about the unknown `word`: the most similar of `choices`, "" if none is similar."""
+    similar = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
+
+
 def check_choices(options: Any) -> None:
     """ValueError if a Literal field of the dataclass `options` has a value that is not among its choices."""
     for name, hint in get_type_hints(type(options)).items():
         choices = get_args(hint)
         value = getattr(options, name)
         if getattr(hint, "__origin__", None) is Literal and value not in choices:
-            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, choices))}")
+            expected = ", ".join(map(str, choices))
+            raise ValueError(f"{name} is {value!r}; expected one of {expected}{did_you_mean(value, choices)}")
 
 
 def check_fraction(name: str, value: float | None) -> None:
@@ -36,8 +45,9 @@ def from_mapping(kind: type, values: Any) -> Any:
     hints = get_type_hints(kind)
     unknown = sorted(set(values) - {f.name for f in fields(kind)})
     if unknown:
+        names = [field.name for field in fields(kind)]
         raise ValueError(
-            f"{kind.__name__} has no {', '.join(unknown)}; it has {', '.join(f.name for f in fields(kind))}"
+            f"{kind.__name__} has no {', '.join(unknown)}; it has {', '.join(names)}{did_you_mean(unknown[0], names)}"
         )
     for name, value in values.items():
         if hasattr(hints[name], "__dataclass_fields__") and not isinstance(value, hints[name]):

@@ -31,7 +31,7 @@ def add_arguments(parser: Any) -> None:
         default="mean",
         help="how token vectors become one vector",
     )
-    parser.add_argument("--normalize", action="store_true", help="scale each vector to unit length")
+    parser.add_argument("--normalize", type=bool, default=False, help="scale each vector to unit length")
     parser.add_argument(
         "--max_seqlen", type=int | None, default=None, help="truncate longer texts; default: the model's maximum"
     )

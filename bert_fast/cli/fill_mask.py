@@ -13,7 +13,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("texts", nargs="*", type=str, help="texts with [MASK]; read from stdin, one per line, if none")
     parser.add_argument("--file", type=str | None, default=None, help="a file of texts, one per line; - is stdin")
     parser.add_argument("--top_k", type=int, default=5, help="candidates per [MASK]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per text")
+    parser.add_argument("--json", type=bool, default=False, help="print one JSON object per text")
     parser.add_argument("--device", type=str, default="auto", help="auto selects CUDA if it is available")
 
 
