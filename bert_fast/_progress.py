@@ -6,6 +6,8 @@ import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
+from bert_fast._terminal import bar_stream, printable
+
 _SECONDS_TERMINAL, _SECONDS_FILE = 0.5, 30.0  # between two redraws
 
 
@@ -36,9 +38,16 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
             if required:
                 raise ImportError("the progress bar needs tqdm, which is not installed: pip install tqdm") from error
             return
+        self._stream = bar_stream()
         interval = _SECONDS_TERMINAL if sys.stderr.isatty() else _SECONDS_FILE
         self._bar = tqdm(
-            total=total, initial=done, desc=description or None, unit=unit, mininterval=interval, dynamic_ncols=True
+            total=total,
+            initial=done,
+            desc=description or None,
+            unit=unit,
+            mininterval=interval,
+            dynamic_ncols=True,
+            file=self._stream,
         )
 
     def __exit__(self, *_: object) -> None:
@@ -62,7 +71,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
     def write(self, text: str) -> None:
         """Print a line above the bar; nothing if there is no bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(printable(text), file=self._stream)
 
     def close(self) -> None:
         """Leave the bar as it is and end its line."""

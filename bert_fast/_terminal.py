@@ -2,8 +2,8 @@
 
 A label, a path or a text may hold escape sequences (ESC, CSI, OSC), a carriage return or bidirectional overrides, which
 would recolour, overwrite or reorder what the terminal shows, or write to its clipboard. The command line replaces
-sys.stdout and sys.stderr by streams that write such characters as `\\uXXXX`; the data that a command writes to a pipe or
-a file stays as it is.
+sys.stdout and sys.stderr by streams that write such characters as `\\uXXXX`; the data that a command writes to a pipe
+or a file stays as it is.
 """
 
 from __future__ import annotations

@@ -12,14 +12,16 @@ Names that no setting has are refused with the most similar one. Files and value
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from bert_fast._config import did_you_mean
 from bert_fast.cli import settings
@@ -30,10 +32,8 @@ _CONFIG = ("config", "recipe")
 
 def make_parser(prog: str, description: str | None) -> ArgumentParser:
     """A parser that reads values by `settings.load` and imports nothing that a value names."""
-    try:
+    with contextlib.suppress(TypeError):  # an older jsonargparse: `settings` refuses such values alone
         set_parsing_settings(import_path_denylist=["*"])
-    except TypeError:
-        pass  # an older jsonargparse: `settings` has refused such values before
     return ArgumentParser(
         prog=prog, description=description, exit_on_error=False, parser_mode=settings.MODE, default_env=False
     )
@@ -54,7 +54,7 @@ def parse(
         more_help: what --help prints in addition for the task of --task or of the settings; "" if there is none.
 
     Raises:
-        ValueError, TypeError, ArgumentError: an argument or a setting is unknown or invalid.
+        ValueError: an argument or a setting is unknown or invalid.
         OSError: a file of settings can't be read.
     """
     rewriter = _Rewriter(_Names.of(parser), recipe)
@@ -65,7 +65,30 @@ def parse(
         print(parser.format_help() + text, end="")
         raise SystemExit(0)
     # Not from the environment, whatever JSONARGPARSE_DEFAULT_ENV says.
-    return parser.parse_args(rewritten, env=False)
+    try:
+        return parser.parse_args(rewritten, env=False)
+    except ArgumentError as error:
+        raise ValueError(readable(str(error))) from error
+
+
+_KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null",
+          "dict": "a mapping", "list": "a list", "tuple": "a list"}  # fmt: skip
+
+
+def readable(text: str) -> str:
+    """A message of jsonargparse about a value of the wrong type, as a sentence; other messages stay."""
+    text = re.sub(r'^Parser key "([^"]*)": ', r"\1: ", " ".join(text.split()))
+    if match := re.match(r"(\S+): Expected an? <class '(\w+)'>\. Got value: ?(.*)$", text):
+        name, kind, value = match.groups()
+        return f"{name} is {value!r}; expected {_KINDS.get(kind, kind)}"
+    if match := re.match(r"(\S+): .*Subtypes: \[(.*?)\] Errors: .* Given value: ?(.*)$", text):
+        name, kinds, value = match.groups()
+        literals = [word for group in re.findall(r"Literal\[(.*?)\]", kinds) for word in re.findall(r"'(.*?)'", group)]
+        others = re.sub(r"typing\.Literal\[.*?\](, )?", "", kinds)
+        named = [_KINDS.get(kind, kind) for kind in re.findall(r"<class '(\w+)'>", others)]
+        generic = re.findall(r"(?<![\w'])(?:list|dict|tuple)\[[^\]]*\]", others)
+        return f"{name} is {value!r}; expected {' or '.join([*literals, *generic, *named])}"
+    return text
 
 
 @dataclass
@@ -262,8 +285,12 @@ class _Rewriter:
 
     def _group(self, group: str, value: str) -> None:
         """Merge the settings of a group, a mapping or a file."""
-        loaded = settings.load(value) if value.lstrip().startswith("{") else settings.read_file(value)
-        self._merge({group: loaded}, f"--{group}")
+        is_mapping = value.lstrip().startswith("{")
+        if not is_mapping and not Path(value).exists():
+            raise ValueError(
+                f"--{group} is {value!r}; expected a YAML file or a mapping; --{group}.NAME sets one of its settings"
+            )
+        self._merge({group: settings.load(value) if is_mapping else settings.read_file(value)}, f"--{group}")
 
     def _merge(self, values: dict[str, Any], where: str) -> None:
         """Merge the settings of a file into those of the files before it."""

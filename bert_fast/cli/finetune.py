@@ -29,7 +29,7 @@ def more_help(task: str) -> str:
     """The options of a task, for --help; how to get them if `task` is empty."""
     if not task:
         return "\nbert-fast finetune TASK --help lists the options of a task too.\n"
-    from jsonargparse import ArgumentParser, SUPPRESS
+    from jsonargparse import SUPPRESS, ArgumentParser
 
     from bert_fast.tasks.task import task_class
 

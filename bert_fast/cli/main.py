@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -163,16 +162,7 @@ def _one_line(error: Exception) -> str:
     package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     if package in EXTRAS:
         return f"{package} is not installed; this command needs it: pip install 'bert_fast[{EXTRAS[package]}]'"
-    text = " ".join(str(error).split())
-    # jsonargparse's way to say that a value has the wrong type.
-    text = re.sub(r'^Parser key "([^"]*)": ', r"\1: ", text)
-    text = re.sub(r"^(\S+): Expected an? <class '(\w+)'>. Got value: (.*)$", _wrong_type, text)
-    return text or type(error).__name__
-
-
-def _wrong_type(match: re.Match[str]) -> str:
-    kind = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
-    return f"{match[1]} is {match[3]!r}; expected {kind.get(match[2], match[2])}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

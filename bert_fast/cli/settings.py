@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -47,7 +46,7 @@ def refuse_classes(name: str, where: str = "") -> None:
     """ValueError if a part of the dotted setting `name` belongs to jsonargparse's description of a class."""
     for part in name.removesuffix("+").split("."):
         if part in _OF_CLASSES:
-            raise ValueError(f"{where}{name} names a class; no setting of bert_fast is a class")
+            raise ValueError(f"{where}{name} would name a class; no setting of bert_fast is a class")
 
 
 def _count(node: Any, counted: dict[int, int]) -> int:
@@ -80,7 +79,11 @@ def read_file(path: str) -> dict[str, Any]:
         ValueError: it is not UTF-8, not YAML or no mapping, or `load` refuses it; the message names the file.
     """
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+        if path == "-":
+            text = sys.stdin.read(_MAX_CHARACTERS + 1)
+        else:
+            with open(path, encoding="utf-8-sig") as file:
+                text = file.read(_MAX_CHARACTERS + 1)  # also of a file without an end
         values = load(text) if text.strip() else {}
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
@@ -149,7 +152,9 @@ def has_dataclass(hint: Any) -> bool:
 
 def _dataclass(hint: Any) -> Any:
     """The dataclass X of a hint X or `X | None`, or None."""
-    kinds = (hint,) if isinstance(hint, type) else get_args(hint) if getattr(hint, "__origin__", None) is not dict else ()
+    kinds = (
+        (hint,) if isinstance(hint, type) else get_args(hint) if getattr(hint, "__origin__", None) is not dict else ()
+    )
     return next((kind for kind in kinds if hasattr(kind, "__dataclass_fields__")), None)
 
 

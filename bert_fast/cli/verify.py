@@ -11,7 +11,10 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--impls", type=list[str] | None, default=None, help="implementations to test; all by default")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
     parser.add_argument(
-        "--record", type=bool, default=False, help="record the GPU kernels that pass, so that impl='auto' may choose them"
+        "--record",
+        type=bool,
+        default=False,
+        help="record the GPU kernels that pass, so that impl='auto' may choose them",
     )
 
 
