@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from html import escape
@@ -23,7 +24,8 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
 def html_page(title: str, parts: Sequence[str]) -> str:
     """A complete page, in the style of the reports, from HTML fragments."""
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return page.encode(errors="backslashreplace").decode()  # names of files need not be Unicode
 
 
 def table(rows: Sequence[Sequence[Any]], *, header: bool = True, diagonal: bool = False) -> str:
@@ -48,6 +50,14 @@ def _cell(value: Any) -> str:
         return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return escape(text if len(text) <= _MAX_CELL_CHARACTERS else text[:_MAX_CELL_CHARACTERS] + " …")
+
+
+def label(text: str) -> str:
+    """`text` for matplotlib to draw as it is: no formula, no entry hidden from the legend, no control character."""
+    shown = "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in text
+    ).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def svg(figure: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from bert_fast import _io
 from bert_fast._config import differences
-from bert_fast._html import html_page, panels_of, svg, table
+from bert_fast._html import html_page, label, panels_of, svg, table
 from bert_fast.pretrain.config import SETTINGS
 from bert_fast.runtime.log import LOG, read_log
 
@@ -88,9 +88,9 @@ def write_pretrain_report(folders: Sequence[Path], output: Path, pictures: Path 
     written = [output]
     _io.write_text(output, page(runs, figures))
     if pictures is not None:
-        pictures.mkdir(parents=True, exist_ok=True)
         for column, figure in figures.items():
-            figure.savefig(pictures / f"{column}.png", dpi=150)
+            with _io.atomic_file(pictures / f"{column}.png") as path:
+                figure.savefig(path, format="png", dpi=150)
             written.append(pictures / f"{column}.png")
     return written
 
@@ -161,7 +161,7 @@ def curves(runs: Sequence[Run]) -> dict[str, Any]:
         figure, (axes,) = panels_of(9, 3.2)
         for number, run in enumerate(runs):
             colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(*run.points("train", column), color=colour, lw=1, label=run.name)
+            axes.plot(*run.points("train", column), color=colour, lw=1, label=label(run.name))
             if held_out:
                 axes.plot(*run.points("eval", column), "o-", color=colour, ms=4, lw=0.5, label="held out")
         axes.set(title=title, xlabel="step")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,17 @@ def test_several_runs_are_compared_with_their_differing_settings_and_drawn(
     assert all((pictures / name).read_bytes().startswith(b"\x89PNG") for name in names)
     order = ("loss", "mlm_accuracy", "lr", "grad_norm", "tokens_per_second")
     assert capsys.readouterr().out.splitlines() == [str(page), *(str(pictures / f"{name}.png") for name in order)]
+
+
+@pytest.mark.parametrize("name", ["cost$x_{$y", "a$b", r"\$_\$", "_hidden", "new\nline\x1b[0m", "\udce4"])
+def test_any_name_of_a_folder_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
+    runs = [make_run(tmp_path / name, 1e-3), make_run(tmp_path / "b", 1e-3)]
+    write_pretrain_report(runs, tmp_path / "page.html", tmp_path / "pictures")
+    figures = (tmp_path / "page.html").read_text(encoding="utf-8").split("<svg")[1:]
+    shown = name.encode("unicode_escape").decode() if not name.isprintable() else name
+    for figure in figures:
+        assert f">{escape(shown)}<" in figure or f"> {escape(shown)}<" in figure
+        xml.etree.ElementTree.fromstring(f"<svg{figure[: figure.index('</svg>')]}</svg>")
 
 
 def test_runs_with_the_same_name_are_named_by_path(tmp_path: Path) -> None:
