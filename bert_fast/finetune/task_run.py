@@ -194,7 +194,13 @@ class TaskRun:
         Returns:
             The content of metrics.json.
         """
-        run = {"task": self.task.name, **run, "main_metric": self.config.metric or self.task.main_metric}
+        test = self.data.test
+        rows = {
+            "train": len(self.data.train.table),
+            "dev": len(self.data.dev.table),
+            "test": None if test is None else len(test.table),
+        }
+        run = {"task": self.task.name, "rows": rows, **run, "main_metric": self.config.metric or self.task.main_metric}
         dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
         describe_task(self.model, self.config, self.task)
         metrics = {"run": run, "dev": dev}

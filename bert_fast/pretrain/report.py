@@ -101,7 +101,7 @@ def page(runs: Sequence[Run], figures: Mapping[str, Any]) -> str:
     parts = [f"<h1>{escape(title)}</h1>", table([["", *(run.name for run in runs)], *_summary(runs)])]
     parts += [svg(figure) for figure in figures.values()]
     if len(runs) > 1:
-        changed = _changed(runs)
+        changed = changed_settings(runs)
         parts += ["<h2>Settings that differ</h2>", table([["", *(run.name for run in runs)], *changed])]
     for run in runs:
         settings = escape(json.dumps(run.settings, indent=1, ensure_ascii=False))
@@ -137,7 +137,7 @@ def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def _changed(runs: Sequence[Run]) -> list[list[Any]]:
+def changed_settings(runs: Sequence[Run]) -> list[list[Any]]:
     """Rows of the settings that differ between the runs."""
     changed: dict[str, list[Any]] = {}
     for run in runs[1:]:
@@ -152,11 +152,16 @@ def _setting(settings: Any, name: str) -> Any:
     return settings
 
 
-def curves(runs: Sequence[Run]) -> dict[str, Any]:
-    """A figure for each column that a run has: lines are training values, dots held-out values."""
+def curves(runs: Sequence[Run], of: Sequence[tuple[str, str, bool, bool]] = _CURVES) -> dict[str, Any]:
+    """A figure for each column that a run has: lines are training values, dots held-out values.
+
+    Args:
+        runs: to draw in one figure a column.
+        of: title, column of the log, whether to draw held-out values too, whether the axis is logarithmic.
+    """
     figures: dict[str, Any] = {}
-    for title, column, held_out, logarithmic in _CURVES:
-        if not any(run.points("train", column)[0] for run in runs):
+    for title, column, held_out, logarithmic in of:
+        if not any(run.points(kind, column)[0] for run in runs for kind in ("train", *(("eval",) if held_out else ()))):
             continue
         figure, (axes,) = panels_of(9, 3.2)
         for number, run in enumerate(runs):
