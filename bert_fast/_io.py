@@ -116,7 +116,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
         OSError: it can't be written; the message names `target`.
     """
     if _is_stream(target):
-        yield target
+        with write_errors(target):
+            yield target
         return
     real = Path(os.path.realpath(target))
     with write_errors(target):

@@ -62,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The reader of stdout has ended, as `head` does. Files have been written before anything is printed.
             discard_stdout()
             return _BROKEN_PIPE
+        except OSError as error:  # of the last flush
+            print(f"bert-fast: error: stdout can't be written: {_one_line(error)}", file=sys.stderr)
+            discard_stdout()
+            return 2
 
 
 def _main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The worst predictions of a run, for its report: spans marked in their text, values against the true ones, or a table."""
+"""The worst predictions of a run, for its report: spans marked in their text, a scatter plot of values, or a table."""
 
 from __future__ import annotations
 

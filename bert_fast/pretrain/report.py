@@ -166,9 +166,13 @@ def curves(runs: Sequence[Run], of: Sequence[tuple[str, str, bool, bool]] = _CUR
         figure, (axes,) = panels_of(9, 3.2)
         for number, run in enumerate(runs):
             colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(*run.points("train", column), color=colour, lw=1, label=label(run.name))
-            if held_out:
-                axes.plot(*run.points("eval", column), "o-", color=colour, ms=4, lw=0.5, label="held out")
+            steps, values = run.points("train", column)
+            if steps:
+                # One value has no line: it needs a mark to be seen.
+                axes.plot(steps, values, "x" if len(steps) == 1 else "-", color=colour, lw=1, label=label(run.name))
+            if held_out and run.points("eval", column)[0]:
+                name = label(f"{run.name}, held out" if len(runs) > 1 else "held out")
+                axes.plot(*run.points("eval", column), "o-", color=colour, ms=4, lw=0.5, label=name)
         axes.set(title=title, xlabel="step")
         if logarithmic:
             axes.set_yscale("log")
