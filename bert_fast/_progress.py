@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from bert_fast._terminal import bar_stream, printable
+from bert_fast._terminal import bar_stream, messages_above, printable
 
 _SECONDS_TERMINAL, _SECONDS_FILE = 0.5, 30.0  # between two redraws
 
@@ -30,6 +30,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
         self, total: int, *, shown: bool, unit: str, description: str = "", done: int = 0, required: bool = False
     ) -> None:
         self._bar: Any = None
+        self._messages = ExitStack()
         if not shown:
             return
         try:
@@ -49,6 +50,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
             dynamic_ncols=True,
             file=self._stream,
         )
+        self._messages.enter_context(messages_above(self.write))
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -75,5 +77,6 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
 
     def close(self) -> None:
         """Leave the bar as it is and end its line."""
+        self._messages.close()
         if self._bar is not None:
             self._bar.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -25,23 +25,38 @@ def printable(text: str, *, lines: bool = True) -> str:
     return text if lines else text.replace("\n", "\\n").replace("\t", "\\t")
 
 
+# What writes a line above the progress bar that is shown, of the newest last.
+_above_bar: list[Callable[[str], None]] = []
+
+
 class SafeStream:
-    """A text stream that writes `printable` text to another one.
+    """A text stream that writes `printable` text to another one; messages appear above a progress bar.
 
     Args:
         raw: the other stream.
-        is_message: whether it is for messages: they are lost, without an error, once nobody reads them.
+        is_message: whether it is for messages, which are lost without an error if they can't be written: nobody reads
+            them any more, or the disk of the log is full.
+        escape: False writes text as it is.
     """
 
-    def __init__(self, raw: TextIO, *, is_message: bool) -> None:
-        self.raw, self.is_message = raw, is_message
+    def __init__(self, raw: TextIO, *, is_message: bool, escape: bool = True) -> None:
+        self.raw, self.is_message, self.escape = raw, is_message, escape
+        self._started = ""  # a line without its end, while there is a progress bar
 
     def write(self, text: str) -> int:
-        """Write `printable(text)`; returns the number of characters of `text`."""
-        self._guarded(self.raw.write, printable(text))
+        """Write `text`; returns its number of characters."""
+        shown = printable(text) if self.escape else text
+        if self.is_message and self.escape:
+            shown, self._started = self._started + shown, ""
+            if _above_bar:
+                *lines, self._started = shown.split("\n")
+                for line in lines:
+                    _above_bar[-1](line)
+                return len(text)
+        self._guarded(self.raw.write, shown)
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         """Write each line."""
         for line in lines:
             self.write(line)
@@ -59,42 +74,50 @@ class SafeStream:
         except BrokenPipeError:
             if not self.is_message:
                 raise
+        except OSError as error:
+            if not self.is_message:
+                raise OSError(error.errno, f"stdout can't be written: {error.strerror}") from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.raw, name)
 
 
-class _Messages(SafeStream):
-    """The stream of messages that a progress bar writes its control characters to."""
-
-    def write(self, text: str) -> int:
-        self._guarded(self.raw.write, text)
-        return len(text)
-
-
-def bar_stream() -> Any:
-    """sys.stderr for a progress bar: control characters are written, and nobody has to read them."""
+def bar_stream() -> SafeStream:
+    """sys.stderr for a progress bar, whose control characters are written."""
     stream = sys.stderr
-    return _Messages(stream.raw if isinstance(stream, SafeStream) else stream, is_message=True)
+    return SafeStream(stream.raw if isinstance(stream, SafeStream) else stream, is_message=True, escape=False)
 
 
-def data_stream() -> Any:
+@contextmanager
+def messages_above(write: Callable[[str], None]) -> Iterator[None]:
+    """In the block, `write` gets each line of the messages: it shows them above a progress bar."""
+    _above_bar.append(write)
+    try:
+        yield
+    finally:
+        _above_bar.remove(write)
+
+
+def data_stream() -> SafeStream:
     """sys.stdout for data: unchanged characters, unless it is a terminal."""
     stream = sys.stdout
-    return stream.raw if isinstance(stream, SafeStream) and not stream.raw.isatty() else stream
+    raw = stream.raw if isinstance(stream, SafeStream) else stream
+    return SafeStream(raw, is_message=False, escape=raw.isatty())
 
 
 @contextmanager
 def safe_streams() -> Iterator[None]:
     """Replace sys.stdout and sys.stderr for the block."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (  # type: ignore[assignment]
-        SafeStream(stream, is_message=number == 1) for number, stream in enumerate(before)
-    )
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # for a stream that was closed before Python started
+        sys.stdout, sys.stderr = (  # type: ignore[assignment]
+            SafeStream(nowhere if stream is None else stream, is_message=number == 1)
+            for number, stream in enumerate(before)
+        )
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
 
 
 def discard_stdout() -> None:

@@ -259,11 +259,12 @@ class _Rewriter:
         value = values[0]
         if hint is bool:
             value = _boolean(option, value)
-        elif _is_list(hint):
-            value = _list(hint, values)
         elif (choices := _choices(hint)) and value not in map(str, choices) and not _accepts_other(hint, value):
             expected = ", ".join(map(str, choices))
-            raise ValueError(f"--{option} is {value!r}; expected one of {expected}{did_you_mean(value, choices)}")
+            also = ", or a list" if _is_list(hint) else ""
+            raise ValueError(f"--{option} is {value!r}; expected one of {expected}{also}{did_you_mean(value, choices)}")
+        elif _is_list(hint):
+            value = _list(hint, values)
         self._check_nested(hint, value, f"--{option}")
         before = any(argument.startswith((f"--{option}=", f"--{option}+=")) for argument in self.output)
         sign = "+" if appends and (before or self._in_tree(option)) else ""
@@ -370,6 +371,8 @@ def _list(hint: Any, values: list[str]) -> str:
 
 
 def _accepts_other(hint: Any, value: str) -> bool:
-    """Whether a union has another type than its choices that may take `value`."""
+    """Whether a union has another type than its choices that may take `value`: a list takes no single word."""
     others = [kind for kind in _alternatives(hint) if getattr(kind, "__origin__", None) is not Literal]
-    return any(kind is not type(None) for kind in others) or (bool(others) and value in ("null", "None"))
+    if value in ("null", "None"):
+        return type(None) in others
+    return any(kind is not type(None) for kind in others) and not value.isidentifier()

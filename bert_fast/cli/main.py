@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             discard_stdout()
             return _BROKEN_PIPE
         except OSError as error:  # of the last flush
-            print(f"bert-fast: error: stdout can't be written: {_one_line(error)}", file=sys.stderr)
+            print(f"bert-fast: error: {_one_line(error)}", file=sys.stderr)
             discard_stdout()
             return 2
 

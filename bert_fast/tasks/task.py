@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bert_fast._config import did_you_mean
 from bert_fast.tasks.io.columns import Role
 from bert_fast.tasks.io.sources import read_table
 from bert_fast.tasks.io.table import Table
@@ -317,7 +318,7 @@ def task_class(name: str) -> type[Task]:
         ValueError: there is no such task.
     """
     if name not in TASKS:
-        raise ValueError(f"task is {name!r}; expected one of {', '.join(TASKS)}")
+        raise ValueError(f"task is {name!r}; expected one of {', '.join(TASKS)}{did_you_mean(name, TASKS)}")
     module, _, attribute = TASKS[name].partition(":")
     kind: type[Task] = getattr(import_module(module), attribute)
     return kind

@@ -15,14 +15,6 @@ from bert_fast.cli.main import COMMANDS, RECIPES, main
 RUN = [sys.executable, "-m", "bert_fast.cli.main"]
 
 
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert "Traceback" not in captured.err
-    return captured.err
-
-
 def test_help_is_fast_and_imports_no_torch() -> None:
     code = "import sys; from bert_fast.cli.main import main; main(['--help']); print('torch' in sys.modules)"
     start = time.perf_counter()
