@@ -194,7 +194,7 @@ class _Rewriter:
         name, given, value = argument[2:].partition("=")
         appends = name.endswith("+")
         name = name.removesuffix("+")
-        settings.refuse_classes(name, "--")
+        settings.refuse_classes(name.replace("-", "_"), "--")
         plain = name.replace("-", "_")
         if self.names.has_config and plain in _CONFIG:
             value = value if given else _value(rest)
@@ -362,7 +362,7 @@ def _list(hint: Any, values: list[str]) -> str:
     value = values[0]
     if len(values) == 1 and (value in map(str, _choices(hint)) or value in ("null", "None", "")):
         return value
-    if len(values) == 1 and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
+    if len(values) == 1 and (value.strip()[:1], value.strip()[-1:]) in (("[", "]"), ("{", "}")):
         return value
     # The name of a file may have commas.
     parts = [part for value in values for part in ([value] if Path(value).exists() else value.split(","))]

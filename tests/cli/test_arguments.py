@@ -1,4 +1,4 @@
-"""Arguments as people write them: dashes, short names, flags, lists; files of settings; what is refused, in one line."""
+"""Arguments as people write them: dashes, short names, flags, lists; files of settings; what is refused in one line."""
 
 from __future__ import annotations
 
@@ -289,9 +289,9 @@ def test_messages_about_types_are_sentences() -> None:
         readable("Parser key \"a.b\":\n  Expected a <class 'float'>. Got value: x") == "a.b is 'x'; expected a number"
     )
     union = (
-        "Parser key \"s\":\n Does not validate against any of the Union subtypes\n Subtypes: [typing.Literal['p', 'q'], "
-        "list[float], <class 'int'>, <class 'NoneType'>]\n Errors:\n - no\n Given value type: <class 'str'>\n "
-        "Given value: x"
+        'Parser key "s":\n Does not validate against any of the Union subtypes\n '
+        "Subtypes: [typing.Literal['p', 'q'], list[float], <class 'int'>, <class 'NoneType'>]\n Errors:\n - no\n "
+        "Given value type: <class 'str'>\n Given value: x"
     )
     assert readable(union) == "s is 'x'; expected p or q or list[float] or an integer or null"
     assert readable("something else") == "something else"
