@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from bert_fast._html import html_page, svg, table
 from bert_fast._io import atomic_file, write_text
-from bert_fast.finetune.report import numbers, read_run
+from bert_fast.finetune.report import damaged, numbers, read_run
 from bert_fast.pretrain.report import Run, changed_settings, curves
 
 COMPARISON = "comparison.html"
@@ -39,8 +39,10 @@ def write_comparison(folders: Sequence[Path], output: Path, pictures: Path | Non
     for folder, name in zip(folders, names, strict=True):
         metrics, settings, log = read_run(folder)
         runs.append(Finished(Run(name if names.count(name) == 1 else str(folder), settings, log), metrics))
-    figures = curves([run for run, _ in runs], _curves(runs))
-    write_text(output, comparison_page(runs, figures))
+    with damaged(folders[0].parent):
+        figures = curves([run for run, _ in runs], _curves(runs))
+        text = comparison_page(runs, figures)
+    write_text(output, text)
     written = [output]
     for column, figure in figures.items() if pictures is not None else ():
         path = pictures / f"{column}.png"

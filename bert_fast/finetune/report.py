@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bert_fast._html import html_page, label, panels_of, svg, table
-from bert_fast._io import read_json, write_text
+from bert_fast._io import check_fields, read_json, write_text
 from bert_fast._text import read_lines
 from bert_fast.finetune.mistakes import mistakes, read_rows, scatter
 from bert_fast.runtime.log import LOG, read_log
@@ -47,6 +48,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[st
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist; expected a folder written by bert-fast finetune")
     metrics = read_json(folder / METRICS, {"run": dict, "dev": dict})
+    check_fields(metrics["run"], {"task": str, "main_metric": str, "best_step": int}, f"{folder / METRICS}, run")
     settings = read_json(folder / SETTINGS, {"model": str, "output_dir": str, "data": dict})
     return metrics, settings, read_log(folder / LOG)
 
@@ -72,12 +74,26 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     predictions = []
     for number, line in read_lines(path):
         try:
-            predictions.append(json.loads(line))
-        except ValueError as error:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        fields = {"row": int, "input": dict, "prediction": dict, "error": (int, float, type(None))}
+        predictions.append(check_fields(values, fields, f"{path}, line {number}"))
     output = folder / REPORT if output is None else output
-    write_text(output, page(metrics, settings, log, predictions))
+    with damaged(folder):
+        text = page(metrics, settings, log, predictions)
+    write_text(output, text)
     return output
+
+
+@contextmanager
+def damaged(folder: Path) -> Iterator[None]:
+    """In the block, what is missing in the files of a run, or of another type, is a ValueError that names `folder`."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        message = f"the files of the run in {folder} are damaged or don't fit together"
+        raise ValueError(f"{message} ({type(error).__name__}: {error})") from error
 
 
 def page(
@@ -92,6 +108,8 @@ def page(
     title = f"{run['task']}: {Path(settings['output_dir']).name}"
     summary = {"model": Path(settings["model"]).name or settings["model"]}
     summary |= {f"{split} rows": f"{count:,}" for split, count in run.get("rows", {}).items() if count is not None}
+    if scheme := metrics["dev"].get("scheme"):
+        summary["tag scheme"] = scheme
     names = ("steps", "epochs", "best_step", "stopped_early", "tokens_per_second")
     summary |= {name: run[name] for name in names if run.get(name) is not None}
     parts = [

@@ -22,6 +22,7 @@ from bert_fast.finetune.data import Batcher, FinetuneData, Split, load_data
 from bert_fast.finetune.models import adopt_model, build_model, describe_task
 from bert_fast.finetune.report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
 from bert_fast.models.config import longest_input
+from bert_fast.models.snapshot import local_folder
 from bert_fast.tasks.augmentation import Augmenter
 from bert_fast.tasks.metrics import LOWER_IS_BETTER
 from bert_fast.tasks.prediction import run_examples
@@ -65,7 +66,7 @@ class TaskRun:
 
     Raises:
         ValueError: settings, rows and model are inconsistent.
-        FileNotFoundError: `config.model` is not a folder.
+        FileNotFoundError: `config.model` is neither a folder nor a hub name that can be reached.
     """
 
     def __init__(
@@ -80,9 +81,8 @@ class TaskRun:
         self.config, self.report, self.name, self.weight = config, report, name, weight
         self.device = resolve_device(config.device)
         self.task = make_task(config.task, config.options)
-        if not Path(config.model).is_dir():
-            raise FileNotFoundError(f"model is {config.model}; expected a folder with config.json and weights")
-        self.tokenizer = load_tokenizer(config.model)
+        self.checkpoint = local_folder(config.model, "a folder with config.json and weights")
+        self.tokenizer = load_tokenizer(self.checkpoint)
         self.data: FinetuneData = load_data(self.task, config.data, config.seed, report)
         model = build_model(config, self.task, report) if model is None else adopt_model(model, config, self.task)
         longest = longest_input(model.config)
@@ -218,7 +218,7 @@ class TaskRun:
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
         model: Any = self.model
         model.save_pretrained(folder)
-        for path in (Path(self.config.model) / name for name in TOKENIZER_FILES):
+        for path in (self.checkpoint / name for name in TOKENIZER_FILES):
             if path.is_file():
                 shutil.copy(path, folder / path.name)
         if not (folder / "tokenizer.json").is_file():

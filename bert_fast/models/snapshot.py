@@ -19,10 +19,10 @@ def local_folder(name_or_path: str | Path, expected: str = "a folder with config
         FileNotFoundError: there is neither a folder nor a repository of this name, or the hub can't be reached.
     """
     folder, name = Path(name_or_path).expanduser(), str(name_or_path)
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or not name or name.count("/") > 1 or "\\" in name:
-        raise FileNotFoundError(f"{name} is not a folder; expected {expected}, or a hub name")
+        raise FileNotFoundError(f"{name or 'an empty name'} is not a folder; expected {expected}, or a hub name")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError

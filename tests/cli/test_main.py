@@ -54,7 +54,7 @@ def test_without_a_command_the_overview_is_printed_with_exit_code_2(capsys: pyte
         (["pretrain", "--learning_rate", "1"], "learning_rate"),
         (
             ["finetune", "classification", "--model", "m", "--output_dir", "o", "--data.train", "t"],
-            "model is m; expected a folder",
+            "m is not a folder; expected a folder with config.json and weights",
         ),
         (["predict", "absent", "a"], "expected a folder written by bert-fast finetune"),
         (["evaluate", "absent", "a.csv"], "expected a folder written by bert-fast finetune"),
