@@ -110,7 +110,7 @@ def safe_streams() -> Iterator[None]:
     """Replace sys.stdout and sys.stderr for the block."""
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:  # for a stream that was closed before Python started
-        sys.stdout, sys.stderr = (  # type: ignore[assignment]
+        sys.stdout, sys.stderr = (
             SafeStream(nowhere if stream is None else stream, is_message=number == 1)
             for number, stream in enumerate(before)
         )

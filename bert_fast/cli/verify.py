@@ -33,7 +33,7 @@ def _print_header() -> None:
 def run(args: Any) -> int:
     from bert_fast.verification import record, verify
 
-    results = []
+    results: list[Any] = []
     for result in verify(args.ops, args.impls, args.seed):
         if not results:
             _print_header()

@@ -44,11 +44,12 @@ def write_comparison(folders: Sequence[Path], output: Path, pictures: Path | Non
         text = comparison_page(runs, figures)
     write_text(output, text)
     written = [output]
-    for column, figure in figures.items() if pictures is not None else ():
-        path = pictures / f"{column}.png"
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
-        written.append(path)
+    if pictures is not None:
+        for column, figure in figures.items():
+            path = pictures / f"{column}.png"
+            with atomic_file(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=150)
+            written.append(path)
     return written
 
 

@@ -96,7 +96,7 @@ def _legend() -> str:
 def _tag_mistakes(rows: Rows, lines: Sequence[Prediction]) -> list[str]:
     task: Any = rows.task
     sentences = task.sentences(rows.table, rows.columns)
-    parts = []
+    parts: list[str] = []
     for sentence, tags, line in zip(sentences, task._raw_tags(rows.table, rows.columns), lines, strict=True):
         text, words = _text_and_words(sentence, rows, len(parts))
         predicted = line["prediction"]["tags"]

@@ -77,7 +77,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        fields = {"row": int, "input": dict, "prediction": dict, "error": (int, float, type(None))}
+        fields: dict[str, Any] = {"row": int, "input": dict, "prediction": dict, "error": (int, float, type(None))}
         predictions.append(check_fields(values, fields, f"{path}, line {number}"))
     output = folder / REPORT if output is None else output
     with damaged(folder):
