@@ -33,7 +33,10 @@ _CONFIG = ("config", "recipe")
 def make_parser(prog: str, description: str | None) -> ArgumentParser:
     """A parser that reads values by `settings.load` and imports nothing that a value names."""
     with contextlib.suppress(TypeError):  # an older jsonargparse: `settings` refuses such values alone
-        set_parsing_settings(import_path_denylist=["*"])
+        # Of its own accord jsonargparse looks up the dataclasses within a mapping, those of multitask, by their names.
+        set_parsing_settings(
+            import_path_denylist=["*"], import_path_allowlist=["bert_fast.finetune", "bert_fast.tasks"]
+        )
     return ArgumentParser(
         prog=prog, description=description, exit_on_error=False, parser_mode=settings.MODE, default_env=False
     )

@@ -123,6 +123,20 @@ def test_files_are_merged_in_order_and_arguments_override_them(
     assert settings_of([*prepare, *prepare[3:]], capsys)["sources"] == ["a.txt", "a.txt"]
 
 
+def test_settings_of_several_tasks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    one = {"task": "classification", "data": {"train": "a.csv"}, "text": {"max_length": 24}, "weight": 2.0}
+    two = {"task": "token-classification", "data": {"train": "b.conll", "columns": {"tokens": "x"}}}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"tasks": {"one": one, "two-2": two}, "model": "m"}))
+    command = ["multitask", "--config", str(tmp_path / "tasks.yaml"), "--output-dir", "o", "--lr", "1e-3"]
+    values = settings_of(command, capsys)
+    given = values["tasks"]["one"]
+    assert (given["weight"], given["text"]["max_length"], given["data"]["train"]) == (2.0, 24, "a.csv")
+    assert list(values["tasks"]) == ["one", "two-2"]
+    assert values["optimizer"]["lr"] == 1e-3
+    assert settings_of(["multitask", "--tasks", str(yaml.safe_dump({"one": one}, default_flow_style=True)), "--model=m",
+                        "--output-dir=o"], capsys)["tasks"].keys() == {"one"}  # fmt: skip
+
+
 def test_help_of_a_task_lists_its_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("task: question-answering\n")
     for arguments, expected in (
