@@ -26,7 +26,7 @@ def lock_path(target: Path) -> Path:
 
 
 @contextmanager
-def exclusive(target: Path, *, what: str = "run") -> Iterator[None]:
+def exclusive(target: Path, *, what: str = "run", inside: bool = False) -> Iterator[None]:
     """Lock `target` for the block.
 
     The kernel releases the lock when the process ends, however it ends; a lock file that was left behind is taken over.
@@ -34,13 +34,16 @@ def exclusive(target: Path, *, what: str = "run") -> Iterator[None]:
     the file itself is the lock: one of an ended process of this host is taken over, one of another host is refused.
 
     Args:
-        target: the folder or file to be written; its parent is created if missing.
+        target: the folder or file to be written, also by another name that links to it; missing folders are created.
         what: what is at work, for the message.
+        inside: `target` is a folder that is not replaced as a whole, and the lock file is in it: its parent need not be
+            writable.
 
     Raises:
         OutputBusyError: another process, or another thread of this one, holds the lock.
     """
-    path = lock_path(Path(os.path.abspath(target)))
+    real = Path(os.path.realpath(target))
+    path = real / ".lock" if inside else lock_path(real)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, target, what)
     try:

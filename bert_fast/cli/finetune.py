@@ -47,8 +47,12 @@ def run(args: Any) -> int:
 
     from bert_fast.cli.rows import print_metrics
     from bert_fast.finetune.api import finetune
+    from bert_fast.finetune.unfinished import RunInterruptedError
 
-    result = finetune(config, report=lambda text: print(text, file=sys.stderr))
+    try:
+        result = finetune(config, report=lambda text: print(text, file=sys.stderr))
+    except RunInterruptedError as error:
+        return interrupted(error)
     for split in ("dev", "test"):
         if split in result.metrics:
             print_metrics(result.metrics[split], f"{split} ")
@@ -59,3 +63,10 @@ def run(args: Any) -> int:
         print(f"{'tokens per second':<22} {run['tokens_per_second']:,.0f}")
     print(f"{'model':<22} {result.folder}")
     return 0
+
+
+def interrupted(error: Any) -> int:
+    """Say that a signal has ended a run and how it resumes; returns the exit code."""
+    print(f"stopped by signal {error.signal} after step {error.step} of {error.total_steps}; saved")
+    print(f"checkpoint: {error.checkpoint} (the same command resumes from it)")
+    return 128 + int(error.signal)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with safe_streams():
         try:
             try:
-                return _main(list(sys.argv[1:] if argv is None else argv))
+                return _main(list(sys.argv[1:] if argv is None else argv), ends=argv is None)
             finally:
                 sys.stdout.flush()
         except BrokenPipeError:
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str], ends: bool) -> int:
+    """Run a command line; `ends` says whether the process ends after it."""
     debug = "--debug" in arguments or os.environ.get("BERT_FAST_DEBUG") == "1"
     arguments = [argument for argument in arguments if argument != "--debug"]
     command = arguments[0].replace("_", "-") if arguments else ""
@@ -86,6 +88,10 @@ def _main(arguments: list[str]) -> int:
             print(f"{prefix}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if ends:
+            signal.signal(
+                signal.SIGINT, signal.SIG_IGN
+            )  # a second Ctrl-C must not interrupt what Python does at its end
         print(f"{prefix}: interrupted", file=sys.stderr)
         return 130
 

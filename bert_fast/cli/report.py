@@ -1,4 +1,4 @@
-"""Write the HTML report of a fine-tuning or pretraining run, or one that compares several runs of the same kind."""
+"""Write the HTML report of a fine-tuning run, a pretraining run or a sweep, or one that compares several runs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def run(args: Any) -> int:
     check_output(args.output, ())
     from bert_fast.finetune.comparison import COMPARISON, write_comparison
     from bert_fast.finetune.report import is_finetuning, write_report
+    from bert_fast.finetune.sweep_page import RESULT, write_sweep_page
     from bert_fast.pretrain.report import is_pretraining, write_pretrain_report
 
     folders = [Path(folder) for folder in args.folders]
@@ -42,6 +43,8 @@ def run(args: Any) -> int:
         )
     if pretraining:
         written = write_pretrain_report(folders, output or folders[0] / "report.html", pictures)
+    elif len(folders) == 1 and (folders[0] / RESULT).is_file() and not output and not pictures:
+        written = [write_sweep_page(folders[0])]
     elif len(folders) > 1:
         written = write_comparison(folders, output or folders[0] / COMPARISON, pictures)
     elif pictures is not None:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from bert_fast._html import html_page, svg, table
 from bert_fast._io import atomic_file, write_text
 from bert_fast.finetune.report import damaged, numbers, read_run
+from bert_fast.finetune.unfinished import NEUTRAL
 from bert_fast.pretrain.report import Run, changed_settings, curves
 
 COMPARISON = "comparison.html"
-_IGNORED = ("output_dir", "overwrite", "progress", "report")  # settings that say nothing about the model
 
 
 class Finished(NamedTuple):
@@ -69,7 +69,7 @@ def comparison_page(runs: Sequence[Finished], figures: Mapping[str, Any]) -> str
         if any(split in metrics for _, metrics in runs):
             parts += [f"<h2>Metrics on {split}</h2>", table([["", *names], *_metric_rows(runs, split)])]
     parts += ["<h2>Runs</h2>", table([["", *names], *_run_rows(runs)]), "<h2>Settings that differ</h2>"]
-    changed = [row for row in changed_settings([run for run, _ in runs]) if row[0] not in _IGNORED]
+    changed = [row for row in changed_settings([run for run, _ in runs]) if row[0] not in NEUTRAL]
     parts.append(table([["", *names], *changed]) if changed else "<p>none</p>")
     parts.append("<h2>Curves</h2><p>Lines are training values, dots values on dev.</p>")
     parts += [svg(figure) for figure in figures.values()]

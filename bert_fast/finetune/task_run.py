@@ -64,6 +64,9 @@ class TaskRun:
         name: of the task in a multi-task run.
         weight: factor of its loss in a multi-task run.
 
+    Attributes:
+        on_batch: called with the number of examples after each batch of an evaluation; may raise to stop it.
+
     Raises:
         ValueError: settings, rows and model are inconsistent.
         FileNotFoundError: `config.model` is neither a folder nor a hub name that can be reached.
@@ -93,6 +96,7 @@ class TaskRun:
         if unsupported := self.task.head_config():
             report(f"{unsupported}: transformers has no such head and computes other outputs; predict with bert_fast")
         self.model = model
+        self.on_batch: Callable[[int], None] | None = None
         self.train_examples = self._encode(self.data.train, training=True)
         if not self.train_examples:
             raise ValueError(f"{config.data.train} has no examples to train on")
@@ -121,12 +125,22 @@ class TaskRun:
             if isinstance(settings.class_weights, str):
                 total = sum(counts)
                 weights = torch.tensor([total / (len(counts) * max(count, 1)) for count in counts])
+            elif isinstance(settings.class_weights, dict):
+                weights = torch.tensor(self._weights_by_label(settings.class_weights))
             elif len(settings.class_weights) != len(counts):
                 length = len(settings.class_weights)
                 raise ValueError(f"loss.class_weights has {length} numbers; expected {len(counts)}, one per label")
             else:
                 weights = torch.tensor(settings.class_weights)
         return LossOptions(weights, settings.focal_gamma, settings.label_smoothing)
+
+    def _weights_by_label(self, weights: Mapping[Any, float]) -> list[float]:
+        labels, by_label = self.task.settings()["labels"], {str(label): weight for label, weight in weights.items()}
+        if sorted(by_label) != sorted(labels):
+            raise ValueError(
+                f"loss.class_weights is for {', '.join(sorted(by_label))}; expected the labels {', '.join(labels)}"
+            )
+        return [by_label[label] for label in labels]
 
     def _make_batcher(self, examples: Sequence[Example]) -> Batcher:
         resample = self.config.loss.resample == "balanced"
@@ -163,6 +177,7 @@ class TaskRun:
             examples,
             batch_tokens=self.config.batch.eval_tokens,
             precision=self.config.precision,
+            progress=self.on_batch,
         )
         while True:
             predictions = self.task.decode(outputs.arrays, examples, split.table, split.columns)
@@ -194,6 +209,9 @@ class TaskRun:
         Returns:
             The content of metrics.json.
         """
+        dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
+        describe_task(self.model, self.config, self.task)
+        self._write_model(folder)
         test = self.data.test
         rows = {
             "train": len(self.data.train.table),
@@ -201,21 +219,18 @@ class TaskRun:
             "test": None if test is None else len(test.table),
         }
         run = {"task": self.task.name, "rows": rows, **run, "main_metric": self.config.metric or self.task.main_metric}
-        dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
-        describe_task(self.model, self.config, self.task)
         metrics = {"run": run, "dev": dev}
         if self.data.test is not None:
             examples = self._encode(self.data.test, training=False)
             metrics["test"], _ = self.evaluate(self.data.test, examples)
         write_json(folder / METRICS, metrics)
         write_json(folder / SETTINGS, asdict(self.config))
-        with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
-            table, columns = self.data.dev.table, self.data.dev.columns
-            errors: Sequence[float | None] | None = self.task.errors(predictions, table, columns)
-            errors = [None] * len(predictions) if errors is None else errors
-            for row, (prediction, error) in enumerate(zip(predictions, errors, strict=True)):
-                line = {"row": table.numbers[row], "input": table.row(row), "prediction": prediction, "error": error}
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        self._write_predictions(folder / PREDICTIONS, predictions)
+        if self.config.report:
+            self._write_report(folder)
+        return metrics
+
+    def _write_model(self, folder: Path) -> None:
         model: Any = self.model
         model.save_pretrained(folder)
         for path in (self.checkpoint / name for name in TOKENIZER_FILES):
@@ -225,9 +240,27 @@ class TaskRun:
             self.tokenizer.save(str(folder / "tokenizer.json"))
         for name, values in self.task.extra_files(self.config.text, model.config.hidden_size).items():
             write_json(folder / name, values)
-        if self.config.report:
-            if package := missing_package():
-                self.report(f"{REPORT} is skipped: {package} is not installed; pip install 'bert_fast[finetune]'")
-            else:
-                write_report(folder)
-        return metrics
+
+    def _write_predictions(self, path: Path, predictions: Sequence[Mapping[str, Any]]) -> None:
+        """Write a line of JSON for each row of dev: its number, input, prediction and error."""
+        table = self.data.dev.table
+        errors: Sequence[float | None] | None = self.task.errors(predictions, table, self.data.dev.columns)
+        errors = [None] * len(predictions) if errors is None else errors
+        with path.open("wb") as file:
+            for row, (prediction, error) in enumerate(zip(predictions, errors, strict=True)):
+                line = {"row": table.numbers[row], "input": table.row(row), "prediction": prediction, "error": error}
+                try:
+                    text = json.dumps(line, ensure_ascii=False, default=str).encode()
+                except UnicodeEncodeError:  # a lone surrogate, which UTF-8 does not have
+                    text = json.dumps(line, default=str).encode()
+                file.write(text + b"\n")
+
+    def _write_report(self, folder: Path) -> None:
+        """Write the report; a failure is reported, and the trained model is kept."""
+        if package := missing_package():
+            self.report(f"{REPORT} is skipped: {package} is not installed; pip install 'bert_fast[finetune]'")
+            return
+        try:
+            write_report(folder)
+        except Exception as error:
+            self.report(f"warning: {REPORT} is not written: {type(error).__name__}: {error}")

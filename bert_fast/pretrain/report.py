@@ -34,16 +34,21 @@ _CURVES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run's name, settings and log."""
+    """A run's name, settings and log, and messages on what of the log could not be read."""
 
     name: str
     settings: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
+    problems: Sequence[str] = ()
 
     def points(self, kind: str, column: str) -> tuple[list[int], list[float]]:
-        """Steps and values of `column` in the lines of `kind` that have it."""
-        lines = [line for line in self.log if line["kind"] == kind and line.get(column) is not None]
+        """Steps and values of `column` in the lines of `kind` that have a number there."""
+        lines = [line for line in self.log if line["kind"] == kind and _is_number(line.get(column))]
         return [line["step"] for line in lines], [line[column] for line in lines]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def is_pretraining(folder: Path) -> bool:
@@ -56,6 +61,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
     Raises:
         FileNotFoundError: a folder is not the folder of a pretraining run.
+        ValueError: the settings of a run are no JSON object.
     """
     names = [folder.resolve().name for folder in folders]
     runs = []
@@ -65,8 +71,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 raise FileNotFoundError(
                     f"{folder / file} does not exist; expected a folder that bert-fast pretrain wrote"
                 )
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        runs.append(Run(name if names.count(name) == 1 else str(folder), settings, read_log(folder / LOG)))
+        problems: list[str] = []
+        settings, log = _io.read_json(folder / SETTINGS), read_log(folder / LOG, problems.append)
+        runs.append(Run(name if names.count(name) == 1 else str(folder), settings, log, problems))
     return runs
 
 
@@ -78,7 +85,7 @@ def write_pretrain_report(folders: Sequence[Path], output: Path, pictures: Path 
 
     Raises:
         FileNotFoundError: a folder is not the folder of a pretraining run.
-        ValueError: a log is empty.
+        ValueError: a log is empty, or the settings of a run are no JSON object.
     """
     runs = read_runs(folders)
     empty = [run.name for run in runs if not run.log]
@@ -98,7 +105,8 @@ def write_pretrain_report(folders: Sequence[Path], output: Path, pictures: Path 
 def page(runs: Sequence[Run], figures: Mapping[str, Any]) -> str:
     """The page on `runs`, with the figures of `curves(runs)`."""
     title = "Pretraining: " + ", ".join(run.name for run in runs)
-    parts = [f"<h1>{escape(title)}</h1>", table([["", *(run.name for run in runs)], *_summary(runs)])]
+    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(text)}</p>" for run in runs for text in run.problems)]
+    parts.append(table([["", *(run.name for run in runs)], *_summary(runs)]))
     parts += [svg(figure) for figure in figures.values()]
     if len(runs) > 1:
         changed = changed_settings(runs)

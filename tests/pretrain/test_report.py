@@ -82,6 +82,20 @@ def test_runs_with_the_same_name_are_named_by_path(tmp_path: Path) -> None:
     assert [run.name for run in read_runs(folders)] == [str(folder) for folder in folders]
 
 
+def test_damaged_lines_of_a_log_are_left_out_and_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1e-3)
+    lines = (run / "log.jsonl").read_bytes().splitlines()
+    strange = json.dumps({"step": 9, "kind": "train", "loss": "x", "lr": True, "tokens": None, "mfu": [1]}).encode()
+    (run / "log.jsonl").write_bytes(b"\n".join([lines[0], b"\xff", *lines[1:], strange]) + b"\n")
+    write_pretrain_report([run], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"<p>{run}/log.jsonl has damaged lines (2; 1 in all), which are left out</p>" in text
+    assert '<td>training loss, last</td><td class="n">2.0000</td>' in text
+    (run / "pretrain.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"pretrain\.json is \[\]; expected an object"):
+        write_pretrain_report([run], tmp_path / "page.html")
+
+
 def test_folders_without_a_run_and_empty_logs_raise(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 1e-3)
     with pytest.raises(FileNotFoundError, match=r"pretrain\.json does not exist; expected a folder that bert-fast"):
