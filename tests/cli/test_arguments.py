@@ -228,7 +228,7 @@ def test_a_wrong_command_line_is_one_line(
     assert captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
     assert "\x1b" not in captured.err
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_the_list_of_wrong_command_lines_is_long() -> None:
