@@ -91,7 +91,7 @@ def _main(arguments: list[str], ends: bool) -> int:
         if ends:
             signal.signal(
                 signal.SIGINT, signal.SIG_IGN
-            )  # a second Ctrl-C must not interrupt what Python does at its end
+            )  # a second one must not interrupt the end of Python
         print(f"{prefix}: interrupted", file=sys.stderr)
         return 130
 
