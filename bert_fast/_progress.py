@@ -15,7 +15,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
     """A bar on stderr. Does nothing if `shown` is False or tqdm is not installed.
 
     Args:
-        total: number of units.
+        total: number of units; None if it is not known.
         shown: whether to show it.
         unit: what is counted, as tqdm prints it.
         description: printed before the bar.
@@ -27,7 +27,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
     """
 
     def __init__(
-        self, total: int, *, shown: bool, unit: str, description: str = "", done: int = 0, required: bool = False
+        self, total: int | None, *, shown: bool, unit: str, description: str = "", done: int = 0, required: bool = False
     ) -> None:
         self._bar: Any = None
         self._messages = ExitStack()

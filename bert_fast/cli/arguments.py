@@ -294,7 +294,13 @@ class _Rewriter:
             raise ValueError(
                 f"--{group} is {value!r}; expected a YAML file or a mapping; --{group}.NAME sets one of its settings"
             )
-        self._merge({group: settings.load(value) if is_mapping else settings.read_file(value)}, f"--{group}")
+        values = settings.load(value) if is_mapping else settings.read_file(value)
+        if self.names.has_config:
+            self._merge({group: values}, f"--{group}")
+            return
+        for name, item in settings.mapping(values, f"--{group}").items():
+            text = item if isinstance(item, str) else json.dumps(item)
+            self._option(f"--{group}.{name}={text}", [])
 
     def _merge(self, values: dict[str, Any], where: str) -> None:
         """Merge the settings of a file into those of the files before it."""
@@ -369,7 +375,8 @@ def _list(hint: Any, values: list[str]) -> str:
         return value
     # The name of a file may have commas.
     parts = [part for value in values for part in ([value] if Path(value).exists() else value.split(","))]
-    of_texts = any(str in get_args(kind) for kind in (hint, *_alternatives(hint)))
+    items = [item for kind in (hint, *_alternatives(hint)) for item in get_args(kind)]
+    of_texts = any(str in (item, *_alternatives(item)) for item in items)
     return json.dumps(parts, ensure_ascii=False) if of_texts else f"[{', '.join(parts)}]"
 
 

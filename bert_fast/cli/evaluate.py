@@ -23,7 +23,7 @@ def run(args: Any) -> int:
     output.check_output(args.metrics, (), "--metrics")
     loaded = rows.load_task(args.model, args.device, args.options)
     task = loaded[2]
-    table = task.read(args.data, args.names)
+    table = rows.read_rows(args, task, args.data)
 
     from bert_fast.tasks.io.columns import choose_columns
 
@@ -34,6 +34,8 @@ def run(args: Any) -> int:
     for message in task.check(table, columns):
         print(message, file=sys.stderr)
     predictions = rows.predict_rows(args, loaded, table, columns)
+    if warning := task.warning(predictions, table, columns):
+        print(warning, file=sys.stderr)
     metrics = task.evaluate(predictions, table, columns)
     # The files first: whoever reads what is printed may stop reading, as `head` does.
     if args.metrics is not None:

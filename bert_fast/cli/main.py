@@ -89,9 +89,7 @@ def _main(arguments: list[str], ends: bool) -> int:
         return 2
     except KeyboardInterrupt:
         if ends:
-            signal.signal(
-                signal.SIGINT, signal.SIG_IGN
-            )  # a second one must not interrupt the end of Python
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt the end of Python
         print(f"{prefix}: interrupted", file=sys.stderr)
         return 130
 

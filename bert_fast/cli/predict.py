@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,6 +62,7 @@ def run(args: Any) -> int:
 
 
 def _table(args: Any, task: Task) -> Table:
+    from bert_fast.tasks.io.sources import read_jsonl, read_text
     from bert_fast.tasks.io.table import Table
 
     if args.texts:
@@ -72,19 +72,18 @@ def _table(args: Any, task: Task) -> Table:
             return _pairs(task, _tab_separated(args.texts), "arguments", list(range(1, len(args.texts) + 1)))
         return Table({"text": list(args.texts)}, "arguments")
     if args.file not in (None, "-"):
-        table = task.read(args.file, args.names)
+        table = rows.read_rows(args, task, args.file)
         if args.pair and list(table.columns) == ["text"]:
             return _pairs(task, table["text"], table.source, table.numbers, table.unit)
         return table
     lines = [(number, line) for number, line in read_lines(sys.stdin, "stdin") if line.strip()]
     if not lines:
         raise ValueError("no texts; give them as arguments, with --file FILE, or as lines on stdin")
-    numbers, texts = [number for number, _ in lines], [line for _, line in lines]
-    if texts[0].lstrip().startswith("{"):
-        return _table_of_objects(lines)
+    if lines[0][1].lstrip().startswith("{"):
+        return read_jsonl(lines, "stdin")
     if args.pair:
-        return _pairs(task, texts, "stdin", numbers, "line")
-    return Table({"text": texts}, "stdin", numbers, "line")
+        return _pairs(task, [line for _, line in lines], "stdin", [number for number, _ in lines], "line")
+    return read_text(lines, "stdin")
 
 
 def _pair_roles(task: Task) -> tuple[str, str]:
@@ -117,17 +116,3 @@ def _pairs(task: Task, texts: Sequence[str], source: str, numbers: list[int], un
         columns[first].append(parts[0])
         columns[second].append(parts[1])
     return Table(columns, source, numbers[: len(texts)], unit)
-
-
-def _table_of_objects(lines: Sequence[tuple[int, str]]) -> Table:
-    """A table from JSON lines."""
-    from bert_fast.tasks.io.table import Table
-
-    objects = []
-    for number, line in lines:
-        try:
-            objects.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"stdin, line {number}: not a JSON object, unlike the first line ({error})") from error
-    names = list(dict.fromkeys(name for row in objects for name in row))
-    return Table({name: [row.get(name) for row in objects] for name in names}, "stdin", [n for n, _ in lines], "line")

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from bert_fast._config import from_mapping
 from bert_fast._io import read_json
 from bert_fast._terminal import printable
 from bert_fast.cli.models import load, model_folder, shows_progress
+from bert_fast.tasks.settings import FormatSettings
 
 if TYPE_CHECKING:
     from bert_fast.tasks.io.table import Table
@@ -24,6 +26,13 @@ def add_row_arguments(parser: Any) -> None:
     )
     parser.add_argument(
         "--names", type=list[str] | None, default=None, help="column names of a .csv or .tsv file without a header"
+    )
+    parser.add_class_arguments(FormatSettings, "format")
+    parser.add_argument(
+        "--no_label",
+        type=list[str | int] | None,
+        default=None,
+        help='drop rows whose label is empty or one of these: ["-"]',
     )
     parser.add_argument(
         "--empty",
@@ -43,6 +52,11 @@ def add_row_arguments(parser: Any) -> None:
     )
     parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="fp32, or bf16 autocast")
     parser.add_argument("--device", type=str, default="auto", help="auto selects CUDA if it is available")
+
+
+def read_rows(args: Any, task: Task, source: str) -> Table:
+    """Read the table of a source as --names and --format say."""
+    return task.read(source, args.names, from_mapping(FormatSettings, args.format))
 
 
 def load_task(folder: str, device: str, options: Mapping[str, Any] | None = None) -> tuple[Any, Any, Task]:
@@ -78,14 +92,19 @@ def predict_rows(args: Any, loaded: tuple[Any, Any, Task], table: Table, columns
 
 
 def handle_empty(args: Any, task: Task, table: Table, columns: Mapping[str, str]) -> Table:
-    """Refuse, drop or fill the rows without text, as --empty says."""
+    """Refuse, drop or fill the rows without text, as --empty says, and drop those without a label, as --no_label."""
     from bert_fast.tasks.io.columns import describe_columns, handle_empty_texts
+    from bert_fast.tasks.io.labels import drop_unlabelled
 
     print(describe_columns(table, columns), file=sys.stderr)
     texts = [columns[role] for role in task.text_roles if role in columns]
     table, message = handle_empty_texts(table, texts, args.empty, args.fill)
     if message:
         print(message, file=sys.stderr)
+    if "label" in columns and any(role.name == "label" and role.target for role in task.roles):
+        table, message = drop_unlabelled(table, columns["label"], args.no_label)
+        if message:
+            print(message, file=sys.stderr)
     return table
 
 

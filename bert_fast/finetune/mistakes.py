@@ -10,7 +10,7 @@ from bert_fast._html import panels_of, svg, table
 from bert_fast.tasks.io.columns import choose_columns, number_column, text_column
 from bert_fast.tasks.io.squad import locate_answer
 from bert_fast.tasks.io.table import Table
-from bert_fast.tasks.io.tag_schemes import tags_to_entities
+from bert_fast.tasks.io.tag_schemes import written_entities
 from bert_fast.tasks.task import Task, make_task
 
 MAX_MISTAKES = 25
@@ -101,7 +101,7 @@ def _tag_mistakes(rows: Rows, lines: Sequence[Prediction]) -> list[str]:
         text, words = _text_and_words(sentence, rows, len(parts))
         predicted = line["prediction"]["tags"]
         if "entities" in line["prediction"]:
-            pairs = [[Span(words[a][0], words[b - 1][1], kind) for kind, a, b in tags_to_entities(of)]
+            pairs = [[Span(words[a][0], words[b - 1][1], kind) for kind, a, b in written_entities(of)]
                      for of in (tags, predicted)]  # fmt: skip
         else:  # plain tags: the words whose tags differ
             different = [word for word, (a, b) in enumerate(zip(tags, predicted, strict=True)) if a != b]

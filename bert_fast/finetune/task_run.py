@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bert_fast._config import did_you_mean
 from bert_fast._device import autocast, resolve_device
 from bert_fast._io import write_json
 from bert_fast.data import load_tokenizer
@@ -24,6 +25,8 @@ from bert_fast.finetune.report import METRICS, PREDICTIONS, REPORT, SETTINGS, mi
 from bert_fast.models.config import longest_input
 from bert_fast.models.snapshot import local_folder
 from bert_fast.tasks.augmentation import Augmenter
+from bert_fast.tasks.diagnostics import encoding_messages
+from bert_fast.tasks.io.labels import label_key
 from bert_fast.tasks.metrics import LOWER_IS_BETTER
 from bert_fast.tasks.prediction import run_examples
 from bert_fast.tasks.task import Batch, Example, LossOptions, Task, make_task
@@ -100,6 +103,10 @@ class TaskRun:
         self.train_examples = self._encode(self.data.train, training=True)
         if not self.train_examples:
             raise ValueError(f"{config.data.train} has no examples to train on")
+        for message in encoding_messages(
+            self.train_examples, self.tokenizer, config.text, self.data.train.table.source
+        ):
+            report(message)
         self.dev_examples = self._encode(self.data.dev, training=False)
         self.loss_options = self._loss_options()
         self.batcher = self._make_batcher(self.train_examples)
@@ -126,21 +133,26 @@ class TaskRun:
                 total = sum(counts)
                 weights = torch.tensor([total / (len(counts) * max(count, 1)) for count in counts])
             elif isinstance(settings.class_weights, dict):
-                weights = torch.tensor(self._weights_by_label(settings.class_weights))
+                weights = torch.tensor(self._weights_by_label(settings.class_weights), dtype=torch.float32)
             elif len(settings.class_weights) != len(counts):
                 length = len(settings.class_weights)
                 raise ValueError(f"loss.class_weights has {length} numbers; expected {len(counts)}, one per label")
             else:
-                weights = torch.tensor(settings.class_weights)
+                weights = torch.tensor(settings.class_weights, dtype=torch.float32)
         return LossOptions(weights, settings.focal_gamma, settings.label_smoothing)
 
     def _weights_by_label(self, weights: Mapping[Any, float]) -> list[float]:
-        labels, by_label = self.task.settings()["labels"], {str(label): weight for label, weight in weights.items()}
-        if sorted(by_label) != sorted(labels):
-            raise ValueError(
-                f"loss.class_weights is for {', '.join(sorted(by_label))}; expected the labels {', '.join(labels)}"
-            )
-        return [by_label[label] for label in labels]
+        names: list[str] = self.task.settings()["labels"]
+        by_label = {label_key(label): weight for label, weight in weights.items()}
+        for label in weights:
+            if label_key(label) not in map(label_key, names):
+                raise ValueError(
+                    f"loss.class_weights has the label {label!r}; expected {', '.join(names)}"
+                    f"{did_you_mean(str(label), names)}"
+                )
+        if missing := [name for name in names if label_key(name) not in by_label]:
+            raise ValueError(f"loss.class_weights has no weight of {', '.join(missing)}; expected one of every label")
+        return [by_label[label_key(name)] for name in names]
 
     def _make_batcher(self, examples: Sequence[Example]) -> Batcher:
         resample = self.config.loss.resample == "balanced"
@@ -210,6 +222,8 @@ class TaskRun:
             The content of metrics.json.
         """
         dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
+        if warning := self.task.warning(predictions, self.data.dev.table, self.data.dev.columns):
+            self.report(warning)
         describe_task(self.model, self.config, self.task)
         self._write_model(folder)
         test = self.data.test
