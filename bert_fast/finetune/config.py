@@ -187,7 +187,7 @@ class FinetuneConfig:
     Args:
         task: classification, multi-label, regression, token-classification, question-answering, multiple-choice or
             sentence-embedding.
-        model: folder of the pretrained checkpoint and its tokenizer.
+        model: folder of the pretrained checkpoint and its tokenizer, or a hub name.
         output_dir: folder of the result; it is written atomically at the end of the run.
         data: the data and its splits.
         text: how texts are tokenized.
@@ -308,7 +308,7 @@ class MultitaskConfig:
 
     Args:
         tasks: name -> settings. The result of each task is a folder of that name.
-        model: folder of the pretrained checkpoint and its tokenizer.
+        model: folder of the pretrained checkpoint and its tokenizer, or a hub name.
         output_dir: folder of the results; it is written atomically at the end of the run.
         sampling: how often each task is sampled: in proportion to its number of batches (an epoch is then one pass
             over the rows of all tasks), to the square root of that number, or uniformly.

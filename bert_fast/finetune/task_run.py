@@ -23,6 +23,7 @@ from bert_fast.finetune.data import Batcher, FinetuneData, Split, load_data
 from bert_fast.finetune.models import adopt_model, build_model, describe_task
 from bert_fast.finetune.report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
 from bert_fast.models.config import longest_input
+from bert_fast.models.snapshot import local_folder
 from bert_fast.tasks.augmentation import Augmenter
 from bert_fast.tasks.diagnostics import encoding_messages
 from bert_fast.tasks.io.labels import label_key
@@ -71,7 +72,7 @@ class TaskRun:
 
     Raises:
         ValueError: settings, rows and model are inconsistent.
-        FileNotFoundError: `config.model` is not a folder.
+        FileNotFoundError: `config.model` is neither a folder nor a hub name that can be reached.
     """
 
     def __init__(
@@ -86,9 +87,8 @@ class TaskRun:
         self.config, self.report, self.name, self.weight = config, report, name, weight
         self.device = resolve_device(config.device)
         self.task = make_task(config.task, config.options)
-        if not Path(config.model).is_dir():
-            raise FileNotFoundError(f"model is {config.model}; expected a folder with config.json and weights")
-        self.tokenizer = load_tokenizer(config.model)
+        self.checkpoint = local_folder(config.model, "a folder with config.json and weights")
+        self.tokenizer = load_tokenizer(self.checkpoint)
         self.data: FinetuneData = load_data(self.task, config.data, config.seed, report)
         model = build_model(config, self.task, report) if model is None else adopt_model(model, config, self.task)
         longest = longest_input(model.config)
@@ -226,7 +226,13 @@ class TaskRun:
             self.report(warning)
         describe_task(self.model, self.config, self.task)
         self._write_model(folder)
-        run = {"task": self.task.name, **run, "main_metric": self.config.metric or self.task.main_metric}
+        test = self.data.test
+        rows = {
+            "train": len(self.data.train.table),
+            "dev": len(self.data.dev.table),
+            "test": None if test is None else len(test.table),
+        }
+        run = {"task": self.task.name, "rows": rows, **run, "main_metric": self.config.metric or self.task.main_metric}
         metrics = {"run": run, "dev": dev}
         if self.data.test is not None:
             examples = self._encode(self.data.test, training=False)
@@ -241,7 +247,7 @@ class TaskRun:
     def _write_model(self, folder: Path) -> None:
         model: Any = self.model
         model.save_pretrained(folder)
-        for path in (Path(self.config.model) / name for name in TOKENIZER_FILES):
+        for path in (self.checkpoint / name for name in TOKENIZER_FILES):
             if path.is_file():
                 shutil.copy(path, folder / path.name)
         if not (folder / "tokenizer.json").is_file():
