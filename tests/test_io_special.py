@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -125,6 +126,18 @@ def test_a_device_or_a_pipe_is_written_and_stays_one(tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as file:
         subprocess.run([sys.executable, "-c", script], stdout=file, check=True)
     assert (tmp_path / "out").read_text() == "text"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no shared memory to write to")
+def test_a_file_in_shared_memory_is_an_ordinary_one() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        target = Path(folder) / "new" / "file"
+        for text in ("old", "new"):
+            _io.write_text(target, text)
+            assert target.read_text() == text
+        with pytest.raises(ZeroDivisionError), _io.atomic_file(target):
+            raise ZeroDivisionError
+        assert target.read_text() == "new"
 
 
 @pytest.mark.parametrize("target", ["file", "folder"])
