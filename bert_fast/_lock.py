@@ -46,6 +46,7 @@ def exclusive(target: Path, *, what: str = "run", inside: bool = False) -> Itera
     """
     real = Path(os.path.realpath(target))
     path = real / ".lock" if inside else lock_path(real)
+    created = inside and not real.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, target, what)
     _held.add(str(path))
@@ -55,6 +56,9 @@ def exclusive(target: Path, *, what: str = "run", inside: bool = False) -> Itera
         _held.discard(str(path))
         path.unlink(missing_ok=True)  # before the release: whoever opened it meanwhile notices and opens the next one
         os.close(descriptor)
+        if created:
+            with contextlib.suppress(OSError):  # it has files
+                real.rmdir()
 
 
 def _acquire(path: Path, target: Path, what: str) -> int:

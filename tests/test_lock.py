@@ -135,4 +135,8 @@ def test_a_lock_inside_needs_no_parent_that_is_writable(tmp_path: Path) -> None:
     with _lock.exclusive(tmp_path / "new" / "run", inside=True):
         assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == [".lock"]
         assert [path.name for path in (tmp_path / "new").iterdir()] == ["run"]
-    assert list((tmp_path / "new" / "run").iterdir()) == []
+    assert list((tmp_path / "new").iterdir()) == [], "nothing was written"
+    for _ in range(2):
+        with _lock.exclusive(tmp_path / "new" / "run", inside=True):
+            (tmp_path / "new" / "run" / "a").touch()
+    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["a"]
