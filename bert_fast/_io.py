@@ -89,10 +89,16 @@ def write_errors(target: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _REASONS.get(error_number(error) or 0)
-        if reason is None:
+        number = error_number(error)
+        if number is None and re.fullmatch(
+            r"\d+ requested and \d+ written", str(error)
+        ):  # numpy, which loses the errno
+            raise OSError(
+                f"{target} can't be written: the disk is full, or a quota or limit is reached{advice}"
+            ) from error
+        if number is None or number not in _REASONS:
             raise
-        raise OSError(error_number(error), f"{target} can't be written: {reason}{advice}") from error
+        raise OSError(number, f"{target} can't be written: {_REASONS[number]}{advice}") from error
 
 
 def error_number(error: BaseException) -> int | None:
