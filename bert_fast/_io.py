@@ -89,10 +89,16 @@ def write_errors(target: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _REASONS.get(error_number(error) or 0)
-        if reason is None:
+        number = error_number(error)
+        if number is None and re.fullmatch(
+            r"\d+ requested and \d+ written", str(error)
+        ):  # numpy, which loses the errno
+            raise OSError(
+                f"{target} can't be written: the disk is full, or a quota or limit is reached{advice}"
+            ) from error
+        if number is None or number not in _REASONS:
             raise
-        raise OSError(error_number(error), f"{target} can't be written: {reason}{advice}") from error
+        raise OSError(number, f"{target} can't be written: {_REASONS[number]}{advice}") from error
 
 
 def error_number(error: BaseException) -> int | None:
@@ -110,7 +116,7 @@ def error_number(error: BaseException) -> int | None:
 def atomic_file(target: Path) -> Iterator[Path]:
     """A temporary path for the block to write; it is renamed to `target` on success and removed on an exception.
 
-    A link is followed. A target that is a device, a pipe or below /dev or /proc gets what the block writes directly.
+    A link is followed. A device, a pipe or an open file (/dev/stdout, /dev/fd/N) gets what the block writes directly.
 
     Raises:
         OSError: it can't be written; the message names `target`.
@@ -133,8 +139,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 def _is_stream(target: Path) -> bool:
     """Whether `target` can't be replaced by a file: a device, a pipe, a file descriptor of a process."""
-    special = Path(os.path.abspath(target)).parts[:2] in (("/", "dev"), ("/", "proc"))
-    return special or (target.exists() and not target.is_file() and not target.is_dir())
+    descriptor = re.match(r"/proc/|/dev/(fd/|std(in|out|err)$)", os.path.abspath(target)) is not None
+    return descriptor or (target.exists() and not target.is_file() and not target.is_dir())
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from pathlib import Path
 # Errors of file systems without flock.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
+_held: set[str] = set()  # the lock files of this process
+
 
 class OutputBusyError(ValueError):
     """Another process is writing the output; the message names its host, its process and since when."""
@@ -44,13 +46,19 @@ def exclusive(target: Path, *, what: str = "run", inside: bool = False) -> Itera
     """
     real = Path(os.path.realpath(target))
     path = real / ".lock" if inside else lock_path(real)
+    created = inside and not real.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, target, what)
+    _held.add(str(path))
     try:
         yield
     finally:
+        _held.discard(str(path))
         path.unlink(missing_ok=True)  # before the release: whoever opened it meanwhile notices and opens the next one
         os.close(descriptor)
+        if created:
+            with contextlib.suppress(OSError):  # it has files
+                real.rmdir()
 
 
 def _acquire(path: Path, target: Path, what: str) -> int:
@@ -98,8 +106,10 @@ def _is_stale(path: Path) -> bool:
         return True
     if holder.get("host") != os.uname().nodename:
         return False
+    if holder.get("pid") == os.getpid():  # an earlier process had this number, as in a container
+        return str(path) not in _held
     try:
-        os.kill(int(holder.get("pid", 0)), 0)
+        os.kill(int(str(holder.get("pid"))), 0)
     except ProcessLookupError:
         return True
     except (PermissionError, ValueError):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -127,6 +130,18 @@ def test_a_device_or_a_pipe_is_written_and_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "text"
 
 
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no shared memory to write to")
+def test_a_file_in_shared_memory_is_an_ordinary_one() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        target = Path(folder) / "new" / "file"
+        for text in ("old", "new"):
+            _io.write_text(target, text)
+            assert target.read_text() == text
+        with pytest.raises(ZeroDivisionError), _io.atomic_file(target):
+            raise ZeroDivisionError
+        assert target.read_text() == "new"
+
+
 @pytest.mark.parametrize("target", ["file", "folder"])
 @pytest.mark.parametrize(
     ("number", "reason"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk quota"), (errno.EIO, "I/O")]
@@ -162,6 +177,22 @@ def test_a_limit_of_the_file_size_that_safetensors_meets_is_reported(tmp_path: P
     assert f"{target} can't be written: the file would exceed the limit of this process (ulimit -f)" in done.stdout
     assert contents(target) == OLD
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_write_that_numpy_shortens_is_reported(tmp_path: Path) -> None:
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        message = "result can't be written: the disk is full, or a quota or limit is reached"
+        with (
+            pytest.raises(OSError, match=message),
+            _io.atomic_file(tmp_path / "result") as path,
+            path.open("wb") as file,
+        ):
+            np.save(file, np.zeros(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_file_has_the_mode_of_a_new_file(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ class Trainer:
 
         def leave_branch() -> bool:
             resume.leave_branch(start, self.step, self.checkpoints, self.report)
-            return self.best is not None and self._checkpoint(self.best["step"]).is_dir()
+            return self.best is not None and self._checkpoint(int(self.best["step"])).is_dir()
 
         if not self.ranks.on_rank0(leave_branch):
             self.best = None

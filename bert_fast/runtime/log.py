@@ -66,8 +66,12 @@ class RunLog:
             data = (json.dumps({"step": step, "kind": kind, **line}) + "\n").encode()
             while data:  # a full disk or a limit first shortens a write, and refuses the next
                 data = data[self._file.write(data) :]
-        for name, value in values.items():
-            self._write_events(lambda writer, n=name, v=value: writer.add_scalar(f"{kind}/{n}", v, step))
+
+        def add_scalars(writer: Any) -> None:
+            for name, value in values.items():
+                writer.add_scalar(f"{kind}/{name}", value, step)
+
+        self._write_events(add_scalars)
         if self._wandb is not None:
             self._wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
 

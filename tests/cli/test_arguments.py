@@ -314,3 +314,15 @@ def test_messages_about_types_are_sentences() -> None:
 def test_every_recipe_and_command_has_a_name_without_surprises() -> None:
     assert all(name == name.lower().replace("_", "-") for name in COMMANDS)
     assert list(RECIPES.glob("*.yaml"))
+
+
+def test_groups_and_lists_of_commands_without_a_file_of_settings(
+    finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.csv").write_text("sentence;kind\none yes two;yes\ntwo no one;-\n")
+    arguments = ["evaluate", str(finetuned), str(tmp_path / "rows.csv"), "--columns.label", "kind", "--no-label", "-"]
+    for given in (["--format", "{delimiter: ;}"], ["--delimiter", ";"], ["--format.delimiter=;"]):
+        assert main([*arguments, *given]) == 0
+        assert "accuracy" in capsys.readouterr().out
+    assert main([*arguments, "--format", "{delimeter: ;}"]) == 2
+    assert "unknown option --format.delimeter; did you mean '--format.delimiter'?" in capsys.readouterr().err
