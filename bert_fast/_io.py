@@ -111,6 +111,28 @@ def check_fields(values: Any, fields: Mapping[str, type | tuple[type, ...]], whe
     return values
 
 
+def safe_name(folder: Path, name: Any, where: str) -> Path:
+    """The path `folder / name` of a file that a manifest or an index names.
+
+    Args:
+        folder: the folder of the manifest.
+        name: the name that it gives, with "/" between folders.
+        where: the manifest, for the message.
+
+    Raises:
+        ValueError: `name` is no relative path inside `folder`: not a string, empty, absolute, with a backslash, a
+            colon, a character that is not printable, or a part that is empty, "." or "..".
+    """
+    if (
+        not isinstance(name, str)
+        or any(part in ("", ".", "..") for part in name.split("/"))
+        or any(character in "\\:" for character in name)
+        or not name.isprintable()
+    ):
+        raise ValueError(f"{where} names the file {_kind(name)}; expected a path inside its folder")
+    return folder / name
+
+
 _NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number", type(None): "null"}
 
 

@@ -297,3 +297,34 @@ def test_json_of_the_schema_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     _io.write_json(path, {"a": 1, "b": None, "c": "ü"})
     assert _io.read_json(path, {"a": int, "b": (list, type(None))}) == {"a": 1, "b": None, "c": "ü"}
+
+
+HOSTILE = [
+    "../x",
+    "a/../x",
+    "/etc/x",
+    "a//x",
+    "./x",
+    "",
+    ".",
+    "..",
+    "a/",
+    "C:x",
+    "a\\x",
+    "a\0x",
+    "a\nx",
+    "a\udc80",
+    3,
+    None,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"^m\.json names the file .*; expected a path inside its folder$"):
+        _io.safe_name(tmp_path, name, "m.json")
+
+
+@pytest.mark.parametrize("name", ["a", "train/00000.arrow", ".hidden", "..a", "a..b/c d", "\u6771.arrow"])
+def test_a_name_inside_its_folder_is_a_path(tmp_path, name):
+    assert _io.safe_name(tmp_path, name, "m.json") == tmp_path / name
