@@ -41,7 +41,8 @@ from bert_fast.data.remote import check_remote_free, upload
 from bert_fast.data.selection import heldout_threshold, select
 from bert_fast.data.shards import SPLITS, check_free, write_manifest
 from bert_fast.data.sources import plan_parts, versions
-from bert_fast.data.vocab import is_lowercase, load_wordpiece, save_tokenizer, train_vocab
+from bert_fast.data.tokenizer_saving import save_tokenizer
+from bert_fast.data.vocab import is_lowercase, load_wordpiece, train_vocab
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
