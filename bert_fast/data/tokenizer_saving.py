@@ -105,7 +105,9 @@ def _builds(kind: Kind, settings: dict[str, Any], names: Mapping[str, str], cont
     if len(few) < len({*names.values()}):
         return False
     built = json.loads(build_tokenizer(kind, few if kind.model == "WordPiece" else (few, []), settings, names).to_str())
-    for side in (built, content):
-        side["model"] = {k: v for k, v in side["model"].items() if k not in ("vocab", "merges")}
-    parts = ("normalizer", "pre_tokenizer", "post_processor", "model")
-    return all(built[part] == content[part] for part in parts)
+    parts = ("normalizer", "pre_tokenizer", "post_processor")
+    return all(built[part] == content[part] for part in parts) and _parameters(built) == _parameters(content)
+
+
+def _parameters(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content["model"].items() if name not in ("vocab", "merges")}
