@@ -233,6 +233,11 @@ class TokenStore:
             raise ValueError(f"{folder}, {split} has {totals}; expected {expected}, as in its manifest")
 
     @property
+    def parts(self) -> list[Array]:
+        """The consecutive parts of the sequence, int32 each."""
+        return self._parts
+
+    @property
     def documents(self) -> int:
         return int(self.document_sentences.size - 1)
 

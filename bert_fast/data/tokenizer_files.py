@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # The white space at the end of a line of vocab.txt that the package tokenizers removes: Unicode's White_Space.
 _WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 SENTENCEPIECE = "sentencepiece.bpe.model"
+_EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 _logger = logging.getLogger("bert_fast")
@@ -132,35 +133,33 @@ def _kind(folder: Path, values: Mapping[str, Any], file: Path) -> Kind:
     return {"tokenizer.json": AS_IS, "vocab.json": OF_MODEL["roberta"]}.get(file.name, OF_MODEL["bert"])
 
 
-def _special(
-    file: Path, values: Mapping[str, Any], kind: Kind
-) -> tuple[dict[str, Token], list[AddedToken], list[Token]]:
-    """The names of the special tokens, the added tokens by id, and the special tokens without a role.
+def _special(file: Path, values: dict[str, Any], kind: Kind) -> tuple[dict[str, Token], list[AddedToken], list[Token]]:
+    """The special tokens by role, the added tokens in the order of their ids, and the special tokens without a role.
 
     With `added_tokens_decoder` tokenizer_config.json is complete; without it the files of transformers 4 are read too.
     """
     from tokenizers import AddedToken
 
     where = (file if file.is_dir() else file.parent) / "tokenizer_config.json"
-    given: dict[str, Token | None] = {}
-    for role, value in values.items():
-        # A key such as add_bos_token is a flag.
-        if role in ROLES or (role.endswith("_token") and isinstance(value, str)):
-            given[role] = None if value is None else _token(value, where)
-    listed = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
-    extra = [] if isinstance(listed, dict) else _tokens(listed, where)
-    if isinstance(listed, dict):
-        given |= {str(role): _token(value, where) for role, value in listed.items()}
+    # A key such as add_bos_token is a flag, not a role.
+    own = {role: values[role] for role in values if role.endswith("_token") and isinstance(values[role], str)}
+    special = _Special(
+        {role: None if values[role] is None else _token(values[role], where) for role in ROLES if role in values},
+        {role: _token(name, where) for role, name in own.items() if role not in ROLES},
+        {name: values[name] for name in (_EXTRA, _ADDITIONAL) if name in values},
+    )
+    if not special.lists.get(_EXTRA) and _ADDITIONAL in special.lists:
+        special.lists[_EXTRA] = special.lists.pop(_ADDITIONAL)
+    special.name_extra(where)
     added: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in values:
         _add(added, values["added_tokens_decoder"], where)
     else:
-        extra = _read_older(file, given, extra, added)
+        special.read_map(where.with_name("special_tokens_map.json"))
+        _read_added(file, where.with_name("added_tokens.json"), special.contents(where), added)
     flagged = {token.content: token for token in added.values()}
-    for role, value in given.items():
-        if value is not None and role in ROLES:
-            given[role] = flagged.get(text_of(value), value)
-    names: dict[str, Token | None] = {**kind.names, **given}
+    given = {role: token and flagged.get(text_of(token), token) for role, token in special.given.items()}
+    names: dict[str, Token | None] = {**kind.names, **given, **special.own}
     for role in ("unk_token", "cls_token", "sep_token", "bos_token", "eos_token"):
         if role in kind.names and names[role] is None:
             raise ValueError(f"{where}: {role} is null; expected a token")
@@ -168,39 +167,60 @@ def _special(
         names["mask_token"] = AddedToken(mask, lstrip=True, special=True)
     roles = [*ROLES, *(role for role in names if role not in ROLES)]
     present: dict[str, Token] = {role: name for role in roles if (name := names.get(role)) is not None}
-    return present, [added[i] for i in sorted(added)], extra or list(kind.extra)
+    extra = special.lists[_EXTRA] if _EXTRA in special.lists else special.lists.get(_ADDITIONAL) or list(kind.extra)
+    return present, [added[i] for i in sorted(added)], _tokens(extra, where)
 
 
-def _read_older(
-    file: Path, given: dict[str, Token | None], extra: list[Token], added: dict[int, AddedToken]
-) -> list[Token]:
-    """Update names and added tokens by special_tokens_map.json, added_tokens.json and `file`; returns `extra`."""
+@dataclass
+class _Special:
+    """The special tokens in the files.
+
+    Attributes:
+        given: those of `ROLES`, and those of other roles in special_tokens_map.json.
+        own: those of other roles in tokenizer_config.json, which take precedence.
+        lists: `extra_special_tokens` and `additional_special_tokens`, its older name.
+    """
+
+    given: dict[str, Token | None]
+    own: dict[str, Token]
+    lists: dict[str, Any]
+
+    def name_extra(self, where: Path) -> None:
+        """Move `extra_special_tokens` with roles to `own`."""
+        if isinstance(self.lists.get(_EXTRA), dict):
+            self.own |= {str(role): _token(token, where) for role, token in self.lists.pop(_EXTRA).items()}
+
+    def read_map(self, where: Path) -> None:
+        """Update by special_tokens_map.json, if there is one."""
+        for role, value in (read_json(where) if where.is_file() else {}).items():
+            if role == _EXTRA and isinstance(value, list):
+                before = _tokens(self.lists.get(_EXTRA) or [], where)
+                new = _tokens(value, where, special=True)
+                self.lists[_EXTRA] = [*before, *(token for token in new if token not in before)]
+            elif role in (_EXTRA, _ADDITIONAL):
+                self.lists[role] = value
+            elif role.endswith("_token"):
+                self.given[role] = None if value is None else _token(value, where, special=True)
+        self.name_extra(where)
+
+    def contents(self, where: Path) -> set[str]:
+        """The tokens that are special if they are in added_tokens.json."""
+        named = [token for role, token in self.given.items() if role in ROLES and token is not None]
+        return {text_of(token) for token in [*named, *_tokens(self.lists.get(_EXTRA) or [], where)]}
+
+
+def _read_added(file: Path, where: Path, special: set[str], added: dict[int, AddedToken]) -> None:
+    """Read the added tokens of added_tokens.json, if there is one, and of `file`, if it is a tokenizer.json."""
     from tokenizers import AddedToken
 
-    folder = file if file.is_dir() else file.parent
-    if (where := folder / "special_tokens_map.json").is_file():
-        for role, value in read_json(where).items():
-            if role == "extra_special_tokens" and isinstance(value, dict):
-                given |= {name: _token(token, where, special=True) for name, token in value.items()}
-            elif role in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, list):
-                new = [_token(token, where, special=True) for token in value]
-                if role == "extra_special_tokens":
-                    extra = [*extra, *(token for token in new if token not in extra)]
-                else:
-                    extra = extra or new
-            elif role.endswith("_token"):
-                given[role] = None if value is None else _token(value, where, special=True)
-    special = {text_of(token) for token in [*given.values(), *extra] if token is not None}
-    if (where := folder / "added_tokens.json").is_file():
-        for content, number in read_json(where).items():
-            is_special = content in special
-            added[_id(number, where)] = AddedToken(content, normalized=not is_special, special=is_special)
+    for content, number in (read_json(where) if where.is_file() else {}).items():
+        is_special = content in special
+        added[_id(number, where)] = AddedToken(content, normalized=not is_special, special=is_special)
     if file.name == "tokenizer.json":
         entries = read_json(file).get("added_tokens") or []
         if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
             raise ValueError(f"{file}: 'added_tokens' is no list of tokens with an id")
         _add(added, {str(entry["id"]): entry for entry in entries}, file)
-    return extra
 
 
 def _add(added: dict[int, AddedToken], entries: Any, where: Path) -> None:
@@ -221,10 +241,12 @@ def _id(value: Any, where: Path) -> int:
     return value
 
 
-def _tokens(values: Any, where: Path) -> list[Token]:
-    if not isinstance(values, list):
+def _tokens(values: Any, where: Path, *, special: bool | None = None) -> list[Token]:
+    from tokenizers import AddedToken
+
+    if values is not None and not isinstance(values, list):
         raise ValueError(f"{where}: special tokens are a {type(values).__name__}; expected a list")
-    return [_token(value, where) for value in values]
+    return [value if isinstance(value, AddedToken) else _token(value, where, special=special) for value in values or []]
 
 
 def _token(value: Any, where: Path, *, special: bool | None = None) -> Token:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from bert_fast._device import autocast, resolve_device
 from bert_fast._io import write_json
-from bert_fast.data import load_tokenizer
-from bert_fast.data.tokenizer import TOKENIZER_FILES
+from bert_fast.data import copy_tokenizer, load_tokenizer
+from bert_fast.data.tokenizer import check_rows
 from bert_fast.finetune.config import FinetuneConfig
 from bert_fast.finetune.data import Batcher, FinetuneData, Split, load_data
 from bert_fast.finetune.models import adopt_model, build_model, describe_task
@@ -85,6 +84,7 @@ class TaskRun:
         self.tokenizer = load_tokenizer(config.model)
         self.data: FinetuneData = load_data(self.task, config.data, config.seed, report)
         model = build_model(config, self.task, report) if model is None else adopt_model(model, config, self.task)
+        check_rows(self.tokenizer, model.config.vocab_size, config.model)
         longest = longest_input(model.config)
         if config.text.max_length > longest:
             raise ValueError(
@@ -212,11 +212,7 @@ class TaskRun:
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
         model: Any = self.model
         model.save_pretrained(folder)
-        for path in (Path(self.config.model) / name for name in TOKENIZER_FILES):
-            if path.is_file():
-                shutil.copy(path, folder / path.name)
-        if not (folder / "tokenizer.json").is_file():
-            self.tokenizer.save(str(folder / "tokenizer.json"))
+        copy_tokenizer(self.config.model, folder, model_max_length=longest_input(model.config))
         for name, values in self.task.extra_files(self.config.text, model.config.hidden_size).items():
             write_json(folder / name, values)
         if self.config.report:

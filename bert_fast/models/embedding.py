@@ -146,6 +146,8 @@ def _check_arguments(
         raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}")
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}; expected 1 or more")
+    if (count := tokenizer.get_vocab_size()) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {count} tokens and the model {config.vocab_size} word embeddings")
     longest = longest_input(config)
     if max_seqlen is not None and not 2 <= max_seqlen <= longest:
         raise ValueError(f"max_seqlen is {max_seqlen}; expected 2 to {longest}, the model's maximum")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
@@ -74,6 +74,7 @@ def check(folder: Path, texts: list[str] = TEXTS, copy: Path | None = None) -> N
 
 
 BERT = {"vocab.txt": "\n".join(WORDS) + "\n", "config.json": {"model_type": "bert"}}
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]  # shrinking takes minutes
 SETTINGS = st.fixed_dictionaries(
     {},
     optional={
@@ -117,7 +118,7 @@ OLDER = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, phases=PHASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=SETTINGS, older=OLDER, as_json=st.booleans(), texts=st.lists(RANDOM_TEXT, max_size=4))
 def test_wordpiece_with_any_settings(tmp_path_factory, values, older, as_json, texts):
     folder = write(tmp_path_factory.mktemp("tokenizer"), {**BERT, **older, "tokenizer_config.json": values})
