@@ -26,12 +26,11 @@ from bert_fast.data.host_numpy import (
     span_thresholds,
 )
 from bert_fast.data.remote import local_folder
-from bert_fast.data.shards import TokenStore, verify_files
+from bert_fast.data.shards import TOKENIZER, TokenStore, verify_files
 from bert_fast.data.unit_texts import unit_texts
 from bert_fast.data.vocab import load_wordpiece, token_kinds
 
 HOST_IMPLS = ("auto", "cpp", "numpy")
-_VOCABULARY_FILES = ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
 
 
 @dataclass
@@ -193,7 +192,7 @@ class PretrainingData:
         self.config = config
         self._host = host(config.host)
         folder = local_folder(config.folder, config.cache)
-        verify_files(folder, _VOCABULARY_FILES, checksums=config.checksums)
+        verify_files(folder, TOKENIZER, checksums=config.checksums)
         self.store = TokenStore(folder, config.split, checksums=config.checksums)
         self.documents, self.tokens = self.store.documents, self.store.tokens
         needed = 2 if config.next_sentence else 1

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     Token: TypeAlias = str | AddedToken
 
+MAX_WORD = 100  # characters; WordPiece turns longer words into the unknown token
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BERT_NAMES = dict(zip(ROLES[2:], ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), strict=True))
 _ROBERTA_NAMES = dict(zip(ROLES, ("<s>", "</s>", "<unk>", "</s>", "<pad>", "<s>", "<mask>"), strict=True))
@@ -51,7 +52,7 @@ def _wordpiece(vocab: dict[str, int], settings: Mapping[str, Any], names: Mappin
     unknown = text_of(names["unk_token"])
     if unknown not in vocab:
         raise ValueError(f"the vocabulary has no unk_token, {unknown}")
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=100))
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=MAX_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=settings["tokenize_chinese_chars"],

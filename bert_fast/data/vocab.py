@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,25 +14,38 @@ import numpy as np
 
 from bert_fast.data.host_numpy import CONTINUATION, SPECIAL, Array
 from bert_fast.data.tokenizer import count_ids
-from bert_fast.data.tokenizer_classes import OF_MODEL, build_tokenizer
+from bert_fast.data.tokenizer_classes import MAX_WORD, OF_MODEL, build_tokenizer
 from bert_fast.data.tokenizer_files import TokenizerFiles
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_MAYBE_LONG = re.compile(rf"\S{{{MAX_WORD + 1}}}")
+
+_logger = logging.getLogger("bert_fast")
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def train_vocab(
-    sentences: Iterable[str], *, vocab_size: int = 8192, lowercase: bool = True, alphabet_size: int = 1000
+    sentences: Iterable[str],
+    *,
+    vocab_size: int = 8192,
+    lowercase: bool = True,
+    alphabet_size: int = 1000,
+    show_progress: bool = False,
 ) -> Tokenizer:
     """Train a WordPiece vocabulary, deterministically.
+
+    Words of more than 100 characters, which WordPiece turns into [UNK], are left out. A warning is logged if the
+    vocabulary has fewer than `vocab_size` tokens.
 
     Args:
         sentences: the text; iterated over twice.
         vocab_size: maximum number of tokens, including the special ones, whose ids are 0 to 4.
         lowercase: lower-case the text and strip accents first, as bert-base-uncased does.
         alphabet_size: maximum number of characters; rarer ones become [UNK]. Chinese text has about 8000.
+        show_progress: show the progress of the training on stderr.
 
     Returns:
         The tokenizer.
@@ -41,6 +56,8 @@ def train_vocab(
     from tokenizers import trainers
 
     tokenizer = _bert_tokenizer({token: i for i, token in enumerate(SPECIAL_TOKENS)}, lowercase)
+    # Another tokenizer: the one that is trained is locked.
+    sentences = _ShortWords(sentences, _bert_tokenizer({token: i for i, token in enumerate(SPECIAL_TOKENS)}, lowercase))
     counts: Counter[str] = Counter()
     for sentence in sentences:
         counts.update(tokenizer.normalizer.normalize_str(sentence))
@@ -63,10 +80,31 @@ def train_vocab(
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         continuing_subword_prefix="##",
-        show_progress=False,
+        show_progress=show_progress,
     )
     tokenizer.train_from_iterator(sentences, trainer)
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
+        cause = f"of {len(counts)} different characters alphabet_size keeps {alphabet_size}; raise it"
+        if len(counts) <= alphabet_size:
+            cause = "the text has no more pieces to join; give more text"
+        _logger.warning("the vocabulary has %d tokens, vocab_size is %d: %s", size, vocab_size, cause)
     return _bert_tokenizer(tokenizer.get_vocab(), lowercase)
+
+
+class _ShortWords:
+    """An iterable of sentences without the words that are longer than WordPiece's limit."""
+
+    def __init__(self, sentences: Iterable[str], tokenizer: Tokenizer) -> None:
+        self.sentences, self.tokenizer = sentences, tokenizer
+
+    def __iter__(self) -> Iterator[str]:
+        for sentence in self.sentences:
+            yield self._shortened(sentence) if _MAYBE_LONG.search(sentence) else sentence
+
+    def _shortened(self, sentence: str) -> str:
+        text = self.tokenizer.normalizer.normalize_str(sentence)
+        words = self.tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        return " ".join(word for word, _ in words if len(word) <= MAX_WORD)
 
 
 def load_wordpiece(path: str | Path) -> Tokenizer:

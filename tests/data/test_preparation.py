@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import json
 import os
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 
 import bert_fast.data.selection as selection
+from bert_fast._lock import exclusive
 from bert_fast.data import PrepareConfig, PretrainingData, PretrainingDataConfig, prepare
 from bert_fast.data.shards import TokenStore, read_manifest, verify_files
 
@@ -140,11 +140,26 @@ def test_a_changed_source_is_read_again(documents, tmp_path):
 
 
 def test_a_second_preparation_of_the_same_folder_is_refused(corpus, tmp_path):
-    (tmp_path / ".data.work").mkdir()
-    with (tmp_path / ".data.work" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match=r"another bert-fast prepare is using .*\.data\.work; wait for it"):
+    with (
+        exclusive(tmp_path / ".data.work", what="bert-fast prepare"),
+        pytest.raises(ValueError, match=r"another bert-fast prepare \(host .*, pid .*\) is at work in .*\.data\.work"),
+    ):
+        prepare(settings(corpus, tmp_path / "data"))
+
+
+def test_a_finished_work_folder_is_renamed_before_it_is_deleted(corpus, tmp_path, monkeypatch):
+    """A preparation killed while it deletes its work folder leaves none that is half there to resume from."""
+
+    def killed(path: Path) -> None:
+        (path / next(iter(os.listdir(path)))).rename(tmp_path / "gone")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bert_fast.data.preparation.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
             prepare(settings(corpus, tmp_path / "data"))
+    assert not (tmp_path / ".data.work").exists()
+    prepare(settings(corpus, tmp_path / "data", overwrite=True))
 
 
 def test_the_report_counts_dropped_documents_by_reason(corpus, once, capsys, tmp_path):
