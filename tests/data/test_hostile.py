@@ -133,7 +133,7 @@ def test_links_that_loop_are_followed_once_and_said(tmp_path, caplog, monkeypatc
             assert len(found) == 2
     (folder / ".hidden.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
-    for pattern in ("corpus/**/a.txt", "**/a.txt", "corpus/*/a.txt", "corpus/inner/**/?.txt"):
+    for pattern in ("corpus/**/a.txt", "**/a.txt", "corpus/*/a.txt"):
         assert find_files(pattern) == ["corpus/inner/a.txt"]
 
 
