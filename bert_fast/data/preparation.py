@@ -128,6 +128,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     with exclusive(work, what="bert-fast prepare"):
         work.mkdir(parents=True, exist_ok=True)
         _io.recover(work)
+        _io.recover(work.parent, exclusive=False)
         cleaned = _clean([CleanJob(pieces, config, str(work)) for pieces in parts], config)
         keep, duplicates = select(cleaned, config.max_documents, drop_duplicates=config.drop_duplicates)
         threshold = heldout_threshold(cleaned, keep, config.heldout_fraction)

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,7 @@ def test_a_killed_preparation_resumes_with_its_finished_parts(corpus, once, tmp_
     # The work folder stays, to show that finished parts are not written again.
     monkeypatch.setattr("bert_fast.data.preparation.shutil.rmtree", lambda *_, **__: None)
     prepare(settings(corpus, output))
+    [work] = tmp_path.glob("..data.work.*.tmp")
     assert {name: (work / name / "counts.json").stat().st_mtime_ns for name in times} == times
     assert contents(output) == contents(once)
 
@@ -150,8 +152,13 @@ def test_a_second_preparation_of_the_same_folder_is_refused(corpus, tmp_path):
 def test_a_finished_work_folder_is_renamed_before_it_is_deleted(corpus, tmp_path, monkeypatch):
     """A preparation killed while it deletes its work folder leaves none that is half there to resume from."""
 
-    def killed(path: Path) -> None:
-        (path / next(iter(os.listdir(path)))).rename(tmp_path / "gone")
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: bool) -> None:
+        if not path.name.startswith("..data.work"):
+            remove(path, **options)
+            return
+        remove(next(path.glob("vocabulary-*")))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
