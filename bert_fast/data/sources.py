@@ -177,7 +177,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def open_file(name: str) -> Iterator[IO[bytes]]:
+def open_file(name: str) -> Iterator[Any]:
     """The bytes of a local file or a URL, decompressed according to its suffix.
 
     Raises:

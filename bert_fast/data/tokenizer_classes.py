@@ -114,11 +114,10 @@ def _template(first: str, last: str, separators: int, pair_type: int) -> Any:
 def _roberta(tokenizer: Tokenizer, settings: Mapping[str, Any], names: Mapping[str, Token]) -> None:
     from tokenizers import processors
 
-    sep, cls = (
-        (text_of(names[role]), tokenizer.token_to_id(text_of(names[role]))) for role in ("sep_token", "cls_token")
-    )
+    ids = tokenizer.get_vocab()
+    sep, cls = (text_of(names[role]) for role in ("sep_token", "cls_token"))
     tokenizer.post_processor = processors.RobertaProcessing(
-        sep, cls, settings.get("trim_offsets", True), settings.get("add_prefix_space", False)
+        (sep, ids[sep]), (cls, ids[cls]), settings.get("trim_offsets", True), settings.get("add_prefix_space", False)
     )
 
 

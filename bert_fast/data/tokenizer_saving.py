@@ -39,7 +39,8 @@ def save_tokenizer(
     class_name, settings = _class_of(content, names)
     added = tokenizer.get_added_tokens_decoder()
     special = [token.content for token in added.values() if token.special and token.content not in names.values()]
-    pair = tokenizer.post_process(*(tokenizer.encode("", add_special_tokens=False) for _ in range(2)))
+    empty = [tokenizer.encode("", add_special_tokens=False) for _ in range(2)]
+    pair = tokenizer.post_process(empty[0], empty[1])
     inputs = ["input_ids", *(["token_type_ids"] if any(pair.type_ids) else []), "attention_mask"]
     config = {
         "tokenizer_class": class_name,

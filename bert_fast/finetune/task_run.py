@@ -84,7 +84,8 @@ class TaskRun:
         self.tokenizer = load_tokenizer(config.model)
         self.data: FinetuneData = load_data(self.task, config.data, config.seed, report)
         model = build_model(config, self.task, report) if model is None else adopt_model(model, config, self.task)
-        check_rows(self.tokenizer, model.config.vocab_size, config.model)
+        settings: Any = model.config
+        check_rows(self.tokenizer, settings.vocab_size, config.model)
         longest = longest_input(model.config)
         if config.text.max_length > longest:
             raise ValueError(
