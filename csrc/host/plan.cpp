@@ -129,8 +129,8 @@ class Planner {
     return split;
   }
 
-  // Adds a pair with a random B that doesn't begin with the text of unit `continuation` (-1 for none); false if there is
-  // no such B.
+  // Adds a pair with a random B that doesn't begin with the text of unit `continuation` (-1 for none); false if there
+  // is no such B.
   bool random_pair(int64_t document, int64_t a_start, int64_t a_length, int64_t b_target, int64_t continuation) {
     int64_t other = below(random_[4], documents_.size - 2);
     other = skip_equal(document, other + (other >= document));
@@ -183,7 +183,8 @@ class Planner {
   std::vector<Example> examples_;
 };
 
-void check(View<int64_t> ends, View<int64_t> documents, View<uint64_t> texts, int64_t max_tokens, int64_t short_threshold, bool pairs) {
+void check(View<int64_t> ends, View<int64_t> documents, View<uint64_t> texts, int64_t max_tokens,
+           int64_t short_threshold, bool pairs) {
   if (max_tokens < 2 || max_tokens > INT32_MAX) {
     throw py::value_error("max_tokens is " + std::to_string(max_tokens) + "; expected 2 to 2^31 - 1");
   }
@@ -240,8 +241,7 @@ py::tuple plan(const py::array& unit_ends, const py::array& document_units, cons
   {
     py::gil_scoped_release released;
     check(ends, documents, whole_texts, max_tokens, short_threshold, pairs);
-    examples =
-        Planner(ends, documents, texts, whole_texts, key_words, max_tokens, short_threshold, pairs).run();
+    examples = Planner(ends, documents, texts, whole_texts, key_words, max_tokens, short_threshold, pairs).run();
   }
   return py::make_tuple(column<int64_t>(examples, &Example::a_start), column<int32_t>(examples, &Example::a_length),
                         column<int64_t>(examples, &Example::b_start), column<int32_t>(examples, &Example::b_length),
