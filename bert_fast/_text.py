@@ -43,6 +43,11 @@ def read_lines(
             raise ValueError(f"{name}: not a valid gzip file ({error})") from error
 
 
+def split_lines(text: str) -> list[str]:
+    r"""The lines of `text`, which end at "\n" or "\r\n" alone, without line ends."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
 def decode_line(line: bytes | str, where: str, *, first: bool = False) -> str:
     """`line` as text, without its line end and, if it is the `first`, without a byte order mark.
 

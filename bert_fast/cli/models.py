@@ -18,11 +18,11 @@ def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any
 
     Raises:
         FileNotFoundError: `folder` is neither a folder nor a hub name that can be reached.
-        ValueError: the checkpoint is corrupt, or lacks parameters of the model.
+        ValueError: the checkpoint is corrupt, lacks parameters, or has fewer rows than the tokenizer has tokens.
     """
     import bert_fast.models
     from bert_fast._device import resolve_device
-    from bert_fast.data import load_tokenizer
+    from bert_fast.data.tokenizer import check_rows, load_tokenizer
     from bert_fast.models.checkpoint import NOT_STORED
 
     target = resolve_device(device)
@@ -33,6 +33,7 @@ def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any
     for text in warnings:
         if text.startswith(NOT_STORED):
             raise ValueError(f"{folder} can't be used as {kind}: {text}")
+    check_rows(tokenizer, model.config.vocab_size, folder)
     return model.to(target).eval(), tokenizer
 
 

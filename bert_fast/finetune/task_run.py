@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from bert_fast._config import did_you_mean
 from bert_fast._device import autocast, resolve_device
 from bert_fast._io import write_json
-from bert_fast.data import load_tokenizer
-from bert_fast.data.tokenizer import TOKENIZER_FILES
+from bert_fast.data import copy_tokenizer, load_tokenizer
+from bert_fast.data.tokenizer import check_rows
 from bert_fast.finetune.config import FinetuneConfig
 from bert_fast.finetune.data import Batcher, FinetuneData, Split, load_data
 from bert_fast.finetune.models import adopt_model, build_model, describe_task
@@ -91,6 +90,8 @@ class TaskRun:
         self.tokenizer = load_tokenizer(self.checkpoint)
         self.data: FinetuneData = load_data(self.task, config.data, config.seed, report)
         model = build_model(config, self.task, report) if model is None else adopt_model(model, config, self.task)
+        settings: Any = model.config
+        check_rows(self.tokenizer, settings.vocab_size, config.model)
         longest = longest_input(model.config)
         if config.text.max_length > longest:
             raise ValueError(
@@ -247,11 +248,7 @@ class TaskRun:
     def _write_model(self, folder: Path) -> None:
         model: Any = self.model
         model.save_pretrained(folder)
-        for path in (self.checkpoint / name for name in TOKENIZER_FILES):
-            if path.is_file():
-                shutil.copy(path, folder / path.name)
-        if not (folder / "tokenizer.json").is_file():
-            self.tokenizer.save(str(folder / "tokenizer.json"))
+        copy_tokenizer(self.checkpoint, folder, model_max_length=longest_input(model.config))
         for name, values in self.task.extra_files(self.config.text, model.config.hidden_size).items():
             write_json(folder / name, values)
 

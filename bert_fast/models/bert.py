@@ -178,12 +178,14 @@ class BertModel(BertPreTrainedModel):
         if self._tokenizer is None:
             if self.source is None:
                 raise ValueError("the model was not loaded by from_pretrained; pass a tokenizer to encode")
-            from bert_fast.data.tokenizer import TOKENIZER_FILES, load_tokenizer  # tokenizers is optional
+            from bert_fast.data.tokenizer import TOKENIZER_FILES, check_rows, load_tokenizer  # tokenizers is optional
 
             files = [path for file in TOKENIZER_FILES if (path := self.source.find(file))]
             if not files:
                 raise ValueError(f"{self.source} has no tokenizer ({', '.join(TOKENIZER_FILES)}); pass one to encode")
-            self._tokenizer = load_tokenizer(files[0].parent)
+            tokenizer = load_tokenizer(files[0].parent)
+            check_rows(tokenizer, self.config.vocab_size, str(self.source))
+            self._tokenizer = tokenizer
         return self._tokenizer
 
     def _flag(self, name: str, **flags: Unpack[OutputFlags]) -> bool:

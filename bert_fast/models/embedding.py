@@ -129,11 +129,14 @@ def encode(
         ValueError: `pooling` is unknown, a number is out of range, or the tokenizer pads or truncates.
         ImportError: `show_progress_bar` is True and tqdm is not installed.
     """
+    from bert_fast.data.tokenizer import check_rows  # tokenizers is optional
+
     config: Any = model.config
     longest = _check_arguments(config, pooling, max_seqlen, batch_tokens, batch_size)
     flags = (normalize, normalize_embeddings, convert_to_numpy, convert_to_tensor, show_progress_bar or False)
     check_flags(**dict(zip(_FLAGS, flags, strict=True)))
     tokenizer = as_tokenizer(tokenizer)
+    check_rows(tokenizer, config.vocab_size, "encode")
     num_trailing = _num_trailing_special(tokenizer)
     batches = (batch_tokens, batch_size)
     count = len(texts) if isinstance(texts, Sized) and not isinstance(texts, str) else None

@@ -7,7 +7,6 @@ the losses of an uninterrupted run, bit for bit.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,7 +18,8 @@ from torch import Tensor
 from bert_fast import _io
 from bert_fast._lock import exclusive
 from bert_fast._progress import ProgressBar
-from bert_fast.data import PackedBatch
+from bert_fast.data import PackedBatch, copy_tokenizer
+from bert_fast.models.config import longest_input
 from bert_fast.optim.optimizer import lr_factor, make_optimizer, set_lr
 from bert_fast.pretrain import resume
 from bert_fast.pretrain.config import RECORDS, SETTINGS, PretrainConfig, check_resumable, listed
@@ -352,8 +352,7 @@ class Trainer:
     def _write_model(self, folder: Path) -> None:
         self.parallel.save_pretrained(folder)
         if self.ranks.main:
-            for path in self.data.tokenizer_files:
-                shutil.copy(path, folder / path.name)
+            copy_tokenizer(self.data.tokenizer, folder, model_max_length=longest_input(self.model.config))
 
     def run(self) -> PretrainResult:
         """Train to the last step or to a signal. See `pretrain`."""

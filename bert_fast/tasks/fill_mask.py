@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from bert_fast.data.tokenizer import mask_token
+from bert_fast.data.tokenizer import check_rows, mask_token
 from bert_fast.models.config import longest_input
 from bert_fast.models.embedding import pack
 from bert_fast.models.texts import as_tokenizer, check_integer_argument, check_text, evaluating
@@ -34,7 +34,8 @@ def fill_mask(model: nn.Module, tokenizer: Any, text: str, *, top_k: int = 5) ->
 
     Raises:
         TypeError: an argument has another type, or the text has a lone surrogate.
-        ValueError: the text has no [MASK] or is too long for the model, or top_k is out of range.
+        ValueError: the text has no [MASK] or is too long for the model, top_k is out of range, or the tokenizer has
+            more tokens than the model has rows. Rows without a token (padded vocabularies) are never candidates.
     """
     check_text(text, "text")
     tokenizer = as_tokenizer(tokenizer)
@@ -43,18 +44,16 @@ def fill_mask(model: nn.Module, tokenizer: Any, text: str, *, top_k: int = 5) ->
     if not positions:
         raise ValueError(f"no {mask} in {text!r}; expected at least one")
     config: Any = model.config
+    check_rows(tokenizer, config.vocab_size, "fill_mask")
     longest = longest_input(config)
     if len(encoding.ids) > longest:
         raise ValueError(f"the text has {len(encoding.ids)} tokens; expected at most {longest}, the model's maximum")
-    largest = min(tokenizer.get_vocab_size(), config.vocab_size)
-    check_integer_argument("top_k", top_k, 1, largest, ", the vocabulary size")
+    ids = sorted(set(tokenizer.get_vocab().values()))
+    check_integer_argument("top_k", top_k, 1, len(ids), ", the vocabulary size")
     with evaluating(model), torch.inference_mode():
         logits = model(**pack([encoding.ids], next(model.parameters()).device)).logits[positions].float()
-        tokens = [tokenizer.id_to_token(number) for number in range(logits.shape[1])]
-        # A vocabulary that was padded has rows without a token: their probability counts, they are no candidates.
-        no_token = torch.tensor([token is None for token in tokens], device=logits.device)
-        best = logits.softmax(-1).masked_fill(no_token, -1.0).topk(top_k)
+        best = logits.softmax(-1)[:, ids].topk(top_k)
     return [
-        [Candidate(tokens[i], p) for i, p in zip(ids, probabilities, strict=True)]
-        for ids, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        [Candidate(str(tokenizer.id_to_token(ids[i])), p) for i, p in zip(row, probabilities, strict=True)]
+        for row, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
