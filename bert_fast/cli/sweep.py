@@ -10,7 +10,8 @@ import sys
 from typing import Any, Literal
 
 from bert_fast._config import from_mapping
-from bert_fast.cli.finetune import interrupted
+from bert_fast.cli.finetune import SHORT_NAMES, interrupted
+from bert_fast.cli.finetune import more_help as more_help
 from bert_fast.cli.finetune import positional as positional
 from bert_fast.finetune.config import FinetuneConfig
 
@@ -32,6 +33,7 @@ def run(args: Any) -> int:
     values = dict(vars(args))
     values.pop("config", None)
     grid, folds, keep = (values.pop(name) for name in ("grid", "folds", "keep"))
+    values["task"] = SHORT_NAMES.get(values["task"], values["task"])
     config = from_mapping(FinetuneConfig, values)
 
     from bert_fast.finetune.grid import sweep

@@ -85,7 +85,7 @@ def finetune(
 
     Raises:
         ValueError: settings, rows and model are inconsistent; the message names the setting, or the file and line.
-        FileNotFoundError: `config.model` is not a folder.
+        FileNotFoundError: `config.model` is neither a folder nor a hub name that can be reached.
         FileExistsError: output_dir exists and `config.overwrite` is False.
         TrainingDivergedError: the loss or the gradient is not finite.
     """
@@ -113,7 +113,7 @@ def multitask(config: MultitaskConfig, report: Callable[[str], None] = print) ->
     Raises:
         ValueError: settings, rows and model are inconsistent; the message names the task and the setting, or the file
             and line.
-        FileNotFoundError: `config.model` is not a folder.
+        FileNotFoundError: `config.model` is neither a folder nor a hub name that can be reached.
         FileExistsError: output_dir exists and `config.overwrite` is False.
         TrainingDivergedError: a loss or the gradient is not finite.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from bert_fast._config import check, check_fraction, convert_fields
-from bert_fast.tasks.settings import AugmentSettings, TextSettings
+from bert_fast.tasks.settings import AugmentSettings, FormatSettings, TextSettings
 
 TEMPERATURES = {"proportional": 1.0, "square-root": 2.0, "uniform": float("inf")}
 _NAME = re.compile(r"\w[\w-]*")
@@ -27,8 +27,11 @@ class TableOptions:
         fold: the fold used as dev, counted from 0. `bert-fast sweep --folds` runs them all.
         columns: role (text, text_pair, label ...) -> column; guessed from common column names if empty.
         names: the column names of a .csv or .tsv file without a header.
+        format: delimiter, quoting and encoding of text files; detected by default.
         empty: what happens to rows without text: refuse (an error), drop or fill.
         fill: the text that replaces an empty one with empty=fill.
+        no_label: labels that mean none, such as "-" or -1: rows with one, or with an empty cell, are dropped. By
+            default an empty cell is an error, and every other label a class.
         max_rows: use at most this many rows of train; 0 uses all.
     """
 
@@ -40,8 +43,10 @@ class TableOptions:
     fold: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     names: list[str] | None = None
+    format: FormatSettings = field(default_factory=FormatSettings)
     empty: Literal["refuse", "drop", "fill"] = "refuse"
     fill: str = "[UNK]"
+    no_label: list[str | int] | None = None
     max_rows: int = 0
 
     def __post_init__(self) -> None:
@@ -182,7 +187,7 @@ class FinetuneConfig:
     Args:
         task: classification, multi-label, regression, token-classification, question-answering, multiple-choice or
             sentence-embedding.
-        model: folder of the pretrained checkpoint and its tokenizer.
+        model: folder of the pretrained checkpoint and its tokenizer, or a hub name.
         output_dir: folder of the result; it is written atomically at the end of the run.
         data: the data and its splits.
         text: how texts are tokenized.
@@ -303,7 +308,7 @@ class MultitaskConfig:
 
     Args:
         tasks: name -> settings. The result of each task is a folder of that name.
-        model: folder of the pretrained checkpoint and its tokenizer.
+        model: folder of the pretrained checkpoint and its tokenizer, or a hub name.
         output_dir: folder of the results; it is written atomically at the end of the run.
         sampling: how often each task is sampled: in proportion to its number of batches (an epoch is then one pass
             over the rows of all tasks), to the square root of that number, or uniformly.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bert_fast._config import did_you_mean
 from bert_fast._device import autocast, resolve_device
 from bert_fast._io import write_json
 from bert_fast.data import load_tokenizer
@@ -22,7 +23,10 @@ from bert_fast.finetune.data import Batcher, FinetuneData, Split, load_data
 from bert_fast.finetune.models import adopt_model, build_model, describe_task
 from bert_fast.finetune.report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
 from bert_fast.models.config import longest_input
+from bert_fast.models.snapshot import local_folder
 from bert_fast.tasks.augmentation import Augmenter
+from bert_fast.tasks.diagnostics import encoding_messages
+from bert_fast.tasks.io.labels import label_key
 from bert_fast.tasks.metrics import LOWER_IS_BETTER
 from bert_fast.tasks.prediction import run_examples
 from bert_fast.tasks.task import Batch, Example, LossOptions, Task, make_task
@@ -68,7 +72,7 @@ class TaskRun:
 
     Raises:
         ValueError: settings, rows and model are inconsistent.
-        FileNotFoundError: `config.model` is not a folder.
+        FileNotFoundError: `config.model` is neither a folder nor a hub name that can be reached.
     """
 
     def __init__(
@@ -83,9 +87,8 @@ class TaskRun:
         self.config, self.report, self.name, self.weight = config, report, name, weight
         self.device = resolve_device(config.device)
         self.task = make_task(config.task, config.options)
-        if not Path(config.model).is_dir():
-            raise FileNotFoundError(f"model is {config.model}; expected a folder with config.json and weights")
-        self.tokenizer = load_tokenizer(config.model)
+        self.checkpoint = local_folder(config.model, "a folder with config.json and weights")
+        self.tokenizer = load_tokenizer(self.checkpoint)
         self.data: FinetuneData = load_data(self.task, config.data, config.seed, report)
         model = build_model(config, self.task, report) if model is None else adopt_model(model, config, self.task)
         longest = longest_input(model.config)
@@ -100,6 +103,10 @@ class TaskRun:
         self.train_examples = self._encode(self.data.train, training=True)
         if not self.train_examples:
             raise ValueError(f"{config.data.train} has no examples to train on")
+        for message in encoding_messages(
+            self.train_examples, self.tokenizer, config.text, self.data.train.table.source
+        ):
+            report(message)
         self.dev_examples = self._encode(self.data.dev, training=False)
         self.loss_options = self._loss_options()
         self.batcher = self._make_batcher(self.train_examples)
@@ -126,21 +133,26 @@ class TaskRun:
                 total = sum(counts)
                 weights = torch.tensor([total / (len(counts) * max(count, 1)) for count in counts])
             elif isinstance(settings.class_weights, dict):
-                weights = torch.tensor(self._weights_by_label(settings.class_weights))
+                weights = torch.tensor(self._weights_by_label(settings.class_weights), dtype=torch.float32)
             elif len(settings.class_weights) != len(counts):
                 length = len(settings.class_weights)
                 raise ValueError(f"loss.class_weights has {length} numbers; expected {len(counts)}, one per label")
             else:
-                weights = torch.tensor(settings.class_weights)
+                weights = torch.tensor(settings.class_weights, dtype=torch.float32)
         return LossOptions(weights, settings.focal_gamma, settings.label_smoothing)
 
     def _weights_by_label(self, weights: Mapping[Any, float]) -> list[float]:
-        labels, by_label = self.task.settings()["labels"], {str(label): weight for label, weight in weights.items()}
-        if sorted(by_label) != sorted(labels):
-            raise ValueError(
-                f"loss.class_weights is for {', '.join(sorted(by_label))}; expected the labels {', '.join(labels)}"
-            )
-        return [by_label[label] for label in labels]
+        names: list[str] = self.task.settings()["labels"]
+        by_label = {label_key(label): weight for label, weight in weights.items()}
+        for label in weights:
+            if label_key(label) not in map(label_key, names):
+                raise ValueError(
+                    f"loss.class_weights has the label {label!r}; expected {', '.join(names)}"
+                    f"{did_you_mean(str(label), names)}"
+                )
+        if missing := [name for name in names if label_key(name) not in by_label]:
+            raise ValueError(f"loss.class_weights has no weight of {', '.join(missing)}; expected one of every label")
+        return [by_label[label_key(name)] for name in names]
 
     def _make_batcher(self, examples: Sequence[Example]) -> Batcher:
         resample = self.config.loss.resample == "balanced"
@@ -210,9 +222,17 @@ class TaskRun:
             The content of metrics.json.
         """
         dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
+        if warning := self.task.warning(predictions, self.data.dev.table, self.data.dev.columns):
+            self.report(warning)
         describe_task(self.model, self.config, self.task)
         self._write_model(folder)
-        run = {"task": self.task.name, **run, "main_metric": self.config.metric or self.task.main_metric}
+        test = self.data.test
+        rows = {
+            "train": len(self.data.train.table),
+            "dev": len(self.data.dev.table),
+            "test": None if test is None else len(test.table),
+        }
+        run = {"task": self.task.name, "rows": rows, **run, "main_metric": self.config.metric or self.task.main_metric}
         metrics = {"run": run, "dev": dev}
         if self.data.test is not None:
             examples = self._encode(self.data.test, training=False)
@@ -227,7 +247,7 @@ class TaskRun:
     def _write_model(self, folder: Path) -> None:
         model: Any = self.model
         model.save_pretrained(folder)
-        for path in (Path(self.config.model) / name for name in TOKENIZER_FILES):
+        for path in (self.checkpoint / name for name in TOKENIZER_FILES):
             if path.is_file():
                 shutil.copy(path, folder / path.name)
         if not (folder / "tokenizer.json").is_file():

@@ -42,7 +42,7 @@ from bert_fast.runtime.ranks import stop_signals
 
 _WEIGHTS = "weights.safetensors"
 # Settings that don't change what a run computes.
-_NEUTRAL = (
+NEUTRAL = (
     "output_dir", "resume", "overwrite", "progress", "report", "log_interval", "device",
     "checkpoint_interval", "checkpoint_minutes", "keep_last",
 )  # fmt: skip
@@ -87,7 +87,7 @@ def unfinished_folder(output_dir: str | Path) -> Path:
 def training_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{dotted name: (before, now)} of the settings that differ and change what a run computes."""
     now = json.loads(json.dumps(now, default=str))
-    return {name: pair for name, pair in differences(before, now).items() if name not in _NEUTRAL}
+    return {name: pair for name, pair in differences(before, now).items() if name not in NEUTRAL}
 
 
 def unfinished_settings(output_dir: str | Path) -> dict[str, Any] | None:

@@ -109,7 +109,7 @@ def page(runs: Sequence[Run], figures: Mapping[str, Any]) -> str:
     parts.append(table([["", *(run.name for run in runs)], *_summary(runs)]))
     parts += [svg(figure) for figure in figures.values()]
     if len(runs) > 1:
-        changed = _changed(runs)
+        changed = changed_settings(runs)
         parts += ["<h2>Settings that differ</h2>", table([["", *(run.name for run in runs)], *changed])]
     for run in runs:
         settings = escape(json.dumps(run.settings, indent=1, ensure_ascii=False))
@@ -145,7 +145,7 @@ def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def _changed(runs: Sequence[Run]) -> list[list[Any]]:
+def changed_settings(runs: Sequence[Run]) -> list[list[Any]]:
     """Rows of the settings that differ between the runs."""
     changed: dict[str, list[Any]] = {}
     for run in runs[1:]:
@@ -160,18 +160,27 @@ def _setting(settings: Any, name: str) -> Any:
     return settings
 
 
-def curves(runs: Sequence[Run]) -> dict[str, Any]:
-    """A figure for each column that a run has: lines are training values, dots held-out values."""
+def curves(runs: Sequence[Run], of: Sequence[tuple[str, str, bool, bool]] = _CURVES) -> dict[str, Any]:
+    """A figure for each column that a run has: lines are training values, dots held-out values.
+
+    Args:
+        runs: to draw in one figure a column.
+        of: title, column of the log, whether to draw held-out values too, whether the axis is logarithmic.
+    """
     figures: dict[str, Any] = {}
-    for title, column, held_out, logarithmic in _CURVES:
-        if not any(run.points("train", column)[0] for run in runs):
+    for title, column, held_out, logarithmic in of:
+        if not any(run.points(kind, column)[0] for run in runs for kind in ("train", *(("eval",) if held_out else ()))):
             continue
         figure, (axes,) = panels_of(9, 3.2)
         for number, run in enumerate(runs):
             colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(*run.points("train", column), color=colour, lw=1, label=label(run.name))
-            if held_out:
-                axes.plot(*run.points("eval", column), "o-", color=colour, ms=4, lw=0.5, label="held out")
+            steps, values = run.points("train", column)
+            if steps:
+                # One value has no line: it needs a mark to be seen.
+                axes.plot(steps, values, "x" if len(steps) == 1 else "-", color=colour, lw=1, label=label(run.name))
+            if held_out and run.points("eval", column)[0]:
+                name = label(f"{run.name}, held out" if len(runs) > 1 else "held out")
+                axes.plot(*run.points("eval", column), "o-", color=colour, ms=4, lw=0.5, label=name)
         axes.set(title=title, xlabel="step")
         if logarithmic:
             axes.set_yscale("log")

@@ -349,7 +349,7 @@ def test_balanced_weights_and_duplicates_and_empty_rows(config: FinetuneConfig, 
     ("changes", "message"),
     [
         ({"task": "classify"}, "task is 'classify'"),
-        ({"model": "absent"}, "model is absent; expected a folder"),
+        ({"model": "absent"}, "absent is not a folder; expected a folder with config.json"),
         ({"options": {"stride": 3}}, "classification has no option stride; expected among its options: pooling"),
         ({"text": {"max_length": 64}}, "text.max_length is 64; expected at most 32"),
         ({"metric": "f1"}, "metric is 'f1'; expected one of the metrics of classification: loss, accuracy, macro_f1"),
