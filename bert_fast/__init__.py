@@ -1,13 +1,13 @@
 """bert_fast: a BERT encoder on custom kernels, for inference, pretraining and fine-tuning, and `fuse` for transformers.
 
-The models and `fuse`, `unfuse` and `quantize` are exported here; the kernels are in `bert_fast.kernels`.
+The models and `fuse`, `quantize` and `freeze` are exported here; the kernels are in `bert_fast.kernels`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bert_fast.integrations import fuse, quantize, unfuse
+    from bert_fast.integrations import freeze, fuse, quantize, unfreeze, unfuse
     from bert_fast.models import (
         BertConfig,
         BertForMaskedLM,
@@ -34,11 +34,13 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "ElectraForPreTraining",
+    "freeze",
     "fuse",
     "quantize",
+    "unfreeze",
     "unfuse",
 ]
-_INTEGRATIONS = ("fuse", "quantize", "unfuse")
+_INTEGRATIONS = ("freeze", "fuse", "quantize", "unfreeze", "unfuse")
 
 
 def __getattr__(name: str) -> Any:

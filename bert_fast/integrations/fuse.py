@@ -85,6 +85,15 @@ def unfuse(model: M) -> M:
     return model
 
 
+def is_fused_encoder(module: Any) -> bool:
+    """Whether this is an encoder of transformers that `fuse` changed."""
+    if next(layouts(), None) is None:
+        return False
+    from bert_fast.integrations.bert import is_fused
+
+    return is_fused(module) and isinstance(module, module.layout.model)
+
+
 def describe(model: nn.Module) -> str:
     """What `model` is, for an error message."""
     if type(model).__module__.startswith("bert_fast."):

@@ -1,9 +1,11 @@
 """Backends of linear on the CPU: which library or kernel computes the product of a dtype on an instruction set.
 
-"tiles"   in inference: our float32 product of packed weights, with bias and GeLU in its epilogue (csrc/linear).
+"tiles"   in inference: our float32 product, with bias and GeLU in its epilogue (csrc/linear).
 "blas"    torch's own product (MKL on x86-64), then our bias_gelu.
-"onednn"  oneDNN's product of packed weights with bias and GeLU in its epilogue; in training, of unpacked weights.
+"onednn"  oneDNN's product, with bias and GeLU in its epilogue.
 "float32" in training: the BLAS's float32 product of bfloat16 operands, where the CPU has no bfloat16 instructions.
+
+The weight of a call is read where it lies; in inference those that `bert_fast.freeze` was called for are packed once.
 
 The choice depends on the instruction set and the dtype alone, never on a timing, so that every process computes the
 same bits.
@@ -22,7 +24,7 @@ from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.activation import ACTIVATIONS
 from bert_fast.kernels._common.library import implement
 from bert_fast.kernels._common.row_buckets import pad_rows
-from bert_fast.kernels._common.weight_cache import cacheable, cached_weight
+from bert_fast.kernels._common.weight_cache import are_frozen, cacheable, cached_weight
 
 # oneDNN chooses a packed layout by the number of rows: a constant, so that bits don't depend on the first caller's.
 _PACKED_ROWS = 256
@@ -107,13 +109,14 @@ def run(ops: Any, *inputs: Any) -> Tensor:
     training = call.trains
     backends = BACKENDS[call.x.dtype]
     backend = backends.training if training else backends.inference
+    eager = not training and not torch.compiler.is_compiling() and cacheable(call.weights)
     if backend == "blas":
-        if not training and len(call.weights) > 1 and cacheable(call.weights) and not torch.compiler.is_compiling():
+        if eager and len(call.weights) > 1 and are_frozen(call.weights):
             call = call._replace(weights=(cached_weight("concatenated", call.weights, lambda weight: weight),))
         return blas(ops, *call)
-    if training or torch.compiler.is_compiling() or not cacheable(call.weights):
+    if not eager:
         return _differentiable(ops, call)
-    return _packed(call) if backend == "onednn" else _tiles(call)
+    return _onednn(call) if backend == "onednn" else _tiles(call)
 
 
 def blas(ops: Any, *inputs: Any) -> Tensor:
@@ -146,10 +149,14 @@ def _epilogue(ops: Any, product: Tensor, bias: Tensor | None, activation: str | 
 
 
 def _tiles(call: LinearArguments) -> Tensor:
-    packed = cached_weight("tiles", call.weights, torch.ops.bert_fast.linear_pack)
-    columns = sum([weight.shape[0] for weight in call.weights])
     code = ACTIVATIONS[call.activation].code
-    out: Tensor = torch.ops.bert_fast.linear_tiles(call.x, packed, columns, call.bias, code)
+    out: Tensor
+    if are_frozen(call.weights):
+        packed = cached_weight("tiles", call.weights, torch.ops.bert_fast.linear_pack)
+        columns = sum([weight.shape[0] for weight in call.weights])
+        out = torch.ops.bert_fast.linear_tiles(call.x, packed, columns, call.bias, code)
+    else:
+        out = torch.ops.bert_fast.linear_unpacked(call.x, call.weights, call.bias, code)
     return out
 
 
@@ -167,12 +174,15 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     return out
 
 
-def _packed(call: LinearArguments) -> Tensor:
+def _onednn(call: LinearArguments) -> Tensor:
     x, weights, bias, activation = call
     if not x.shape[0]:
         return x.new_empty(0, sum(weight.shape[0] for weight in weights))
-    packed = cached_weight(_CACHE_KINDS[x.dtype], weights, lambda weight: pack(weight.to(x.dtype)))
-    return _pointwise(pad_rows(x), packed, None if bias is None else bias.to(x.dtype), activation)[: x.shape[0]]
+    if are_frozen(weights):
+        weight = cached_weight(_CACHE_KINDS[x.dtype], weights, lambda weight: pack(weight.to(x.dtype)))
+    else:
+        weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(x.dtype)
+    return _pointwise(pad_rows(x), weight, None if bias is None else bias.to(x.dtype), activation)[: x.shape[0]]
 
 
 def _product(x: Tensor, weight: Tensor, cache_weight: bool) -> Tensor:
@@ -184,7 +194,7 @@ def _product(x: Tensor, weight: Tensor, cache_weight: bool) -> Tensor:
             return _tiles(LinearArguments(x, (weight,), None, None))
         if backend == "onednn" and x.shape[0]:
             if cache_weight:
-                return _packed(LinearArguments(x, (weight,), None, None))
+                return _onednn(LinearArguments(x, (weight,), None, None))
             return _pointwise(x.contiguous(), weight.to(x.dtype).contiguous())
         return F.linear(x.float(), weight.float()).to(x.dtype)
 
