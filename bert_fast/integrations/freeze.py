@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def freeze(model: M) -> M:
-    """Pack the weights of a model's linear layers once, for inference on the CPU, instead of reading them at every call.
+    """Pack the weights of a model's linear layers once, for inference on the CPU, instead of at every call.
 
     The kernels multiply by packed weights. Without `freeze` a call packs every weight that it uses (an INT8 weight is
     packed once and its memory hashed at every call), so it sees any write. With it the packed copy is made at the first

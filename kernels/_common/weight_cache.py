@@ -28,6 +28,7 @@ from bert_fast.kernels._common import extensions
 class _Entry(NamedTuple):
     owners: tuple[weakref.ref[Tensor], ...]
     states: tuple[Any, ...]
+    storages: tuple[Any, ...]  # kept, so that no other tensor gets their addresses
     value: Any
 
     def is_valid(self, weights: tuple[Tensor, ...]) -> bool:
@@ -74,7 +75,8 @@ def cached_weight(kind: str, weights: tuple[Tensor, ...], derive: Callable[[Tens
     def drop(_: Any) -> None:
         _entries.pop(key, None)
 
-    _entries[key] = _Entry(tuple(weakref.ref(weight, drop) for weight in weights), states, value)
+    owners = tuple(weakref.ref(weight, drop) for weight in weights)
+    _entries[key] = _Entry(owners, states, tuple(weight.untyped_storage() for weight in weights), value)
     return value
 
 

@@ -43,7 +43,7 @@ def missing() -> str:
 
 
 class _Packed(NamedTuple):
-    """What is kept of the values (N, K) of a weight; the sums are not the caller's, which may be older than the values."""
+    """What is kept of values (N, K), their sums too: the caller's may be older than the values."""
 
     panels: Tensor
     sums: Tensor  # (N,) float32

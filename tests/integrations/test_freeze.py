@@ -190,7 +190,7 @@ def test_packed_weights_go_with_the_model() -> None:
 
 
 def test_refused() -> None:
-    with pytest.raises(TypeError, match="model is str; expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model is str; expected a torch\.nn\.Module"):
         bert_fast.freeze("model")  # type: ignore[type-var]
     with pytest.raises(TypeError, match=r"contains no supported encoder, but Linear; expected a bert_fast model"):
         bert_fast.freeze(nn.Linear(3, 4))
