@@ -1,5 +1,6 @@
 """The ops: their public functions, and which implementations can run here."""
 
+import bert_fast.threads  # noqa: F401  # the ops compute with one thread in a forked process
 from bert_fast.kernels._common.dispatch import Availability, ImplUnavailableError, available_impls, use_impl
 from bert_fast.kernels.add_layer_norm import add_layer_norm
 from bert_fast.kernels.attention import attention

@@ -1,7 +1,7 @@
 """Attention over a packed batch in eager PyTorch: the definition.
 
-Gathers to (B, S), takes the dense softmax there and gathers back. S is the length of the longest sequence; where reading
-it would synchronize or break a graph, it is the smaller of max_seqlen and T.
+Gathers to (B, S), takes the dense softmax there and gathers back. S is the length of the longest sequence; where
+reading it would synchronize or break a graph, it is the smaller of max_seqlen and T.
 """
 
 from __future__ import annotations
