@@ -40,12 +40,13 @@ def _has_own_operators(x: Tensor) -> bool:
     return getattr(type(x), "__torch_dispatch__", None) is not Tensor.__torch_dispatch__
 
 
-def check_number(name: str, value: Any, low: float, high: float, expected: str) -> None:
-    """TypeError unless `value` is a real number; ValueError unless it is in [low, high]; the error says `expected`."""
+def check_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
+    """`value` as a float; TypeError unless it is a real number, ValueError unless it is in [low, high]."""
     if type(value) not in (int, float) and not _is_number(value, numbers.Real, (torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
     if not low <= value <= high:  # false for NaN
         raise ValueError(f"{name} is {value}; expected {expected}")
+    return value if isinstance(value, torch.SymInt | torch.SymFloat) else float(value)
 
 
 def check_int(name: str, value: Any, low: int, high: int, expected: str) -> None:
@@ -109,19 +110,19 @@ def check_same_dtype(x: Tensor, **others: Tensor) -> None:
             raise TypeError(f"{name} is {other.dtype}; expected {x.dtype}, the dtype of the first argument")
 
 
-def check_eps(eps: float) -> None:
-    """TypeError or ValueError unless `eps` is a positive float32: a constant row has no variance to divide by."""
-    check_number("eps", eps, SMALLEST, LARGEST, "a positive number such as 1e-12")
+def check_eps(eps: float) -> float:
+    """`eps` as a float; TypeError or ValueError unless it is a positive float32: a constant row has no variance."""
+    return check_number("eps", eps, SMALLEST, LARGEST, "a positive number such as 1e-12")
 
 
-def check_finite(name: str, value: float) -> None:
-    """TypeError or ValueError unless `value` is a finite number of float32."""
-    check_number(name, value, -LARGEST, LARGEST, "a finite number")
+def check_finite(name: str, value: float) -> float:
+    """`value` as a float; TypeError or ValueError unless it is a finite number of float32."""
+    return check_number(name, value, -LARGEST, LARGEST, "a finite number")
 
 
-def check_not_negative(name: str, value: float) -> None:
-    """TypeError or ValueError unless `value` is 0 or a positive number of float32."""
-    check_number(name, value, 0.0, LARGEST, "a finite number that is not negative")
+def check_not_negative(name: str, value: float, largest: float = LARGEST) -> float:
+    """`value` as a float; TypeError or ValueError unless it is a number from 0 to `largest`."""
+    return check_number(name, value, 0.0, largest, f"a finite number that is not negative, at most {largest:.3g}")
 
 
 def check_max_seqlen(max_seqlen: int) -> None:
@@ -187,3 +188,9 @@ def to_compute_dtype(x: Tensor) -> Tensor:
     """`x` in its `compute_dtype`; `x` itself where it has it."""
     dtype = compute_dtype(x)
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def parameter_like(parameter: Tensor, x: Tensor) -> Tensor:
+    """`parameter` in the dtype of `x`; as it is where autocast casts it, and keeps a cast weight for the next call."""
+    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, parameter.dtype)
+    return parameter if casts else parameter.to(x.dtype)

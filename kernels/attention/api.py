@@ -62,15 +62,14 @@ def attention(
     if bias is not None:
         check_floating("bias", bias, qkv.shape[1:], qkv)
     check_max_seqlen(max_seqlen)
-    if softmax_scale is not None:
-        check_finite("softmax_scale", softmax_scale)
     check_cu_seqlens(cu_seqlens, qkv.shape[0], max_seqlen)
     check_same_device(qkv, cu_seqlens=cu_seqlens)
     if qkv.shape[3] < 1:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected a head dimension D of at least 1")
     rng_state = dropout_state(dropout_p, rng_state, qkv)
-    if softmax_scale is None:
-        softmax_scale = 1.0 / math.sqrt(qkv.shape[3])
+    softmax_scale = (
+        1.0 / math.sqrt(qkv.shape[3]) if softmax_scale is None else check_finite("softmax_scale", softmax_scale)
+    )
     qkv = to_compute_dtype(qkv)
     out: Tensor = OP.select(impl, qkv)(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
     return out

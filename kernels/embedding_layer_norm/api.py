@@ -80,7 +80,7 @@ def embedding_layer_norm(
     if padding_idx is not None:
         last = word.shape[0] - 1
         check_int("padding_idx", padding_idx, 0, last, f"None or a row of word, 0 to {last}")
-    check_eps(eps)
+    eps = check_eps(eps)
     rng_state = dropout_state(dropout_p, rng_state, word)
 
     # A float32 table is rounded once, on the way out; others keep their dtype in the kernel.

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.activation import ACTIVATIONS
+from bert_fast.kernels._common.checks import parameter_like
 from bert_fast.kernels._common.library import implement
 from bert_fast.kernels._common.row_buckets import pad_rows
 from bert_fast.kernels._common.weight_cache import are_frozen, cacheable, cached_weight
@@ -123,8 +124,7 @@ def blas(ops: Any, *inputs: Any) -> Tensor:
     """act(x weight^T + bias) by torch's own product and the bias_gelu of `ops`, on any device."""
     x, weights, bias, activation = LinearArguments(*inputs)
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):  # autocast casts and caches the weight
-        weight = weight.to(x.dtype)
+    weight = parameter_like(weight, x)
     if activation is not None:
         return _epilogue(ops, F.linear(x, weight), bias, activation)
     if bias is not None and bias.dtype != weight.dtype:
@@ -185,14 +185,25 @@ def _onednn(call: LinearArguments) -> Tensor:
     return _pointwise(pad_rows(x), weight, None if bias is None else bias.to(x.dtype), activation)[: x.shape[0]]
 
 
+def _check_product(x: Tensor, weight: Tensor) -> None:
+    """oneDNN and the tiles read memory by these shapes."""
+    fits = x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1]
+    if not fits or x.dtype not in BACKENDS or not weight.is_floating_point():
+        raise ValueError(
+            f"linear_fwd: x is {x.dtype} {tuple(x.shape)} and weight {weight.dtype} {tuple(weight.shape)}; expected "
+            "torch.float32 or torch.bfloat16 (T, K) and floating point (N, K)"
+        )
+
+
 def _product(x: Tensor, weight: Tensor, cache_weight: bool) -> Tensor:
     """The operator linear_fwd: x weight^T in the dtype of x; `cache_weight` takes the path of inference."""
+    _check_product(x, weight)
     with torch.autocast("cpu", enabled=False):
         cache_weight = cache_weight and cacheable((weight,))
         backend = BACKENDS[x.dtype].inference if cache_weight else BACKENDS[x.dtype].training
         if backend == "tiles":
             return _tiles(LinearArguments(x, (weight,), None, None))
-        if backend == "onednn" and x.shape[0]:
+        if backend == "onednn" and x.numel() and weight.numel():
             if cache_weight:
                 return _onednn(LinearArguments(x, (weight,), None, None))
             return _pointwise(x.contiguous(), weight.to(x.dtype).contiguous())
@@ -201,9 +212,12 @@ def _product(x: Tensor, weight: Tensor, cache_weight: bool) -> Tensor:
 
 def _gradients(dout: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """The operator linear_bwd: dx in the dtype of x, dweight in that of weight; empty where not needed."""
+    _check_product(x, weight)
+    if dout.shape != (x.shape[0], weight.shape[0]) or dout.dtype != x.dtype or len(needs) != 2:
+        raise ValueError(f"linear_bwd: dout is {dout.dtype} {tuple(dout.shape)}; expected that of the product")
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     with torch.autocast("cpu", enabled=False):
-        if BACKENDS[x.dtype].training == "onednn" and x.shape[0]:
+        if BACKENDS[x.dtype].training == "onednn" and x.numel() and weight.numel():
             if needs[0]:
                 dx = _pointwise(dout.contiguous(), pack(weight.to(x.dtype).t()))
             if needs[1]:

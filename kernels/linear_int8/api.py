@@ -50,6 +50,8 @@ def quantize_weight(weight: Tensor, *, limit: int | None = None) -> Int8Weight:
     inference", 2018.
     """
     check_floating("weight", weight, ("N", "K"))
+    if weight.device.type == "meta":
+        raise ValueError("weight is on meta; expected a tensor with values")
     if not weight.numel() or not bool(weight.isfinite().all()):
         raise ValueError(f"weight (shape {tuple(weight.shape)}) is empty or not finite; expected finite numbers")
     limit = cpu_backends.weight_limit() if limit is None else limit
@@ -155,8 +157,12 @@ def feed_forward_int8(
 def _check_input(x: Tensor, input_range: Tensor | None) -> None:
     check_floating("x", x, ("T", "K"))
     _check_range(input_range, x)
+    _check_no_gradient("x", x)
+
+
+def _check_no_gradient(name: str, x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("x.requires_grad is True, and linear_int8 has no gradient; run it under torch.no_grad()")
+        raise ValueError(f"{name}.requires_grad is True, and linear_int8 has no gradient; run it under torch.no_grad()")
 
 
 def _check_weight(weight: Int8Weight, bias: Tensor | None, width: int, x: Tensor) -> None:
@@ -170,8 +176,10 @@ def _check_weight(weight: Int8Weight, bias: Tensor | None, width: int, x: Tensor
     check_same_device(x, **{"weight.values": values})
     for name, vector in (("weight.scale", scale), ("weight.sums", sums)):
         check_floating(name, vector, values.shape[:1], x)
+        _check_no_gradient(name, vector)
     if bias is not None:
         check_floating("bias", bias, weight.values.shape[:1], x)
+        _check_no_gradient("bias", bias)
 
 
 def _check_range(input_range: Tensor | None, x: Tensor) -> None:

@@ -66,12 +66,21 @@ def _product(u: Tensor, values: Tensor) -> Tensor:
     Raises:
         ValueError: a value is too large for this CPU to multiply without saturation.
     """
+    if u.dtype != torch.uint8 or values.dtype != torch.int8 or values.dim() != 2 or values.shape[1:] != u.shape[1:]:
+        raise ValueError(
+            f"linear_int8_product: u is {u.dtype} {tuple(u.shape)} and values {values.dtype} {tuple(values.shape)}; "
+            "expected torch.uint8 (T, K) and torch.int8 (N, K)"
+        )
+    if not values.numel():
+        return u.new_zeros(u.shape[0], values.shape[0], dtype=torch.float32)
     packed = cached_weight("int8 onednn", (values.contiguous(),), lambda x: _Packed(_pack_onednn(x), _sums(x)))
     return _multiply(u, packed.panels, values.shape[0])
 
 
 def _multiply(u: Tensor, panels: Tensor, columns: int) -> Tensor:
     """oneDNN's product of a weight that it packed."""
+    if u.dim() != 2 or not u.shape[1]:
+        raise ValueError(f"linear_int8_product: u has shape {tuple(u.shape)}; expected (T, K), K at least 1")
     if not u.shape[0]:
         return u.new_empty(0, columns, dtype=torch.float32)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
