@@ -2,7 +2,6 @@
 // (csrc/<op>/cpu.cpp). Their schemas are declared in Python (kernels/<op>/op.py).
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>

@@ -10,8 +10,8 @@ constexpr float kSqrt2OverPi = 0.79788456080286536f;
 constexpr float kCubic = 0.044715f;
 
 // The tanh approximation is u s with s = (1 + tanh w) / 2 = 1 / (1 + e^-2w), whose tails don't suffer cancellation.
-// Beyond kTanhEnd in magnitude s is 0 or 1 (to 1e-38), and set so: u times a tiny s would not be 0 for the largest u, nor
-// would u^2 be finite. Clamped so, a NaN stays a NaN.
+// Beyond kTanhEnd in magnitude s is 0 or 1 (to 1e-38), and set so: u times a tiny s would not be 0 for the largest u,
+// nor would u^2 be finite. Clamped so, a NaN stays a NaN.
 constexpr float kTanhEnd = 10.0f;
 
 BF_INLINE vfloat clamp_tanh(vfloat u) {

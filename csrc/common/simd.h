@@ -242,8 +242,8 @@ BF_INLINE vuint interleave_high(vuint a, vuint b) {
 #undef BF_LOW_HALVES
 #undef BF_HIGH_HALVES
 
-// Writes rows [0, count) of the transpose of a block of kWidth x kWidth 32-bit numbers, count > 0. row_of(i) is row i of
-// the block, a vuint.
+// Writes rows [0, count) of the transpose of a block of kWidth x kWidth 32-bit numbers, count > 0. row_of(i) is row i
+// of the block, a vuint.
 template <class T, class RowOf>
 BF_INLINE void transpose_rows(const RowOf& row_of, T* to, int64_t to_stride, int64_t count) {
   static_assert(sizeof(T) == 4, "32 bits");

@@ -53,8 +53,8 @@ inline void check_shape(const Tensor& x, const char* name, const std::vector<int
   const auto dims = static_cast<int64_t>(expected.size());
   STD_TORCH_CHECK(x.dim() == dims, name, " has ", x.dim(), " dimensions; expected ", dims);
   for (int64_t dim = 0; dim < dims; ++dim) {
-    STD_TORCH_CHECK(x.size(dim) == expected[dim], name, " has size ", x.size(dim), " in dimension ", dim,
-                    "; expected ", expected[dim]);
+    STD_TORCH_CHECK(x.size(dim) == expected[dim], name, " has size ", x.size(dim), " in dimension ", dim, "; expected ",
+                    expected[dim]);
   }
 }
 

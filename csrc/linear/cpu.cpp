@@ -1,4 +1,5 @@
-// Linear layers on the CPU: products in float32 arithmetic with a weight that is packed into panels, ahead or in the call.
+// Linear layers on the CPU: products in float32 arithmetic with a weight that is packed into panels, ahead or in the
+// call.
 #include "common/activation.h"
 #include "common/blocks.h"
 
@@ -23,8 +24,8 @@ namespace {
 // With more rows of x the blocks of a column would pack its weight too often, at 3 % of the time of 1,024 rows.
 constexpr int64_t kRowsPackedAhead = 2 * kBlockRows;
 
-// Pointers to the rows of weights (N1, K), (N2, K) ..., read in place where they are float32 or bfloat16 and the terms of
-// a row are adjacent.
+// Pointers to the rows of weights (N1, K), (N2, K) ..., read in place where they are float32 or bfloat16 and the terms
+// of a row are adjacent.
 struct WeightRows {
   WeightRows(const std::vector<Tensor>& weights, const char* name, int64_t depth) {
     STD_TORCH_CHECK(!weights.empty(), name, ": expected at least one weight");

@@ -46,7 +46,8 @@ def check_number(name: str, value: Any, low: float, high: float, expected: str) 
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
     if not low <= value <= high:  # false for NaN
         raise ValueError(f"{name} is {value}; expected {expected}")
-    return value if isinstance(value, torch.SymInt | torch.SymFloat) else float(value)
+    traced: Any = value  # a SymFloat stays one
+    return traced if isinstance(value, torch.SymInt | torch.SymFloat) else float(value)
 
 
 def check_int(name: str, value: Any, low: int, high: int, expected: str) -> None:
