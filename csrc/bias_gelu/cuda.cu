@@ -27,7 +27,8 @@ __device__ __forceinline__ float gelu_grad(float u) {
   if (TANH) {
     const float z = 1.5957691216057308f * (u + 0.044715f * u * u * u);
     const float q = expf(-fabsf(z)), r = 1.0f / (1.0f + q);
-    return (z >= 0.0f ? r : q * r) + u * (q * r * r) * 1.5957691216057308f * (1.0f + 0.134145f * u * u);
+    const float v = fminf(fabsf(u), 10.0f);  // beyond, q is 0 to 1e-38 and u * u may be infinite
+    return (z >= 0.0f ? r : q * r) + u * (q * r * r) * 1.5957691216057308f * (1.0f + 0.134145f * v * v);
   }
   return 0.5f * (1.0f + erff(u * 0.70710678118654752f)) + u * 0.39894228040143268f * expf(-0.5f * u * u);
 }

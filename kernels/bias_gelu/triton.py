@@ -38,7 +38,8 @@ def _gelu(u, TANH: tl.constexpr):
 def _gelu_derivative(u, TANH: tl.constexpr):
     if TANH:
         s, ds = _sigmoid_2y(u)
-        return s + u * ds * 1.5957691216057308 * (1.0 + 0.134145 * u * u)
+        v = tl.minimum(tl.abs(u), 10.0)  # beyond, ds is 0 to 1e-38 and u * u may be infinite
+        return s + u * ds * 1.5957691216057308 * (1.0 + 0.134145 * v * v)
     return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
 
 
