@@ -22,8 +22,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+# Older ones can't read pyproject.toml's licence, and their error doesn't say so. torch 2.11 allows up to 81.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(f"setuptools is {setuptools.__version__}; expected 77 or later (pip install -U setuptools)")
 
 ROOT = Path(__file__).parent
 OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/__init__.py"))
@@ -115,10 +120,12 @@ def cuda_extension() -> Extension:
     if torch.version.cuda is None:
         raise FileNotFoundError(f"torch {torch.__version__}, which it is built against, has no CUDA")
     architectures = cuda_architectures()
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    runtime = BUILD_FLAGS["cuda_runtime"](Path("/proc/self/maps").read_text())
+    if runtime is None:
+        raise FileNotFoundError(f"torch {torch.__version__} has loaded no libcudart to link with")
     # Kernels for Hopper have a body in code for sm_90a alone, so a build that also has code for sm_90 can't use them.
     hopper = [("BERT_FAST_HOPPER", None)] if "90a" in architectures and "90" not in architectures else []
-    return CUDAExtension(
+    extension: Extension = CUDAExtension(
         "bert_fast._CUDA",
         ["csrc/registration_cuda.cpp", *sources("csrc/*/cuda.cu", "csrc/*/cuda/*.cu")],
         include_dirs=[str(ROOT / "csrc")],
@@ -129,10 +136,15 @@ def cuda_extension() -> Extension:
         ],
         extra_compile_args={
             "cxx": [*OPTIMISE, "-fvisibility=hidden"],
-            "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", *gencode],
+            "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
+            + BUILD_FLAGS["gencode"](architectures),
         },
         py_limited_api=True,
     )
+    # The runtime that torch loads, by its path: where nvcc stands apart from its toolkit, -lcudart is not found.
+    extension.libraries.remove("cudart")
+    extension.extra_link_args.append(runtime)
+    return extension
 
 
 def host_extension() -> Extension:
