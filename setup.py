@@ -120,6 +120,7 @@ def cuda_extension() -> Extension:
     if torch.version.cuda is None:
         raise FileNotFoundError(f"torch {torch.__version__}, which it is built against, has no CUDA")
     architectures = cuda_architectures()
+    gencode = BUILD_FLAGS["gencode"](architectures)
     runtime = BUILD_FLAGS["cuda_runtime"](Path("/proc/self/maps").read_text())
     if runtime is None:
         raise FileNotFoundError(f"torch {torch.__version__} has loaded no libcudart to link with")
@@ -136,8 +137,7 @@ def cuda_extension() -> Extension:
         ],
         extra_compile_args={
             "cxx": [*OPTIMISE, "-fvisibility=hidden"],
-            "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
-            + BUILD_FLAGS["gencode"](architectures),
+            "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", *gencode],
         },
         py_limited_api=True,
     )

@@ -6,6 +6,7 @@ python -m benchmarks.ops <op> --warm     compile and compare every case, time no
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import torch
@@ -73,4 +74,4 @@ if __name__ == "__main__":
     parser.prog = "python -m benchmarks.ops"
     parser.add_argument("op", choices=list(available_impls()))
     options, machine = parse(parser)
-    main(options.op, plans(options.op, machine.device, options.quick), options, machine)
+    sys.exit(main(options.op, plans(options.op, machine.device, options.quick), options, machine))

@@ -106,7 +106,7 @@ def test_the_targets_of_a_training_step(device: str, rate: list[Any], tmp_path: 
         step_row(half, "bert_fast triton, CUDA graph", 20.0, 8192),
         step_row(full, "transformers, torch.compile", 70.0, 16384),
         step_row(full, "bert_fast triton", 40.0, 16384),
-        step_row(full, "transformers, fused", 10.0, 16384),
+        step_row(full, "bert_fast fuse", 10.0, 16384),
         step_row(large, "bert_fast triton, CUDA graph", 50.0, 8192),
     ]
     about = {"commit": "c", "date": "d"}
