@@ -139,6 +139,23 @@ def test_a_report_is_written_and_names_what_was_left_out(machine: Cpu, tmp_path:
     assert late["left_out"] == [plan.name for plan in toys]
 
 
+def test_on_a_gpu_compiled_peers_are_timed_after_everything_else(machine: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "device", torch.device("cuda"))
+    monkeypatch.setattr(runner, "YARDSTICK", "none")
+    plain = replace(toy(), flops=1)
+    both = replace(toy(**{"torch.compile": waits(0.001, X)}), flops=1)
+    reports: list[dict[str, object]] = []
+    plans = [Plan("a", lambda: both), Plan("b", lambda: plain)]
+    final = runner.run("toy", plans, machine, 0.01, save=reports.append)
+    assert [[row["variant"] for row in report["rows"]] for report in reports] == [  # type: ignore[attr-defined]
+        ["eager", "bert_fast toy"],
+        ["eager", "bert_fast toy"] * 2,
+        ["eager", "bert_fast toy", "torch.compile", "eager", "bert_fast toy"],
+    ]
+    assert [report.get("left_out", []) for report in reports] == [["b", "a, torch.compile"], ["a, torch.compile"], []]
+    assert final == reports[-1]
+
+
 def test_warming_up_compares_every_case_and_times_none(machine: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cpu, "interleaved", lambda *_: pytest.fail("timed"))
     names: list[str] = []
