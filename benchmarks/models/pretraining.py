@@ -56,7 +56,7 @@ GRAPH = ", CUDA graph"
 class Graphed(Ours):
     """bert_fast's model whose step is recorded by `capture()`."""
 
-    def __init__(self, model: Any, impl: str, capture: Callable[[], Capture]) -> None:
+    def __init__(self, model: Any, impl: str | dict[str, str], capture: Callable[[], Capture]) -> None:
         super().__init__(model, impl)
         self.capture = capture
 
@@ -196,7 +196,7 @@ def main() -> int:
         return steps_of(size, options.quick)
 
     ceilings = {f"{kind}_gemm_gflops": ceiling / 1e9}
-    return run("pretraining", options, machine, ["base", "large"], scenarios_of, measured, ceilings=ceilings)
+    return run("pretraining", options, machine, ["large", "base"], scenarios_of, measured, ceilings=ceilings)
 
 
 def steps_of(size: str, quick: bool) -> list[Scenario]:

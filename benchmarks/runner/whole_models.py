@@ -159,9 +159,9 @@ def runs_here(variant: Variant, scenario: Scenario) -> bool:
 
 
 class Ours:
-    """bert_fast's BertForPreTraining on packed batches, with one `impl`."""
+    """bert_fast's BertForPreTraining on packed batches, with the implementations that `use_impl` takes."""
 
-    def __init__(self, model: Any, impl: str) -> None:
+    def __init__(self, model: Any, impl: str | dict[str, str]) -> None:
         self.model, self.impl = model, impl
 
     def loss(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
@@ -219,6 +219,9 @@ def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[
     impls = available_impls()
     if device.type == "cuda" and all(impls[op]["triton"].ok for op in OPS_OF_A_STEP):
         variants["bert_fast triton"] = Ours(ours, "triton")
+        if impls["attention"]["cuda"].ok:
+            mixed = dict.fromkeys(OPS_OF_A_STEP, "triton") | {"attention": "cuda"}
+            variants["bert_fast triton, CUDA attention"] = Ours(ours, mixed)
     return variants, config.vocab_size
 
 
