@@ -207,7 +207,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", type=Path, help="results/<device>; all of them if none is named")
     folders = parser.parse_args().folders or sorted(path for path in RESULTS.iterdir() if path.is_dir())
     if all(folder.name.startswith("cpu-") for folder in folders):
-        print("targets on a GPU: no benchmark is recorded; run make gpu on a machine with a CUDA device")
+        print("targets on a GPU: no benchmark is recorded; run make gpu-bench on a machine with a CUDA device")
     for folder in folders:
         entries = judge_folder(folder)
         write_json(folder / "targets.json", {"targets": entries})
