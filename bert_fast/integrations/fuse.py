@@ -116,6 +116,8 @@ def is_fused(model: nn.Module) -> bool:
     from bert_fast.integrations.bert import is_fused as changed
 
     return any(changed(module) for module in model.modules())
+
+
 def is_fused_encoder(module: Any) -> bool:
     """Whether this is an encoder of transformers that `fuse` changed."""
     if next(layouts(), None) is None:
