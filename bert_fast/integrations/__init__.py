@@ -1,4 +1,4 @@
-"""bert_fast in other libraries' models: `fuse`, `unfuse`, `is_fused`, `quantize`; `freeze`, `unfreeze` for any model."""
+"""bert_fast in other libraries' models: `fuse`, `unfuse`, `is_fused`, `quantize`; `freeze`, `unfreeze`."""
 
 from bert_fast.integrations.freeze import freeze, unfreeze
 from bert_fast.integrations.fuse import fuse, is_fused, unfuse
