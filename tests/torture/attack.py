@@ -80,8 +80,8 @@ def run_attack(
 ) -> Tally:
     """Run the cases of `attack` until `seconds` have passed or `limit` cases were tried; `only` runs one case."""
     tally = Tally()
+    deadline = time.monotonic() + seconds  # the parameters count: making them may run every command once
     numbers, parameters = _numbers(attack, material, seed, only)
-    deadline = time.monotonic() + seconds
     pending = iter(numbers)
     while (limit is None or tally.tried < limit) and (time.monotonic() < deadline or not tally.tried):
         rest = None if limit is None else limit - tally.tried

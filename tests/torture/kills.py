@@ -218,11 +218,16 @@ def _state(operation: Operation, folder: Path, material: Path) -> str:
             if operation.check is not None or not (folder / operation.target).exists():
                 return state
             continue
-        if not (folder / operation.target).exists():
+        # Between two renames the old output has another name, from which the next writer restores it.
+        moved = sorted(folder.glob(f".{operation.target}.*.old"))
+        target = folder / operation.target
+        if not target.exists() and moved:
+            target = moved[0]
+        if not target.exists():
             faults.append("missing")
             continue
         try:
-            fault = operation.same(folder / operation.target, expected, temporary=True)
+            fault = operation.same(target, expected, temporary=True)
         except (OSError, ValueError) as error:
             fault = f"{type(error).__name__}: {error}"
         if not fault:
