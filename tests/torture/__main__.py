@@ -1,11 +1,11 @@
 """`python -m tests.torture`: run the attacks, print what was tried and what held; exit code 1 if something did not.
 
-    --seconds 780   time for all of them on this machine; every attack runs at least one case
-    --seed N        what is drawn; by default the date, so that days differ
-    --area A --attack NAME --isa ISA    some of them
-    --only N        the case of that number, as a failure names it (with --area, --attack, --isa and --seed)
-    --quick         the fixed cases of `make test`
-    --record        write docs/torture.md
+--seconds 780   time for all of them on this machine; every attack runs at least one case
+--seed N        what is drawn; by default the date, so that days differ
+--area A --attack NAME --isa ISA    some of them
+--only N        the case of that number, as a failure names it (with --area, --attack, --isa and --seed)
+--quick         the fixed cases of `make test`
+--record        write docs/torture.md
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ def main() -> int:
     print(table)
     failures = [(row, text) for row in rows for text in row["failures"].values()]
     for row, text in failures:
-        number = text.split(":")[0].removeprefix("case ")
-        print(f"\n{row['area']}, {row['attack']}{', ' + row['isa'] if row['isa'] else ''}: {text}\n  {command(row, arguments.seed, number)}")
+        place = ", ".join(filter(None, (row["area"], row["attack"], row["isa"])))
+        again = command(row, arguments.seed, text.split(":")[0].removeprefix("case "))
+        print(f"\n{place}: {text}\n  {again}")
     seconds = time.monotonic() - begin
-    print(f"\n{sum(r['tried'] for r in rows):,} cases, {sum(r['held'] for r in rows):,} held, {seconds:.0f} s, seed {arguments.seed}")
+    tried, held = (sum(row[key] for row in rows) for key in ("tried", "held"))
+    print(f"\n{tried:,} cases, {held:,} held, {seconds:.0f} s, seed {arguments.seed}")
     if arguments.record:
         record(table, arguments.seed, seconds)
     return 1 if failures or not rows else 0
@@ -77,11 +79,18 @@ def run_all(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     """Run each area, and each instruction set of the kernels, in a process; `jobs` of them at a time."""
     areas = [arguments.area] if arguments.area else list(AREAS)
     material = folder / "material"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BERT_FAST_CUDA_EMULATOR": "", "TOKENIZERS_PARALLELISM": "false"}
-    code = f"from tests.torture import material; from pathlib import Path; material.build(Path({str(material)!r}), {areas!r})"
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "BERT_FAST_CUDA_EMULATOR": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    code = f"from tests.torture.material import build; build({str(material)!r}, {areas!r})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     code = "from tests.torture.kernels import instruction_sets as f; print(*f())"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    )
     isas = [arguments.isa] if arguments.isa else found.stdout.split()
     if arguments.quick:
         isas = isas[-1:]
@@ -160,10 +169,17 @@ def record(table: str, seed: int, seconds: float) -> None:
     page = ROOT / "docs" / "torture.md"
     before, _, rest = page.read_text(encoding="utf-8").partition("<!-- results -->\n")
     after = rest.partition("<!-- /results -->")[2]
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     processor = models[0] if models else platform.machine()
-    status = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
-    where = f"{time.strftime('%Y-%m-%d')}, {processor}, {len(os.sched_getaffinity(0))} threads, commit {status.stdout.strip()}"
+    status = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    threads, commit = len(os.sched_getaffinity(0)), status.stdout.strip()
+    where = f"{time.strftime('%Y-%m-%d')}, {processor}, {threads} threads, commit {commit}"
     text = f"{where}, seed {seed}, {seconds:.0f} s.\n\n{table}\n"
     page.write_text(f"{before}<!-- results -->\n{text}<!-- /results -->{after}", encoding="utf-8")
 

@@ -211,7 +211,7 @@ def _serve(
                 def send(kind: str, text: str) -> None:
                     os.write(reports, json.dumps([kind, text[:3000]]).encode() + b"\n")
 
-                case = Case(rng, material, folder, lambda text: send("note", text))  # noqa: B023
+                case = Case(rng, material, folder, lambda text: send("note", text))
                 try:
                     attack.run(case, None if parameters is None else parameters[number])
                     send("end", "held")

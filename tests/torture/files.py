@@ -8,7 +8,6 @@ another header of one, is never read as something else.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 
 from tests.torture import kills
 from tests.torture.attack import Attack, Broken, Case
-from tests.torture.material import pretrain_command, prepare_command
-from tests.torture.process import Ended, Running, command, require_command_error, settings
+from tests.torture.material import prepare_command, pretrain_command
+from tests.torture.process import Ended, Running, command, require_command_error
 
 _VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1, 7, 2**31, 2**63, 10**30, 1e9, 0.5, float("nan"), float("inf"), "", "x", "../x", "/tmp/x", [],
@@ -139,7 +138,9 @@ def _two_steps(material: Path) -> list[str]:
     """The files of the prepared folder; keeps what two steps on the undamaged ones give."""
     if not (material / "two steps").exists():
         changed = {"steps": 2, "eval_interval": 2, "checkpoint_interval": 0}
-        ended = Running(pretrain_command(material / "two steps", material, **changed), material, material / "prints").wait()
+        ended = Running(
+            pretrain_command(material / "two steps", material, **changed), material, material / "prints"
+        ).wait()
         assert ended.code == 0, ended.err
     return _files(material / "data") * 40
 
@@ -204,7 +205,11 @@ def _write_rows(folder: Path, suffix: str) -> Path:
     import gzip
     import lzma
 
-    texts = ["a small bird sings near the river.", "it was very sad and then quietly again", 'the "old" house, red\ngreen'] * 4
+    texts = [
+        "a small bird sings near the river.",
+        "it was very sad and then quietly again",
+        'the "old" house, red\ngreen',
+    ] * 4
     rows = [{"text": text, "label": label} for text, label in zip(texts, ["good", "bad", "bad"] * 4, strict=True)]
     path = folder / f"rows{suffix}"
     plain = suffix.split(".")[1]
@@ -286,7 +291,9 @@ ATTACKS = [
     Attack("files", "prepared data", prepared, _warm(_two_steps), 2, 5, 90),
     Attack("files", "model folder", model_folder, _warm(_model_files), 3, 8, 90),
     Attack("files", "result folder", result_folder, _warm(lambda m: _files(m / "tuned") * 100), 3, 6, 90),
-    Attack("files", "report of a run", pretraining_report, _warm(lambda m: ["log.jsonl", "pretrain.json"] * 200), 1, 3, 90),
+    Attack(
+        "files", "report of a run", pretraining_report, _warm(lambda m: ["log.jsonl", "pretrain.json"] * 200), 1, 3, 90
+    ),
     Attack("files", "rows", rows, _warm(lambda m: list(_ROWS) * 100), 2, 6, 90),
     Attack("files", "documents", documents, _warm(lambda m: list(_DOCUMENTS) * 100), 2, 5, 90),
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import random
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -41,7 +40,9 @@ def public_calls() -> list[Call]:
     names = set(bert_fast.kernels.__all__) - _OTHERS
     for op in sorted(OPS):
         module = importlib.import_module(f"bert_fast.kernels.{op}.cases")
-        with mock.patch.multiple(module, **{n: _recorder(calls, n, getattr(module, n)) for n in names if hasattr(module, n)}):
+        with mock.patch.multiple(
+            module, **{n: _recorder(calls, n, getattr(module, n)) for n in names if hasattr(module, n)}
+        ):
             for lengths in _LENGTHS:
                 for sample in module.CASES.samples(lengths):
                     sample.call(**sample.cast(torch.float32), impl="reference")
@@ -122,7 +123,9 @@ def _outputs(
     leaves = [x for x in fresh if isinstance(x, Tensor) and x.requires_grad]
     differentiable = [x for x in outs if x.requires_grad and x.device.type == "cpu"]
     if leaves and differentiable:
-        noise = [torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view(x.shape).to(x.dtype) for x in differentiable]
+        noise = [
+            torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view(x.shape).to(x.dtype) for x in differentiable
+        ]
         found = torch.autograd.grad(differentiable, leaves, noise, allow_unused=True)
         results += [torch.zeros(()) if x is None else x for x in found]
     return results
@@ -170,7 +173,9 @@ def operator_calls() -> list[tuple[Any, tuple[Any, ...]]]:
                     outs = sample.call(**inputs, impl="cpu")
                     outs = [x for x in (outs if isinstance(outs, tuple) else (outs,)) if x.requires_grad]
                     if outs:
-                        torch.autograd.grad([x.float().sum() for x in outs], [x for x in inputs.values() if x.requires_grad])
+                        torch.autograd.grad(
+                            [x.float().sum() for x in outs], [x for x in inputs.values() if x.requires_grad]
+                        )
                 with torch.no_grad(), recorder:
                     sample.call(**{n: x.detach() for n, x in inputs.items()}, impl="cpu")
                 recorded |= recorder.calls

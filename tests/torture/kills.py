@@ -58,7 +58,9 @@ def _same_tree(target: Path, expected: Path, *, temporary: bool = False) -> str:
     """How two files or folders differ, apart from `_VARYING`, manifests and, if allowed, temporary files."""
     if expected.is_file():
         return "" if target.is_file() and target.read_bytes() == expected.read_bytes() else "other bytes"
-    names = [sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()) for root in (target, expected)]
+    names = [
+        sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()) for root in (target, expected)
+    ]
     if temporary:
         names[0] = [name for name in names[0] if not re.search(r"(^|/)\.[^/]*\.(tmp|old)$", name)]
     if names[0] != names[1]:
@@ -208,7 +210,7 @@ def _uninterrupted(material: Path, operation: Operation) -> tuple[int, float]:
 
 
 def _state(operation: Operation, folder: Path, material: Path) -> str:
-    """"old" or "new"; `Broken` if the output in `folder` is neither."""
+    """ "old" or "new"; `Broken` if the output in `folder` is neither."""
     if operation.check is not None:
         operation.check(folder / operation.target)
     faults = []
@@ -250,7 +252,9 @@ def _check_again(operation: Operation, case: Case, folder: Path) -> None:
     again = Running(operation.run(folder, case.material), folder, case.folder / "prints").wait()
     if again.code:
         raise Broken(f"{operation.name}: again: exit code {again.code}: {again.err.strip()[-300:]}")
-    if fault := operation.same(folder / operation.target, _expected(case.material, operation) / "new" / operation.target):
+    if fault := operation.same(
+        folder / operation.target, _expected(case.material, operation) / "new" / operation.target
+    ):
         raise Broken(f"{operation.name}: again: {fault}")
     names = {path.name for path in folder.iterdir()} - {operation.target, "prints"}
     if names := {name for name in names if not name.endswith(".lock")}:
@@ -280,7 +284,7 @@ def at_a_moment(case: Case, parameter: Sequence[Any]) -> None:
     """A signal from outside, at a random moment."""
     name, number = parameter[0], signal.Signals(parameter[1])
     operation = BY_NAME[name]
-    calls, seconds = _uninterrupted(case.material, operation)
+    _, seconds = _uninterrupted(case.material, operation)
     moment = case.rng.random() * seconds * 1.1
     case.note(f"{name}: {number.name} after {moment:.3f} of {seconds:.3f} s")
     folder, running = _start(operation, case)
@@ -293,7 +297,7 @@ def at_a_moment(case: Case, parameter: Sequence[Any]) -> None:
 
 def full_disk(case: Case, parameter: Sequence[Any]) -> None:
     """No file may grow past a size, as on a full disk: a clear error, and the old output stays."""
-    name, = parameter
+    (name,) = parameter
     operation = BY_NAME[name]
     limit = int(10 ** case.rng.uniform(0, 5.5))
     case.note(f"{name}: no file larger than {limit} bytes")
@@ -321,7 +325,7 @@ def full_disk(case: Case, parameter: Sequence[Any]) -> None:
 
 def two_writers(case: Case, parameter: Sequence[Any]) -> None:
     """The same command twice at once: each succeeds or says that the other is at work, and the output is right."""
-    name, = parameter
+    (name,) = parameter
     operation = BY_NAME[name]
     _, seconds = _uninterrupted(case.material, operation)
     case.note(f"{name} twice at once")
@@ -354,7 +358,9 @@ def _moments(material: Path) -> list[Sequence[Any]]:
     for operation in OPERATIONS:
         _uninterrupted(material, operation)
     weights = {"pretrain": 6, "prepare": 4, "finetune": 4}
-    return [(o.name, int(n)) for _ in range(40) for o in OPERATIONS for n in SIGNALS for _ in range(weights.get(o.name, 1))]
+    return [
+        (o.name, int(n)) for _ in range(40) for o in OPERATIONS for n in SIGNALS for _ in range(weights.get(o.name, 1))
+    ]
 
 
 def _each(material: Path) -> list[Sequence[Any]]:
@@ -364,7 +370,7 @@ def _each(material: Path) -> list[Sequence[Any]]:
 
 
 def _each_run(material: Path) -> list[Sequence[Any]]:
-    return [(name,) for name, in _each(material) if name in ("pretrain", "prepare", "finetune")]
+    return [(name,) for (name,) in _each(material) if name in ("pretrain", "prepare", "finetune")]
 
 
 ATTACKS = [

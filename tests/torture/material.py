@@ -1,12 +1,12 @@
 """What the attacks on files, kills and models start from: a corpus, prepared data, a run, models, a fine-tuned model.
 
-    corpus.txt                  40 documents
-    data/                       prepared
-    run/                        a pretraining run of 12 steps, with checkpoints of 4, 8 and 12
-    base/                       a tiny BERT with tokenizer
-    train.csv  dev.csv          rows for it
-    tuned/                      base, fine-tuned on the rows
-    heads/<model_type>/<class>/ a model of transformers with large random weights
+corpus.txt                  40 documents
+data/                       prepared
+run/                        a pretraining run of 12 steps, with checkpoints of 4, 8 and 12
+base/                       a tiny BERT with tokenizer
+train.csv  dev.csv          rows for it
+tuned/                      base, fine-tuned on the rows
+heads/<model_type>/<class>/ a model of transformers with large random weights
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Any
 
 from tests.torture.process import command, settings
 
-WORDS = (
-    "the a small old red green bird cat river house sings runs sleeps near under over and then quietly again good fine "
-    "great bad poor sad film was it very we saw"
-).split()
+_TEXT = """
+the a small old red green bird cat river house sings runs sleeps near under over and then quietly again good fine great
+bad poor sad film was it very we saw
+"""
+WORDS = _TEXT.split()
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -73,8 +74,9 @@ def finetune_command(folder: Path, material: Path, **changed: Any) -> Any:
     return command("finetune", *settings({**files, **FINETUNE, **changed}))
 
 
-def build(folder: Path, areas: list[str]) -> None:
-    """Write to `folder` what the attacks of `areas` need."""
+def build(target: str, areas: list[str]) -> None:
+    """Write to the folder `target` what the attacks of `areas` need."""
+    folder = Path(target)
     folder.mkdir()
     rng = random.Random(0)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -89,7 +91,11 @@ def build(folder: Path, areas: list[str]) -> None:
             pretrain_command(folder / "run", folder),
             finetune_command(folder / "tuned", folder, report="true"),
         ):
-            with open(folder / "messages", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            with (
+                open(folder / "messages", "a") as file,
+                contextlib.redirect_stdout(file),
+                contextlib.redirect_stderr(file),
+            ):
                 code = run()
             assert code == 0, (folder / "messages").read_text()
     if "models" in areas:
@@ -128,7 +134,9 @@ def _heads(folder: Path) -> None:
 
     for model_type, architecture in ARCHITECTURES.items():
         names = [name.removeprefix("Bert") for name in COMMON_MODELS]
-        names += {"bert": ["ForPreTraining", "ForNextSentencePrediction"], "electra": ["ForPreTraining"]}.get(model_type, [])
+        names += {"bert": ["ForPreTraining", "ForNextSentencePrediction"], "electra": ["ForPreTraining"]}.get(
+            model_type, []
+        )
         for suffix in names:
             values = {**SIZES, **NO_DROPOUT, "vocab_size": 61, "pad_token_id": 1, "num_labels": 3}
             values |= {"type_vocab_size": 1} if architecture.positions_after_padding else {}

@@ -102,16 +102,21 @@ class Running:
 
 
 def _run(
-    function: Callable[[], Any], folder: Path, scratch: Path, kill_before: int | None, number: signal.Signals, memory: int
+    function: Callable[[], Any],
+    folder: Path,
+    scratch: Path,
+    kill_before: int | None,
+    number: signal.Signals,
+    memory: int,
 ) -> None:
     code = 70
     try:
         for name, descriptor in (("in", 0), ("out", 1), ("err", 2)):
             file = os.open(scratch / name, os.O_RDONLY if name == "in" else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, descriptor)
-        # Under pytest and in a fork sys.stdout may be another file.
-        sys.stdin = open(0, encoding="utf-8", closefd=False)
-        sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", buffering=1, closefd=False) for fd in (1, 2))
+        # Under pytest sys.stdout is another file.
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8", buffering=1, closefd=False) for fd in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _limit(memory)
         _watch(folder, scratch, kill_before, number)
