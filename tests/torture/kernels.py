@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,7 @@ from bert_fast.kernels import available_impls, feed_forward_int8, quantize_weigh
 from bert_fast.kernels._common import cases
 from bert_fast.kernels._common.dispatch import OPS
 from tests.torture.attack import Attack, Broken, Case, clear, require_clear
-from tests.torture.tensors import change, guarded, wrong
+from tests.torture.tensors import LAYOUTS, NUMBERS, change, change_layout, guarded, wrong
 
 Call = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _LENGTHS = ((3, 0, 2), (1, 17, 40), (5,))
@@ -72,28 +73,56 @@ def public_functions(case: Case, _: Any) -> None:
     calls = public_calls()
     name = rng.choice(sorted({call[0] for call in calls}))
     _, function, args, kwargs = rng.choice([call for call in calls if call[0] == name])
-    dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
-    gradients = rng.random() < 0.4
-    leaves, spec = tree_flatten((args, kwargs))
-    leaves = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+    kwargs = dict(kwargs)
     changes = []
+    if rng.random() < 0.25:
+        optional = [key for key in _optional(function) if key not in kwargs]
+        if optional:
+            key = rng.choice(optional)
+            kwargs[key] = rng.choice(NUMBERS)
+            changes.append(f"{key} = {kwargs[key]!r}")
+    dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    leaves, spec = tree_flatten((args, kwargs))
+    leaves = [_cast(x, dtype) for x in leaves]
     for index in rng.sample(range(len(leaves)), min(len(leaves), rng.choice([1, 1, 2, 3]))):
         what, leaves[index] = change(leaves[index], rng)
         changes.append(f"leaf {index} {what}")
     for index, x in enumerate(leaves):
         if isinstance(x, Tensor) and x.is_contiguous() and x.layout == torch.strided and rng.random() < 0.5:
             leaves[index] = guarded(x)
-    op = next(op for op in OPS if function.__module__.startswith(f"bert_fast.kernels.{op}."))
-    impls = [impl for impl, state in available_impls()[op].items() if state.ok and impl in ("cpu", "reference")]
+    impls = [
+        impl for impl, state in available_impls()[_op(function)].items() if state.ok and impl in ("cpu", "reference")
+    ]
     options = {} if name == "quantize_weight" else {"impl": rng.choice(["auto", *impls])}
+    gradients = rng.random() < 0.4
     case.note(f"{name} {str(dtype)[6:]} {options.get('impl')} gradients={gradients}: {'; '.join(changes)}"[:600])
+    _compare(name, function, leaves, spec, options, gradients)
+
+
+def _optional(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that have a default, but `impl`."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is not inspect.Parameter.empty and p.name != "impl"]
+
+
+def _op(function: Callable[..., Any]) -> str:
+    return next(op for op in OPS if function.__module__.startswith(f"bert_fast.kernels.{op}."))
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _compare(
+    name: str, function: Callable[..., Any], leaves: list[Any], spec: Any, options: dict[str, Any], gradients: bool
+) -> None:
+    """`Broken` unless the call raises a clear error or gives the reference's value in float64."""
     state = torch.random.get_rng_state()
     try:
         ours = _outputs(function, leaves, spec, options, gradients)
     except Exception as error:
-        if isinstance(error, RuntimeError) and "memory" in str(error):
-            return  # a size that no machine has
-        require_clear(error, name)
+        if not (isinstance(error, RuntimeError) and "memory" in str(error)):  # a size that no machine has
+            require_clear(error, name)
         return
     reference = {"impl": "reference"} if options else {}
     torch.random.set_rng_state(state)
@@ -102,7 +131,129 @@ def public_functions(case: Case, _: Any) -> None:
     truth = _outputs(function, [_precise(x) for x in leaves], spec, reference, gradients)
     for index, triple in enumerate(zip(ours, eager, truth, strict=True)):
         if fault := wrong(*triple):
-            raise Broken(f"{name}: {'output' if index < len(ours) else ''} {index}: {fault}")
+            raise Broken(f"{name}: output {index}: {fault}")
+
+
+def layouts(case: Case, parameter: Any) -> None:
+    """One tensor argument of a valid call in another layout."""
+    number, leaf, layout, dtype, gradients = parameter
+    name, function, args, kwargs = public_calls()[number]
+    leaves, spec = tree_flatten((args, kwargs))
+    leaves = [_cast(x, getattr(torch, dtype)) for x in leaves]
+    leaves[leaf] = change_layout(layout, leaves[leaf])
+    case.note(f"{name} {dtype} gradients={gradients}: leaf {leaf} {layout}")
+    _compare(name, function, leaves, spec, {} if name == "quantize_weight" else {"impl": "auto"}, gradients)
+
+
+def _layouts(material: Any) -> list[Any]:
+    """Of each public function the call with the most tensors, each of them in each layout."""
+    richest: dict[str, tuple[int, list[int]]] = {}
+    for number, (name, _, args, kwargs) in enumerate(public_calls()):
+        tensors = [i for i, x in enumerate(tree_flatten((args, kwargs))[0]) if isinstance(x, Tensor)]
+        if len(tensors) >= len(richest.get(name, (0, []))[1]):
+            richest[name] = number, tensors
+    return [
+        (number, leaf, layout, dtype, gradients)
+        for number, tensors in richest.values()
+        for leaf in tensors
+        for layout in (*LAYOUTS, "expanded")
+        for dtype in ("float32", "bfloat16")
+        for gradients in (False, True)
+    ]
+
+
+def derivatives(case: Case, _: Any) -> None:
+    """Second derivatives, forward mode and torch.func: an error, or the reference's value in float64; never a zero."""
+    rng = case.rng
+    calls = [call for call in public_calls() if call[0] in _DIFFERENTIABLE]
+    name = rng.choice(_DIFFERENTIABLE)
+    _, function, args, kwargs = rng.choice([call for call in calls if call[0] == name])
+    dtype = rng.choice([torch.float32, torch.bfloat16])
+    leaves, spec = tree_flatten((args, kwargs))
+    at = [index for index, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+    at = rng.sample(at, rng.randint(1, len(at)))
+    mode = rng.choice(list(_MODES))
+    case.note(f"{name} {str(dtype)[6:]}: {mode} of leaves {at}")
+
+    def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        cast = [_cast(_cast(x, case_dtype), dtype) for x in leaves]
+
+        def f(*tensors: Tensor) -> Tensor:
+            filled = list(cast)
+            for index, x in zip(at, tensors, strict=True):
+                filled[index] = x
+            new_args, new_kwargs = tree_unflatten(filled, spec)
+            outs = tree_flatten(function(*new_args, **new_kwargs, impl=impl))[0]
+            out = next(x for x in outs if isinstance(x, Tensor) and x.is_floating_point())
+            return (out * torch.linspace(-1, 1, out.numel()).to(out).view(out.shape)).sum()
+
+        return [x.detach() for x in _MODES[mode](f, tuple(cast[index] for index in at))]
+
+    case_dtype = dtype
+    state = torch.random.get_rng_state()
+    try:
+        ours = run("auto", dtype)
+    except (RuntimeError, ValueError, TypeError) as error:  # NotImplementedError is one
+        if not str(error):
+            raise Broken(f"{name}: {mode}: an error without a message") from error
+        return
+    torch.random.set_rng_state(state)
+    eager = run("reference", dtype)
+    torch.random.set_rng_state(state)
+    for x, y, z in zip(ours, eager, run("reference", torch.float64), strict=True):
+        if fault := wrong(x, y, z):
+            raise Broken(f"{name}: {mode}: {fault}")
+
+
+def _second(f: Callable[..., Tensor], xs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    xs = tuple(x.detach().requires_grad_() for x in xs)
+    first = torch.autograd.grad(f(*xs), xs, create_graph=True)
+    total = sum(x.float().square().sum() if x.dtype != torch.float64 else x.square().sum() for x in first)
+    assert isinstance(total, Tensor)
+    if not total.requires_grad:
+        return [torch.zeros_like(x) for x in xs]
+    second = torch.autograd.grad(total, xs, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(xs, second, strict=True)]
+
+
+def _forward(f: Callable[..., Tensor], xs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)) for x in xs]
+        tangent = torch.autograd.forward_ad.unpack_dual(f(*duals)).tangent
+    return [xs[0].new_zeros(()) if tangent is None else tangent]
+
+
+def _jvp(f: Callable[..., Tensor], xs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    return list(torch.func.jvp(f, xs, tuple(torch.ones_like(x) for x in xs)))
+
+
+def _func_grad(f: Callable[..., Tensor], xs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    return list(torch.func.grad(f, tuple(range(len(xs))))(*xs))
+
+
+def _hessian_vector(f: Callable[..., Tensor], xs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+    gradient = torch.func.grad(f, tuple(range(len(xs))))
+    return list(torch.func.jvp(gradient, xs, tuple(torch.ones_like(x) for x in xs))[1])
+
+
+_MODES: dict[str, Callable[..., Sequence[Tensor]]] = {
+    "second derivative": _second,
+    "forward mode": _forward,
+    "torch.func.jvp": _jvp,
+    "torch.func.grad": _func_grad,
+    "Hessian-vector product": _hessian_vector,
+}
+_DIFFERENTIABLE = (
+    "attention", "add_layer_norm", "bias_gelu", "embedding_layer_norm", "linear", "masked_lm_loss", "pad",
+)  # fmt: skip
+    "attention",
+    "add_layer_norm",
+    "bias_gelu",
+    "embedding_layer_norm",
+    "linear",
+    "masked_lm_loss",
+    "pad",
+)
 
 
 def _precise(x: Any) -> Any:
@@ -249,8 +400,10 @@ def instruction_sets() -> list[str]:
 
 
 ATTACKS = [
-    Attack("kernels", "public functions", public_functions, share=5, quick=400),
-    Attack("kernels", "raw operators", operators, share=4, quick=400),
+    Attack("kernels", "public functions", public_functions, share=5, quick=300),
+    Attack("kernels", "layouts", layouts, _layouts, share=2, quick=150),
+    Attack("kernels", "derivatives", derivatives, share=1, quick=40),
+    Attack("kernels", "raw operators", operators, share=4, quick=300),
     Attack("kernels", "hostile indices", hostile_operators, lambda material: [None], share=0.2, quick=1),
     Attack("kernels", "malformed calls", malformed, lambda material: [None], share=0.2, quick=1),
 ]

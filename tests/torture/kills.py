@@ -197,16 +197,29 @@ def _uninterrupted(material: Path, operation: Operation) -> tuple[int, float]:
                 modules.write_text(json.dumps(sorted(sys.modules)))
 
         _in_fork(run_and_list_modules, folder / "new")
-        for name in json.loads(modules.read_text()):  # imported here, the forks need not import them
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+        _import(modules)
         begin = time.monotonic()
         shutil.rmtree(folder / "new")
         shutil.copytree(folder / "old", folder / "new")
         ended = _in_fork(run, folder / "new")
         notes.write_text(json.dumps([ended.calls, time.monotonic() - begin]))
+    _import(folder / "modules.json")
     calls, seconds = json.loads(notes.read_text())
     return calls, seconds
+
+
+def _import(listed: Path) -> None:
+    """Import here what a command imports, so that the forks need not."""
+    for name in json.loads(listed.read_text()):
+        if name not in sys.modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
+def run_uninterrupted(material: str) -> None:
+    """Run every command once, uninterrupted."""
+    for operation in OPERATIONS:
+        _uninterrupted(Path(material), operation)
 
 
 def _state(operation: Operation, folder: Path, material: Path) -> str:

@@ -189,12 +189,17 @@ def change(value: Any, rng: Random, *, layout_only: bool = False) -> tuple[str, 
     return f"{name}{shape.replace('torch.', '')}", changed
 
 
+def change_layout(name: str, x: Tensor) -> Tensor:
+    """`x` in the layout of that name, or its first row "expanded"."""
+    return _expanded(x, Random(0)) if name == "expanded" else LAYOUTS[name](x)
+
+
 def wrong(ours: Any, eager: Any, truth: Any) -> str:
     """What is wrong with `ours`, compared with the reference in the same dtype and in float64; empty if nothing is.
 
-    The bound is far above rounding, which tests of the ops measure: 16 times the error of eager PyTorch, and 1e-4 (in 16
-    bits: 4 units in the last place) of the largest value. Faults of an attack are of the size of the values. Where a value is not
-    finite in float64, or overflows in the dtype, ours is not finite either or is what eager PyTorch has.
+    The bound is far above rounding, which tests of the ops measure: 16 times the error of eager PyTorch, and 1e-4 (in
+    16 bits: 4 units in the last place) of the largest value. Faults of an attack are of the size of the values. Where a
+    value is not finite in float64, or overflows in the dtype, ours is not finite either or is what eager PyTorch has.
     """
     if not isinstance(ours, Tensor) or not isinstance(truth, Tensor):
         return "" if isinstance(ours, Tensor) == isinstance(truth, Tensor) else f"{ours!r} for {truth!r}"[:200]

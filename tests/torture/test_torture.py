@@ -21,10 +21,9 @@ from tests.torture.tensors import guarded, wrong
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("area", ["kernels", "models", "files", "kills", "hostile"])
-def test_the_program_holds(area: str) -> None:
-    command = [sys.executable, "-m", "tests.torture", "--quick", "--jobs", "1", "--area", area]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+def test_the_program_holds() -> None:
+    command = [sys.executable, "-m", "tests.torture", "--quick", "--jobs", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " held" in done.stdout
 
