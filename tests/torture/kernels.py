@@ -244,8 +244,6 @@ _MODES: dict[str, Callable[..., Sequence[Tensor]]] = {
     "Hessian-vector product": _hessian_vector,
 }
 _DIFFERENTIABLE = (
-    "attention", "add_layer_norm", "bias_gelu", "embedding_layer_norm", "linear", "masked_lm_loss", "pad",
-)  # fmt: skip
     "attention",
     "add_layer_norm",
     "bias_gelu",
