@@ -7,6 +7,7 @@ timeout, is broken too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -129,6 +130,8 @@ def _run_batch(
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         _serve(attack, parameters, material, scratch, seed, orders[1], reports[1])
+    with contextlib.suppress(OSError):  # the child does it too: whoever is first
+        os.setpgid(pid, pid)
     os.close(orders[1])
     os.close(reports[1])
     more = True
