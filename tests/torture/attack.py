@@ -52,7 +52,8 @@ class Attack:
     Args:
         area, name: the row of the table.
         run: runs (case, parameter) and raises `Broken`.
-        parameters: (material) -> a list of JSON values, each of them a case; if None, cases are endless, drawn by rng.
+        parameters: (material) -> a list of JSON values, each of them a case; if it is or returns None, cases are
+            endless, drawn by rng.
         share: weight of its time among the attacks of its area.
         quick: number of cases in `make test`.
         timeout: seconds after which a case hangs.
@@ -61,7 +62,7 @@ class Attack:
     area: str
     name: str
     run: Callable[[Case, Any], None]
-    parameters: Callable[[Path], Sequence[Any]] | None = None
+    parameters: Callable[[Path], Sequence[Any] | None] | None = None
     share: float = 1.0
     quick: int = 20
     timeout: float = 30.0
@@ -93,7 +94,7 @@ def run_attack(
 
 def _numbers(attack: Attack, material: Path, seed: int, only: int | None) -> tuple[Iterator[int], Any]:
     """The numbers of the cases in the order in which they run, and the parameters if they are finite."""
-    parameters = None if attack.parameters is None else list(attack.parameters(material))
+    parameters = None if attack.parameters is None else attack.parameters(material)
     if only is not None:
         return iter([only]), parameters
     if parameters is None:
