@@ -15,6 +15,8 @@ from pathlib import Path
 # Errors of file systems without flock.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
+_held: set[str] = set()  # the lock files of this process
+
 
 class OutputBusyError(ValueError):
     """Another process is writing the output; the message names its host, its process and since when."""
@@ -26,7 +28,7 @@ def lock_path(target: Path) -> Path:
 
 
 @contextmanager
-def exclusive(target: Path, *, what: str = "run") -> Iterator[None]:
+def exclusive(target: Path, *, what: str = "run", inside: bool = False) -> Iterator[None]:
     """Lock `target` for the block.
 
     The kernel releases the lock when the process ends, however it ends; a lock file that was left behind is taken over.
@@ -34,20 +36,29 @@ def exclusive(target: Path, *, what: str = "run") -> Iterator[None]:
     the file itself is the lock: one of an ended process of this host is taken over, one of another host is refused.
 
     Args:
-        target: the folder or file to be written; its parent is created if missing.
+        target: the folder or file to be written, also by another name that links to it; missing folders are created.
         what: what is at work, for the message.
+        inside: `target` is a folder that is not replaced as a whole, and the lock file is in it: its parent need not be
+            writable.
 
     Raises:
         OutputBusyError: another process, or another thread of this one, holds the lock.
     """
-    path = lock_path(Path(os.path.abspath(target)))
+    real = Path(os.path.realpath(target))
+    path = real / ".lock" if inside else lock_path(real)
+    created = inside and not real.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, target, what)
+    _held.add(str(path))
     try:
         yield
     finally:
+        _held.discard(str(path))
         path.unlink(missing_ok=True)  # before the release: whoever opened it meanwhile notices and opens the next one
         os.close(descriptor)
+        if created:
+            with contextlib.suppress(OSError):  # it has files
+                real.rmdir()
 
 
 def _acquire(path: Path, target: Path, what: str) -> int:
@@ -95,8 +106,10 @@ def _is_stale(path: Path) -> bool:
         return True
     if holder.get("host") != os.uname().nodename:
         return False
+    if holder.get("pid") == os.getpid():  # an earlier process had this number, as in a container
+        return str(path) not in _held
     try:
-        os.kill(int(holder.get("pid", 0)), 0)
+        os.kill(int(str(holder.get("pid"))), 0)
     except ProcessLookupError:
         return True
     except (PermissionError, ValueError):

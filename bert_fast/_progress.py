@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
+
+from bert_fast._terminal import bar_stream, messages_above, printable
 
 _SECONDS_TERMINAL, _SECONDS_FILE = 0.5, 30.0  # between two redraws
 
@@ -13,7 +15,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
     """A bar on stderr. Does nothing if `shown` is False or tqdm is not installed.
 
     Args:
-        total: number of units.
+        total: number of units; None if it is not known.
         shown: whether to show it.
         unit: what is counted, as tqdm prints it.
         description: printed before the bar.
@@ -25,9 +27,10 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
     """
 
     def __init__(
-        self, total: int, *, shown: bool, unit: str, description: str = "", done: int = 0, required: bool = False
+        self, total: int | None, *, shown: bool, unit: str, description: str = "", done: int = 0, required: bool = False
     ) -> None:
         self._bar: Any = None
+        self._messages = ExitStack()
         if not shown:
             return
         try:
@@ -36,10 +39,18 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
             if required:
                 raise ImportError("the progress bar needs tqdm, which is not installed: pip install tqdm") from error
             return
+        self._stream = bar_stream()
         interval = _SECONDS_TERMINAL if sys.stderr.isatty() else _SECONDS_FILE
         self._bar = tqdm(
-            total=total, initial=done, desc=description or None, unit=unit, mininterval=interval, dynamic_ncols=True
+            total=total,
+            initial=done,
+            desc=description or None,
+            unit=unit,
+            mininterval=interval,
+            dynamic_ncols=True,
+            file=self._stream,
         )
+        self._messages.enter_context(messages_above(self.write))
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -62,9 +73,10 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
     def write(self, text: str) -> None:
         """Print a line above the bar; nothing if there is no bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(printable(text), file=self._stream)
 
     def close(self) -> None:
         """Leave the bar as it is and end its line."""
+        self._messages.close()
         if self._bar is not None:
             self._bar.close()

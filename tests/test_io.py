@@ -79,14 +79,18 @@ def test_an_exception_in_the_block_keeps_the_old_target(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [file, folder]
 
 
-# The steps of a replacement, in order.
-FOLDER_STEPS = ["fsync_tree", "rename", "rename", "fsync", "remove"]
+# The steps of a replacement, in order, and how many of them leave the old folder.
+EXCHANGE = ["fsync_tree", "exchange", "fsync", "remove"], 2
+TWO_RENAMES = ["fsync_tree", "rename", "rename", "fsync", "remove"], 3
 
 
-@pytest.mark.parametrize("step", range(len(FOLDER_STEPS)), ids=lambda step: f"{step}-{FOLDER_STEPS[step]}")
+@pytest.mark.parametrize(
+    ("way", "step"), [(way, step) for way in (EXCHANGE, TWO_RENAMES) for step in range(len(way[0]))]
+)
 def test_an_error_at_any_step_leaves_a_complete_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: tuple[list[str], int], step: int
 ) -> None:
+    steps, old = way
     target = tmp_path / "result"
     old_folder(target)
     calls: list[str] = []
@@ -104,10 +108,14 @@ def test_an_error_at_any_step_leaves_a_complete_folder(
     monkeypatch.setattr(_io, "fsync", failing("fsync", _io.fsync))
     monkeypatch.setattr(_io, "remove", failing("remove", _io.remove))
     monkeypatch.setattr(Path, "rename", failing("rename", Path.rename))
-    with pytest.raises(OSError, match=f"{FOLDER_STEPS[step]} failed"):
+    if way is TWO_RENAMES:
+        monkeypatch.setattr(_io, "_exchange", lambda *_: False)
+    else:
+        monkeypatch.setattr(_io, "_exchange", failing("exchange", _io._exchange))
+    with pytest.raises(OSError, match=f"{steps[step]} failed"):
         write(target)
-    assert calls[: step + 1] == FOLDER_STEPS[: step + 1]
-    assert contents(target) == (OLD if step < 3 else NEW)
+    assert calls[: step + 1] == steps[: step + 1]
+    assert contents(target) == (OLD if step < old else NEW)
     assert [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
@@ -144,6 +152,7 @@ def killing(function):
         return function(*arguments, **options)
     return call
 Path.rename, Path.replace, shutil.rmtree = map(killing, (Path.rename, Path.replace, shutil.rmtree))
+atomic._exchange = killing(atomic._exchange) if {exchange} else lambda *_: False
 target = Path({target!r})
 if {file}:
     atomic.write_text(target, "new")
@@ -153,9 +162,9 @@ else:
 """
 
 
-def killed(target: Path, kill_at: int, *, file: bool = False) -> None:
-    """Write `target` in a process that is killed before its rename, replace or rmtree number `kill_at`."""
-    code = KILLED.format(module=_io.__file__, kill_at=kill_at, target=str(target), file=file)
+def killed(target: Path, kill_at: int, *, file: bool = False, exchange: bool = False) -> None:
+    """Write `target` in a process that is killed before its rename, replace, exchange or rmtree number `kill_at`."""
+    code = KILLED.format(module=_io.__file__, kill_at=kill_at, target=str(target), file=file, exchange=exchange)
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
 
@@ -168,6 +177,18 @@ def test_after_a_kill_the_old_or_the_new_folder_is_complete(tmp_path: Path, kill
     assert target.exists() == (kill_at != 2), "between the two renames no folder has the name"
     _io.recover(tmp_path)
     assert contents(target) == ({"a": "new a"} if kill_at == 3 else OLD)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("kill_at", [1, 2], ids=["exchange", "delete"])
+def test_an_exchanged_folder_has_its_name_at_every_moment(tmp_path: Path, kill_at: int) -> None:
+    target = tmp_path / "result"
+    old_folder(target)
+    killed(target, kill_at, exchange=True)
+    complete = OLD if kill_at == 1 else {"a": "new a"}
+    assert contents(target) == complete
+    _io.recover(tmp_path)
+    assert contents(target) == complete
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -205,8 +226,19 @@ def test_leftovers_of_processes_that_may_live_are_kept_except_folders_of_an_excl
     write(target)
     assert sorted(tmp_path.iterdir()) == sorted([target, live, live_file, other_host, *others])
     _io.recover(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([target, live_file, *others])
+    assert sorted(tmp_path.iterdir()) == sorted([target, live, live_file, *others])
     _io.recover(tmp_path / "absent")
+
+
+def test_a_writer_of_a_file_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    target, other = tmp_path / "result", tmp_path / "other"
+    for path in (target, other):
+        path.write_text("old")
+        killed(path, 1, file=True)
+    assert len(list(tmp_path.iterdir())) == 4
+    _io.write_text(target, "new")
+    assert len(list(tmp_path.iterdir())) == 3
+    assert target.read_text() == "new"
 
 
 def test_an_existing_target_is_refused_before_the_block_and_after_it(tmp_path: Path) -> None:
@@ -297,3 +329,34 @@ def test_json_of_the_schema_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     _io.write_json(path, {"a": 1, "b": None, "c": "ü"})
     assert _io.read_json(path, {"a": int, "b": (list, type(None))}) == {"a": 1, "b": None, "c": "ü"}
+
+
+HOSTILE = [
+    "../x",
+    "a/../x",
+    "/etc/x",
+    "a//x",
+    "./x",
+    "",
+    ".",
+    "..",
+    "a/",
+    "C:x",
+    "a\\x",
+    "a\0x",
+    "a\nx",
+    "a\udc80",
+    3,
+    None,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"^m\.json names the file .*; expected a path inside its folder$"):
+        _io.safe_name(tmp_path, name, "m.json")
+
+
+@pytest.mark.parametrize("name", ["a", "train/00000.arrow", ".hidden", "..a", "a..b/c d", "\u6771.arrow"])
+def test_a_name_inside_its_folder_is_a_path(tmp_path, name):
+    assert _io.safe_name(tmp_path, name, "m.json") == tmp_path / name

@@ -95,6 +95,7 @@ def test_many_processes_one_at_a_time(tmp_path: Path) -> None:
     [
         ({"host": os.uname().nodename, "pid": 2**22 + 1}, False),  # more than the largest process number
         ({"host": os.uname().nodename, "pid": 1}, True),
+        ({"host": os.uname().nodename, "pid": os.getpid()}, False),  # the number of an earlier process
         ({"host": "elsewhere", "pid": 2**22 + 1}, True),
         ({}, False),
     ],
@@ -116,3 +117,26 @@ def test_without_flock(
         expected = pytest.raises(_lock.OutputBusyError, match=f"pid {os.getpid()}")
         with _lock.exclusive(target), expected, _lock.exclusive(target):
             pass
+
+
+def test_a_folder_has_one_lock_by_whatever_name(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for inside in (False, True):
+        with (
+            _lock.exclusive(tmp_path / "disk", inside=inside),
+            pytest.raises(_lock.OutputBusyError, match="link; wait"),
+            _lock.exclusive(tmp_path / "link", inside=inside),
+        ):
+            pass
+
+
+def test_a_lock_inside_needs_no_parent_that_is_writable(tmp_path: Path) -> None:
+    with _lock.exclusive(tmp_path / "new" / "run", inside=True):
+        assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == [".lock"]
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["run"]
+    assert list((tmp_path / "new").iterdir()) == [], "nothing was written"
+    for _ in range(2):
+        with _lock.exclusive(tmp_path / "new" / "run", inside=True):
+            (tmp_path / "new" / "run" / "a").touch()
+    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["a"]

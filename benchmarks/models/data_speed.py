@@ -21,10 +21,10 @@ import numpy as np
 
 from benchmarks.runner.devices import Cpu, environment
 from benchmarks.runner.runner import write
-from bert_fast.data import PretrainingData, PretrainingDataConfig
+from bert_fast.data import PretrainingData, PretrainingDataConfig, save_tokenizer
 from bert_fast.data.host_numpy import CONTINUES
 from bert_fast.data.shards import SPLITS, ShardWriter, write_manifest
-from bert_fast.data.vocab import SPECIAL_TOKENS, load_wordpiece, save_tokenizer
+from bert_fast.data.vocab import SPECIAL_TOKENS, load_wordpiece
 
 FLOOR = 1_000_000  # tokens per second and core
 VOCABULARY, PIECES = 30522, 6104  # tokens, and how many of them are `##` pieces

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bert_fast._io import atomic_file
+from bert_fast._terminal import data_stream
 from bert_fast.cli.models import load, read_texts, shows_progress
+from bert_fast.cli.output import check_output, to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ FORMATS = (".npy", ".jsonl", ".parquet")
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("model", type=str, help="folder of a checkpoint")
+    parser.add_argument("model", type=str, help="folder of a checkpoint, or a hub name")
     parser.add_argument("texts", nargs="*", type=str, help="texts; read from stdin, one per line, if none")
     parser.add_argument("--file", type=str | None, default=None, help="a file of texts, one per line; - is stdin")
     parser.add_argument(
@@ -31,7 +32,7 @@ def add_arguments(parser: Any) -> None:
         default="mean",
         help="how token vectors become one vector",
     )
-    parser.add_argument("--normalize", action="store_true", help="scale each vector to unit length")
+    parser.add_argument("--normalize", type=bool, default=False, help="scale each vector to unit length")
     parser.add_argument(
         "--max_seqlen", type=int | None, default=None, help="truncate longer texts; default: the model's maximum"
     )
@@ -42,8 +43,7 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
-    if args.output is not None and Path(args.output).suffix not in FORMATS:
-        raise ValueError(f"--output is {args.output!r}; expected a file name ending in {', '.join(FORMATS)}")
+    check_output(args.output, FORMATS)
     texts = read_texts(args.texts, args.file)
 
     model, tokenizer = load("BertModel", args.model, args.device, add_pooling_layer=args.pooling == "pooler")
@@ -62,23 +62,27 @@ def run(args: Any) -> int:
 
 def _write(texts: list[str], vectors: Tensor, output: str | None) -> None:
     if output is None:
-        _write_jsonl(texts, vectors, sys.stdout)
-    elif output.endswith(".npy"):
-        import numpy as np
+        _write_jsonl(texts, vectors, data_stream())
+        return
+    with atomic_file(Path(output)) as path:
+        if output.endswith(".npy"):
+            import numpy as np
 
-        np.save(output, vectors.numpy())
-    elif output.endswith(".jsonl"):
-        with open(output, "w", encoding="utf-8") as file:
-            _write_jsonl(texts, vectors, file)
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+            # Open for reading too: numpy then writes through the file object, whose errors say what is wrong.
+            with path.open("w+b") as file:
+                np.save(file, vectors.numpy())
+        elif output.endswith(".jsonl"):
+            with path.open("w", encoding="utf-8", newline="") as file:
+                _write_jsonl(texts, vectors, file)
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
 
-        flat = pa.array(vectors.numpy().reshape(-1))
-        columns = {"text": texts, "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
-        pq.write_table(pa.table(columns), output)
+            flat = pa.array(vectors.numpy().reshape(-1))
+            columns = {"text": texts, "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
+            pq.write_table(pa.table(columns), path)
 
 
 def _write_jsonl(texts: list[str], vectors: Tensor, file: Any) -> None:
     for text, vector in zip(texts, vectors, strict=True):
-        file.write(json.dumps({"text": text, "embedding": vector.tolist()}, ensure_ascii=False) + "\n")
+        file.write(to_json({"text": text, "embedding": vector.tolist()}) + "\n")

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from bert_fast.cli import rows
+from bert_fast._io import write_json
+from bert_fast.cli import output, rows
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("model", type=str, help="folder written by bert-fast finetune")
+    parser.add_argument("model", type=str, help="folder written by bert-fast finetune, or a hub name")
     parser.add_argument("data", type=str, help="labelled rows: csv, tsv, jsonl, json, parquet, conll, or datasets:NAME")
     parser.add_argument("--metrics", type=str | None, default=None, help="JSON file for all metrics")
-    parser.add_argument(
-        "--output", type=str | None, default=None, help=f"output file for the predictions, {', '.join(rows.FORMATS)}"
-    )
+    output.add_output_arguments(parser)
     rows.add_row_arguments(parser)
 
 
 def run(args: Any) -> int:
-    rows.check_output(args.output)
+    output.check_output(args.output)
+    output.check_output(args.metrics, (), "--metrics")
     loaded = rows.load_task(args.model, args.device, args.options)
     task = loaded[2]
-    table = task.read(args.data, args.names)
+    table = rows.read_rows(args, task, args.data)
 
     from bert_fast.tasks.io.columns import choose_columns
 
@@ -35,11 +34,19 @@ def run(args: Any) -> int:
     for message in task.check(table, columns):
         print(message, file=sys.stderr)
     predictions = rows.predict_rows(args, loaded, table, columns)
+    if warning := task.warning(predictions, table, columns):
+        print(warning, file=sys.stderr)
     metrics = task.evaluate(predictions, table, columns)
-    rows.print_metrics(metrics)
+    # The files first: whoever reads what is printed may stop reading, as `head` does.
     if args.metrics is not None:
-        text = json.dumps(metrics, indent=1, ensure_ascii=False)
-        Path(args.metrics).write_text(text + "\n", encoding="utf-8")
+        write_json(Path(args.metrics), metrics)
     if args.output is not None:
-        rows.write_predictions(task, table, columns, predictions, args.output)
+        output.write_predictions(
+            table,
+            predictions,
+            args.output,
+            class_columns=args.class_columns,
+            quote_formulas=args.quote_formulas,
+        )
+    rows.print_metrics(metrics)
     return 0

@@ -8,6 +8,8 @@ from typing import Any
 from bert_fast._config import from_mapping
 from bert_fast.finetune.config import FinetuneConfig
 
+SHORT_NAMES = {"ner": "token-classification", "qa": "question-answering"}
+
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument(
@@ -23,15 +25,34 @@ def positional(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def more_help(task: str) -> str:
+    """The options of a task, for --help; how to get them if `task` is empty."""
+    if not task:
+        return "\nbert-fast finetune TASK --help lists the options of a task too.\n"
+    from jsonargparse import SUPPRESS, ArgumentParser
+
+    from bert_fast.tasks.task import task_class
+
+    parser = ArgumentParser(prog=f"bert-fast finetune {task}", usage=SUPPRESS, add_help=False)
+    parser.add_class_arguments(task_class(SHORT_NAMES.get(task, task)).options_class, "options")
+    listed = parser.format_help().strip()
+    return f"\n{listed}\n" if "--options." in listed else f"\nThe task {task} has no options.\n"
+
+
 def run(args: Any) -> int:
     values = dict(vars(args))
     values.pop("config", None)
+    values["task"] = SHORT_NAMES.get(values["task"], values["task"])
     config = from_mapping(FinetuneConfig, values)
 
     from bert_fast.cli.rows import print_metrics
     from bert_fast.finetune.api import finetune
+    from bert_fast.finetune.unfinished import RunInterruptedError
 
-    result = finetune(config, report=lambda text: print(text, file=sys.stderr))
+    try:
+        result = finetune(config, report=lambda text: print(text, file=sys.stderr))
+    except RunInterruptedError as error:
+        return interrupted(error)
     for split in ("dev", "test"):
         if split in result.metrics:
             print_metrics(result.metrics[split], f"{split} ")
@@ -42,3 +63,10 @@ def run(args: Any) -> int:
         print(f"{'tokens per second':<22} {run['tokens_per_second']:,.0f}")
     print(f"{'model':<22} {result.folder}")
     return 0
+
+
+def interrupted(error: Any) -> int:
+    """Say that a signal has ended a run and how it resumes; returns the exit code."""
+    print(f"stopped by signal {error.signal} after step {error.step} of {error.total_steps}; saved")
+    print(f"checkpoint: {error.checkpoint} (the same command resumes from it)")
+    return 128 + int(error.signal)

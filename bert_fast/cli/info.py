@@ -12,7 +12,7 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pyarrow", 
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", type=bool, default=False, help="print one JSON object")
 
 
 def run(args: Any) -> int:

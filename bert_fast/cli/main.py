@@ -1,18 +1,23 @@
 """`bert-fast`: parses the arguments, runs the command, and prints an error as one line.
 
 Only the module of the requested command is imported, and it imports torch when it runs, so that help is fast. Exit
-codes: 0 success, 1 a check failed, 2 invalid usage or input, 128 + n ended by signal n.
+codes: 0 success, 1 a check failed, 2 invalid usage or input, 128 + n ended by signal n (141: the reader of stdout has
+ended).
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from bert_fast._config import did_you_mean
+from bert_fast._terminal import discard_stdout, safe_streams
 
 COMMANDS = {
     "prepare": "convert text to a vocabulary and tokenised shards",
@@ -30,6 +35,7 @@ COMMANDS = {
     "info": "show versions, device, CPU features and available implementations",
     "verify": "compare every implementation that runs on this machine with float64",
 }
+_BROKEN_PIPE = 128 + 13
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # Import names of optional packages, and the extra of bert_fast that installs each.
 EXTRAS = {
@@ -47,15 +53,34 @@ EXTRAS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with safe_streams():
+        try:
+            try:
+                return _main(list(sys.argv[1:] if argv is None else argv), ends=argv is None)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader of stdout has ended, as `head` does. Files have been written before anything is printed.
+            discard_stdout()
+            return _BROKEN_PIPE
+        except OSError as error:  # of the last flush
+            print(f"bert-fast: error: {_one_line(error)}", file=sys.stderr)
+            discard_stdout()
+            return 2
+
+
+def _main(arguments: list[str], ends: bool) -> int:
+    """Run a command line; `ends` says whether the process ends after it."""
     debug = "--debug" in arguments or os.environ.get("BERT_FAST_DEBUG") == "1"
     arguments = [argument for argument in arguments if argument != "--debug"]
-    command = arguments[0] if arguments else ""
+    command = arguments[0].replace("_", "-") if arguments else ""
     prefix = f"bert-fast {command}" if command in COMMANDS else "bert-fast"
     try:
         if command in COMMANDS:
             return _run(command, arguments[1:])
         return _overview(command)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if debug or not _is_user_error(error):
             traceback.print_exc()
@@ -63,22 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{prefix}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if ends:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt the end of Python
         print(f"{prefix}: interrupted", file=sys.stderr)
         return 130
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
-
     module: Any = importlib.import_module(f"bert_fast.cli.{command.replace('-', '_')}")
-    parser = ArgumentParser(
-        prog=f"bert-fast {command}", description=module.__doc__, exit_on_error=False, parser_mode="yaml"
-    )
+    from bert_fast.cli.arguments import make_parser, parse
+
+    parser = make_parser(f"bert-fast {command}", module.__doc__)
     module.add_arguments(parser)
     if hasattr(module, "positional"):
         arguments = module.positional(arguments)
     arguments, threads = _without_threads(arguments)
-    parsed = parser.parse_args(_with_recipe(arguments))
+    parsed = parse(parser, arguments, _recipe, getattr(module, "more_help", None))
 
     from bert_fast.threads import use_threads
 
@@ -94,7 +119,7 @@ def _without_threads(arguments: list[str]) -> tuple[list[str], int | None]:
     for argument in remaining:
         if argument == "--threads" or argument.startswith("--threads="):
             value = argument.partition("=")[2] or next(remaining, "")
-            if not value.isdigit():
+            if not (value.isascii() and value.isdigit()):
                 raise ValueError(f"--threads is {value!r}; expected the number of threads, 1 or more")
             threads = int(value)
         else:
@@ -102,22 +127,15 @@ def _without_threads(arguments: list[str]) -> tuple[list[str], int | None]:
     return rest, threads
 
 
-def _with_recipe(arguments: list[str]) -> list[str]:
-    """Replace `--recipe NAME` by `--config` and the path of this recipe of the package."""
-    replaced: list[str] = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        option, _, name = argument.partition("=")
-        replaced += ["--config", str(_recipe(name or next(remaining, "")))] if option == "--recipe" else [argument]
-    return replaced
-
-
-def _recipe(name: str) -> Path:
-    path = RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-        raise ValueError(f"--recipe is {name!r}; expected one of {names} (pass a file with --config)")
-    return path
+def _recipe(name: str) -> str:
+    """The path of the recipe `name` of the package."""
+    recipes = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+    if name not in recipes:
+        raise ValueError(
+            f"--recipe is {name!r}; expected one of {', '.join(recipes)} (pass a file with --config)"
+            f"{did_you_mean(name, recipes)}"
+        )
+    return str(RECIPES / f"{name}.yaml")
 
 
 def _overview(command: str) -> int:
@@ -127,7 +145,9 @@ def _overview(command: str) -> int:
         print(f"bert_fast {bert_fast.__version__}")
         return 0
     if command not in ("", "-h", "--help"):
-        raise ValueError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
+        raise ValueError(
+            f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}"
+        )
     print("usage: bert-fast COMMAND [options]        bert-fast COMMAND --help lists the options\n")
     for name, text in COMMANDS.items():
         print(f"  {name:<10} {text}")

@@ -10,29 +10,38 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bert_fast._text import read_lines
+
 
 def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any]:
     """The model of class `bert_fast.models.<kind>` in eval mode on `device`, and its tokenizer.
 
     Raises:
-        FileNotFoundError: `folder` doesn't exist.
-        ValueError: the checkpoint is corrupt, or lacks parameters of the model.
+        FileNotFoundError: `folder` is neither a folder nor a hub name that can be reached.
+        ValueError: the checkpoint is corrupt, lacks parameters, or has fewer rows than the tokenizer has tokens.
     """
     import bert_fast.models
     from bert_fast._device import resolve_device
-    from bert_fast.data import load_tokenizer
+    from bert_fast.data.tokenizer import check_rows, load_tokenizer
     from bert_fast.models.checkpoint import NOT_STORED
 
-    if not Path(folder).is_dir():
-        expected = "a checkpoint (config.json, model.safetensors, vocab.txt)"
-        raise FileNotFoundError(f"{folder} is not a folder; expected {expected}")
-    target, tokenizer = resolve_device(device), load_tokenizer(folder)
+    target = resolve_device(device)
+    local = model_folder(folder)
+    tokenizer = load_tokenizer(local)
     with _collected_warnings() as warnings:
-        model = getattr(bert_fast.models, kind).from_pretrained(folder, **settings)
+        model = getattr(bert_fast.models, kind).from_pretrained(local, **settings)
     for text in warnings:
         if text.startswith(NOT_STORED):
             raise ValueError(f"{folder} can't be used as {kind}: {text}")
+    check_rows(tokenizer, model.config.vocab_size, folder)
     return model.to(target).eval(), tokenizer
+
+
+def model_folder(name: str, expected: str = "a checkpoint (config.json, model.safetensors, vocab.txt)") -> Path:
+    """The folder of a model, or that of a hub repository in the hub's cache; see `local_folder`."""
+    from bert_fast.models.snapshot import local_folder
+
+    return local_folder(name, expected)
 
 
 @contextmanager
@@ -52,15 +61,17 @@ def _collected_warnings() -> Iterator[list[str]]:
 
 
 def read_texts(texts: list[str], file: str | None) -> list[str]:
-    """The texts of the arguments, then the lines of `file`; stdin if `file` is "-" or if there are neither."""
+    """The texts of the arguments, then the lines of `file`; stdin if `file` is "-" or if there are neither.
+
+    Raises:
+        OSError: `file` can't be opened.
+        ValueError: it is not UTF-8 (the message names the line), or there is no text.
+    """
     lines = list(texts)
     if file == "-" or (file is None and not texts):
-        lines += sys.stdin.read().splitlines()
+        lines += [line for _, line in read_lines(sys.stdin, "stdin")]
     elif file is not None:
-        try:
-            lines += Path(file).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        lines += [line for _, line in read_lines(file)]
     if not lines:
         raise ValueError("no text; pass texts as arguments, --file FILE, or lines on stdin")
     return lines

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from bert_fast._config import from_mapping
+from bert_fast.cli.finetune import interrupted
 from bert_fast.finetune.config import MultitaskConfig
 
 
@@ -27,8 +28,12 @@ def run(args: Any) -> int:
 
     from bert_fast.cli.rows import print_metrics
     from bert_fast.finetune.api import multitask
+    from bert_fast.finetune.unfinished import RunInterruptedError
 
-    result = multitask(config, report=lambda text: print(text, file=sys.stderr))
+    try:
+        result = multitask(config, report=lambda text: print(text, file=sys.stderr))
+    except RunInterruptedError as error:
+        return interrupted(error)
     for name, task_result in result.tasks.items():
         for split in ("dev", "test"):
             if split in task_result.metrics:

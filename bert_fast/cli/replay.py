@@ -11,7 +11,9 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("folder", type=str, help="OUTPUT_DIR/diverged/step-NNNNNNNN of the run")
     parser.add_argument("--weights", type=str | None, default=None, help="a checkpoint whose weights are used instead")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda ...")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with NaN and infinities as strings")
+    parser.add_argument(
+        "--json", type=bool, default=False, help="print one JSON object, with NaN and infinities as strings"
+    )
 
 
 def run(args: Any) -> int:

@@ -10,6 +10,8 @@ import sys
 from typing import Any, Literal
 
 from bert_fast._config import from_mapping
+from bert_fast.cli.finetune import SHORT_NAMES, interrupted
+from bert_fast.cli.finetune import more_help as more_help
 from bert_fast.cli.finetune import positional as positional
 from bert_fast.finetune.config import FinetuneConfig
 
@@ -31,15 +33,22 @@ def run(args: Any) -> int:
     values = dict(vars(args))
     values.pop("config", None)
     grid, folds, keep = (values.pop(name) for name in ("grid", "folds", "keep"))
+    values["task"] = SHORT_NAMES.get(values["task"], values["task"])
     config = from_mapping(FinetuneConfig, values)
 
-    from bert_fast.finetune.grid import ranked, settings_text, sweep
+    from bert_fast.finetune.grid import sweep
+    from bert_fast.finetune.sweep_page import ranked, settings_text
+    from bert_fast.finetune.unfinished import RunInterruptedError
 
-    result = sweep(config, grid, folds=folds, keep=keep, report=lambda text: print(text, file=sys.stderr))
-    print(f"dev {result['metric']}{f', mean and standard deviation of {folds} folds' if folds else ''}")
+    try:
+        result = sweep(config, grid, folds=folds, keep=keep, report=lambda text: print(text, file=sys.stderr))
+    except RunInterruptedError as error:
+        return interrupted(error)
+    several = any(run["n"] > 1 for run in result["runs"])
+    print(f"dev {result['metric']}{', mean ± sample standard deviation of the n runs' if several else ''}")
     for run in ranked(result):
         mean = "undefined" if run["mean"] is None else f"{run['mean']:.4f}"
-        deviation = f" ± {run['std']:.4f}" if folds and run["std"] is not None else ""
+        deviation = f" ± {run['std']:.4f} (n = {run['n']})" if run["std"] is not None else ""
         print(f"{mean}{deviation}  {run['folders'][0]}  {settings_text(run['settings'])}")
     print(f"{config.output_dir}/sweep.json")
     return 0

@@ -11,7 +11,10 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--impls", type=list[str] | None, default=None, help="implementations to test; all by default")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
     parser.add_argument(
-        "--record", action="store_true", help="record the GPU kernels that pass, so that impl='auto' may choose them"
+        "--record",
+        type=bool,
+        default=False,
+        help="record the GPU kernels that pass, so that impl='auto' may choose them",
     )
 
 
@@ -19,16 +22,21 @@ def _row(op: str, impl: str, device: str, dtype: str, case: str, rest: str) -> s
     return f"{op:<21} {impl:<10} {device:<6} {dtype:<9} {case:<12} {rest}"
 
 
-def run(args: Any) -> int:
-    from bert_fast.verification import record, verify
-
+def _print_header() -> None:
     print("error: maximum absolute difference from the reference in float64, over outputs and gradients")
     print("bound: twice the error of eager PyTorch in the same dtype, plus one ulp of the largest value\n")
     header = _row("operation", "impl", "device", "dtype", "case", f"{'worst at':<16} {'error':>9} {'bound':>9}")
     print(header)
     print("-" * (len(header) + 8))
-    results = []
+
+
+def run(args: Any) -> int:
+    from bert_fast.verification import record, verify
+
+    results: list[Any] = []
     for result in verify(args.ops, args.impls, args.seed):
+        if not results:
+            _print_header()
         results.append(result)
         worst = result.worst
         numbers = f"{worst.name:<16} {worst.ours:9.2e} {worst.bound:9.2e}" if worst else result.error

@@ -6,7 +6,8 @@ from bert_fast.data.preparation import PrepareReport, prepare
 from bert_fast.data.prepare_config import PrepareConfig
 from bert_fast.data.remote import local_folder
 from bert_fast.data.tokenizer import load_tokenizer
-from bert_fast.data.vocab import save_tokenizer, train_vocab
+from bert_fast.data.tokenizer_saving import copy_tokenizer, save_tokenizer
+from bert_fast.data.vocab import train_vocab
 
 __all__ = [
     "Example",
@@ -15,6 +16,7 @@ __all__ = [
     "PrepareReport",
     "PretrainingData",
     "PretrainingDataConfig",
+    "copy_tokenizer",
     "load_tokenizer",
     "local_folder",
     "prepare",

@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
+from bert_fast._text import split_lines
+
 Document = list[str]  # sentences
 
 # Why a document is dropped, in the order of the checks; `duplicate` and `no_tokens` are detected later.
@@ -15,12 +17,13 @@ REASONS = {
     "undecodable": "not UTF-8",
     "malformed": "a row that can't be read",
     "missing": "no text in the row",
+    "damaged": "a file that can't be read to its end",
     "control_characters": "mostly control characters",
     "near_empty": "fewer characters than min_characters",
     "duplicate": "equal to an earlier document",
     "no_tokens": "no visible character",
 }
-UNREADABLE = ("undecodable", "malformed", "missing")
+UNREADABLE = ("undecodable", "malformed", "missing", "damaged")
 # C0 and C1 but for tab, line breaks and separators that count as white space; the replacement character; private use.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufffd\ue000-\uf8ff]")
 _MAX_CONTROL = 0.1
@@ -57,9 +60,9 @@ def split_sentences(text: str, language: str = "en") -> list[str]:
 def splitter(mode: str, language: str) -> Callable[[str], list[str]]:
     """A function that splits a text into sentences; `mode` is `lines`, `split` or `split_wrapped`, as in the config."""
     if mode == "lines":
-        return str.splitlines
+        return split_lines
     if mode == "split":
-        return lambda text: [part for line in text.splitlines() for part in split_sentences(line, language)]
+        return lambda text: [part for line in split_lines(text) for part in split_sentences(line, language)]
     return lambda text: [
         part
         for paragraph in _PARAGRAPH.split(text)
@@ -96,7 +99,7 @@ def clean(raw: Raw, split: Callable[[str], list[str]], min_characters: int) -> t
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
         return [], raw._replace(problem="undecodable", detail=f"not Unicode ({error.reason})")
-    if (count := len(_CONTROL.findall(text))) > _MAX_CONTROL * len(text):
+    if (count := sum(1 for _ in _CONTROL.finditer(text))) > _MAX_CONTROL * len(text):
         return [], raw._replace(
             problem="control_characters", detail=f"{count} of {len(text)} characters are control characters"
         )

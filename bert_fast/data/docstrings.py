@@ -10,6 +10,8 @@ import inspect
 import re
 from collections.abc import Iterator
 
+from bert_fast._text import split_lines
+
 # A full stop after one of these ends no sentence.
 _ABBREVIATION = re.compile(
     r"e\.g|i\.e|etc|cf|vs|al|fig|eqs?|sec|no|vol|pp|dr|mrs?|ms|prof|st|jr|sr|inc|ltd|approx|resp|dept"
@@ -81,7 +83,7 @@ def _paragraphs(text: str) -> Iterator[str]:
     """Paragraphs of a cleaned docstring; a change of indentation or a list item starts one."""
     lines: list[str] = []
     indent, skip_deeper, in_doctest = 0, -1, False
-    for line in [*text.expandtabs().splitlines(), ""]:
+    for line in [*split_lines(text.expandtabs()), ""]:
         stripped = line.strip()
         depth = len(line) - len(line.lstrip())
         if not stripped:

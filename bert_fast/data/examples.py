@@ -26,11 +26,11 @@ from bert_fast.data.host_numpy import (
     span_thresholds,
 )
 from bert_fast.data.remote import local_folder
-from bert_fast.data.shards import TokenStore, verify_files
+from bert_fast.data.shards import TOKENIZER, TokenStore, verify_files
+from bert_fast.data.unit_texts import unit_texts
 from bert_fast.data.vocab import load_wordpiece, token_kinds
 
 HOST_IMPLS = ("auto", "cpp", "numpy")
-_VOCABULARY_FILES = ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
 
 
 @dataclass
@@ -192,7 +192,7 @@ class PretrainingData:
         self.config = config
         self._host = host(config.host)
         folder = local_folder(config.folder, config.cache)
-        verify_files(folder, _VOCABULARY_FILES, checksums=config.checksums)
+        verify_files(folder, TOKENIZER, checksums=config.checksums)
         self.store = TokenStore(folder, config.split, checksums=config.checksums)
         self.documents, self.tokens = self.store.documents, self.store.tokens
         needed = 2 if config.next_sentence else 1
@@ -220,6 +220,12 @@ class PretrainingData:
         self._max_tokens = config.seq_len - (3 if config.next_sentence else 2)
         limit = self._max_tokens // 2 if config.next_sentence else self._max_tokens
         self._unit_ends, self._document_units = _units(self.store, kinds, limit, config.next_sentence)
+        self._texts = unit_texts(self.store, self._unit_ends, self._document_units, pairs=config.next_sentence)
+        if config.next_sentence and (self._texts[1] == self._texts[1][0]).all():
+            raise ValueError(
+                f"{config.folder}, {config.split}: its {self.documents} documents have equal texts; expected 2 "
+                "different ones (B of a sentence pair may come from another document), or next_sentence=false"
+            )
         self._plans: dict[int, Plan] = {}
 
     def plan(self, epoch: int) -> Plan:
@@ -233,7 +239,7 @@ class PretrainingData:
         key = epoch_key(self.config.seed, epoch)
         short = round(self.config.short_seq_prob * 2**32)
         columns = self._host.plan(
-            self._unit_ends, self._document_units, key, self._max_tokens, short, self.config.next_sentence
+            self._unit_ends, self._document_units, *self._texts, key, self._max_tokens, short, self.config.next_sentence
         )
         order = shuffled(columns[0].size, key)
         names = ("a_start", "a_length", "b_start", "b_length", "label", "document", "b_document")

@@ -10,7 +10,7 @@ from typing import IO, Any
 from bert_fast.data.builtin import builtin_documents
 from bert_fast.data.cleaning import Raw, is_text
 from bert_fast.data.prepare_config import PrepareConfig
-from bert_fast.data.sources import Piece, open_dataset, open_file, open_parquet
+from bert_fast.data.sources import DamagedFileError, Piece, open_dataset, open_file, open_parquet
 
 _USUAL_COLUMNS = ("text", "content", "document", "body", "sentences")
 _MAX_LINE = 2**26  # bytes; a longer line is not text and is skipped without being read into memory
@@ -20,12 +20,19 @@ _MAX_DOCUMENT = 2**24  # bytes; a longer document of a .txt file is cut after a 
 def read_piece(piece: Piece, config: PrepareConfig) -> Iterator[Raw]:
     """The documents of a piece, in order.
 
-    A row that can't be read is a `Raw` with its problem. A byte range contains the documents that begin in it: in a
-    .txt file with blank lines, those after the first blank line that begins in it.
+    A row that can't be read is a `Raw` with its problem, and so is the rest of a damaged file. A byte range contains
+    the documents that begin in it: in a .txt file with blank lines, those after the first blank line that begins in it.
 
     Raises:
-        ValueError: the file can't be read, or none of its rows has the requested column; the message names it.
+        ValueError: the disk or the network fails, or no row has the requested column; the message names the file.
     """
+    try:
+        yield from _read(piece, config)
+    except DamagedFileError as error:
+        yield Raw(piece.name, None, "damaged", str(error).removeprefix(f"{piece.name}: "))
+
+
+def _read(piece: Piece, config: PrepareConfig) -> Iterator[Raw]:
     if piece.kind == "builtin":
         return (Raw("builtin", document) for document in builtin_documents(config.packages))
     if piece.kind == ".txt":
@@ -82,53 +89,55 @@ def _read_txt(piece: Piece, boundary: str) -> Iterator[Raw]:
     if boundary == "line":
         for _, where, line in _lines(piece):
             if line is None or line.strip():
-                yield _decoded(where, [line])
+                yield _decoded([(where, line)])
         return
-    begin, size = "", 0
-    lines: list[bytes | None] = []
+    size = 0
+    lines: list[tuple[str, bytes | None]] = []
     started = piece.start == 0
     for position, where, line in _lines(piece, beyond=True):
         blank = line is not None and not line.strip()
         if blank and boundary == "blank_line":
             if started and lines:
-                yield _decoded(begin, lines)
-            begin, lines, size, started = "", [], 0, True
+                yield _decoded(lines)
+            lines, size, started = [], 0, True
             if 0 <= piece.end <= position:
                 return
         elif not started and 0 <= piece.end <= position:
             return
         elif started:
             if lines and size + len(line or b"") > _MAX_DOCUMENT:
-                yield _decoded(begin, lines)
+                yield _decoded(lines)
                 lines, size = [], 0
-            begin = begin if lines else where
-            lines.append(line)
+            lines.append((where, line))
             size += len(line or b"")
     if lines:
-        yield _decoded(begin, lines)
+        yield _decoded(lines)
 
 
-def _decoded(where: str, lines: list[bytes | None]) -> Raw:
-    if None in lines:
-        return Raw(where, None, "malformed", f"a line of more than {_MAX_LINE >> 20} MiB")
-    text = b"".join(line for line in lines if line is not None)
-    try:
-        return Raw(where, text.decode())
-    except UnicodeDecodeError as error:
-        return Raw(where, None, "undecodable", f"not UTF-8 ({error.reason} at byte {error.start} of the document)")
+def _decoded(lines: list[tuple[str, bytes | None]]) -> Raw:
+    """The document of some lines, each with its place; the place of a problem is that of its line."""
+    texts = []
+    for where, line in lines:
+        if line is None:
+            return Raw(where, None, "malformed", f"a line of more than {_MAX_LINE >> 20} MiB")
+        try:
+            texts.append(line.decode())
+        except UnicodeDecodeError as error:
+            return Raw(where, None, "undecodable", f"not UTF-8 ({error.reason} at byte {error.start})")
+    return Raw(lines[0][0], "".join(texts))
 
 
 def _read_jsonl(piece: Piece) -> Iterator[tuple[str, Mapping[str, Any] | Raw]]:
     for _, where, line in _lines(piece):
         if line is not None and not line.strip():
             continue
-        raw = _decoded(where, [line])
+        raw = _decoded([(where, line)])
         if raw.problem:
             yield where, raw
             continue
         try:
             row = json.loads(str(raw.value))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # of an integer of more than 4300 digits, a bare ValueError
             detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             yield where, raw._replace(problem="malformed", detail=f"not JSON ({detail})")
             continue
@@ -141,28 +150,45 @@ def _read_jsonl(piece: Piece) -> Iterator[tuple[str, Mapping[str, Any] | Raw]]:
 
 def _read_csv(piece: Piece) -> Iterator[tuple[str, Mapping[str, Any] | Raw]]:
     # Bytes that are not UTF-8 become surrogates, which cleaning detects in their field.
-    text = (_decoded_anyhow(where, line) for _, where, line in _lines(piece))
     limit = csv.field_size_limit(_MAX_LINE)  # a field may be a document
-    reader = csv.reader(text, strict=True)
+    reader = csv.reader(_CsvLines(piece), strict=True)
+    header: list[str] | None = None
     try:
-        header = next(reader, [])
-        for row in reader:
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:  # the reader goes on with the next line
+                where = f"{piece.name}, line {reader.line_num}"
+                yield where, Raw(where, None, "malformed", f"not CSV ({error})")
+                continue
             where = f"{piece.name}, line {reader.line_num}"
-            if row and len(row) != len(header):
+            if row is None:
+                return
+            if header is None:
+                header = row
+            elif row and len(row) != len(header):
                 detail = f"{len(row)} fields; expected {len(header)} as in the header"
                 yield where, Raw(where, None, "malformed", detail)
             elif row:
                 yield where, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{piece.name}, line {reader.line_num}: not CSV ({error})") from error
     finally:
         csv.field_size_limit(limit)
 
 
-def _decoded_anyhow(where: str, line: bytes | None) -> str:
-    if line is None:
-        raise ValueError(f"{where}: more than {_MAX_LINE >> 20} MiB without a line break; expected a document per row")
-    return line.decode(errors="surrogateescape")
+class _CsvLines:
+    """The lines of a piece for a csv.reader, which may go on after an error: a generator could not."""
+
+    def __init__(self, piece: Piece) -> None:
+        self._lines = _lines(piece)
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        _, _, line = next(self._lines)
+        if line is None:
+            raise csv.Error(f"more than {_MAX_LINE >> 20} MiB without a line break")
+        return line.decode(errors="surrogateescape")
 
 
 def _read_parquet(piece: Piece, text_column: str | None) -> Iterator[Raw]:
@@ -171,7 +197,7 @@ def _read_parquet(piece: Piece, text_column: str | None) -> Iterator[Raw]:
         column = text_column or _guess_column(piece.name, [f.name for f in schema if _holds_text(f.type)], schema.names)
         if column not in schema.names:
             raise ValueError(f"{piece.name}: no column {column!r}; it has {', '.join(map(repr, schema.names))}")
-        groups = list(range(piece.start, piece.end))
+        groups = list(range(piece.start, piece.end if piece.end >= 0 else file.metadata.num_row_groups))
         number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[column], use_threads=False):
             for value in batch.column(0).to_pylist():

@@ -135,7 +135,14 @@ def _check_units(ends: Array, documents: Array, max_tokens: int, short_threshold
 
 
 def plan(
-    unit_ends: Array, document_units: Array, key: Array, max_tokens: int, short_threshold: int, pairs: bool
+    unit_ends: Array,
+    document_units: Array,
+    unit_texts: Array,
+    document_texts: Array,
+    key: Array,
+    max_tokens: int,
+    short_threshold: int,
+    pairs: bool,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
     """Cut documents into examples, each a range of tokens A and, for pairs, a range B.
 
@@ -146,10 +153,16 @@ def plan(
     about the same length, and the second half is reused. A single remaining unit is paired with the unit before it. So
     every token of every document is in an A or in a true B.
 
+    Documents of equal text count as one, and a random B never begins with the text that follows A: the next unit with
+    another text is taken, in that document and then in the documents after it. If all others have that text alone, B is
+    the true next.
+
     Args:
         unit_ends: int64 (U,), the position after each unit in the concatenation of all documents; a unit has 1 to
             `max_tokens` tokens, 1 to `max_tokens // 2` for pairs (so that any two fit).
         document_units: int64 (documents + 1,), the first unit of each document, then U.
+        unit_texts: uint64 (U,), equal for units of equal text.
+        document_texts: uint64 (documents,), equal for documents of equal text; for pairs at least two differ.
         key: uint32 (2,), see `epoch_key`.
         max_tokens: maximum number of tokens of A and B together.
         short_threshold: probability of a short target, in units of 2^-32.
@@ -165,7 +178,12 @@ def plan(
     ends = _checked(unit_ends, "unit_ends", np.int64)
     documents = _checked(document_units, "document_units", np.int64)
     _checked(key, "key", np.uint32, 2)
+    _checked(unit_texts, "unit_texts", np.uint64, ends.size)
+    _checked(document_texts, "document_texts", np.uint64, max(documents.size - 1, 0))
     _check_units(ends, documents, max_tokens, short_threshold, pairs)
+    if pairs and (document_texts == document_texts[0]).all():
+        raise ValueError(f"the {document_texts.size} documents have equal texts; sentence pairs need 2 different ones")
+    others = _Others(documents, unit_texts, document_texts)
     columns = []
     bounds = np.concatenate([[0], ends])  # unit u is the tokens bounds[u] .. bounds[u + 1]
     # Documents advance in lockstep: the random bits of the k-th example of a document depend on (document, k) alone.
@@ -173,7 +191,7 @@ def plan(
     unit = documents[:-1].copy()
     step = 0
     while document.size:
-        rows, unit = _plan_step(bounds, documents, key, max_tokens, short_threshold, pairs, document, unit, step)
+        rows, unit = _plan_step(bounds, others, key, max_tokens, short_threshold, pairs, document, unit, step)
         columns.append(rows)
         unfinished = unit < documents[document + 1]
         document, unit, step = document[unfinished], unit[unfinished], step + 1
@@ -183,9 +201,46 @@ def plan(
     return tuple(column[order].astype(dtype) for column, dtype in zip(table, types, strict=True))  # type: ignore[return-value]
 
 
+class _Others:
+    """Finds random texts for A that are not those of its own document.
+
+    Attributes:
+        documents, unit_texts, document_texts: as in `plan`.
+        next_different: int64 (documents,), the next document, cyclically, with another text.
+    """
+
+    def __init__(self, documents: Array, unit_texts: Array, document_texts: Array) -> None:
+        self.documents, self.unit_texts, self.document_texts = documents, unit_texts, document_texts
+        count = document_texts.size
+        # The ends of the runs of equal documents: the document after a run is the next different one.
+        ends = np.flatnonzero(document_texts != np.roll(document_texts, -1))
+        after = np.searchsorted(ends, np.arange(count))
+        self.next_different = (ends[after % ends.size] + 1) % count if ends.size else np.arange(count)
+
+    def document(self, document: Array, other: Array) -> Array:
+        """`other`, or the next document whose text differs from that of `document`."""
+        same = self.document_texts[other] == self.document_texts[document]
+        return np.where(same, self.next_different[other], other)
+
+    def unit(self, document: int, other: int, unit: int, text: int) -> tuple[int, int] | None:
+        """The first unit from `unit` of document `other` whose text is not `text`, and its document; None if none."""
+        first = other
+        while True:
+            begin, end = int(self.documents[other]), int(self.documents[other + 1])
+            for place in (*range(unit, end), *range(begin, unit)):
+                if self.unit_texts[place] != text:
+                    return other, place
+            other = (other + 1) % self.document_texts.size
+            if self.document_texts[other] == self.document_texts[document]:
+                other = int(self.next_different[other])
+            if other == first:
+                return None
+            unit = int(self.documents[other])
+
+
 def _plan_step(
     bounds: Array,
-    documents: Array,
+    others: _Others,
     key: Array,
     max_tokens: int,
     short_threshold: int,
@@ -195,7 +250,7 @@ def _plan_step(
     step: int,
 ) -> tuple[tuple[Array, ...], Array]:
     """The next example of each document, and the unit at which its following example starts."""
-    ends = bounds[1:]
+    ends, documents = bounds[1:], others.documents
     blocks = [philox((2 * step + i) & 0xFFFFFFFF, document, 0, PLAN, key) for i in (0, 1)]
     random = np.concatenate(blocks, axis=1)
     first, last = documents[document], documents[document + 1]
@@ -219,8 +274,14 @@ def _plan_step(
     true_next = is_next & (split < end)
 
     other = _below(random[:, 4], documents.size - 2)
-    other += other >= document
+    other = others.document(document, other + (other >= document))
     other_unit = documents[other] + _below(random[:, 5], documents[other + 1] - documents[other])
+    texts = others.unit_texts
+    equal = (split < end) & (texts[other_unit] == texts[np.minimum(split, texts.size - 1)])
+    for row in np.flatnonzero(equal & ~true_next).tolist():
+        found = others.unit(int(document[row]), int(other[row]), int(other_unit[row]), texts[split[row]])
+        true_next[row] = found is None
+        other[row], other_unit[row] = found or (other[row], other_unit[row])
     b_capacity = max_tokens - a_length
     reach = np.searchsorted(ends, bounds[other_unit] + b_target, side="left") + 1
     fits = np.searchsorted(ends, bounds[other_unit] + b_capacity, side="right")

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from bert_fast import _io
+from bert_fast._terminal import printable
 from bert_fast.data.cleaning import REASONS, UNREADABLE, Document, clean, digest, splitter
 from bert_fast.data.files import read_piece
 from bert_fast.data.host_numpy import Array
@@ -55,8 +56,7 @@ def finished_folder(folder: Path) -> Iterator[Path]:
 
 def read_counts(folder: Path) -> dict[str, Any]:
     """The counts of a finished job."""
-    counts: dict[str, Any] = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
-    return counts
+    return _io.read_json(folder / _COUNTS, {"dropped": dict})
 
 
 def _write_counts(folder: Path, counts: dict[str, Any]) -> None:
@@ -109,9 +109,10 @@ class CleanJob:
                     yield document
                     continue
                 if self.config.errors == "raise" and raw.problem in UNREADABLE:
-                    raise ValueError(f"{raw.where}: {raw.detail}; errors='drop' drops such documents")
+                    detail = printable(f"{raw.where}: {raw.detail}", lines=False)
+                    raise ValueError(f"{detail}; errors='drop' drops such documents")
                 dropped[raw.problem] += 1
-                counts["first_dropped"].setdefault(raw.problem, f"{raw.where}: {raw.detail}")
+                counts["first_dropped"].setdefault(raw.problem, printable(f"{raw.where}: {raw.detail}", lines=False))
                 counts["dropped"] = {name: dropped[name] for name in REASONS if name in dropped}
 
 

@@ -6,15 +6,14 @@ half a gigabyte more. Finished parts, about as large as the text, stay in a work
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
-import json
+import logging
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bert_fast import _io
+from bert_fast._lock import exclusive
 from bert_fast._progress import ProgressBar
 from bert_fast.data.builtin import DEFAULT_PACKAGES
 from bert_fast.data.cleaning import REASONS
@@ -41,12 +41,17 @@ from bert_fast.data.remote import check_remote_free, upload
 from bert_fast.data.selection import heldout_threshold, select
 from bert_fast.data.shards import SPLITS, check_free, write_manifest
 from bert_fast.data.sources import plan_parts, versions
-from bert_fast.data.vocab import is_lowercase, load_wordpiece, save_tokenizer, train_vocab
+from bert_fast.data.tokenizer import count_ids
+from bert_fast.data.tokenizer_saving import copy_tokenizer, save_tokenizer
+from bert_fast.data.vocab import is_lowercase, load_wordpiece, train_vocab
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 REPORT = "report.json"
+_MAX_UNKNOWN = 0.01  # share of [UNK] above which prepare warns
+
+_logger = logging.getLogger("bert_fast")
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,10 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         importlib.import_module("rjieba")  # fails now, not after the corpus is read
     parts = plan_parts(config)
     work = Path(config.work) if config.work else output.with_name(f".{output.name}.work")
-    with _locked(work):
+    with exclusive(work, what="bert-fast prepare"):
+        work.mkdir(parents=True, exist_ok=True)
+        _io.recover(work)
+        _io.recover(work.parent, exclusive=False)
         cleaned = _clean([CleanJob(pieces, config, str(work)) for pieces in parts], config)
         keep, duplicates = select(cleaned, config.max_documents, drop_duplicates=config.drop_duplicates)
         threshold = heldout_threshold(cleaned, keep, config.heldout_fraction)
@@ -138,24 +146,21 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             counts = _assemble(folder, cleaned, [job.folder for job in encoded], vocabulary, duplicates, config)
         if remote:
             upload(output, config.output)
-    shutil.rmtree(work)
+        finished = _io.temporary_path(work)
+        work.rename(finished)  # a folder half deleted would be taken for one to resume from
+        shutil.rmtree(finished)
     report = PrepareReport(**{**counts, "seconds": time.perf_counter() - begin, "output": config.output})
+    tokens = sum(split["tokens"] for split in report.splits.values())
+    if report.unknown > _MAX_UNKNOWN * tokens:
+        _logger.warning(
+            "%s: %.1f%% of the tokens are [UNK]; train a vocabulary on this text, with a larger alphabet_size, or give "
+            "the vocab of its language",
+            config.output,
+            100 * report.unknown / tokens,
+        )
     if config.progress:
         print(report)
     return report
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Lock the work folder against other preparations, and remove the unfinished folders of killed ones."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another bert-fast prepare is using {work}; wait for it or stop it") from error
-        _io.recover(work)
-        yield
 
 
 def _run(jobs: Sequence[Job], what: str, config: PrepareConfig, enough: int | None = None) -> int:
@@ -214,9 +219,13 @@ def _vocabulary(
         if tokenizer is None:
             sample = _Sample(cleaned, keep, config)
             sizes = {"vocab_size": config.vocab_size, "alphabet_size": config.alphabet_size}
-            tokenizer = train_vocab(sample, **sizes, lowercase=config.lowercase)
+            shown = config.progress and sys.stderr.isatty()
+            tokenizer = train_vocab(sample, **sizes, lowercase=config.lowercase, show_progress=shown)
         with finished_folder(folder) as temporary:
-            save_tokenizer(tokenizer, temporary)
+            if config.vocab:
+                copy_tokenizer(config.vocab, temporary)
+            else:
+                save_tokenizer(tokenizer, temporary)
     return folder / "tokenizer.json"
 
 
@@ -256,7 +265,7 @@ def _assemble(
 ) -> dict[str, Any]:
     """Assemble the prepared folder from finished parts; returns the counts of `PrepareReport`."""
     tokenizer = load_wordpiece(vocabulary)
-    save_tokenizer(tokenizer, folder)
+    copy_tokenizer(vocabulary.parent, folder)
     files: dict[str, Any] = {}
     splits: dict[str, Counter[str]] = {split: Counter(documents=0, sentences=0, tokens=0) for split in SPLITS}
     dropped = Counter(duplicate=duplicates)
@@ -279,7 +288,7 @@ def _assemble(
             shards[split] += 1
             link_or_copy(tokens / name, folder / target)
             files[target] = entry
-    vocab_size = tokenizer.get_vocab_size()
+    vocab_size = count_ids(tokenizer)
     report = {
         "read": read,
         "kept": sum(counts["documents"] for counts in splits.values()),
@@ -289,7 +298,7 @@ def _assemble(
         "vocab_size": vocab_size,
         "unknown": unknown,
     }
-    (folder / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _io.write_json(folder / REPORT, report)
     settings = {**config.about_data(), "lowercase": is_lowercase(tokenizer)}
     contents = {
         "splits": report["splits"],

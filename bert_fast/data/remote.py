@@ -75,7 +75,11 @@ def local_folder(folder: str | Path, cache: str | Path | None = None) -> Path:
         if not (target / MANIFEST).is_file():
             with _io.atomic_file(target / MANIFEST) as temporary:
                 temporary.write_bytes(manifest)
-        entries = read_manifest(target)["files"]
+        try:
+            entries = read_manifest(target)["files"]
+        except ValueError as error:
+            (target / MANIFEST).unlink()
+            raise ValueError(f"{url}: {str(error).replace(f'{target}/', '')}") from error
         for parent in {(target / name).parent for name in entries}:
             _io.recover(parent, exclusive=False)
         for name, entry in entries.items():

@@ -15,18 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from bert_fast._io import check_fields, read_json, safe_name
 from bert_fast.data.host_numpy import CONTINUES, Array
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
+TOKENIZER = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
+_WRITTEN = re.compile(rf"(?:{'|'.join(SPLITS)})/\d{{5,9}}\.arrow|report\.json|{'|'.join(map(re.escape, TOKENIZER))}")
 _COLUMNS = ("tokens", "sentence_ends")
 _ROWS_PER_BATCH = 4096
 _TOKENS_PER_BATCH = 2**22
@@ -154,22 +158,32 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
-        ValueError: there is no manifest, it is corrupt, or its schema version is not supported.
+        ValueError: there is no manifest, it is corrupt, its schema version is not supported, or it names a file that
+            `prepare` doesn't write.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} is not a prepared data folder (no {MANIFEST}); make one with bert-fast prepare")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, *_ = (manifest[name] for name in ("schema_version", "files", "splits", "vocab_size"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is corrupt ({error}); prepare the data again") from error
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"{path} has schema version {version}; expected {SCHEMA_VERSION}: prepare the data again")
-    return dict(manifest)
+        manifest = read_json(path, {"schema_version": int})
+        if (version := manifest["schema_version"]) != SCHEMA_VERSION:
+            raise ValueError(f"{path} has schema version {version}; expected {SCHEMA_VERSION}")
+        check_fields(manifest, {"files": dict, "splits": dict, "vocab_size": int}, str(path))
+        for split, counts in manifest["splits"].items():
+            check_fields(counts, dict.fromkeys(("documents", "sentences", "tokens"), int), f"{path}, {split}")
+        for name, entry in manifest["files"].items():
+            safe_name(path.parent, name, str(path))
+            if not _WRITTEN.fullmatch(name):
+                raise ValueError(f"{path} names the file {name!r}, which bert-fast prepare doesn't write")
+            check_fields(entry, {"bytes": int, "sha256": str}, f"{path}, {name}")
+        if missing := [name for name in TOKENIZER if name not in manifest["files"]]:
+            raise ValueError(f"{path} has no {missing[0]!r}")
+    except ValueError as error:
+        raise ValueError(f"{error}: prepare the data again") from error
+    return manifest
 
 
-def verify_files(folder: str | Path, names: list[str] | None = None, *, checksums: bool = False) -> None:
+def verify_files(folder: str | Path, names: Sequence[str] | None = None, *, checksums: bool = False) -> None:
     """Check that the files of a prepared folder exist and have the sizes in its manifest.
 
     Args:
@@ -231,6 +245,11 @@ class TokenStore:
         totals = {"documents": self.documents, "sentences": self.sentence_ends.size, "tokens": self.tokens}
         if totals != (expected := manifest["splits"][split]):
             raise ValueError(f"{folder}, {split} has {totals}; expected {expected}, as in its manifest")
+
+    @property
+    def parts(self) -> list[Array]:
+        """The consecutive parts of the sequence, int32 each."""
+        return self._parts
 
     @property
     def documents(self) -> int:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import fnmatch
 import glob
 import gzip
 import importlib.metadata
 import io
+import logging
 import lzma
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +26,16 @@ from bert_fast.data.prepare_config import PrepareConfig
 
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_MAX_RATIO = (
+    250  # of decompressed to compressed bytes; text has 2 to 20, an archive made to exhaust a disk 1000 and more
+)
+_ALWAYS_ALLOWED = 2**28  # decompressed bytes, since a small file of one repeated line is harmless
+
+_logger = logging.getLogger("bert_fast")
+
+
+class DamagedFileError(ValueError):
+    """A file can't be read to its end: its bytes are corrupt, or decompress to far more than text does."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,8 @@ def is_known(name: str) -> bool:
 def find_files(source: str) -> list[str]:
     """The files of `source`, sorted: a file, those below a folder with a supported format, or the matches of a pattern.
 
+    Symbolic links are followed. A file that several paths lead to is read once, which is logged.
+
     Raises:
         ValueError: `source` doesn't exist, has no file with a supported format, or matches a file with another format.
     """
@@ -68,11 +83,11 @@ def find_files(source: str) -> list[str]:
     if "://" in source:
         names, is_folder = _find_remote(source)
     elif (path := Path(source)).is_dir():
-        names, is_folder = [str(file) for file in path.rglob("*") if file.is_file()], True
+        names, is_folder = _once(source, _walk(source)), True
     elif path.is_file():
         names, is_folder = [source], False
     elif glob.has_magic(source):
-        names, is_folder = [name for name in glob.glob(source, recursive=True) if Path(name).is_file()], False
+        names, is_folder = _once(source, _matches(source)), False
     else:
         raise ValueError(
             f"source {source!r} is no file or folder; expected a path, a pattern, a URL, 'builtin' or 'datasets:NAME'"
@@ -86,6 +101,54 @@ def find_files(source: str) -> list[str]:
         suffix = "".join(endings(others[0])) or "nothing"
         raise ValueError(f"{others[0]} ends in {suffix!r}; expected one of {known}")
     return supported
+
+
+def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """The files below a folder; a link to a folder that it is in is not followed, which is logged."""
+    above = (*above, os.path.realpath(folder))
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            yield path
+        elif os.path.isdir(path):
+            if os.path.realpath(path) in above:
+                _logger.warning("%s is a link to a folder that it is in; it is not followed", path)
+            else:
+                yield from _walk(path, above)
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """The files that match a pattern, in which `**` is any number of folders; hidden names match only explicitly."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return (name for name in glob.glob(pattern) if os.path.isfile(name))
+    # glob.glob follows links without end.
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    base = "/".join(parts[:first]) or ("/" if pattern.startswith("/") else "")
+    found = ((name, os.path.relpath(name, base or ".")) for name in _walk(base or "."))
+    return (name if base else inner for name, inner in found if _fits(inner.split("/"), parts[first:]))
+
+
+def _fits(names: list[str], parts: list[str]) -> bool:
+    """Whether a path matches a pattern, both cut at the slashes."""
+    if not parts or not names:
+        return not names and parts in ([], ["**"])
+    visible = not names[0].startswith(".") or parts[0].startswith(".")
+    if parts[0] == "**":
+        return _fits(names, parts[1:]) or (visible and _fits(names[1:], parts))
+    return visible and fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
+
+
+def _once(source: str, names: Iterable[str]) -> list[str]:
+    """The first of the names of each file."""
+    found: dict[str, str] = {}
+    count = 0
+    for name in sorted(names):
+        found.setdefault(os.path.realpath(name), name)
+        count += 1
+    if count > len(found):
+        _logger.warning("%s: %d paths lead to files that are read already (symbolic links)", source, count - len(found))
+    return list(found.values())
 
 
 def _find_remote(source: str) -> tuple[list[str], bool]:
@@ -114,22 +177,63 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def open_file(name: str) -> Iterator[IO[bytes]]:
+def open_file(name: str) -> Iterator[Any]:
     """The bytes of a local file or a URL, decompressed according to its suffix.
 
     Raises:
-        ValueError: in the block, if the compressed bytes are corrupt or truncated; the message names the file.
+        DamagedFileError: in the block, if the compressed bytes are corrupt, truncated, or decompress to more than
+            `_MAX_RATIO` times their size; the message names the file.
+        ValueError: in the block, if the file can't be read for another reason.
     """
     with contextlib.ExitStack() as stack:
         if "://" in name:
             files, path = filesystem(name)
             raw = stack.enter_context(files.open(path, "rb"))
+            size = int(files.info(path)["size"])
         else:
             raw = stack.enter_context(open(name, "rb"))
+            size = os.fstat(raw.fileno()).st_size
+        compression = endings(name)[1]
         try:
-            yield stack.enter_context(_decompressed(raw, endings(name)[1]))
-        except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-            raise ValueError(f"{name}: can't be read to its end ({error})") from error
+            stream = stack.enter_context(_decompressed(raw, compression))
+            yield _Bounded(stream, name, max(_MAX_RATIO * size, _ALWAYS_ALLOWED)) if compression else stream
+        except DamagedFileError:
+            raise
+        except Exception as error:
+            if not _is_damage(error) and not isinstance(error, OSError):
+                raise
+            kind = DamagedFileError if _is_damage(error) else ValueError
+            raise kind(f"{name}: can't be read to its end ({error})") from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error of a decompressor comes from the bytes, not from the disk."""
+    if isinstance(error, OSError):
+        return error.errno is None or type(error).__module__.startswith("pyarrow")
+    # pyarrow is imported for .zst alone.
+    return isinstance(error, (EOFError, lzma.LZMAError, zlib.error)) or type(error).__module__.startswith("pyarrow")
+
+
+class _Bounded:
+    """A decompressed stream of bounded length."""
+
+    def __init__(self, stream: IO[bytes], name: str, limit: int) -> None:
+        self._stream, self._name, self._limit, self._position = stream, name, limit, 0
+
+    def readline(self, size: int = -1) -> bytes:
+        return self._counted(self._stream.readline(size))
+
+    def read(self, size: int = -1) -> bytes:
+        return self._counted(self._stream.read(size))
+
+    def tell(self) -> int:
+        return self._position
+
+    def _counted(self, data: bytes) -> bytes:
+        self._position += len(data)
+        if self._position > self._limit:
+            raise DamagedFileError(f"{self._name}: decompresses to more than {self._limit} bytes; expected text")
+        return data
 
 
 def _decompressed(raw: IO[bytes], compression: str) -> Any:
@@ -221,7 +325,7 @@ def _pieces(name: str, config: PrepareConfig) -> Iterator[tuple[Piece, int]]:
         stat = Path(name).stat()
         size, state = stat.st_size, f"{stat.st_size} bytes of {stat.st_mtime_ns}"
     if form == ".parquet":
-        for start, end, group_bytes in _row_groups(name, config.part_bytes):
+        for start, end, group_bytes in _row_groups(name, config.part_bytes, size):
             yield Piece(form, name, start, end, state), group_bytes
         return
     indivisible = compression or form == ".csv" or (form == ".txt" and config.boundary == "file")
@@ -234,9 +338,14 @@ def _pieces(name: str, config: PrepareConfig) -> Iterator[tuple[Piece, int]]:
         yield Piece(form, name, start, end, state), end - start
 
 
-def _row_groups(name: str, part_bytes: int) -> Iterator[tuple[int, int, int]]:
-    with open_parquet(name) as file:
-        metadata = file.metadata
+def _row_groups(name: str, part_bytes: int, file_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Ranges of row groups and their sizes; the entire file if it is damaged, so that reading it says so."""
+    try:
+        with open_parquet(name) as file:
+            metadata = file.metadata
+    except DamagedFileError:
+        yield 0, -1, file_bytes
+    else:
         start = size = 0
         for group in range(metadata.num_row_groups):
             size += metadata.row_group(group).total_byte_size
@@ -250,7 +359,8 @@ def open_parquet(name: str) -> Iterator[Any]:
     """The Parquet file of a path or URL.
 
     Raises:
-        ValueError: it is not a Parquet file, or it is corrupt; the message names it.
+        DamagedFileError: in the block, if it is not a Parquet file, or corrupt; the message names it.
+        ValueError: in the block, if it can't be read for another reason.
     """
     import pyarrow
     import pyarrow.parquet
@@ -264,4 +374,6 @@ def open_parquet(name: str) -> Iterator[Any]:
                 source = name
             yield stack.enter_context(pyarrow.parquet.ParquetFile(source, memory_map="://" not in name))
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{name}: not a Parquet file that can be read ({error})") from error
+            from_disk = isinstance(error, OSError) and error.errno is not None
+            kind = ValueError if from_disk else DamagedFileError
+            raise kind(f"{name}: not a Parquet file that can be read ({error})") from error

@@ -18,6 +18,8 @@ from bert_fast.data.host_numpy import CONTINUES, Array
 from bert_fast.data.vocab import load_wordpiece
 
 _SENTENCES_PER_BATCH = 4096
+_CHARACTERS_PER_BATCH = 2**20  # an encoding takes about 100 bytes a character
+_LONGEST = 2**17  # characters; a longer sentence is tokenised in parts, cut at a space where there is one
 
 
 class Encoder:
@@ -57,18 +59,38 @@ class Encoder:
             yield np.concatenate([np.empty(0, dtype=np.int32), *tokens]), ends
 
     def _sentences(self, sentences: Iterable[str]) -> Iterator[Array]:
-        sentences = iter(sentences)
-        # encode_batch_fast computes no offsets, which are needed for words only.
-        encode = self._tokenizer.encode_batch_fast if self._words == "pieces" else self._tokenizer.encode_batch
-        while batch := list(islice(sentences, _SENTENCES_PER_BATCH)):
-            for sentence, encoding in zip(batch, encode(batch, add_special_tokens=False), strict=True):
-                tokens = np.array(encoding.ids, dtype=np.int32)
+        for batch in _batches(sentences):
+            encoded = self._long(batch[0]) if len(batch[0]) > _LONGEST else self._ids(batch)
+            for sentence, (tokens, starts) in zip(batch, encoded, strict=True):
                 self.unknown += int(np.count_nonzero(tokens == self._unknown))
                 if self._words != "pieces" and tokens.size > 1:
-                    starts = np.array([start for start, _ in encoding.offsets])
                     word = self._word_numbers(sentence)[starts]
                     tokens[1:][word[1:] == word[:-1]] |= CONTINUES
                 yield tokens
+
+    def _ids(self, texts: list[str]) -> list[tuple[Array, Array]]:
+        """The ids of each text, int32 (T,), and, if words are needed, the first character of each token, int64 (T,)."""
+        if self._words == "pieces":  # encode_batch_fast computes no offsets
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return [(np.array(one.ids, dtype=np.int32), np.empty(0, dtype=np.int64)) for one in encodings]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        starts = ([start for start, _ in one.offsets] for one in encodings)
+        return [
+            (np.array(one.ids, dtype=np.int32), np.array(first, dtype=np.int64))
+            for one, first in zip(encodings, starts, strict=True)
+        ]
+
+    def _long(self, sentence: str) -> list[tuple[Array, Array]]:
+        ids, starts, begin = [], [], 0
+        while begin < len(sentence):
+            # WordPiece cuts words at spaces anyway.
+            space = sentence.rfind(" ", begin, begin + _LONGEST) if len(sentence) - begin > _LONGEST else -1
+            end = space if space > begin else begin + _LONGEST
+            ((part, first),) = self._ids([sentence[begin:end]])
+            ids.append(part)
+            starts.append(first + begin)
+            begin = end
+        return [(np.concatenate(ids), np.concatenate(starts))]
 
     def _word_numbers(self, sentence: str) -> Array:
         """The index of the word of each character, int64 (characters,)."""
@@ -76,3 +98,23 @@ class Encoder:
             return np.cumsum([character == " " for character in sentence])
         lengths = [len(word) for word in self._cut(sentence)]
         return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def _batches(sentences: Iterable[str]) -> Iterator[list[str]]:
+    """Batches of bounded memory; a sentence of more than `_LONGEST` characters is one by itself."""
+    batch: list[str] = []
+    characters = 0
+    for sentence in sentences:
+        size = len(sentence)
+        if batch and (
+            len(batch) == _SENTENCES_PER_BATCH or characters + size > _CHARACTERS_PER_BATCH or size > _LONGEST
+        ):
+            yield batch
+            batch, characters = [], 0
+        batch.append(sentence)
+        characters += size
+        if size > _LONGEST:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

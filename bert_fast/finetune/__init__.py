@@ -1,4 +1,4 @@
-"""Fine-tuning: settings, public functions, data, loop, task runs, models, report and grid search."""
+"""Fine-tuning: settings, public functions, data, loop, unfinished runs, task runs, models, report and grid search."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         TaskSettings,
     )
     from bert_fast.finetune.grid import sweep
+    from bert_fast.finetune.unfinished import RunInterruptedError
 
 __all__ = [
     "BatchOptions",
@@ -24,13 +25,18 @@ __all__ = [
     "LossSettings",
     "MultitaskConfig",
     "MultitaskResult",
+    "RunInterruptedError",
     "TableOptions",
     "TaskSettings",
     "finetune",
     "multitask",
     "sweep",
 ]
-_MODULES = {"FinetuneResult": "api", "MultitaskResult": "api", "finetune": "api", "multitask": "api", "sweep": "grid"}
+_MODULES = {
+    **dict.fromkeys(("FinetuneResult", "MultitaskResult", "finetune", "multitask"), "api"),
+    "RunInterruptedError": "unfinished",
+    "sweep": "grid",
+}
 
 
 def __getattr__(name: str) -> Any:

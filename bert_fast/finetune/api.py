@@ -10,7 +10,9 @@ With several tasks, each micro-batch belongs to one task, and the gradient of ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bert_fast._io import atomic_folder, check_absent, write_json, write_text
+from bert_fast._io import check_absent, recover, write_json, write_text
+from bert_fast._lock import exclusive
 from bert_fast.finetune.config import FinetuneConfig, MultitaskConfig
 from bert_fast.finetune.loop import Finetuner
-from bert_fast.finetune.report import METRICS, REPORT, multitask_page
+from bert_fast.finetune.report import METRICS, REPORT, SETTINGS, multitask_page
 from bert_fast.finetune.task_run import TaskRun
+from bert_fast.finetune.unfinished import UnfinishedRun
 from bert_fast.tasks.task import Task
 
 MULTITASK_SETTINGS = "multitask.json"
@@ -81,18 +85,15 @@ def finetune(
 
     Raises:
         ValueError: settings, rows and model are inconsistent; the message names the setting, or the file and line.
-        FileNotFoundError: `config.model` is not a folder.
+        FileNotFoundError: `config.model` is neither a folder nor a hub name that can be reached.
         FileExistsError: output_dir exists and `config.overwrite` is False.
         TrainingDivergedError: the loss or the gradient is not finite.
     """
-    target = Path(config.output_dir)
-    check_absent(target, overwrite=config.overwrite)
-    torch.manual_seed(config.seed)
-    task_run = TaskRun(config, model, report)
-    loop = Finetuner([task_run])
-    with atomic_folder(target, overwrite=config.overwrite) as folder:
-        metrics = task_run.write(folder, loop.run([folder]))
-    return FinetuneResult(metrics, str(target), task_run.model, task_run.task)
+    with _reserved_output(config):
+        torch.manual_seed(config.seed)
+        task_run = TaskRun(config, model, report)
+        metrics = UnfinishedRun(Finetuner([task_run]), config, report).finish(task_run.write)
+    return FinetuneResult(metrics, str(Path(config.output_dir)), task_run.model, task_run.task)
 
 
 def multitask(config: MultitaskConfig, report: Callable[[str], None] = print) -> MultitaskResult:
@@ -112,33 +113,48 @@ def multitask(config: MultitaskConfig, report: Callable[[str], None] = print) ->
     Raises:
         ValueError: settings, rows and model are inconsistent; the message names the task and the setting, or the file
             and line.
-        FileNotFoundError: `config.model` is not a folder.
+        FileNotFoundError: `config.model` is neither a folder nor a hub name that can be reached.
         FileExistsError: output_dir exists and `config.overwrite` is False.
         TrainingDivergedError: a loss or the gradient is not finite.
     """
     target = Path(config.output_dir)
-    check_absent(target, overwrite=config.overwrite)
-    task_runs = open_task_runs(config, report)
-    loop = Finetuner(task_runs, config.sampling_temperature())
-    with atomic_folder(target, overwrite=config.overwrite) as folder:
-        folders = [folder / task_run.name for task_run in task_runs]
-        run = loop.run(folders)
-        by_task = {
-            task_run.name: task_run.write(task_folder, run)
-            for task_run, task_folder in zip(task_runs, folders, strict=True)
-        }
+
+    def write(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+        by_task = {task_run.name: task_run.write(folder / task_run.name, run) for task_run in task_runs}
         metrics = {"run": run, "mean": mean_metric(task_runs, by_task), "tasks": by_task}
         write_json(folder / METRICS, metrics)
         write_json(folder / MULTITASK_SETTINGS, asdict(config))
-        if all((task_folder / REPORT).is_file() for task_folder in folders):
+        if all((folder / task_run.name / REPORT).is_file() for task_run in task_runs):
             write_text(folder / REPORT, multitask_page(target.name, metrics))
+        return metrics
+
+    with _reserved_output(config):
+        task_runs = open_task_runs(config, report)
+        loop = Finetuner(task_runs, config.sampling_temperature())
+        metrics = UnfinishedRun(loop, config, report).finish(write)
     results = {
         task_run.name: FinetuneResult(
-            by_task[task_run.name], str(target / task_run.name), task_run.model, task_run.task
+            metrics["tasks"][task_run.name], str(target / task_run.name), task_run.model, task_run.task
         )
         for task_run in task_runs
     }
     return MultitaskResult(metrics, str(target), results)
+
+
+@contextmanager
+def _reserved_output(config: FinetuneConfig | MultitaskConfig) -> Iterator[None]:
+    """Lock the output folder, clean up after a killed writer of it, and check that it may be written."""
+    target = Path(os.path.realpath(config.output_dir))
+    with exclusive(target, what="fine-tuning run"):
+        recover(target.parent, exclusive=False)
+        check_absent(target, overwrite=config.overwrite)
+        is_result = any((target / name).is_file() for name in (SETTINGS, MULTITASK_SETTINGS))
+        if target.exists() and not is_result and (not target.is_dir() or any(target.iterdir())):
+            raise FileExistsError(
+                f"{target} exists and holds no result of finetune or multitask, so --overwrite does not replace it; "
+                "choose another folder"
+            )
+        yield
 
 
 def open_task_runs(config: MultitaskConfig, report: Callable[[str], None] = print) -> list[TaskRun]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from bert_fast._config import check, check_choices, check_fraction
-from bert_fast.tasks.settings import AugmentSettings, TextSettings
+from bert_fast._config import check, check_fraction, convert_fields
+from bert_fast.tasks.settings import AugmentSettings, FormatSettings, TextSettings
 
 TEMPERATURES = {"proportional": 1.0, "square-root": 2.0, "uniform": float("inf")}
 _NAME = re.compile(r"\w[\w-]*")
@@ -28,8 +27,11 @@ class TableOptions:
         fold: the fold used as dev, counted from 0. `bert-fast sweep --folds` runs them all.
         columns: role (text, text_pair, label ...) -> column; guessed from common column names if empty.
         names: the column names of a .csv or .tsv file without a header.
+        format: delimiter, quoting and encoding of text files; detected by default.
         empty: what happens to rows without text: refuse (an error), drop or fill.
         fill: the text that replaces an empty one with empty=fill.
+        no_label: labels that mean none, such as "-" or -1: rows with one, or with an empty cell, are dropped. By
+            default an empty cell is an error, and every other label a class.
         max_rows: use at most this many rows of train; 0 uses all.
     """
 
@@ -41,12 +43,14 @@ class TableOptions:
     fold: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     names: list[str] | None = None
+    format: FormatSettings = field(default_factory=FormatSettings)
     empty: Literal["refuse", "drop", "fill"] = "refuse"
     fill: str = "[UNK]"
+    no_label: list[str | int] | None = None
     max_rows: int = 0
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        convert_fields(self, "data.")
         check(bool(self.train), "data.train is empty; expected a file, a folder or datasets:NAME")
         check(0.0 < self.dev_fraction < 1.0, f"data.dev_fraction is {self.dev_fraction}; expected between 0 and 1")
         check(self.folds == 0 or self.folds > 1, f"data.folds is {self.folds}; expected 0 (none), or 2 or more")
@@ -85,6 +89,7 @@ class BatchOptions:
     eval_tokens: int = 8192
 
     def __post_init__(self) -> None:
+        convert_fields(self, "batch.")
         for name, least in {"rows": 1, "tokens": 1, "accumulation": 1, "bucket": 0, "eval_tokens": 1}.items():
             value = getattr(self, name)
             check(value is None or value >= least, f"batch.{name} is {value}; expected at least {least}")
@@ -122,7 +127,7 @@ class FinetuneOptimizer:
     unfreeze_epochs: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        convert_fields(self, "optimizer.")
         check(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr is {self.lr}; expected a positive number")
         check(
             self.warmup_steps >= 0 and (self.warmup_steps < 1 or float(self.warmup_steps).is_integer()),
@@ -137,8 +142,11 @@ class FinetuneOptimizer:
             f"optimizer.betas are {self.betas}; expected two numbers in [0, 1)",
         )
         for name in ("weight_decay", "max_grad_norm", "freeze_layers", "unfreeze_epochs"):
-            check(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; expected 0 or more")
-        check(self.eps > 0, f"optimizer.eps is {self.eps}; expected a positive number")
+            value = getattr(self, name)
+            check(
+                value >= 0 and math.isfinite(value), f"optimizer.{name} is {value}; expected a finite number, 0 or more"
+            )
+        check(self.eps > 0 and math.isfinite(self.eps), f"optimizer.eps is {self.eps}; expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -147,27 +155,28 @@ class LossSettings:
 
     Args:
         class_weights: none, balanced (rows / (classes * rows of the class)), or one number per class, in the order of
-            the labels.
+            the labels or by label.
         focal_gamma: exponent of the focal loss, which weights well-classified examples less; 0 disables it.
         label_smoothing: share of the target probability spread over all classes.
         resample: balanced draws the rows of each epoch with replacement, every class equally often.
     """
 
-    class_weights: Literal["none", "balanced"] | list[float] = "none"
+    class_weights: Literal["none", "balanced"] | list[float] | dict[str, float] = "none"
     focal_gamma: float = 0.0
     label_smoothing: float = 0.0
     resample: Literal["none", "balanced"] = "none"
 
     def __post_init__(self) -> None:
-        if isinstance(self.class_weights, Sequence) and not isinstance(self.class_weights, str):
-            positive = all(weight > 0 and math.isfinite(weight) for weight in self.class_weights)
-            check(positive, f"loss.class_weights are {self.class_weights}; expected positive numbers")
-        elif self.class_weights not in ("none", "balanced"):
-            raise ValueError(
-                f"loss.class_weights is {self.class_weights!r}; expected none, balanced or a list of numbers"
-            )
-        check_choices(self)
-        check(self.focal_gamma >= 0, f"loss.focal_gamma is {self.focal_gamma}; expected 0 or more")
+        convert_fields(self, "loss.")
+        weights = self.class_weights
+        if not isinstance(weights, str):
+            numbers = list(weights.values() if isinstance(weights, dict) else weights)
+            positive = bool(numbers) and all(number > 0 and math.isfinite(number) for number in numbers)
+            check(positive, f"loss.class_weights is {weights}; expected positive numbers")
+        check(
+            self.focal_gamma >= 0 and math.isfinite(self.focal_gamma),
+            f"loss.focal_gamma is {self.focal_gamma}; expected a finite number, 0 or more",
+        )
         check_fraction("loss.label_smoothing", self.label_smoothing)
 
 
@@ -178,7 +187,7 @@ class FinetuneConfig:
     Args:
         task: classification, multi-label, regression, token-classification, question-answering, multiple-choice or
             sentence-embedding.
-        model: folder of the pretrained checkpoint and its tokenizer.
+        model: folder of the pretrained checkpoint and its tokenizer, or a hub name.
         output_dir: folder of the result; it is written atomically at the end of the run.
         data: the data and its splits.
         text: how texts are tokenized.
@@ -201,7 +210,12 @@ class FinetuneConfig:
         log_interval: steps between log lines.
         progress: show a progress bar.
         report: write report.html: curves, confusion matrix, calibration, worst mistakes. Requires matplotlib.
-        overwrite: replace output_dir if it exists.
+        overwrite: replace output_dir if it holds a result; the old one is kept until the new one is complete.
+        checkpoint_interval: steps between two checkpoints, in `<output_dir>.unfinished`; 0 disables these.
+        checkpoint_minutes: minutes between two checkpoints; 0 disables these. A signal always writes one.
+        keep_last: number of checkpoints to keep; 0 keeps all.
+        resume: auto resumes from the newest valid checkpoint of an unfinished run of output_dir if there is one, never
+            raises an error if there is one, and a path names the checkpoint to resume from.
     """
 
     task: str
@@ -229,16 +243,27 @@ class FinetuneConfig:
     progress: bool = True
     report: bool = True
     overwrite: bool = False
+    checkpoint_interval: int = 0
+    checkpoint_minutes: float = 10.0
+    keep_last: int = 2
+    resume: str = "auto"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        convert_fields(self)
         check(bool(self.output_dir), "output_dir is empty; expected a folder")
         check(bool(self.model), "model is empty; expected the folder of a checkpoint")
-        check(self.epochs > 0, f"epochs is {self.epochs}; expected more than 0")
+        check(self.epochs > 0 and math.isfinite(self.epochs), f"epochs is {self.epochs}; expected more than 0")
         check(self.steps is None or self.steps > 0, f"steps is {self.steps}; expected more than 0")
-        for name, least in {"eval_steps": 0, "patience": 0, "seed": 0, "log_interval": 1}.items():
+        for name, least in {
+            "eval_steps": 0, "patience": 0, "seed": 0, "log_interval": 1, "checkpoint_interval": 0, "keep_last": 0,
+        }.items():  # fmt: skip
             value = getattr(self, name)
             check(value >= least, f"{name} is {value}; expected at least {least}")
+        check(
+            self.checkpoint_minutes >= 0 and math.isfinite(self.checkpoint_minutes),
+            f"checkpoint_minutes is {self.checkpoint_minutes}; expected a finite number, 0 or more",
+        )
+        check(bool(self.resume), "resume is empty; expected auto, never or the folder of a checkpoint")
         check_fraction("dropout", self.dropout)
         check_fraction("classifier_dropout", self.classifier_dropout)
 
@@ -270,8 +295,11 @@ class TaskSettings:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        convert_fields(self)
         check(self.rows is None or self.rows >= 1, f"rows is {self.rows}; expected at least 1")
-        check(self.weight > 0, f"weight is {self.weight}; expected more than 0")
+        check(
+            self.weight > 0 and math.isfinite(self.weight), f"weight is {self.weight}; expected a finite number above 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -280,7 +308,7 @@ class MultitaskConfig:
 
     Args:
         tasks: name -> settings. The result of each task is a folder of that name.
-        model: folder of the pretrained checkpoint and its tokenizer.
+        model: folder of the pretrained checkpoint and its tokenizer, or a hub name.
         output_dir: folder of the results; it is written atomically at the end of the run.
         sampling: how often each task is sampled: in proportion to its number of batches (an epoch is then one pass
             over the rows of all tasks), to the square root of that number, or uniformly.
@@ -301,7 +329,12 @@ class MultitaskConfig:
         log_interval: steps between log lines.
         progress: show a progress bar.
         report: write report.html for the run and each task. Requires matplotlib.
-        overwrite: replace output_dir if it exists.
+        overwrite: replace output_dir if it holds a result; the old one is kept until the new one is complete.
+        checkpoint_interval: steps between two checkpoints, in `<output_dir>.unfinished`; 0 disables these.
+        checkpoint_minutes: minutes between two checkpoints; 0 disables these. A signal always writes one.
+        keep_last: number of checkpoints to keep; 0 keeps all.
+        resume: auto resumes from the newest valid checkpoint of an unfinished run of output_dir if there is one, never
+            raises an error if there is one, and a path names the checkpoint to resume from.
     """
 
     tasks: dict[str, TaskSettings]
@@ -326,9 +359,13 @@ class MultitaskConfig:
     progress: bool = True
     report: bool = True
     overwrite: bool = False
+    checkpoint_interval: int = 0
+    checkpoint_minutes: float = 10.0
+    keep_last: int = 2
+    resume: str = "auto"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        convert_fields(self)
         check(bool(self.tasks), "tasks is empty; expected a name and settings for each task")
         for name in self.tasks:
             valid = _NAME.fullmatch(name) is not None

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from bert_fast.finetune.config import BatchOptions, TableOptions
 from bert_fast.tasks.io.columns import choose_columns, describe_columns, handle_empty_texts
+from bert_fast.tasks.io.labels import drop_unlabelled, label_key
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.prediction import example_groups
 from bert_fast.tasks.task import Columns, Example, Task
@@ -35,8 +37,8 @@ class FinetuneData:
 
 
 def load_split(task: Task, source: str, options: TableOptions, report: Callable[[str], None]) -> Split:
-    """Read a source, choose its columns and handle its empty texts as `options` says; reports the columns."""
-    table = task.read(source, options.names)
+    """Read a source, choose its columns and handle rows without text or label as `options` says; reports them."""
+    table = task.read(source, options.names, options.format)
     if not len(table):
         raise ValueError(f"{table.source} has no rows")
     columns = choose_columns(table, task.roles, options.columns)
@@ -45,8 +47,14 @@ def load_split(task: Task, source: str, options: TableOptions, report: Callable[
     table, message = handle_empty_texts(table, text_columns, options.empty, options.fill)
     if message:
         report(message)
+    if "label" in columns:
+        table, message = drop_unlabelled(table, columns["label"], options.no_label)
+        if message:
+            report(message)
+    elif options.no_label is not None:
+        raise ValueError(f"data.no_label is {options.no_label}; expected none, since no column of labels is read")
     if not len(table):
-        raise ValueError(f"{table.source}: every row was dropped, since none has text")
+        raise ValueError(f"{table.source}: every row was dropped, since none has a text and a label")
     return Split(table, columns)
 
 
@@ -74,9 +82,15 @@ def load_data(task: Task, options: TableOptions, seed: int, report: Callable[[st
         )
     test = load_split(task, options.test, options, report) if options.test is not None else None
     task.fit(train.table, train.columns)
+    if description := task.describe():
+        report(f"{train.table.source}: {description}")
+    for split in (train, dev, test):
+        if split is not None:
+            for message in task.check(split.table, split.columns):
+                report(message)
     for split in (dev, test):
         if split is not None:
-            for message in [*task.check(split.table, split.columns), *duplicates(task, train, split)]:
+            for message in duplicates(task, train, split):
                 report(message)
     return FinetuneData(train, dev, test)
 
@@ -150,10 +164,15 @@ def _rows_by_class(split: Split) -> list[list[int]]:
     """The rows of each class if the labels are classes, else one list of all rows."""
     count = len(split.table)
     labels = split.table[split.columns["label"]] if "label" in split.columns else [None] * count
-    classes = [value if isinstance(value, (str, int, bool)) else None for value in labels]
+    classes = [label_key(value) if _is_class(value) else None for value in labels]
     if len(set(classes)) > count // 2:
         classes = [None] * count
     return [[row for row, value in enumerate(classes) if value == name] for name in dict.fromkeys(classes)]
+
+
+def _is_class(value: Any) -> bool:
+    """Whether a value may be the label of a class: a text or an integer, also as a float."""
+    return isinstance(value, (str, int)) or (isinstance(value, float) and value.is_integer())
 
 
 def _divide(split: Split, held: Sequence[int]) -> tuple[Split, Split]:

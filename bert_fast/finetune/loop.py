@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,39 @@ MicroBatch = tuple[int, list[Example]]  # the index of a task run, and examples 
 _ORDER = 21  # the random stream of the order of tasks
 
 
+@dataclass
+class Progress:
+    """How far a run is.
+
+    The state of a run is this, the weights (also the best ones), the optimizer's tensors, the losses not yet logged and
+    the state of the random generators.
+
+    Attributes:
+        step: optimizer steps done.
+        epochs: epochs done, with a fraction.
+        tokens: real tokens trained on.
+        seconds: of the training steps, without evaluation and checkpoints, over all resumes.
+        evaluated_step: the step of the last evaluation.
+        best_step, best_score: of the best evaluation; None before the first.
+        evals_since_best: evaluations since then.
+        stopped_early: `patience` ended the training.
+        finished: the training is over; the weights are those of the result.
+    """
+
+    step: int = 0
+    epochs: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluated_step: int = 0
+    best_step: int | None = None
+    best_score: float | None = None
+    evals_since_best: int = 0
+    stopped_early: bool = False
+    finished: bool = False
+
+
 class Finetuner:
-    """The state of a fine-tuning run between two steps.
+    """A fine-tuning run between two steps.
 
     Args:
         task_runs: the tasks; several share the encoder of the first one's model. Optimizer, length, evaluation and
@@ -56,13 +88,19 @@ class Finetuner:
         self.total_steps, self.warmup = self._lengths()
         for task_run in task_runs:
             task_run.check_metric()
-        self.step, self.tokens = 0, 0
-        self.best: dict[str, Any] | None = None
+        self.progress = Progress()
         self.best_weights: dict[str, Tensor] = {}
-        self.evals_since_best = 0
+        self.losses: list[list[Tensor]] = [[] for _ in task_runs]  # of each task since its last line in the log
+        self.grad_norm = torch.zeros(())  # of the last step, before clipping
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         options = self.config.optimizer
+        for task in (task_run.task for task_run in self.task_runs):
+            if options.unfreeze_epochs and task.model_class == "BertModel":
+                raise ValueError(
+                    f"optimizer.unfreeze_epochs is {options.unfreeze_epochs}; expected 0: {task.name} has no head to "
+                    "train first"
+                )
         freeze(self.models, embeddings=options.freeze_embeddings, layers=options.freeze_layers)
         groups = layered_groups(self.models, options.weight_decay, options.layer_decay)
         return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
@@ -111,121 +149,138 @@ class Finetuner:
             loss = self.task_runs[index].loss(examples) / weights[index]
             (loss * shares[index]).backward()
             losses[index] += loss.detach()
-            self.tokens += sum(len(example.input_ids) for example in examples)
-        self.step += 1
+            self.progress.tokens += sum(len(example.input_ids) for example in examples)
+        self.progress.step += 1
         options = self.config.optimizer
-        factor = lr_factor(self.step, self.warmup, self.total_steps, options.decay)
+        factor = lr_factor(self.progress.step, self.warmup, self.total_steps, options.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * factor * group["lr_factor"]
         norm = clipped_step(self.optimizer, options.max_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         return losses, norm
 
-    def evaluate(self, logs: Sequence[RunLog], progress: ProgressBar) -> bool:
-        """Evaluate every task on its dev rows, keep the model if it is the best so far, and return whether to stop.
+    def train(self, logs: Sequence[RunLog], bar: ProgressBar, between: Callable[[], None]) -> None:
+        """Train to the end, evaluating when it is due.
+
+        Args:
+            logs: of each task.
+            bar: shows the steps.
+            between: called after each step and each evaluation; may raise to stop the run.
+        """
+        steps = islice(self.steps(), self.progress.step, None)
+        while not self.progress.finished:
+            if self.evaluation_due:
+                self.evaluate(logs, bar)
+            else:
+                self._step(*next(steps), logs, bar)
+            between()
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the next thing to do is an evaluation."""
+        state, interval = self.progress, self.config.eval_steps
+        if state.step == state.evaluated_step:
+            return False
+        due = state.step % interval == 0 if interval else state.epochs == int(state.epochs)
+        return due or state.step >= self.total_steps
+
+    def _step(self, epochs: float, batches: Sequence[MicroBatch], logs: Sequence[RunLog], bar: ProgressBar) -> None:
+        """Take a step and log it if that is due."""
+        state, since = self.progress, time.perf_counter()
+        losses, self.grad_norm = self.train_step(batches)
+        for index, loss in losses.items():
+            self.losses[index].append(loss)
+        state.epochs = epochs
+        self.unfreezing.advance(epochs)
+        due = state.step >= self.total_steps or state.step % self.config.log_interval == 0
+        if due:
+            self.check_finite()  # waits for the device
+        state.seconds += time.perf_counter() - since
+        if due:
+            self._log(logs, bar)
+        bar.update_to(state.step)
+
+    def evaluate(self, logs: Sequence[RunLog], bar: ProgressBar) -> None:
+        """Evaluate every task on its dev rows, keep the weights if they are the best so far, and decide on the end.
 
         With several tasks the mean of their metrics decides.
         """
-        scores = []
-        for task_run, log in zip(self.task_runs, logs, strict=True):
-            metrics, _ = task_run.evaluate(task_run.data.dev, task_run.dev_examples)
+        state, scores = self.progress, []
+        evaluated = [task_run.evaluate(task_run.data.dev, task_run.dev_examples)[0] for task_run in self.task_runs]
+        for task_run, metrics, log in zip(self.task_runs, evaluated, logs, strict=True):
             name, value, score = task_run.main_metric(metrics)
-            log.write("eval", self.step, {key: x for key, x in metrics.items() if isinstance(x, (int, float))})
+            log.write("eval", state.step, {key: x for key, x in metrics.items() if isinstance(x, (int, float))})
             shown = "undefined" if value is None else f"{value:.4f}"
             loss = "" if metrics["loss"] is None else f", loss {metrics['loss']:.4f}"
-            progress.write(f"step {self.step}: {task_run.name + ' ' if task_run.name else ''}dev {name} {shown}{loss}")
+            bar.write(f"step {state.step}: {task_run.name + ' ' if task_run.name else ''}dev {name} {shown}{loss}")
             scores.append(score)
         score = sum(scores) / len(scores)
-        if self.best is None or score > self.best["score"]:
-            self.best = {"score": score, "step": self.step}
-            self.evals_since_best = 0
+        if state.best_score is None or score > state.best_score:
+            state.best_step, state.best_score, state.evals_since_best = state.step, score, 0
             if self.config.keep_best:
-                state = (*self.models.named_parameters(), *self.models.named_buffers())  # shared tensors once
-                self.best_weights = {name: x.detach().to("cpu", copy=True) for name, x in state}
+                self.best_weights = {name: x.detach().to("cpu", copy=True) for name, x in self.named_tensors()}
         else:
-            self.evals_since_best += 1
-        return bool(self.config.patience) and self.evals_since_best >= self.config.patience
+            state.evals_since_best += 1
+        state.evaluated_step = state.step
+        impatient = bool(self.config.patience) and state.evals_since_best >= self.config.patience
+        state.finished = impatient or state.step >= self.total_steps
+        state.stopped_early = impatient and state.step < self.total_steps
+        if state.finished and any(self.losses):  # of the steps since the last line
+            self.check_finite()
+            self._log(logs, bar)
 
-    def run(self, folders: Sequence[Path]) -> dict[str, Any]:
-        """Train and evaluate; leaves the models in eval mode, with the best weights if `keep_best` is set.
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters and buffers of the models; shared ones once."""
+        yield from self.models.named_parameters()
+        yield from self.models.named_buffers()
 
-        Args:
-            folders: one per task, for its log.jsonl.
+    def finish(self) -> dict[str, Any]:
+        """End the training: the models are in eval mode, with the best weights if `keep_best` is set.
 
         Returns:
             steps, epochs, best_step, stopped_early, tokens, seconds and tokens_per_second.
         """
-        report = self.task_runs[0].report
-        logs = [RunLog(folder, 0, tensorboard=False, report=report) for folder in folders]
-        progress = ProgressBar(self.total_steps, shown=self.config.progress, unit="step")
-        try:
-            seconds, epochs, stopped = self._train(logs, progress)
-        finally:
-            progress.close()
-            for log in logs:
-                log.close()
-        if self.best_weights and self.best is not None and self.best["step"] != self.step:
-            self.models.load_state_dict(self.best_weights, strict=False)
+        state = self.progress
+        if self.best_weights and state.best_step != state.step:
+            with torch.no_grad():
+                for name, x in self.named_tensors():
+                    x.copy_(self.best_weights[name])
         self.best_weights = {}
+        self.optimizer.state.clear()
         self.models.eval()
         return {
-            "steps": self.step,
-            "epochs": round(epochs, 4),
-            "best_step": self.best["step"] if self.best and self.config.keep_best else self.step,
-            "stopped_early": stopped,
-            "tokens": self.tokens,
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(self.tokens / seconds, 1) if seconds else None,
+            "steps": state.step,
+            "epochs": round(state.epochs, 4),
+            "best_step": state.best_step if self.config.keep_best else state.step,
+            "stopped_early": state.stopped_early,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 3),
+            "tokens_per_second": round(state.tokens / state.seconds, 1) if state.seconds else None,
         }
 
-    def _train(self, logs: Sequence[RunLog], progress: ProgressBar) -> tuple[float, float, bool]:
-        """Train to the end; returns seconds without evaluation, epochs, and whether patience ended the run."""
-        seconds, epochs, since = 0.0, 0.0, time.perf_counter()
-        losses: list[list[Tensor]] = [[] for _ in self.task_runs]
-        for epochs, batches in self.steps():
-            step_losses, norm = self.train_step(batches)
-            for index, loss in step_losses.items():
-                losses[index].append(loss)
-            last = self.step == self.total_steps
-            self.unfreezing.advance(epochs)
-            if last or self.step % self.config.log_interval == 0:
-                elapsed = seconds + time.perf_counter() - since
-                self._log(logs, progress, losses, float(norm), epochs, self.tokens / elapsed)
-                losses = [[] for _ in self.task_runs]
-            progress.update_to(self.step)
-            interval = self.config.eval_steps
-            if last or (self.step % interval == 0 if interval else epochs == int(epochs)):
-                seconds += time.perf_counter() - since
-                stop = self.evaluate(logs, progress)
-                since = time.perf_counter()
-                if last or stop:
-                    return seconds, epochs, stop and not last
-        raise AssertionError("steps() is infinite")
-
-    def _log(
-        self,
-        logs: Sequence[RunLog],
-        progress: ProgressBar,
-        losses: Sequence[Sequence[Tensor]],
-        norm: float,
-        epochs: float,
-        speed: float,
-    ) -> None:
-        """Write a line to the log of each task with a step since the last line."""
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        means = [float(torch.stack(list(of_task)).mean()) if of_task else None for of_task in losses]
-        logged = [mean for mean in means if mean is not None]
-        for value in logged:
-            if not math.isfinite(value) or not math.isfinite(norm):
+    def check_finite(self) -> None:
+        """Raise TrainingDivergedError if a loss since the last log line or the last gradient norm is not finite."""
+        norm = float(self.grad_norm)
+        for loss in (float(torch.stack(losses).mean()) for losses in self.losses if losses):
+            if not math.isfinite(loss) or not math.isfinite(norm):
                 raise TrainingDivergedError(
-                    f"the loss is {value} and the gradient norm {norm} by step {self.step}; "
+                    f"the loss is {loss} and the gradient norm {norm} by step {self.progress.step}; "
                     "lower optimizer.lr or raise optimizer.warmup_steps"
                 )
+
+    def _log(self, logs: Sequence[RunLog], bar: ProgressBar) -> None:
+        """Write a line to the log of each task with a step since the last line."""
+        state = self.progress
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        means = [float(torch.stack(losses).mean()) if losses else None for losses in self.losses]
+        self.losses = [[] for _ in self.task_runs]
+        logged = [mean for mean in means if mean is not None]
+        speed = state.tokens / state.seconds
         for log, loss in zip(logs, means, strict=True):
             if loss is not None:
-                values = {"epoch": round(epochs, 4), "loss": loss, "lr": lr, "grad_norm": norm}
-                log.write("train", self.step, {**values, "tokens": self.tokens, "tokens_per_second": speed})
-        progress.show_training(sum(logged) / len(logged), lr, speed)
+                values = {"epoch": round(state.epochs, 4), "loss": loss, "lr": lr, "grad_norm": float(self.grad_norm)}
+                log.write("train", state.step, {**values, "tokens": state.tokens, "tokens_per_second": speed})
+        bar.show_training(sum(logged) / len(logged), lr, speed)
 
 
 def batches_per_task(sizes: Sequence[int], temperature: float) -> list[int]:

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bert_fast._html import html_page, panels_of, svg, table
-from bert_fast._io import write_text
-from bert_fast.runtime.log import read_log
+from bert_fast._html import html_page, label, panels_of, svg, table
+from bert_fast._io import check_fields, read_json, write_text
+from bert_fast._text import read_lines
+from bert_fast.finetune.mistakes import mistakes, read_rows, scatter
+from bert_fast.runtime.log import LOG, read_log
 from bert_fast.tasks.metrics import calibration
 
 METRICS, PREDICTIONS, SETTINGS, REPORT = "metrics.json", "predictions.dev.jsonl", "finetune.json", "report.html"
-MAX_MISTAKES = 25
 _MAX_TICK_LABELS = 30  # a larger confusion matrix is drawn without names and numbers
 BLUE, ORANGE = "#1b6ca8", "#d9822b"
 
@@ -30,22 +32,68 @@ def missing_package() -> str:
     return "" if importlib.util.find_spec("matplotlib") else "matplotlib"
 
 
-def write_report(folder: Path) -> Path:
-    """Write `folder`/report.html from metrics.json, log.jsonl, finetune.json and predictions.dev.jsonl there.
+def is_finetuning(folder: Path) -> bool:
+    """Whether `folder` is the result folder of a fine-tuning run."""
+    return all((folder / name).is_file() for name in (METRICS, SETTINGS))
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """The metrics, the settings and the log of a result folder.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; the message names it.
+    """
+    for name in (METRICS, SETTINGS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} does not exist; expected a folder written by bert-fast finetune")
+    metrics = read_json(folder / METRICS, {"run": dict, "dev": dict})
+    check_fields(metrics["run"], {"task": str, "main_metric": str, "best_step": int}, f"{folder / METRICS}, run")
+    settings = read_json(folder / SETTINGS, {"model": str, "output_dir": str, "data": dict})
+    return metrics, settings, read_log(folder / LOG)
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Write a page from metrics.json, log.jsonl, finetune.json and predictions.dev.jsonl of `folder`.
+
+    Args:
+        folder: of a fine-tuning run.
+        output: the page; report.html in `folder` if None.
+
+    Returns:
+        The path of the page.
 
     Raises:
         FileNotFoundError: one of these files is missing.
+        ValueError: one of them is damaged; the message names it.
     """
-    for name in (METRICS, SETTINGS, PREDICTIONS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist; expected a folder written by bert-fast finetune")
-    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
-    text = page(metrics, settings, read_log(folder / "log.jsonl"), lines)
-    path = folder / REPORT
-    write_text(path, text)
-    return path
+    metrics, settings, log = read_run(folder)
+    path = folder / PREDICTIONS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a folder written by bert-fast finetune")
+    predictions = []
+    for number, line in read_lines(path):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        fields: dict[str, Any] = {"row": int, "input": dict, "prediction": dict, "error": (int, float, type(None))}
+        predictions.append(check_fields(values, fields, f"{path}, line {number}"))
+    output = folder / REPORT if output is None else output
+    with damaged(folder):
+        text = page(metrics, settings, log, predictions)
+    write_text(output, text)
+    return output
+
+
+@contextmanager
+def damaged(folder: Path) -> Iterator[None]:
+    """In the block, what is missing in the files of a run, or of another type, is a ValueError that names `folder`."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        message = f"the files of the run in {folder} are damaged or don't fit together"
+        raise ValueError(f"{message} ({type(error).__name__}: {error})") from error
 
 
 def page(
@@ -58,18 +106,23 @@ def page(
     run = metrics["run"]
     splits = [name for name in ("dev", "test") if name in metrics]
     title = f"{run['task']}: {Path(settings['output_dir']).name}"
-    summary = {"model": settings["model"], "training rows": settings["data"]["train"]}
-    summary |= {name: run[name] for name in ("steps", "epochs", "best_step", "stopped_early", "tokens_per_second")}
+    summary = {"model": Path(settings["model"]).name or settings["model"]}
+    summary |= {f"{split} rows": f"{count:,}" for split, count in run.get("rows", {}).items() if count is not None}
+    if scheme := metrics["dev"].get("scheme"):
+        summary["tag scheme"] = scheme
+    names = ("steps", "epochs", "best_step", "stopped_early", "tokens_per_second")
+    summary |= {name: run[name] for name in names if run.get(name) is not None}
     parts = [
         f"<h1>{escape(title)}</h1>",
-        table([["", *splits], *([name, *row] for name, row in _numbers(metrics, splits).items())]),
+        table([["", *splits], *([name, *row] for name, row in numbers(metrics, splits).items())]),
         "<h2>Training</h2>",
         table([[name, value] for name, value in summary.items()], header=False),
         curves(log, run["main_metric"], run["best_step"]),
     ]
     for split in splits:
         parts += _classes(metrics[split], split)
-    parts += _calibration(predictions) + _mistakes(predictions)
+    rows = read_rows(run["task"], settings, predictions)
+    parts += _calibration(predictions) + scatter(rows, predictions) + mistakes(rows, predictions)
     settings_json = escape(json.dumps(settings, indent=1, ensure_ascii=False))
     parts.append(f"<h2>Settings</h2><details><summary>{SETTINGS}</summary><pre>{settings_json}</pre></details>")
     return html_page(title, parts)
@@ -94,30 +147,48 @@ def multitask_page(title: str, metrics: Mapping[str, Any]) -> str:
     return html_page(title, parts)
 
 
-def _numbers(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, list[Any]]:
+def numbers(metrics: Mapping[str, Any], splits: Sequence[str]) -> dict[str, list[Any]]:
     """The scalar metrics, with their values (None if undefined) on every split."""
-    first = metrics[splits[0]]
-    names = [name for name, value in first.items() if value is None or isinstance(value, (int, float))]
+    by_split = [metrics[split] for split in splits]
+    names = [name for of in by_split for name, value in of.items() if value is None or isinstance(value, (int, float))]
     return {name: [metrics[split].get(name) for split in splits] for name in names}
 
 
 def curves(log: Sequence[Mapping[str, Any]], metric: str, best: int) -> str:
-    """Training and dev loss, the metric on dev, and the learning rate over steps; `best` is the selected step."""
-    train = [line for line in log if line["kind"] == "train"]
-    dev = [line for line in log if line["kind"] == "eval"]
-    figure, (losses, scores, rates) = panels_of(11, 3, 3)
-    losses.plot([line["step"] for line in train], [line["loss"] for line in train], color=BLUE, lw=1, label="train")
-    with_loss = [line for line in dev if line.get("loss") is not None]
-    losses.plot([x["step"] for x in with_loss], [x["loss"] for x in with_loss], "o-", color=ORANGE, ms=3, label="dev")
-    losses.set(title="loss", xlabel="step")
-    losses.legend(frameon=False)
-    defined = [line for line in dev if line.get(metric) is not None]
-    scores.plot([line["step"] for line in defined], [line[metric] for line in defined], "o-", color=ORANGE, ms=3)
-    scores.axvline(best, color="#999", lw=1, ls=":")
-    scores.set(title=f"{metric} on dev; dotted: best step", xlabel="step")
-    rates.plot([line["step"] for line in train], [line["lr"] for line in train], color=BLUE, lw=1)
-    rates.set(title="learning rate", xlabel="step")
-    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    """Training and dev loss, the metric on dev, and the learning rate over steps; `best` is the selected step.
+
+    A panel without a value is left out, and so is the figure if none has one.
+    """
+
+    def points(kind: str, name: str) -> tuple[list[int], list[float]]:
+        lines = [line for line in log if line["kind"] == kind and line.get(name) is not None]
+        return [line["step"] for line in lines], [line[name] for line in lines]
+
+    # title, and the curves of a panel: kind, column, format of the line, colour
+    panels = [
+        ("loss", [("train", "loss", "-", BLUE), ("eval", "loss", "o-", ORANGE)]),
+        (f"{metric} on dev; dotted: best step", [("eval", metric, "o-", ORANGE)]),
+        ("learning rate", [("train", "lr", "-", BLUE)]),
+    ]
+    panels = [(title, drawn) for title, drawn in panels if any(points(kind, name)[0] for kind, name, *_ in drawn)]
+    if not panels:
+        return "<p>The log has no step.</p>"
+    figure, axes = panels_of(11 / 3 * len(panels), 3, len(panels))
+    for panel, (title, drawn) in zip(axes, panels, strict=True):
+        for kind, name, line, colour in drawn:
+            steps, values = points(kind, name)
+            if steps:
+                # One value has no line: it needs a dot to be seen.
+                shape = "o" if len(steps) == 1 else line
+                panel.plot(steps, values, shape, color=colour, ms=3, lw=1, label="dev" if kind == "eval" else kind)
+        panel.set(title=label(title), xlabel="step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        if title == "loss":
+            panel.legend(frameon=False)
+        elif title == "learning rate":
+            panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        else:
+            panel.axvline(best, color="#999", lw=1, ls=":")
     return svg(figure)
 
 
@@ -125,11 +196,11 @@ def _classes(metrics: Mapping[str, Any], split: str) -> list[str]:
     parts = []
     if metrics.get("per_class"):
         names = ("precision", "recall", "f1", "support")
-        rows = [[label, *(row[name] for name in names)] for label, row in metrics["per_class"].items()]
+        rows = [[kind, *(row[name] for name in names)] for kind, row in metrics["per_class"].items()]
         parts += [f"<h2>Classes on {split}</h2>", table([["class", *names], *rows])]
     if metrics.get("confusion_matrix"):
         labels, matrix = metrics["labels"], metrics["confusion_matrix"]
-        rows = [["true \\ predicted", *labels], *([label, *row] for label, row in zip(labels, matrix, strict=True))]
+        rows = [["true \\ predicted", *labels], *([name, *row] for name, row in zip(labels, matrix, strict=True))]
         parts += [f"<h2>Confusion matrix on {split}</h2>", table(rows, diagonal=True), confusion(matrix, labels)]
     return parts
 
@@ -144,9 +215,9 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     axes.set(xlabel="predicted", ylabel="true")
     if len(labels) <= _MAX_TICK_LABELS:
-        short = [label if len(label) <= 20 else label[:19] + "…" for label in labels]
-        axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", parse_math=False)
-        axes.set_yticks(range(len(labels)), short, parse_math=False)
+        short = [label(name if len(name) <= 20 else name[:19] + "…") for name in labels]
+        axes.set_xticks(range(len(labels)), short, rotation=45, ha="right")
+        axes.set_yticks(range(len(labels)), short)
         for (row, column), count in np.ndenumerate(counts):
             if count:
                 colour = "white" if shares[row, column] > 0.6 else "#222"
@@ -169,29 +240,3 @@ def _calibration(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [[one["confidence"], one["accuracy"], one["rows"]] for one in bins]
     legend = "<p>The dotted line is perfect calibration; dots grow with the number of rows.</p>"
     return ["<h2>Calibration on dev</h2>", legend, svg(figure), table([["probability", "accuracy", "rows"], *rows])]
-
-
-def _mistakes(predictions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The predictions with the largest errors, worst first."""
-    wrong = [line for line in predictions if line.get("error")]
-    if not predictions or predictions[0].get("error") is None:
-        return []
-    title = f"<h2>Worst mistakes on dev</h2><p>{len(wrong):,} of {len(predictions):,} predictions are wrong.</p>"
-    worst = sorted(wrong, key=lambda line: -line["error"])[:MAX_MISTAKES]
-    if not worst:
-        return [title]
-    inputs = list(worst[0]["input"])
-    outputs = [name for name, value in worst[0]["prediction"].items() if _is_short(value)]
-    rows = [
-        [line["row"], line["error"], *map(line["prediction"].get, outputs), *map(line["input"].get, inputs)]
-        for line in worst
-    ]
-    header = ["row", "error", *(f"predicted {name}" for name in outputs), *inputs]
-    return [title, table([header, *rows])]
-
-
-def _is_short(value: Any) -> bool:
-    """Whether a value of a prediction is listed: a string, a float or a list of strings, not scores or candidates."""
-    if isinstance(value, list):
-        return all(isinstance(item, str) for item in value)
-    return isinstance(value, (str, float)) and not isinstance(value, bool)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,16 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bert_fast._config import did_you_mean
 from bert_fast._device import autocast, resolve_device
 from bert_fast._io import write_json
-from bert_fast.data import load_tokenizer
-from bert_fast.data.tokenizer import TOKENIZER_FILES
+from bert_fast.data import copy_tokenizer, load_tokenizer
+from bert_fast.data.tokenizer import check_rows
 from bert_fast.finetune.config import FinetuneConfig
 from bert_fast.finetune.data import Batcher, FinetuneData, Split, load_data
 from bert_fast.finetune.models import adopt_model, build_model, describe_task
 from bert_fast.finetune.report import METRICS, PREDICTIONS, REPORT, SETTINGS, missing_package, write_report
 from bert_fast.models.config import longest_input
+from bert_fast.models.snapshot import local_folder
 from bert_fast.tasks.augmentation import Augmenter
+from bert_fast.tasks.diagnostics import encoding_messages
+from bert_fast.tasks.io.labels import label_key
 from bert_fast.tasks.metrics import LOWER_IS_BETTER
 from bert_fast.tasks.prediction import run_examples
 from bert_fast.tasks.task import Batch, Example, LossOptions, Task, make_task
@@ -63,9 +66,12 @@ class TaskRun:
         name: of the task in a multi-task run.
         weight: factor of its loss in a multi-task run.
 
+    Attributes:
+        on_batch: called with the number of examples after each batch of an evaluation; may raise to stop it.
+
     Raises:
         ValueError: settings, rows and model are inconsistent.
-        FileNotFoundError: `config.model` is not a folder.
+        FileNotFoundError: `config.model` is neither a folder nor a hub name that can be reached.
     """
 
     def __init__(
@@ -80,11 +86,12 @@ class TaskRun:
         self.config, self.report, self.name, self.weight = config, report, name, weight
         self.device = resolve_device(config.device)
         self.task = make_task(config.task, config.options)
-        if not Path(config.model).is_dir():
-            raise FileNotFoundError(f"model is {config.model}; expected a folder with config.json and weights")
-        self.tokenizer = load_tokenizer(config.model)
+        self.checkpoint = local_folder(config.model, "a folder with config.json and weights")
+        self.tokenizer = load_tokenizer(self.checkpoint)
         self.data: FinetuneData = load_data(self.task, config.data, config.seed, report)
         model = build_model(config, self.task, report) if model is None else adopt_model(model, config, self.task)
+        settings: Any = model.config
+        check_rows(self.tokenizer, settings.vocab_size, config.model)
         longest = longest_input(model.config)
         if config.text.max_length > longest:
             raise ValueError(
@@ -93,9 +100,14 @@ class TaskRun:
         if unsupported := self.task.head_config():
             report(f"{unsupported}: transformers has no such head and computes other outputs; predict with bert_fast")
         self.model = model
+        self.on_batch: Callable[[int], None] | None = None
         self.train_examples = self._encode(self.data.train, training=True)
         if not self.train_examples:
             raise ValueError(f"{config.data.train} has no examples to train on")
+        for message in encoding_messages(
+            self.train_examples, self.tokenizer, config.text, self.data.train.table.source
+        ):
+            report(message)
         self.dev_examples = self._encode(self.data.dev, training=False)
         self.loss_options = self._loss_options()
         self.batcher = self._make_batcher(self.train_examples)
@@ -121,12 +133,27 @@ class TaskRun:
             if isinstance(settings.class_weights, str):
                 total = sum(counts)
                 weights = torch.tensor([total / (len(counts) * max(count, 1)) for count in counts])
+            elif isinstance(settings.class_weights, dict):
+                weights = torch.tensor(self._weights_by_label(settings.class_weights), dtype=torch.float32)
             elif len(settings.class_weights) != len(counts):
                 length = len(settings.class_weights)
                 raise ValueError(f"loss.class_weights has {length} numbers; expected {len(counts)}, one per label")
             else:
-                weights = torch.tensor(settings.class_weights)
+                weights = torch.tensor(settings.class_weights, dtype=torch.float32)
         return LossOptions(weights, settings.focal_gamma, settings.label_smoothing)
+
+    def _weights_by_label(self, weights: Mapping[Any, float]) -> list[float]:
+        names: list[str] = self.task.settings()["labels"]
+        by_label = {label_key(label): weight for label, weight in weights.items()}
+        for label in weights:
+            if label_key(label) not in map(label_key, names):
+                raise ValueError(
+                    f"loss.class_weights has the label {label!r}; expected {', '.join(names)}"
+                    f"{did_you_mean(str(label), names)}"
+                )
+        if missing := [name for name in names if label_key(name) not in by_label]:
+            raise ValueError(f"loss.class_weights has no weight of {', '.join(missing)}; expected one of every label")
+        return [by_label[label_key(name)] for name in names]
 
     def _make_batcher(self, examples: Sequence[Example]) -> Batcher:
         resample = self.config.loss.resample == "balanced"
@@ -163,6 +190,7 @@ class TaskRun:
             examples,
             batch_tokens=self.config.batch.eval_tokens,
             precision=self.config.precision,
+            progress=self.on_batch,
         )
         while True:
             predictions = self.task.decode(outputs.arrays, examples, split.table, split.columns)
@@ -194,34 +222,56 @@ class TaskRun:
         Returns:
             The content of metrics.json.
         """
-        run = {"task": self.task.name, **run, "main_metric": self.config.metric or self.task.main_metric}
         dev, predictions = self.evaluate(self.data.dev, self.dev_examples, tune=True)
+        if warning := self.task.warning(predictions, self.data.dev.table, self.data.dev.columns):
+            self.report(warning)
         describe_task(self.model, self.config, self.task)
+        self._write_model(folder)
+        test = self.data.test
+        rows = {
+            "train": len(self.data.train.table),
+            "dev": len(self.data.dev.table),
+            "test": None if test is None else len(test.table),
+        }
+        run = {"task": self.task.name, "rows": rows, **run, "main_metric": self.config.metric or self.task.main_metric}
         metrics = {"run": run, "dev": dev}
         if self.data.test is not None:
             examples = self._encode(self.data.test, training=False)
             metrics["test"], _ = self.evaluate(self.data.test, examples)
         write_json(folder / METRICS, metrics)
         write_json(folder / SETTINGS, asdict(self.config))
-        with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
-            table, columns = self.data.dev.table, self.data.dev.columns
-            errors: Sequence[float | None] | None = self.task.errors(predictions, table, columns)
-            errors = [None] * len(predictions) if errors is None else errors
-            for row, (prediction, error) in enumerate(zip(predictions, errors, strict=True)):
-                line = {"row": table.numbers[row], "input": table.row(row), "prediction": prediction, "error": error}
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        self._write_predictions(folder / PREDICTIONS, predictions)
+        if self.config.report:
+            self._write_report(folder)
+        return metrics
+
+    def _write_model(self, folder: Path) -> None:
         model: Any = self.model
         model.save_pretrained(folder)
-        for path in (Path(self.config.model) / name for name in TOKENIZER_FILES):
-            if path.is_file():
-                shutil.copy(path, folder / path.name)
-        if not (folder / "tokenizer.json").is_file():
-            self.tokenizer.save(str(folder / "tokenizer.json"))
+        copy_tokenizer(self.checkpoint, folder, model_max_length=longest_input(model.config))
         for name, values in self.task.extra_files(self.config.text, model.config.hidden_size).items():
             write_json(folder / name, values)
-        if self.config.report:
-            if package := missing_package():
-                self.report(f"{REPORT} is skipped: {package} is not installed; pip install 'bert_fast[finetune]'")
-            else:
-                write_report(folder)
-        return metrics
+
+    def _write_predictions(self, path: Path, predictions: Sequence[Mapping[str, Any]]) -> None:
+        """Write a line of JSON for each row of dev: its number, input, prediction and error."""
+        table = self.data.dev.table
+        errors: Sequence[float | None] | None = self.task.errors(predictions, table, self.data.dev.columns)
+        errors = [None] * len(predictions) if errors is None else errors
+        with path.open("wb") as file:
+            for row, (prediction, error) in enumerate(zip(predictions, errors, strict=True)):
+                line = {"row": table.numbers[row], "input": table.row(row), "prediction": prediction, "error": error}
+                try:
+                    text = json.dumps(line, ensure_ascii=False, default=str).encode()
+                except UnicodeEncodeError:  # a lone surrogate, which UTF-8 does not have
+                    text = json.dumps(line, default=str).encode()
+                file.write(text + b"\n")
+
+    def _write_report(self, folder: Path) -> None:
+        """Write the report; a failure is reported, and the trained model is kept."""
+        if package := missing_package():
+            self.report(f"{REPORT} is skipped: {package} is not installed; pip install 'bert_fast[finetune]'")
+            return
+        try:
+            write_report(folder)
+        except Exception as error:
+            self.report(f"warning: {REPORT} is not written: {type(error).__name__}: {error}")

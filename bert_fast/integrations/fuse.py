@@ -85,6 +85,23 @@ def unfuse(model: M) -> M:
     return model
 
 
+def is_fused(model: nn.Module) -> bool:
+    """Whether `model` contains an encoder that `fuse` changed: it then runs on bert_fast's kernels.
+
+    bert_fast's own models run on them by themselves, and are not fused.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    if next(layouts(), None) is None:
+        return False
+    from bert_fast.integrations.bert import is_fused as changed
+
+    return any(changed(module) for module in model.modules())
+
+
 def describe(model: nn.Module) -> str:
     """What `model` is, for an error message."""
     if type(model).__module__.startswith("bert_fast."):

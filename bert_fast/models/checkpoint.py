@@ -1,4 +1,4 @@
-"""Checkpoints in transformers' format: the names of the tensors both ways, reading, matching to a model, and writing.
+"""Checkpoints in transformers' format: the names of the tensors both ways, and matching them to a model.
 
 In a model query, key and value are one tensor, `attention.self.qkv`; in a file they are three, as in transformers.
 In a model the names are BERT's; in a file they are the architecture's own (`bert_fast.models.family`).
@@ -6,19 +6,16 @@ In a model the names are BERT's; in a file they are the architecture's own (`ber
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bert_fast._io import atomic_file
 from bert_fast.models.family import NamePairs, from_hf_name, rename_keys, to_hf_name
-from bert_fast.models.files import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME, find_file
+from bert_fast.models.storage import shorten
 
 _logger = logging.getLogger("bert_fast")
 
@@ -36,6 +33,11 @@ _HEADS = re.compile(
     r"(?:pre_)?(cls\.predictions|cls\.seq_relationship|classifier|qa_outputs|(?:\w+\.)?pooler|lm_head|sequence_summary"
     r"|discriminator_predictions|generator_predictions|generator_lm_head|vocab_(?:transform|layer_norm|projector))\."
 )
+# Prefixes of wrappers: DistributedDataParallel, torch.compile, Lightning, PEFT.
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.")
+_ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save)\.")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WORD_EMBEDDING = "embeddings.word_embeddings.weight"
 DECODER, DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 _LM_BIAS = "cls.predictions.bias"
 
@@ -48,6 +50,7 @@ class ModelTensors(NamedTuple):
     names: NamePairs  # ours and transformers'
     base: str  # transformers' attribute of a model with a head that holds the encoder
     has_head: bool  # whether the encoder's names start with `base`
+    ties_embeddings: bool  # whether the configuration ties the decoder to the word embedding
 
 
 def to_hf(state_dict: Mapping[str, Tensor], names: NamePairs = ()) -> dict[str, Tensor]:
@@ -81,7 +84,7 @@ def from_hf(state_dict: Mapping[str, Tensor], names: NamePairs = ()) -> dict[str
     """
     tensors: dict[str, Tensor] = {}
     groups: dict[str, dict[str, Tensor]] = {}
-    for hf_name, x in _modern_names(state_dict).items():
+    for hf_name, x in modern_names(state_dict).items():
         name = from_hf_name(hf_name, names)
         if match := _SPLIT.fullmatch(name):
             prefix, part, kind = match.groups()
@@ -99,9 +102,10 @@ def from_hf(state_dict: Mapping[str, Tensor], names: NamePairs = ()) -> dict[str
     return tensors
 
 
-def _modern_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def modern_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint without prefixes of wrappers, names of old releases and stored buffers."""
     tensors = {}
-    for name, x in state_dict.items():
+    for name, x in _without_wrappers(state_dict).items():
         if _BUFFERS.search(name):
             continue
         for pattern, new in _OLD_NAMES:
@@ -110,64 +114,13 @@ def _modern_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def read(name_or_path: str | Path, *, allow_pickle: bool = False, revision: str | None = None) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint, under their names in the file.
-
-    Args:
-        name_or_path: a folder, or the name of a hub repository.
-        allow_pickle: read pytorch_model.bin where there is no safetensors file (weights only, no code).
-        revision: branch, tag or commit of the repository.
-
-    Raises:
-        FileNotFoundError: there are no weights, or only pickled ones and `allow_pickle` is False.
-        ValueError: a file is damaged, or the index names a file that is absent.
-    """
-    if path := find_file(name_or_path, WEIGHTS_NAME, revision=revision):
-        return _read_safetensors(path)
-    if index := find_file(name_or_path, INDEX_NAME, revision=revision):
-        return _read_sharded(index, name_or_path, revision)
-    pickled = find_file(name_or_path, PICKLE_NAME, revision=revision)
-    pickled_index = None if pickled else find_file(name_or_path, PICKLE_INDEX_NAME, revision=revision)
-    if not pickled and not pickled_index:
-        raise FileNotFoundError(f"{name_or_path} has no {WEIGHTS_NAME} and no {INDEX_NAME}")
-    if not allow_pickle:
-        raise FileNotFoundError(
-            f"{name_or_path} has no {WEIGHTS_NAME}, only a pickled {(pickled or pickled_index or Path()).name}; "
-            "pass allow_pickle=True to read it (weights only), or convert it to safetensors"
-        )
-    return _read_pickle(pickled) if pickled else _read_sharded(pickled_index, name_or_path, revision)  # type: ignore[arg-type]
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: x for name, x in state_dict.items() if isinstance(x, Tensor)}
-
-
-def _read_sharded(index: Path, name_or_path: str | Path, revision: str | None) -> dict[str, Tensor]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not the index of a checkpoint: expected JSON with a weight_map") from error
-    tensors: dict[str, Tensor] = {}
-    for filename in sorted(set(weight_map.values())):
-        path = find_file(name_or_path, filename, revision=revision) if Path(filename).name == filename else None
-        if path is None:
-            raise ValueError(f"{index} names {filename}, which is not in the same folder")
-        tensors.update(_read_safetensors(path) if filename.endswith(".safetensors") else _read_pickle(path))
-    missing = sorted(weight_map.keys() - tensors.keys())
-    if missing:
-        raise ValueError(f"the files named by {index} lack {', '.join(missing)}")
-    return tensors
+def _without_wrappers(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state_dict` without the prefixes that wrappers put before every name."""
+    state_dict = {name.replace("._orig_mod.", "."): x for name, x in state_dict.items()}
+    while prefix := next((x for x in _WRAPPERS if state_dict and all(name.startswith(x) for name in state_dict)), ""):
+        _logger.info("the prefix %r of every tensor's name in the checkpoint is ignored", prefix)
+        state_dict = {name.removeprefix(prefix): x for name, x in state_dict.items()}
+    return state_dict
 
 
 def match_tensors(
@@ -190,6 +143,7 @@ def match_tensors(
         ValueError: tensors are missing or unexpected, or their shapes differ from the model's.
     """
     expected, names = model.state.keys() - model.tied, model.names
+    given = sorted(stored)
     stored, foreign = _match_prefix(model, stored)
     tensors = from_hf(stored, names)
     if new_head:
@@ -197,6 +151,8 @@ def match_tensors(
         tensors = {name: tensors[name] for name, match in matches.items() if not match or match[1].endswith("pooler")}
     resized = _resized(model, tensors, ignore_mismatched_sizes=ignore_mismatched_sizes)
     missing = expected - tensors.keys() - resized
+    _check_any(model, expected - missing, given)
+    _check_dtypes(tensors, expected - missing)
     new_heads = _absent_heads(missing | resized, expected) - resized
     unexpected = foreign | set(_hf_names(tensors.keys() - model.state.keys(), names))
     _report(_hf_names(missing - new_heads, names), _hf_names(new_heads, names), sorted(unexpected), strict)
@@ -209,7 +165,7 @@ def _match_prefix(model: ModelTensors, stored: Mapping[str, Tensor]) -> tuple[di
     And the names of tensors that another head has under one of our names, such as `classifier.weight`.
     """
     names, prefix = model.names, f"{model.base}."
-    tensors = _modern_names(stored)
+    tensors = modern_names(stored)
     has_prefix = any(name.startswith(prefix) for name in tensors)
     if has_prefix and not model.has_head:
         tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
@@ -218,11 +174,62 @@ def _match_prefix(model: ModelTensors, stored: Mapping[str, Tensor]) -> tuple[di
         of_encoder = [name for name in tensors if name.startswith("pooler.") or not _HEADS.match(name)]
         tensors = rename_keys(tensors, [(name, prefix + name) for name in of_encoder if name not in hf_names])
     bias, decoder_bias = (to_hf_name(name, names) for name in (_LM_BIAS, DECODER_BIAS))
-    for name, other in ((bias, decoder_bias), (decoder_bias, bias)):
+    aliases = [(bias, decoder_bias), (decoder_bias, bias)]
+    if model.ties_embeddings:  # the weight may be stored under either name
+        word = to_hf_name(f"bert.{WORD_EMBEDDING}" if model.has_head else WORD_EMBEDDING, names)
+        decoder = to_hf_name(DECODER, names)
+        aliases += [(word, decoder), (decoder, word)]
+    for name, other in aliases:
         if name in hf_names and name not in tensors and other in tensors:
             tensors[name] = tensors[other]
     foreign = {name for name in tensors if to_hf_name(from_hf_name(name, names), names) != name}
     return {name: x for name, x in tensors.items() if name not in foreign}, foreign
+
+
+def tied_pairs_differ(model: ModelTensors, stored: Mapping[str, Tensor]) -> list[str]:
+    """The names in a checkpoint of parameters that the model ties, but that have different values there.
+
+    Args:
+        stored: the tensors of the checkpoint, under transformers' names.
+    """
+    if not model.tied:
+        return []
+    tensors, _ = _match_prefix(model, stored)
+    pairs = [(f"bert.{WORD_EMBEDDING}", DECODER), (_LM_BIAS, DECODER_BIAS)]
+    names = [tuple(to_hf_name(name, model.names) for name in pair) for pair in pairs if pair[1] in model.tied]
+    return [
+        f"{first} and {second}"
+        for first, second in names
+        if first in tensors and second in tensors and not torch.equal(tensors[first], tensors[second])
+    ]
+
+
+def _check_any(model: ModelTensors, matched: set[str], stored: list[str]) -> None:
+    """ValueError if the checkpoint has no tensor of the encoder: all of it would be random."""
+    if not model.state or any(not _HEADS.match(name) for name in matched):
+        return
+    expected = to_hf_name(next(iter(model.state)), model.names)
+    hint = _adapter_hint(stored)
+    if prefix := next((name.removesuffix(expected) for name in stored if name.endswith(f".{expected}")), ""):
+        hint = f" (its names begin with {prefix!r}: remove that)"
+    listed = shorten(stored) or "no tensor at all"
+    raise ValueError(f"the checkpoint has none of the encoder's tensors, such as {expected}: it has {listed}{hint}")
+
+
+def _adapter_hint(names: Iterable[str]) -> str:
+    if any(map(_ADAPTER.search, names)):
+        return " (of a PEFT adapter: save the result of its merge_and_unload())"
+    return ""
+
+
+def _check_dtypes(tensors: Mapping[str, Tensor], matched: set[str]) -> None:
+    for name in sorted(matched):
+        if (dtype := tensors[name].dtype) not in _FLOATS:
+            expected = ", ".join(str(x).removeprefix("torch.") for x in _FLOATS)
+            raise ValueError(
+                f"{name} is {str(dtype).removeprefix('torch.')} in the checkpoint; expected one of {expected} "
+                "(quantized checkpoints are not supported)"
+            )
 
 
 def _resized(model: ModelTensors, tensors: dict[str, Tensor], *, ignore_mismatched_sizes: bool) -> set[str]:
@@ -233,7 +240,9 @@ def _resized(model: ModelTensors, tensors: dict[str, Tensor], *, ignore_mismatch
     resized = {name for name in expected if name.rpartition(".")[0] in modules}
     if wrong := [name for name in mismatched if name not in resized]:
         shapes = [f"{tuple(tensors[name].shape)}, expected {tuple(model.state[name].shape)}" for name in wrong]
-        listed = "; ".join(f"{to_hf_name(name, model.names)} is {x}" for name, x in zip(wrong, shapes, strict=True))
+        names = [to_hf_name(name, model.names) for name in wrong[:3]]
+        listed = "; ".join(f"{name} is {x}" for name, x in zip(names, shapes, strict=False))
+        listed += f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         hint = " (ignore_mismatched_sizes=True initializes a new head)" if all(map(_HEADS.match, wrong)) else ""
         raise ValueError(f"the checkpoint does not fit the configuration: {listed}{hint}")
     if mismatched:
@@ -252,8 +261,8 @@ def _absent_heads(missing: set[str], expected: set[str]) -> set[str]:
 def _report(missing: list[str], new_heads: list[str], unexpected: list[str], strict: bool) -> None:
     unknown = [name for name in unexpected if not _HEADS.match(name)]
     if strict and (missing or unknown):
-        parts = [f"it lacks {', '.join(missing)}"] if missing else []
-        parts += [f"it has the unexpected {', '.join(unknown)}"] if unknown else []
+        parts = [f"it lacks {shorten(missing)}"] if missing else []
+        parts += [f"it has the unexpected {shorten(unknown)}{_adapter_hint(unknown)}"] if unknown else []
         raise ValueError(
             f"the checkpoint does not fit the model: {'; '.join(parts)} (strict=False initializes missing tensors and "
             "ignores unexpected ones)"
@@ -261,18 +270,14 @@ def _report(missing: list[str], new_heads: list[str], unexpected: list[str], str
     if new_heads or missing:
         _logger.warning("%s: %s", NOT_STORED, ", ".join(sorted(new_heads + missing)))
     if unexpected:
-        _logger.warning("in the checkpoint and not used: %s", ", ".join(unexpected))
+        _logger.warning("in the checkpoint and not used: %s", shorten(unexpected))
 
 
 def _hf_names(names: Iterable[str], pairs: NamePairs) -> list[str]:
     return sorted(to_hf({name: torch.empty(3, device="meta") for name in names}, pairs))
 
 
-def write(model: ModelTensors, folder: Path) -> None:
-    """Write model.safetensors, atomically, in transformers' format."""
-    from safetensors.torch import save_file
-
+def to_stored(model: ModelTensors) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of the model has: on the CPU, under transformers' names, tied ones once."""
     named = {name: x for name, x in model.state.items() if name not in model.tied}
-    tensors = {name: x.detach().to("cpu").contiguous().clone() for name, x in to_hf(named, model.names).items()}
-    with atomic_file(folder / WEIGHTS_NAME) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+    return {name: x.detach().to("cpu").contiguous().clone() for name, x in to_hf(named, model.names).items()}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bert_fast._io import write_text
+from bert_fast._io import read_json, write_text
+from bert_fast.models import settings as checks
 from bert_fast.models.activations import ACTIVATIONS
 from bert_fast.models.family import ARCHITECTURES, Architecture, rename_keys
-from bert_fast.models.files import CONFIG_NAME, find_file
+from bert_fast.models.files import CONFIG_NAME, HUB_OPTIONS, Source
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -35,12 +37,13 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("pruned_heads", ({}, None)),
     ("quantization_config", (None,)),
 )
-_POSITIVE = (
+_SIZE_NAMES = (
     "vocab_size",
     "hidden_size",
-    "num_attention_heads",
+    "num_hidden_layers",
     "intermediate_size",
     "max_position_embeddings",
+    "type_vocab_size",
 )
 _DROPPED = ("transformers_version", "_name_or_path", "torch_dtype")
 
@@ -55,6 +58,23 @@ def longest_input(config: Any) -> int:
     first = config.pad_token_id + 1 if architecture is not None and architecture.positions_after_padding else 0
     longest: int = config.max_position_embeddings - first
     return longest
+
+
+def _override_names(architecture: Architecture) -> set[str]:
+    """The settings that may replace those of a config.json of `architecture`, under their names here and there."""
+    names = {item.name for item in fields(BertConfig)}
+    return names | {*architecture.settings.values(), *architecture.defaults} | checks.OTHER_SETTINGS
+
+
+def _without_replaced_labels(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` without the labels that do not fit the labels, or their number, in `overrides`."""
+    given = {"num_labels", "id2label", "label2id"} & overrides.keys()
+    id2label = settings.get("id2label")
+    if not given:
+        return settings
+    if given == {"num_labels"} and isinstance(id2label, Mapping) and len(id2label) == overrides["num_labels"]:
+        return settings
+    return {name: x for name, x in settings.items() if name not in ("num_labels", "id2label", "label2id")}
 
 
 @dataclass(kw_only=True)
@@ -109,8 +129,16 @@ class BertConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.model_type not in ARCHITECTURES:
-            raise ValueError(f"model_type is {self.model_type!r}; expected one of {', '.join(ARCHITECTURES)}")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:  # JSON has no NumPy scalars
+                setattr(self, item.name, value.item())
+        if not isinstance(self.model_type, str) or self.model_type not in ARCHITECTURES:
+            raise ValueError(
+                f"model_type is {reprlib.repr(self.model_type)}; expected one of {', '.join(ARCHITECTURES)}"
+            )
+        if type(self.dtype).__module__ == "torch":  # a torch.dtype
+            self.dtype = str(self.dtype).removeprefix("torch.")
         for name, value in self.architecture.fixed.items():
             setattr(self, name, value)
         self._complete_labels()
@@ -141,10 +169,14 @@ class BertConfig:
         return self.hidden_size // self.num_attention_heads
 
     def _complete_labels(self) -> None:
+        if self.num_labels is not None:
+            checks.check_settings({"num_labels": self.num_labels})
+        if self.label2id is not None:
+            self.label2id = checks.label_indices(self.label2id)
         if self.id2label is not None:
-            self.id2label = {int(index): str(label) for index, label in self.id2label.items()}
+            self.id2label = checks.label_names("id2label", self.id2label)
         elif self.label2id is not None:
-            self.id2label = {int(index): label for label, index in self.label2id.items()}
+            self.id2label = {index: label for label, index in self.label2id.items()}
         else:
             count = 2 if self.num_labels is None else self.num_labels
             self.id2label = {index: f"LABEL_{index}" for index in range(count)}
@@ -155,28 +187,22 @@ class BertConfig:
 
     def validate(self) -> None:
         """Raise ValueError where a setting is out of range, or two settings contradict each other."""
-        for name in _POSITIVE:
-            self._check_count(name, 1)
-        for name in ("num_hidden_layers", "num_labels"):
-            self._check_count(name, 0)
-        self._check_count("type_vocab_size", 0 if "type_vocab_size" in self.architecture.fixed else 1)
+        if not isinstance(self.extra, dict):
+            raise ValueError(f"extra is {reprlib.repr(self.extra)}; expected a dict")
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
+        used = set(self.architecture.defaults) | {*checks.PROBABILITIES, "classifier_pooling"}
+        checks.check_settings({**{name: x for name, x in self.extra.items() if name in used}, **settings})
+        if not self.type_vocab_size and "type_vocab_size" not in self.architecture.fixed:
+            raise ValueError(f"type_vocab_size is {self.type_vocab_size}; expected an integer of at least 1")
         self._check_positions()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size} and num_attention_heads is {self.num_attention_heads}; "
                 "expected hidden_size to be a multiple of num_attention_heads"
             )
+        checks.check_size({name: settings[name] for name in _SIZE_NAMES} | {"embedding_size": self.input_size})
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} is {value}; expected a probability in [0, 1)")
-        if self.layer_norm_eps <= 0 or self.initializer_range < 0:
-            raise ValueError(
-                f"layer_norm_eps is {self.layer_norm_eps} and initializer_range is {self.initializer_range}; "
-                "expected layer_norm_eps > 0 and initializer_range >= 0"
-            )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"pad_token_id is {self.pad_token_id} and vocab_size is {self.vocab_size}; "
@@ -193,11 +219,6 @@ class BertConfig:
                 f"the positions of {self.model_type} start at pad_token_id + 1: expected pad_token_id below "
                 "max_position_embeddings - 1"
             )
-
-    def _check_count(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{name} is {value!r}; expected an integer of at least {minimum}")
 
     def _check_labels(self) -> None:
         assert self.id2label is not None
@@ -244,70 +265,109 @@ class BertConfig:
 
         Args:
             settings: the file's content; unknown keys are kept in `extra`.
-            overrides: settings that replace those of the file.
+            overrides: settings that replace those of the file. One that the architecture does not have, such as
+                DistilBERT's type_vocab_size, keeps its only value.
 
         Raises:
-            ValueError: it describes an unsupported model (a decoder, relative positions, pruned heads, a quantized
-                model, another model type).
+            TypeError: an override is no setting of this model.
+            ValueError: a setting is out of range, or it describes an unsupported model (a decoder, relative positions,
+                pruned heads, a quantized model, another model type).
         """
-        architecture = ARCHITECTURES.get({**settings, **overrides}.get("model_type", "bert"), ARCHITECTURES["bert"])
+        return cls.with_overrides(settings, overrides, caller=f"{cls.__name__}.from_dict")
+
+    @classmethod
+    def with_overrides(
+        cls, settings: Mapping[str, Any], overrides: Mapping[str, Any], *, caller: str, arguments: Collection[str] = ()
+    ) -> BertConfig:
+        """`from_dict` on behalf of the function `caller`, an error's subject, which has other `arguments` as well."""
+        model_type = {**settings, **overrides}.get("model_type", "bert")
+        architecture = ARCHITECTURES.get(model_type if isinstance(model_type, str) else "", ARCHITECTURES["bert"])
+        known = _override_names(architecture) | settings.keys()
+        unknown = {name: value for name, value in overrides.items() if name not in known}
+        checks.refuse_keywords(caller, unknown, known | {*arguments})
         to_ours = [(theirs, ours) for ours, theirs in architecture.settings.items()]
-        settings, overrides = rename_keys(settings, to_ours), rename_keys(overrides, to_ours)
-        merged = {**architecture.defaults, **settings, **overrides}
-        if "num_labels" in overrides and not {"id2label", "label2id"} & overrides.keys():
-            id2label = settings.get("id2label")
-            if id2label is None or len(id2label) != overrides["num_labels"]:
-                merged.pop("id2label", None)
-                merged.pop("label2id", None)
+        overrides = {name: value for name, value in overrides.items() if name not in unknown}
+        overrides = rename_keys(overrides, [*to_ours, ("torch_dtype", "dtype")])
+        given_extra = overrides.pop("extra", {})
+        merged = {**architecture.defaults, **_without_replaced_labels(rename_keys(settings, to_ours), overrides)}
+        merged |= overrides
         for name, accepted in _UNSUPPORTED:
             if name in merged and merged[name] not in accepted:
-                raise ValueError(f"{name} is {merged[name]!r}, which is not supported; expected {accepted[0]!r}")
+                value = reprlib.repr(merged[name])
+                raise ValueError(f"{name} is {value}, which is not supported; expected {accepted[0]!r}")
         if merged.get("dtype") is None:
             merged["dtype"] = merged.get("torch_dtype")
-        known = {item.name for item in fields(cls)}
-        extra = {name: value for name, value in merged.items() if name not in known and name not in _DROPPED}
-        fields_given = {name: value for name, value in merged.items() if name in known and name != "extra"}
-        return cls(**fields_given, extra={**merged.get("extra", {}), **extra})
+        names = {item.name for item in fields(cls)} - {"extra"}
+        dropped = names | checks.NEVER_WRITTEN | {*_DROPPED}
+        extra = {name: value for name, value in merged.items() if name not in dropped}
+        return cls(**{name: merged[name] for name in names & merged.keys()}, extra={**given_extra, **extra})
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json, as transformers reads it."""
         assert self.id2label is not None
         omitted = {"extra", *self.architecture.fixed}
+        extra = {name: value for name, value in self.extra.items() if name not in checks.NEVER_WRITTEN}
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in omitted}
         if settings.pop("num_labels") == 2 and self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:
             settings.pop("id2label")
             settings.pop("label2id")
         else:
             settings["id2label"] = {str(index): label for index, label in self.id2label.items()}
-        return {**self.extra, **rename_keys(settings, self.architecture.settings.items())}
+        return {**extra, **rename_keys(settings, self.architecture.settings.items())}
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, **overrides: Any) -> BertConfig:
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        subfolder: str = "",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **overrides: Any,
+    ) -> BertConfig:
         """Read config.json.
 
         Args:
-            name_or_path: a folder, or the name of a hub repository.
-            revision: branch, tag or commit of the repository.
+            name_or_path, subfolder ... force_download: see `bert_fast.models.files.Source`.
             overrides: settings that replace those of the file, for example `num_labels=3`.
 
         Raises:
             FileNotFoundError: there is no such folder, repository or file.
-            ValueError: the file is not JSON, or describes an unsupported model.
+            TypeError: an override is no setting of this model, or an argument has another type.
+            ValueError: the file is not JSON, a setting is out of range, or it describes an unsupported model.
         """
-        path = find_file(name_or_path, CONFIG_NAME, revision=revision)
+        hub = (subfolder, revision, token, cache_dir, local_files_only, force_download)
+        caller = f"{cls.__name__}.from_pretrained"
+        return cls.from_source(Source(name_or_path, *hub), overrides, caller=caller, arguments=HUB_OPTIONS)
+
+    @classmethod
+    def from_source(
+        cls, source: Source, overrides: Mapping[str, Any], *, caller: str, arguments: Collection[str] = ()
+    ) -> BertConfig:
+        """`from_pretrained` of a `Source`; the other arguments are those of `with_overrides`."""
+        path = source.find(CONFIG_NAME)
         if path is None:
-            raise FileNotFoundError(f"{name_or_path} has no {CONFIG_NAME}")
+            raise FileNotFoundError(f"{source} has no {CONFIG_NAME}")
+        settings = read_json(path)
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path} holds a JSON {type(settings).__name__}; expected an object")
-        return cls.from_dict(settings, **overrides)
+            return cls.with_overrides(settings, overrides, caller=caller, arguments=arguments)
+        except ValueError as error:
+            where = f"{path} with {', '.join(overrides)} replaced" if overrides else str(path)
+            raise ValueError(f"{where}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json to `folder`, atomically."""
-        write_text(Path(folder) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        write_text(Path(folder) / CONFIG_NAME, self.to_json())
+
+    def to_json(self) -> str:
+        """The text of config.json. ValueError where a value of `extra` can't be written as JSON."""
+        try:
+            return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the configuration can't be written as JSON: {error}") from error
 
     def replace(self, **changes: Any) -> BertConfig:
         """A copy with `changes`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from bert_fast._progress import ProgressBar
 from bert_fast.models.config import BertConfig, longest_input
+from bert_fast.models.loading import check_flags
+from bert_fast.models.texts import as_tokenizer, check_integer_argument, evaluating, text_windows
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
 
 POOLINGS = ("cls", "mean", "max", "pooler")
@@ -66,12 +69,16 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str, pooler_output: Tensor
     return torch.segment_reduce(hidden.float(), pooling, lengths=cu_seqlens.long().diff(), axis=0)
 
 
-def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Group indices to batches of at most `batch_tokens` tokens, longest first; a longer text is a batch by itself."""
+def batches_by_length(lengths: Sequence[int], batch_tokens: int, batch_size: int | None = None) -> Iterator[list[int]]:
+    """Group indices to batches of at most `batch_tokens` tokens, longest first; a longer text is a batch by itself.
+
+    Args:
+        batch_size: the maximum number of indices in a batch; None for any number.
+    """
     batch: list[int] = []
     total = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and total + lengths[index] > batch_tokens:
+        if batch and (total + lengths[index] > batch_tokens or len(batch) == batch_size):
             yield batch
             batch, total = [], 0
         batch.append(index)
@@ -80,78 +87,125 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
         yield batch
 
 
-@torch.inference_mode()
 def encode(
     model: nn.Module,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
+    tokenizer: Any,
+    texts: str | Iterable[str],
     *,
     pooling: str = "mean",
     normalize: bool = False,
+    normalize_embeddings: bool = False,
     max_seqlen: int | None = None,
     batch_tokens: int = 8192,
-    show_progress_bar: bool = False,
-) -> Tensor:
+    batch_size: int | None = None,
+    convert_to_numpy: bool = False,
+    convert_to_tensor: bool = False,
+    show_progress_bar: bool | None = False,
+) -> Tensor | np.ndarray[Any, Any]:
     """Embed texts. `BertModel.encode` calls this with the model's tokenizer.
 
     Texts are tokenized `WINDOW` at a time, sorted by length and packed: apart from the result, peak memory is
-    independent of their number. Several threads may share one model and tokenizer.
+    independent of their number. The model runs in eval mode; then every module has the mode again that it had. Several
+    threads may share one model that is in eval mode, and one tokenizer.
 
     Args:
-        model: a BertModel in eval mode, or transformers' (fused or not) that returns last_hidden_state; runs on its
-            device.
-        tokenizer: as `bert_fast.data.load_tokenizer` returns it.
-        texts: any number of strings.
+        model: a BertModel, or transformers' (fused or not) that returns last_hidden_state; runs on its device.
+        tokenizer: as `bert_fast.data.load_tokenizer` returns it, or transformers' fast one.
+        texts: a str, or any number of them: a sequence, an iterator, a Series, an array.
         pooling: "cls", "mean", "max" or "pooler", see `pool`.
-        normalize: scale each vector to length 1.
+        normalize: scale each vector to length 1. `normalize_embeddings` is sentence-transformers' name for it.
         max_seqlen: longer texts are truncated to this number of tokens; None for the model's maximum.
         batch_tokens: texts of similar length are packed up to this; a longer text is a batch by itself.
+        batch_size: the maximum number of texts in a batch; None for any number.
+        convert_to_numpy: return a NumPy array. `convert_to_tensor`, the default, takes precedence, as in
+            sentence-transformers.
         show_progress_bar: on stderr, with tqdm.
 
     Returns:
-        (len(texts), E) float32 on the CPU, in the order of `texts`; its `.numpy()` shares the memory.
+        (number of texts, E) float32 on the CPU, in the order of `texts`; (E,) for a str.
 
     Raises:
-        TypeError: `texts` is one string.
-        ValueError: `pooling` is unknown, `batch_tokens` is less than 1, `max_seqlen` exceeds the model's maximum, or
-            the tokenizer pads or truncates.
+        TypeError: `texts` is no str and has none, or a text is none, by its index; or an argument has another type.
+        ValueError: `pooling` is unknown, a number is out of range, or the tokenizer pads or truncates.
         ImportError: `show_progress_bar` is True and tqdm is not installed.
     """
+    from bert_fast.data.tokenizer import check_rows  # tokenizers is optional
+
     config: Any = model.config
-    longest = _check_arguments(config, tokenizer, texts, pooling, max_seqlen, batch_tokens)
+    longest = _check_arguments(config, pooling, max_seqlen, batch_tokens, batch_size)
+    flags = (normalize, normalize_embeddings, convert_to_numpy, convert_to_tensor, show_progress_bar or False)
+    check_flags(**dict(zip(_FLAGS, flags, strict=True)))
+    tokenizer = as_tokenizer(tokenizer)
+    check_rows(tokenizer, config.vocab_size, "encode")
     num_trailing = _num_trailing_special(tokenizer)
-    vectors = torch.empty(len(texts), config.hidden_size)
-    with ProgressBar(len(texts), shown=show_progress_bar, unit="text", required=True) as bar:
-        for start in range(0, len(texts), WINDOW):
-            window = list(texts[start : start + WINDOW])
-            encodings = tokenizer.encode_batch_fast(window)
-            ids = [_truncate(encoding.ids, longest, num_trailing) for encoding in encodings]
-            for indices in batches_by_length([len(sequence) for sequence in ids], batch_tokens):
-                hidden, cu_seqlens, pooler_output = _forward(model, [ids[index] for index in indices])
-                pooled = pool(hidden, cu_seqlens, pooling, pooler_output)
-                if normalize:
-                    pooled = torch.nn.functional.normalize(pooled, dim=-1)
-                vectors[torch.tensor(indices) + start] = pooled.cpu()
-                bar.update(len(indices))
+    batches = (batch_tokens, batch_size)
+    count = len(texts) if isinstance(texts, Sized) and not isinstance(texts, str) else None
+    vectors: list[Tensor] = []
+    with evaluating(model), ProgressBar(count, shown=bool(show_progress_bar), unit="text", required=True) as bar:
+        for window in text_windows([texts] if isinstance(texts, str) else texts, WINDOW):
+            ids = [_truncate(encoding.ids, longest, num_trailing) for encoding in tokenizer.encode_batch_fast(window)]
+            if not all(ids):
+                raise ValueError(
+                    f"the text {window[ids.index([])]!r} has no tokens: the tokenizer adds no special tokens"
+                )
+            vectors.append(_embed(model, ids, pooling, batches, bar, normalize=normalize or normalize_embeddings))
+    out = _concatenate(vectors, config.hidden_size)
+    out = out[0] if isinstance(texts, str) else out
+    return out.numpy() if convert_to_numpy and not convert_to_tensor else out
+
+
+def _concatenate(parts: list[Tensor], width: int) -> Tensor:
+    """`parts`, of (B, width) each, as one ordinary tensor; the list is emptied, to free their memory one by one."""
+    with torch.inference_mode(False):
+        out = torch.empty(sum(part.shape[0] for part in parts), width)
+        start = out.shape[0]
+        while parts:
+            part = parts.pop()
+            start -= part.shape[0]
+            out[start : start + part.shape[0]] = part
+    return out
+
+
+_FLAGS = ("normalize", "normalize_embeddings", "convert_to_numpy", "convert_to_tensor", "show_progress_bar")
+
+
+def _embed(
+    model: nn.Module,
+    ids: list[list[int]],
+    pooling: str,
+    batches: tuple[int, int | None],
+    bar: ProgressBar,
+    *,
+    normalize: bool,
+) -> Tensor:
+    """The vectors of sequences of token ids: (B, E)."""
+    config: Any = model.config
+    with torch.inference_mode(False):  # an ordinary tensor, which takes part in training
+        vectors = torch.empty(len(ids), config.hidden_size)
+    with torch.inference_mode():
+        for indices in batches_by_length([len(sequence) for sequence in ids], *batches):
+            hidden, cu_seqlens, pooler_output = _forward(model, [ids[index] for index in indices])
+            pooled = pool(hidden, cu_seqlens, pooling, pooler_output)
+            if normalize:
+                pooled = torch.nn.functional.normalize(pooled, dim=-1)
+            vectors[torch.tensor(indices)] = pooled.cpu()
+            bar.update(len(indices))
     return vectors
 
 
 def _check_arguments(
-    config: Any, tokenizer: Tokenizer, texts: Sequence[str], pooling: str, max_seqlen: int | None, batch_tokens: int
+    config: Any, pooling: Any, max_seqlen: int | None, batch_tokens: int, batch_size: int | None
 ) -> int:
     """The maximum number of tokens of a text; raises where an argument of `encode` is wrong."""
-    if isinstance(texts, str):
-        raise TypeError(f"texts is one str ({texts[:20]!r}); expected a sequence of str: [text]")
     if pooling not in POOLINGS:
         raise ValueError(f"pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}")
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens is {batch_tokens}; expected 1 or more")
+    check_integer_argument("batch_tokens", batch_tokens, 1)
+    if batch_size is not None:
+        check_integer_argument("batch_size", batch_size, 1)
     longest = longest_input(config)
-    if max_seqlen is not None and not 2 <= max_seqlen <= longest:
-        raise ValueError(f"max_seqlen is {max_seqlen}; expected 2 to {longest}, the model's maximum")
-    if tokenizer.padding is not None or tokenizer.truncation is not None:
-        raise ValueError("the tokenizer pads or truncates; call its no_padding() and no_truncation(), use max_seqlen")
-    return max_seqlen or longest
+    if max_seqlen is not None:
+        check_integer_argument("max_seqlen", max_seqlen, 2, longest, ", the model's maximum")
+    return int(max_seqlen or longest)
 
 
 def _num_trailing_special(tokenizer: Tokenizer) -> int:

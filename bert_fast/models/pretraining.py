@@ -23,6 +23,7 @@ from bert_fast.models.outputs import (
     NextSentencePredictorOutput,
 )
 from bert_fast.models.plain import is_plain, is_plain_norm
+from bert_fast.models.vocabulary import resize_bias, resize_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -132,13 +133,40 @@ class _MaskedLMModel(BertHeadModel):
     def tie_weights(self) -> None:
         """Share the decoder's weight with the word embedding, and its bias with `cls.predictions.bias`.
 
-        Unless the configuration's tie_word_embeddings is False.
+        Unless the configuration's tie_word_embeddings is False. Biases get the weight's number of rows, new ones at 0.
         """
         head = self.cls.predictions
-        if self.config.tie_word_embeddings:
-            head.decoder.weight = self.bert.embeddings.word_embeddings.weight
-            if self.config.architecture.lm_bias:
-                head.decoder.bias = head.bias
+        if not self.config.tie_word_embeddings:
+            return
+        weight = self.bert.embeddings.word_embeddings.weight
+        head.decoder.weight, head.decoder.out_features = weight, weight.shape[0]
+        bias = head.bias if self.config.architecture.lm_bias else head.decoder.bias
+        if bias.shape[0] != weight.shape[0]:
+            bias = resize_bias(bias, weight.shape[0])
+        head.decoder.bias = bias
+        if self.config.architecture.lm_bias:
+            head.bias = bias
+
+    def untie_weights(self) -> None:
+        """Give the decoder a weight and a bias of its own, and set `config.tie_word_embeddings` to False."""
+        decoder = self.cls.predictions.decoder
+        self.config = self.bert.config = self.config.replace(tie_word_embeddings=False)
+        for name in ("weight", "bias"):
+            shared = getattr(decoder, name)
+            setattr(decoder, name, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The decoder."""
+        return self.cls.predictions.decoder
+
+    def _resize_output(self, rows: int, std: float | None) -> None:
+        head = self.cls.predictions
+        if self.config.tie_word_embeddings:  # tie_weights does the rest
+            return
+        head.decoder.weight = resize_rows(head.decoder.weight, rows, std)
+        head.decoder.bias, head.decoder.out_features = resize_bias(head.decoder.bias, rows), rows
+        if self.config.architecture.lm_bias:
+            head.bias = resize_bias(head.bias, rows)
 
     @property
     def tied_names(self) -> set[str]:

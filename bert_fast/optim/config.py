@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from bert_fast._config import check, check_choices
+from bert_fast._config import check, check_finite, convert_fields
+
+# Numbers that float32, in which the kernels read them, has as finite positive ones.
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38
+_RANGE = f" of float32, {_SMALLEST} to {_LARGEST}"
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,17 @@ class OptimizerOptions:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check(self.lr > 0 and math.isfinite(self.lr), f"lr is {self.lr}; expected a positive number")
+        convert_fields(self)
+        check_finite(self)
+        check(_SMALLEST <= self.lr <= _LARGEST, f"lr is {self.lr}; expected a positive number{_RANGE}")
         check(
             self.warmup_steps >= 0 and (self.warmup_steps < 1 or float(self.warmup_steps).is_integer()),
             f"warmup_steps is {self.warmup_steps}; expected whole steps, or a fraction below 1 of all steps",
         )
-        check(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; expected 0 or more")
+        check(0 <= self.weight_decay <= _LARGEST, f"weight_decay is {self.weight_decay}; expected 0 or more")
         check(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"betas is {self.betas}; expected two numbers, each at least 0 and below 1",
         )
-        check(self.eps > 0, f"eps is {self.eps}; expected a positive number")
+        check(_SMALLEST <= self.eps <= _LARGEST, f"eps is {self.eps}; expected a positive number{_RANGE}")
         check(self.max_grad_norm >= 0, f"max_grad_norm is {self.max_grad_norm}; expected 0 (no clipping) or more")

@@ -33,7 +33,7 @@ class Lamb(torch.optim.Optimizer):
         impl: the implementation of `bert_fast.kernels.lamb_step`.
 
     Raises:
-        ValueError: `lr` or `max_grad_norm` is out of range; `lamb_step` checks the other options at each step.
+        ValueError: an option is out of range, infinite or NaN, also in a parameter group.
 
     Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", 2020.
     """
@@ -50,8 +50,6 @@ class Lamb(torch.optim.Optimizer):
         capturable: bool = False,
         impl: str = "auto",
     ) -> None:
-        if not isinstance(lr, Tensor) and lr < 0:
-            raise ValueError(f"lr is {lr}; expected 0 or more")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number above 0, or None")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -63,6 +61,17 @@ class Lamb(torch.optim.Optimizer):
         # `skip_if` returns for the norm of all gradients.
         self.found_inf: Tensor | None = None
         self.skip_if: Callable[[Tensor], Tensor] | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; ValueError if one of its options is out of range."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "eps", "weight_decay"):
+            value = group[name]
+            if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value}; expected a finite number, 0 or more")
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas is {group['betas']}; expected two numbers, each at least 0 and below 1")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -47,7 +47,12 @@ def lr_factor(step: int, warmup: int, total: int, decay: str = "linear") -> floa
         warmup: steps of the warm-up, fewer than `total`.
         total: steps of the run.
         decay: "linear", "cosine", or "none" (or "constant") to stay at the peak.
+
+    Raises:
+        ValueError: `decay` is another name.
     """
+    if decay not in ("linear", "cosine", "none", "constant"):
+        raise ValueError(f"decay is {decay!r}; expected linear, cosine, none or constant")
     if step <= warmup:
         return step / warmup
     if decay in ("none", "constant"):
@@ -57,7 +62,13 @@ def lr_factor(step: int, warmup: int, total: int, decay: str = "linear") -> floa
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, rounded to float32 whether it is stored as a float or as a tensor."""
+    """Set the learning rate of every group, rounded to float32 whether it is stored as a float or as a tensor.
+
+    Raises:
+        ValueError: `lr` is negative, infinite or NaN.
+    """
+    if not 0 <= lr < float("inf"):
+        raise ValueError(f"lr is {lr}; expected a finite number, 0 or more")
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)

@@ -1,4 +1,4 @@
-"""Pretraining: config, setup, trainer, step, CUDA graph, micro-batches, divergence, metrics, report.
+"""Pretraining: config, setup, trainer, resume, step, CUDA graph, micro-batches, divergence, metrics, report.
 
 pretrain and finetune import runtime, and runtime imports optim; never the reverse.
 """

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bert_fast._config import check, check_choices, check_fraction, differences
+from bert_fast._config import check, check_finite, check_fraction, convert_fields, differences
 from bert_fast.optim.config import OptimizerOptions
 
 SETTINGS = "pretrain.json"  # in output_dir: the run's PretrainConfig
+RECORDS = "diverged"  # in output_dir: the records of steps that diverged
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class ModelOptions:
     unigram_bias: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        convert_fields(self)
+        check_finite(self)
         check_fraction("hidden_dropout_prob", self.hidden_dropout_prob)
         check_fraction("attention_probs_dropout_prob", self.attention_probs_dropout_prob)
         check(
@@ -78,6 +80,8 @@ class DataOptions:
     random_token_prob: float = 0.1
 
     def __post_init__(self) -> None:
+        convert_fields(self)
+        check_finite(self)
         check(bool(self.folder), "data.folder is empty; expected the folder that `bert-fast prepare` wrote")
         check(self.seq_len >= 5, f"seq_len is {self.seq_len}; expected 5 or more: [CLS] A [SEP] B [SEP]")
         check(
@@ -126,7 +130,8 @@ class PretrainConfig:
         explosion: a loss above this many times its running mean explodes; 0 for no limit.
         max_skips: consecutive skipped updates after which skip ends the run too.
         resume: auto resumes from the newest valid checkpoint in output_dir if there is one, never raises an error if
-            there is one, and a path names the checkpoint to resume from.
+            there is one, and a path names the checkpoint to resume from; checkpoints of output_dir that are later than
+            it are moved to output_dir/checkpoints/abandoned-N first. Given again, the command with that path goes on.
         tensorboard: write TensorBoard events in addition to the JSONL log.
         wandb: the Weights & Biases project to log to as well; the package's own settings apply (WANDB_MODE=offline).
         trace: profile this many steps, after the first ten, into trace.json in output_dir, for chrome://tracing or
@@ -179,7 +184,8 @@ class PretrainConfig:
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        convert_fields(self)
+        check_finite(self)
         check(bool(self.output_dir), "output_dir is empty; expected a folder")
         if (self.steps is None) == (self.epochs is None):
             which = "neither" if self.steps is None else "both"
@@ -195,7 +201,8 @@ class PretrainConfig:
             self.explosion == 0 or self.explosion > 1,
             f"explosion is {self.explosion}; expected more than 1 times the running mean, or 0 for no limit",
         )
-        check(self.timeout > 0, f"timeout is {self.timeout}; expected seconds, more than 0")
+        check(self.seed < 2**63, f"seed is {self.seed}; expected at most 2**63 - 1")
+        check(0 < self.timeout <= 1e9, f"timeout is {self.timeout}; expected seconds, more than 0 and at most 1e9")
         check(
             self.parallel == "ddp" or self.optimizer.name == "adamw",
             "parallel is fsdp and optimizer.name is lamb, whose trust ratios need whole tensors; choose adamw, or ddp",
@@ -225,10 +232,11 @@ class PretrainConfig:
 # Settings with which a resumed run would not be the same run.
 _FIXED = ("data.", "model.", "optimizer.name", "accumulation", "precision", "seed")
 _FREE_DATA = ("data.folder",)  # may move; its fingerprint is compared instead
+_OF_A_CALL = ("output_dir", "resume", "progress", "data.folder")  # say nothing of the run
 
 
 def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{dotted name: (before, now)} of the settings that changed since the checkpoint was written.
+    """{dotted name: (before, now)} of the settings of the run that changed since the checkpoint was written.
 
     Raises:
         ValueError: a setting changed that must not change within a run.
@@ -236,9 +244,13 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tu
     changed = differences(before, now)
     fixed = {name: pair for name, pair in changed.items() if name.startswith(_FIXED) and name not in _FREE_DATA}
     if fixed:
-        listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in fixed.items())
         raise ValueError(
-            f"the checkpoint in output_dir belongs to another run ({listed}); restore these settings, choose another "
-            "output_dir, or start a new run from its weights with model.init_from"
+            f"the checkpoint in output_dir belongs to another run ({listed(fixed)}); restore these settings, choose "
+            "another output_dir, or start a new run from its weights with model.init_from"
         )
-    return changed
+    return {name: pair for name, pair in changed.items() if name not in _OF_A_CALL}
+
+
+def listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    """The settings that changed, for a message."""
+    return ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bert_fast import _io
 from bert_fast._device import autocast, resolve_device
 from bert_fast.data import PackedBatch
 from bert_fast.models import BertForPreTraining
@@ -30,6 +30,7 @@ from bert_fast.runtime import checkpoint
 
 BATCH, RECORD = "batch.safetensors", "record.json"
 _TENSORS = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "labels", "next_sentence_label", "label_rows")
+_FIELDS = {"step": int, "reason": str, "loss": str, "norm": str, "seed": int, "precision": str, "micro_batches": list}
 _MEAN_DECAY = 0.98  # of the running mean of the loss: about the last fifty steps
 
 
@@ -156,7 +157,7 @@ def write_record(folder: Path, verdict: Verdict, micro: Sequence[MicroBatch], se
             for m in micro
         ],
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    _io.write_json(folder / RECORD, record)
 
 
 @dataclass(frozen=True)
@@ -190,15 +191,17 @@ def replay(folder: str | Path, device: str = "auto", weights: str | Path | None 
 
     Raises:
         CorruptCheckpointError: a file of the folder is missing or differs from what was written.
+        ValueError: the folder holds another kind of record; the message names the file.
     """
     folder = Path(folder)
     checkpoint.verify_folder(folder)
-    record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    record = _io.read_json(folder / RECORD, _FIELDS)
     tensors = load_file(folder / BATCH)
     target = resolve_device(device)
     model = BertForPreTraining.from_pretrained(weights or folder).to(target).train()
     micro = []
     for entry in record["micro_batches"]:
+        _io.check_fields(entry, {"number": int, "max_seqlen": int}, f"{folder / RECORD}: a micro-batch")
         fields = {name: tensors[key] for name in _TENSORS if (key := f"{entry['number']}/{name}") in tensors}
         micro.append((entry["number"], PackedBatch(**fields, max_seqlen=entry["max_seqlen"]).to(target)))
     masked = max(1, sum(int((batch.labels != -100).sum()) for _, batch in micro))

@@ -14,7 +14,7 @@ from typing import Any
 
 from bert_fast import _io
 from bert_fast._config import differences
-from bert_fast._html import html_page, panels_of, svg, table
+from bert_fast._html import html_page, label, panels_of, svg, table
 from bert_fast.pretrain.config import SETTINGS
 from bert_fast.runtime.log import LOG, read_log
 
@@ -34,16 +34,21 @@ _CURVES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run's name, settings and log."""
+    """A run's name, settings and log, and messages on what of the log could not be read."""
 
     name: str
     settings: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
+    problems: Sequence[str] = ()
 
     def points(self, kind: str, column: str) -> tuple[list[int], list[float]]:
-        """Steps and values of `column` in the lines of `kind` that have it."""
-        lines = [line for line in self.log if line["kind"] == kind and line.get(column) is not None]
+        """Steps and values of `column` in the lines of `kind` that have a number there."""
+        lines = [line for line in self.log if line["kind"] == kind and _is_number(line.get(column))]
         return [line["step"] for line in lines], [line[column] for line in lines]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def is_pretraining(folder: Path) -> bool:
@@ -56,6 +61,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
     Raises:
         FileNotFoundError: a folder is not the folder of a pretraining run.
+        ValueError: the settings of a run are no JSON object.
     """
     names = [folder.resolve().name for folder in folders]
     runs = []
@@ -65,8 +71,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 raise FileNotFoundError(
                     f"{folder / file} does not exist; expected a folder that bert-fast pretrain wrote"
                 )
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        runs.append(Run(name if names.count(name) == 1 else str(folder), settings, read_log(folder / LOG)))
+        problems: list[str] = []
+        settings, log = _io.read_json(folder / SETTINGS), read_log(folder / LOG, problems.append)
+        runs.append(Run(name if names.count(name) == 1 else str(folder), settings, log, problems))
     return runs
 
 
@@ -78,7 +85,7 @@ def write_pretrain_report(folders: Sequence[Path], output: Path, pictures: Path 
 
     Raises:
         FileNotFoundError: a folder is not the folder of a pretraining run.
-        ValueError: a log is empty.
+        ValueError: a log is empty, or the settings of a run are no JSON object.
     """
     runs = read_runs(folders)
     empty = [run.name for run in runs if not run.log]
@@ -88,9 +95,9 @@ def write_pretrain_report(folders: Sequence[Path], output: Path, pictures: Path 
     written = [output]
     _io.write_text(output, page(runs, figures))
     if pictures is not None:
-        pictures.mkdir(parents=True, exist_ok=True)
         for column, figure in figures.items():
-            figure.savefig(pictures / f"{column}.png", dpi=150)
+            with _io.atomic_file(pictures / f"{column}.png") as path:
+                figure.savefig(path, format="png", dpi=150)
             written.append(pictures / f"{column}.png")
     return written
 
@@ -98,10 +105,11 @@ def write_pretrain_report(folders: Sequence[Path], output: Path, pictures: Path 
 def page(runs: Sequence[Run], figures: Mapping[str, Any]) -> str:
     """The page on `runs`, with the figures of `curves(runs)`."""
     title = "Pretraining: " + ", ".join(run.name for run in runs)
-    parts = [f"<h1>{escape(title)}</h1>", table([["", *(run.name for run in runs)], *_summary(runs)])]
+    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(text)}</p>" for run in runs for text in run.problems)]
+    parts.append(table([["", *(run.name for run in runs)], *_summary(runs)]))
     parts += [svg(figure) for figure in figures.values()]
     if len(runs) > 1:
-        changed = _changed(runs)
+        changed = changed_settings(runs)
         parts += ["<h2>Settings that differ</h2>", table([["", *(run.name for run in runs)], *changed])]
     for run in runs:
         settings = escape(json.dumps(run.settings, indent=1, ensure_ascii=False))
@@ -137,7 +145,7 @@ def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def _changed(runs: Sequence[Run]) -> list[list[Any]]:
+def changed_settings(runs: Sequence[Run]) -> list[list[Any]]:
     """Rows of the settings that differ between the runs."""
     changed: dict[str, list[Any]] = {}
     for run in runs[1:]:
@@ -152,18 +160,27 @@ def _setting(settings: Any, name: str) -> Any:
     return settings
 
 
-def curves(runs: Sequence[Run]) -> dict[str, Any]:
-    """A figure for each column that a run has: lines are training values, dots held-out values."""
+def curves(runs: Sequence[Run], of: Sequence[tuple[str, str, bool, bool]] = _CURVES) -> dict[str, Any]:
+    """A figure for each column that a run has: lines are training values, dots held-out values.
+
+    Args:
+        runs: to draw in one figure a column.
+        of: title, column of the log, whether to draw held-out values too, whether the axis is logarithmic.
+    """
     figures: dict[str, Any] = {}
-    for title, column, held_out, logarithmic in _CURVES:
-        if not any(run.points("train", column)[0] for run in runs):
+    for title, column, held_out, logarithmic in of:
+        if not any(run.points(kind, column)[0] for run in runs for kind in ("train", *(("eval",) if held_out else ()))):
             continue
         figure, (axes,) = panels_of(9, 3.2)
         for number, run in enumerate(runs):
             colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(*run.points("train", column), color=colour, lw=1, label=run.name)
-            if held_out:
-                axes.plot(*run.points("eval", column), "o-", color=colour, ms=4, lw=0.5, label="held out")
+            steps, values = run.points("train", column)
+            if steps:
+                # One value has no line: it needs a mark to be seen.
+                axes.plot(steps, values, "x" if len(steps) == 1 else "-", color=colour, lw=1, label=label(run.name))
+            if held_out and run.points("eval", column)[0]:
+                name = label(f"{run.name}, held out" if len(runs) > 1 else "held out")
+                axes.plot(*run.points("eval", column), "o-", color=colour, ms=4, lw=0.5, label=name)
         axes.set(title=title, xlabel="step")
         if logarithmic:
             axes.set_yscale("log")

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.data import PackedBatch, PretrainingData, PretrainingDataConfig
+from bert_fast.data import PackedBatch, PretrainingData, PretrainingDataConfig, load_tokenizer
+from bert_fast.data.tokenizer import TOKENIZER_FILES
 from bert_fast.models import BertConfig, BertForPreTraining
 from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
 from bert_fast.pretrain.metrics import log_frequencies, token_counts, unigram_loss
-
-TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,13 @@ class RunData:
         train: the training split.
         held_out: the split for evaluation.
         fingerprint: of the folder's contents; a run resumes only if it is the same.
-        tokenizer_files: copied into every checkpoint.
+        tokenizer: the folder of the tokenizer, which is copied into every checkpoint.
     """
 
     train: PretrainingData
     held_out: PretrainingData
     fingerprint: str
-    tokenizer_files: tuple[Path, ...]
+    tokenizer: Path
 
     def count_held_out(self, limit: int = 0) -> int:
         """The number of held-out batches, at most `limit` unless it is 0."""
@@ -86,24 +85,24 @@ def open_data(options: DataOptions, seed: int, *, checksums: bool = True) -> Run
         if not data.num_batches(0):
             raise ValueError(f"{folder}, {data.config.split}: its text is too short for one example; prepare more text")
     manifest = (folder / "manifest.json").read_bytes()
-    files = tuple(folder / name for name in TOKENIZER_FILES)
-    return RunData(train, held_out, hashlib.sha256(manifest).hexdigest(), files)
+    return RunData(train, held_out, hashlib.sha256(manifest).hexdigest(), folder)
 
 
 def model_config(options: ModelOptions, vocab_size: int, seq_len: int) -> BertConfig:
     """The configuration of the model to train.
 
     Raises:
-        ValueError: it does not fit the data: fewer positions than `seq_len`, or a checkpoint with another vocabulary.
+        ValueError: it does not fit the data: fewer positions than `seq_len`, or a checkpoint with fewer rows than the
+            data has tokens; more rows (a padded vocabulary) are kept.
     """
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     settings: dict[str, Any] = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.init_from is not None:
         config = BertConfig.from_pretrained(options.init_from, **settings)
-        if config.vocab_size != vocab_size:
+        if config.vocab_size < vocab_size:
             raise ValueError(
-                f"model.init_from {options.init_from} has a vocabulary of {config.vocab_size} tokens and the data one "
-                f"of {vocab_size}; prepare the data with vocab={options.init_from}"
+                f"model.init_from {options.init_from} has {config.vocab_size} word embeddings and the data a "
+                f"vocabulary of {vocab_size} tokens; prepare the data with vocab={options.init_from}"
             )
     elif options.config is not None:
         path = Path(options.config)
@@ -119,10 +118,24 @@ def model_config(options: ModelOptions, vocab_size: int, seq_len: int) -> BertCo
     return config
 
 
+def _check_tokenizer(checkpoint: Path, folder: Path) -> None:
+    """Raise ValueError if the checkpoint has a tokenizer and its vocabulary differs from that of the data."""
+    if not any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
+        return
+    ours, theirs = load_tokenizer(folder).get_vocab(), load_tokenizer(checkpoint).get_vocab()
+    if different := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
+        raise ValueError(
+            f"model.init_from {checkpoint} has another vocabulary than the data {folder}: {len(different)} tokens "
+            f"differ, such as {different[0]!r}; prepare the data with vocab={checkpoint}"
+        )
+
+
 def build_model(config: PretrainConfig, data: RunData, start: Path | None) -> BertForPreTraining:
     """The model in training mode: from the checkpoint `start`, from model.init_from, or newly initialized."""
     settings = model_config(config.model, data.train.vocab_size, config.data.seq_len)
     source = start or config.model.init_from
+    if start is None and source is not None:
+        _check_tokenizer(Path(source), data.tokenizer)
     if source is not None:
         return BertForPreTraining.from_pretrained(source, config=settings).train()
     model = BertForPreTraining(settings).train()

@@ -7,21 +7,22 @@ the losses of an uninterrupted run, bit for bit.
 
 from __future__ import annotations
 
-import errno
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from bert_fast import _io
+from bert_fast._lock import exclusive
 from bert_fast._progress import ProgressBar
-from bert_fast.data import PackedBatch
+from bert_fast.data import PackedBatch, copy_tokenizer
+from bert_fast.models.config import longest_input
 from bert_fast.optim.optimizer import lr_factor, make_optimizer, set_lr
-from bert_fast.pretrain.config import SETTINGS, PretrainConfig, check_resumable
+from bert_fast.pretrain import resume
+from bert_fast.pretrain.config import RECORDS, SETTINGS, PretrainConfig, check_resumable, listed
 from bert_fast.pretrain.cuda_graph import Capture, GraphedStep, capture_on
 from bert_fast.pretrain.divergence import Guard, Verdict, write_record
 from bert_fast.pretrain.metrics import FIELDS, Meter, Totals, gemm_ceiling, held_out_totals
@@ -98,7 +99,12 @@ class Trainer:
         self.warmup = config.warmup(self.total_steps)
         self.step, self.position, self.tokens, self.lr = 0, Position(0, 0), 0, 0.0
         self.best: dict[str, float] | None = None
-        start = ranks.on_rank0(self._find_checkpoint)
+        self.interrupted: int | None = None  # the signal
+        self.evaluation_due = False  # at this step; a signal has ended the one that the interval demands
+        self._received_signal: Callable[[], int | None] = lambda: None
+        self.start = start = ranks.on_rank0(
+            lambda: resume.find_checkpoint(config, self.checkpoints, self.report, restarted=ranks.restarted)
+        )
         torch.manual_seed(config.seed)
         model = build_model(config, self.data, start).to(self.device).train()
         if config.recompute:
@@ -129,43 +135,41 @@ class Trainer:
         self._prefetch: Prefetch | None = None
         self._warm_up_buckets()
 
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, as `config.resume` says, verified; None for a new run."""
-        resume = self.config.resume
-        if resume == "auto":
-            return checkpoint.newest_valid(self.checkpoints, self.report)
-        if resume == "never":
-            if checkpoint.list_checkpoints(self.checkpoints):
-                raise ValueError(
-                    f"{self.checkpoints} has checkpoints and resume is never; choose another output_dir, delete them, "
-                    "or resume with resume=auto"
-                )
-            return None
-        if not Path(resume).is_dir():
-            raise FileNotFoundError(f"resume is {resume!r}; expected auto, never or the folder of a checkpoint")
-        checkpoint.verify_folder(Path(resume))
-        return Path(resume)
-
-    def _resume(self, folder: Path) -> None:
-        state = checkpoint.load_trainer_state(folder)
+    def _resume(self, start: Path) -> None:
+        state = resume.load_state(start)
         changed = check_resumable(state["config"], asdict(self.config))
         if state["data_fingerprint"] != self.data.fingerprint:
             raise ValueError(
-                f"{self.config.data.folder} is not the data that {folder} was trained on; restore that data or choose "
+                f"{self.config.data.folder} is not the data that {start} was trained on; restore that data or choose "
                 "another output_dir"
             )
-        checkpoint.load_training_state(folder, self.model, self.optimizer)
+        if state["step"] >= self.total_steps and changed:
+            raise ValueError(
+                f"nothing is left to train: {start} is at step {state['step']} of {self.total_steps}, and its run had "
+                f"other settings ({listed(changed)}); restore them, set more steps, or choose another output_dir"
+            )
+        checkpoint.load_training_state(start, self.model, self.optimizer)
         self.step, self.position = state["step"], Position(state["epoch"], state["batch"])
         self.tokens, self.best = state["tokens"], state["best"]
         self.totals = Totals(self.device, state["totals"])
         self.guard.restore(state["guard"])
         self.saved_step = self.step
-        self.report(f"resuming from {folder} at step {self.step} of {self.total_steps}")
+        self.evaluation_due = bool(state.get("evaluation_due"))
+        self.report(f"resuming from {start} at step {self.step} of {self.total_steps}")
         if state["ranks"] != self.ranks.world_size:
             self.report(f"ranks are now {self.ranks.world_size}; the checkpoint was written by {state['ranks']}")
         for name, (before, now) in changed.items():
-            if name not in ("output_dir", "resume", "progress", "data.folder"):
-                self.report(f"{name} is now {now!r}; the run started with {before!r}")
+            self.report(f"{name} is now {now!r}; the run started with {before!r}")
+
+        def leave_branch() -> bool:
+            resume.leave_branch(start, self.step, self.checkpoints, self.report)
+            return self.best is not None and self._checkpoint(int(self.best["step"])).is_dir()
+
+        if not self.ranks.on_rank0(leave_branch):
+            self.best = None
+
+    def _checkpoint(self, step: int) -> Path:
+        return checkpoint.checkpoint_path(self.checkpoints, step)
 
     def _warm_up_buckets(self) -> None:
         """Run a backward pass and discard its gradients: DistributedDataParallel rebuilds its buckets after the first.
@@ -239,7 +243,7 @@ class Trainer:
                 self._record_divergence(verdict)
 
     def _record_divergence(self, verdict: Verdict) -> None:
-        record = self.output_dir / "diverged" / f"step-{verdict.step:08d}"
+        record = self.output_dir / RECORDS / f"step-{verdict.step:08d}"
 
         def fill(folder: Path) -> None:
             self.parallel.save_pretrained(folder)
@@ -249,7 +253,11 @@ class Trainer:
 
         checkpoint.write_folder(record, fill, self.ranks)
         if self.ranks.main:
-            checkpoint.prune(record.parent, _RECORDS_KEPT)
+            # The newest ones, which need not be those of the highest steps.
+            records = checkpoint.list_checkpoints(record.parent)
+            records.sort(key=lambda path: (path == record, path.stat().st_mtime_ns))
+            for old in records[:-_RECORDS_KEPT]:
+                checkpoint.delete(old)
         stopping = self.config.on_divergence == "stop"
         if stopping or self.guard.in_a_row >= self.config.max_skips:
             checkpoints = checkpoint.list_checkpoints(self.checkpoints)
@@ -262,16 +270,31 @@ class Trainer:
         self.report(f"step {verdict.step} was skipped: {verdict.reason}; the batch is in {record}")
 
     def evaluate(self) -> dict[str, float]:
-        """Losses and accuracies on the held-out split; the ranks share its batches."""
+        """Losses and accuracies on the held-out split; the ranks share its batches. {} if a signal ends it."""
         count = self.data.count_held_out(self.config.eval_batches)
-        world_size, precision = self.ranks.world_size, self.config.precision
-        indices = range(self.ranks.rank, count, world_size)
-        totals = held_out_totals(self.model, (self._held_out_batch(i) for i in indices), self.device, precision)
-        if self.parallel.sharded and len(indices) < -(-count // world_size):
+        rank, world_size, precision = self.ranks.rank, self.ranks.world_size, self.config.precision
+
+        def batches() -> Iterator[PackedBatch]:
+            for first in range(0, count, world_size):
+                if self._stopping():
+                    return
+                if first + rank < count:
+                    yield self._held_out_batch(first + rank)
+
+        totals = held_out_totals(self.model, batches(), self.device, precision)
+        if self.interrupted is not None:
+            return {}
+        if self.parallel.sharded and -count % world_size >= world_size - rank:
             # One batch fewer than other ranks, which need this rank's shards for their last forward pass.
             held_out_totals(self.model, [self._held_out_batch(0)], self.device, precision)
         self.ranks.sum(totals.sums)
         return totals.summary()
+
+    def _stopping(self) -> bool:
+        """Whether a signal ends the run. A collective: the ranks get the same answer, with several a call later."""
+        if self.interrupted is None:
+            self.interrupted = self.ranks.async_max(self._received_signal())
+        return self.interrupted is not None
 
     def _held_out_batch(self, index: int) -> PackedBatch:
         batch = self.data.held_out.batch(0, index)
@@ -279,7 +302,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write the checkpoint of this step, unless it exists, and delete those beyond `keep_last`."""
-        target = checkpoint.checkpoint_path(self.checkpoints, self.step)
+        target = self._checkpoint(self.step)
         if self.saved_step == self.step and target.exists():
             return target
         self._handle_verdicts(all_steps=True)
@@ -291,6 +314,7 @@ class Trainer:
             "totals": self.totals.tolist(),
             "guard": self.guard.state(),
             "best": self.best,
+            "evaluation_due": self.evaluation_due,
             "total_steps": self.total_steps,
             "ranks": self.ranks.world_size,
             "data_fingerprint": self.data.fingerprint,
@@ -303,63 +327,59 @@ class Trainer:
 
         self._write_folder(target, fill)
         self.saved_step = self.step
-        if self.ranks.main:
-            best_step = int(self.best["step"]) if self.best else None
-            checkpoint.prune(self.checkpoints, self.config.keep_last, best_step)
+        self._prune()
         return target
 
+    def _prune(self) -> None:
+        if self.ranks.main:
+            best_step = int(self.best["step"]) if self.best else None
+            kept = resume.kept(self.config, self.checkpoints, best_step)
+            checkpoint.prune(self.checkpoints, self.config.keep_last, kept)
+
     def save_final(self) -> Path:
-        """Write the model and its tokenizer, without training state, in transformers' format."""
-        target = self.output_dir / "final"
-        self._write_folder(target, self._write_model)
+        """Write the model and its tokenizer, without training state, in transformers' format, unless they are there."""
+        target, last = self.output_dir / "final", self._checkpoint(self.step)
+        if not self.ranks.on_rank0(lambda: resume.is_current(target, last)):
+            self._write_folder(target, self._write_model)
         return target
 
     def _write_folder(self, target: Path, fill: Callable[[Path], None]) -> None:
-        try:
+        checkpoints = checkpoint.list_checkpoints(self.checkpoints)
+        advice = f"; the same command then resumes from {checkpoints[-1]}" if checkpoints else ""
+        with _io.write_errors(target, advice):
             checkpoint.write_folder(target, fill, self.ranks)
-        except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-                raise
-            checkpoints = checkpoint.list_checkpoints(self.checkpoints)
-            raise OSError(
-                errno.ENOSPC,
-                f"the disk of {target.parent} is full, so {target.name} could not be written; free space and run the "
-                "same command again" + (f": it resumes from {checkpoints[-1]}" if checkpoints else ""),
-            ) from error
 
     def _write_model(self, folder: Path) -> None:
         self.parallel.save_pretrained(folder)
         if self.ranks.main:
-            for path in self.data.tokenizer_files:
-                shutil.copy(path, folder / path.name)
+            copy_tokenizer(self.data.tokenizer, folder, model_max_length=longest_input(self.model.config))
 
     def run(self) -> PretrainResult:
         """Train to the last step or to a signal. See `pretrain`."""
         config, main = self.config, self.ranks.main
         log: RunLog | SilentLog = SilentLog()
-        if main:
+        if main and (self.step < self.total_steps or self.evaluation_due):
             log = self._open_log()
         progress = ProgressBar(self.total_steps, done=self.step, unit="step", shown=config.progress and main)
-        interrupted = None
         metrics: dict[str, float] = {}
         try:
-            with stop_signals(repeated=self.ranks.launched) as received_signal:
+            with stop_signals(repeated=self.ranks.launched) as self._received_signal:
                 meter = self._meter()
                 tracer = Tracer(self.output_dir / "trace.json", config.trace if main else 0, self.device)
-                while self.step < self.total_steps and interrupted is None:
+                if self.evaluation_due:
+                    metrics = self._evaluate_and_save(log, progress)
+                while self.step < self.total_steps and not self._stopping():
                     norm = self.train_step(meter)
                     tracer.step()
-                    interrupted = self.ranks.async_max(received_signal())
                     if self.step % config.log_interval == 0 or self.step == self.total_steps:
                         self._log_step(log, progress, meter, norm)
                     progress.update_to(self.step)
                     with meter.paused():
-                        metrics = self._evaluate_and_save(log, progress, interrupted is not None) or metrics
-                if interrupted is None:
+                        metrics = self._evaluate_and_save(log, progress) or metrics
+                if self.interrupted is None:
                     metrics = metrics or self.evaluate()
-                    folder = self.save_final()
-                else:
-                    folder = self.save()
+                folder = self.save_final() if self.interrupted is None else self.save()
+                self._prune()  # a run that was killed after its last checkpoint has not
                 log.sync()
         finally:
             if self._prefetch is not None:
@@ -376,7 +396,7 @@ class Trainer:
             rate,
             metrics,
             str(folder),
-            interrupted,
+            self.interrupted,
             self.guard.skipped,
             self.ranks.rank,
         )
@@ -392,6 +412,7 @@ class Trainer:
             report=self.report,
             wandb=config.wandb,
             settings=settings,
+            evaluated=not self.evaluation_due,
         )
 
     def _meter(self) -> Meter:
@@ -410,21 +431,26 @@ class Trainer:
         log.write("train", self.step, {"epoch": self.position.epoch, **values, **extra, "skipped": self.guard.skipped})
         progress.show_training(values["loss"], self.lr, speed["tokens_per_second"])
 
-    def _evaluate_and_save(self, log: RunLog | SilentLog, progress: ProgressBar, stopping: bool) -> dict[str, float]:
+    def _evaluate_and_save(self, log: RunLog | SilentLog, progress: ProgressBar) -> dict[str, float]:
         """Evaluate and save if due at this step; returns the metrics of the evaluation, or {}."""
-        config, last = self.config, self.step == self.total_steps
+        config, last, late = self.config, self.step == self.total_steps, self.evaluation_due
         interval = config.checkpoint_interval
-        due = last or stopping or bool(interval and self.step % interval == 0)
+        due = last or late or bool(interval and self.step % interval == 0)
         metrics: dict[str, float] = {}
-        if last or (not stopping and config.eval_interval and self.step % config.eval_interval == 0):
+        if last or late or (config.eval_interval and self.step % config.eval_interval == 0):
             metrics = self.evaluate()
+            self.evaluation_due = not metrics
+            if not metrics:
+                return {}  # the loop ends, with a checkpoint of this step; the resumed run evaluates first
+            self.saved_step = -1  # a checkpoint of this step has another state
             log.write("eval", self.step, metrics)
             progress.write(
                 f"step {self.step}: held-out MLM loss {metrics['mlm_loss']:.3f}, MLM accuracy "
                 f"{metrics['mlm_accuracy']:.1%}, NSP accuracy {metrics['nsp_accuracy']:.1%}"
             )
-            if config.keep_best and interval and (self.best is None or metrics["loss"] < self.best["loss"]):
-                self.best = {"step": self.step, "loss": metrics["loss"]}
+            loss = metrics["loss"]
+            if config.keep_best and interval and loss == loss and (self.best is None or loss < self.best["loss"]):
+                self.best = {"step": self.step, "loss": loss}
                 due = True
         if due:
             log.sync()
@@ -435,8 +461,9 @@ class Trainer:
 def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> PretrainResult:
     """Pretrain a BERT with masked-language modelling and next-sentence prediction, or resume from output_dir.
 
-    Under torchrun every rank must call it. The first SIGTERM or SIGINT to any rank ends the run after the current step
-    (with several ranks, the next one) with a checkpoint.
+    Under torchrun every rank must call it. The first SIGTERM or SIGINT to any rank ends the run with a checkpoint after
+    the current step (with several ranks, the next one), or within an evaluation, which the resumed run does first. One
+    run at a time writes to an output_dir.
 
     Args:
         config: the run.
@@ -446,11 +473,15 @@ def pretrain(config: PretrainConfig, report: Callable[[str], None] = print) -> P
         How the run ended.
 
     Raises:
-        ValueError: the configuration contradicts the data, the machine or the checkpoint to resume from.
+        ValueError: the configuration contradicts the data, the machine or the checkpoint to resume from; or the run has
+            finished with other settings.
+        OutputBusyError: another run is at work in output_dir.
         CorruptCheckpointError: every checkpoint is corrupt.
         TrainingDivergedError: the loss or the gradient is not finite, or the loss exploded.
         RankError: another rank failed or is lost; the message names it.
-        OSError: the disk is full; the last checkpoint is valid.
+        OSError: the disk is full, a quota or a limit is reached; the last checkpoint is valid.
     """
-    with Ranks(config.device, config.timeout) as ranks:
+    with Ranks(config.device, config.timeout) as ranks, ExitStack() as stack:
+        lock = exclusive(Path(config.output_dir), what="run", inside=True)
+        ranks.on_rank0(lambda: stack.enter_context(lock))
         return Trainer(config, report, ranks).run()

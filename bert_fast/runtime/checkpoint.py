@@ -7,15 +7,18 @@
         trainer_state.json                                position, running sums, settings
         manifest.json                                     size and SHA-256 of every other file
 
-A checkpoint is written under a temporary name, flushed to disk and renamed. It contains no pickle.
+A checkpoint is written under a temporary name, flushed to disk and renamed. It contains no pickle. A run that goes on
+from an older checkpoint leaves a branch: its later checkpoints are moved to <output_dir>/checkpoints/abandoned-N, so
+that the steps in `checkpoints` are in the order in which they were written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +51,12 @@ def list_checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints in `root`, oldest first."""
     if not root.is_dir():
         return []
-    checkpoints = [path for path in root.iterdir() if path.name.startswith("step-") and path.name[5:].isdigit()]
-    return sorted(checkpoints, key=lambda path: int(path.name[5:]))
+    checkpoints = [path for path in root.iterdir() if re.fullmatch(r"step-[0-9]+", path.name)]
+    return sorted(checkpoints, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def write_folder(target: Path, fill: Callable[[Path], None], ranks: Ranks | None = None) -> None:
@@ -65,26 +72,34 @@ def write_folder(target: Path, fill: Callable[[Path], None], ranks: Ranks | None
 
     Raises:
         RankError: another rank failed.
+        OSError: the disk is full, a quota or limit is reached, or the device fails; the message names `target`.
     """
+    target = Path(os.path.realpath(target))
 
     def begin() -> Path:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _io.recover(target.parent)
-        temporary = _io.temporary_path(target)
-        temporary.mkdir()
-        return temporary
+        with _io.write_errors(target):
+            _io.make_folder(target.parent)
+            _io.recover(target.parent)
+            temporary = _io.temporary_path(target)
+            temporary.mkdir()
+            return temporary
+
+    def write() -> None:
+        with _io.write_errors(target):
+            fill(temporary)
 
     def commit() -> None:
-        _write_manifest(temporary)
-        _io.commit_folder(temporary, target)
+        with _io.write_errors(target):
+            _write_manifest(temporary)
+            _io.commit_folder(temporary, target)
 
     temporary = begin() if ranks is None else ranks.on_rank0(begin)
     try:
         if ranks is None:
-            fill(temporary)
+            write()
             commit()
         else:
-            ranks.on_all_ranks(lambda: fill(temporary))
+            ranks.on_all_ranks(write)
             ranks.on_rank0(commit)
     except BaseException:
         if ranks is None or ranks.main:
@@ -95,27 +110,52 @@ def write_folder(target: Path, fill: Callable[[Path], None], ranks: Ranks | None
 def _write_manifest(folder: Path) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in paths}
-    (folder / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
+    _io.write_json(folder / MANIFEST, {"format": _FORMAT, "files": files})
 
 
 def verify_folder(folder: Path) -> None:
-    """CorruptCheckpointError, naming the file, unless every file in the manifest of `folder` is as it was written."""
+    """Verify that every file in the manifest of `folder` is as it was written.
+
+    Raises:
+        CorruptCheckpointError: it is not, can't be read, or the manifest is no manifest; the message names the file.
+    """
+    for name, expected in read_manifest(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptCheckpointError(f"{path} is missing; the manifest lists it")
+        try:
+            actual = _fingerprint(path)
+        except OSError as error:
+            raise CorruptCheckpointError(f"{path} can't be read: {error.strerror}") from error
+        for key in ("bytes", "sha256"):
+            if actual[key] != expected[key]:
+                raise CorruptCheckpointError(
+                    f"{path} is corrupt: {key} is {actual[key]}, the manifest says {expected[key]}"
+                )
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that the manifest of `folder` lists: {name: {"bytes": size, "sha256": checksum}}.
+
+    Raises:
+        CorruptCheckpointError: it is missing, can't be read or is no manifest; the message names it.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise CorruptCheckpointError(f"{path} is missing")
     try:
-        files = json.loads(path.read_text())["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptCheckpointError(f"{path} is corrupt: {type(error).__name__}: {error}") from error
-    for name, expected in files.items():
-        if not (folder / name).is_file():
-            raise CorruptCheckpointError(f"{folder / name} is missing; the manifest lists it")
-        actual = _fingerprint(folder / name)
-        if actual != expected:
-            key = "bytes" if actual["bytes"] != expected["bytes"] else "sha256"
-            raise CorruptCheckpointError(
-                f"{folder / name} is corrupt: {key} is {actual[key]}, the manifest says {expected[key]}"
-            )
+        manifest = _io.read_json(path, {"format": int, "files": dict})
+        if manifest["format"] != _FORMAT:
+            raise ValueError(f"{path} has format {manifest['format']}; expected {_FORMAT}")
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        for name, entry in files.items():
+            _io.safe_name(path.parent, name, str(path))
+            _io.check_fields(entry, {"bytes": int, "sha256": str}, f"{path}: {name!r}")
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CorruptCheckpointError(str(error)) from error
+    return files
 
 
 def newest_valid(root: Path, report: Callable[[str], None]) -> Path | None:
@@ -144,11 +184,66 @@ def newest_valid(root: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(root: Path, keep_last: int, keep_step: int | None = None) -> None:
-    """Delete all checkpoints except the newest `keep_last` (0 keeps all) and that of step `keep_step`."""
+def find_checkpoint(resume: str, root: Path, report: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from, verified; None for a new run.
+
+    Args:
+        resume: auto (the newest valid checkpoint in `root`, if there is one), never, or the folder of a checkpoint.
+        root: the folder of the run's checkpoints.
+        report: called with a message for each corrupt checkpoint that is skipped.
+
+    Raises:
+        ValueError: `resume` is never and there are checkpoints.
+        FileNotFoundError: `resume` is not a folder.
+        CorruptCheckpointError: the checkpoint that `resume` names is corrupt, or every checkpoint is.
+    """
+    if resume == "auto":
+        return newest_valid(root, report)
+    if resume == "never":
+        if list_checkpoints(root):
+            raise ValueError(
+                f"{root} has checkpoints and resume is never; choose another output_dir, delete them, "
+                "or resume with resume=auto"
+            )
+        return None
+    if not Path(resume).is_dir():
+        raise FileNotFoundError(f"resume is {resume!r}; expected auto, never or the folder of a checkpoint")
+    verify_folder(Path(resume))
+    return Path(resume)
+
+
+def prune(root: Path, keep_last: int, keep: Collection[Path] = ()) -> None:
+    """Delete all checkpoints in `root` except the newest `keep_last` (0 keeps all) and those of `keep`."""
     for path in list_checkpoints(root)[:-keep_last] if keep_last else []:
-        if keep_step is None or path != checkpoint_path(root, keep_step):
-            shutil.rmtree(path)
+        if path not in keep:
+            delete(path)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder. It loses its name first, so that no half-deleted one is taken for a complete one."""
+    temporary = _io.temporary_path(folder)
+    folder.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def set_aside(root: Path, after: int) -> Path | None:
+    """Move the checkpoints in `root` of steps later than `after` into a new folder `root`/abandoned-N.
+
+    Returns:
+        The new folder, or None if there are no such checkpoints.
+    """
+    later = [path for path in list_checkpoints(root) if _step(path) > after]
+    if not later:
+        return None
+    number = 1
+    while os.path.lexists(folder := root / f"abandoned-{number}"):
+        number += 1
+    folder.mkdir()
+    for path in reversed(later):  # at every moment the steps that remain are those of one branch
+        path.rename(folder / path.name)
+    _io.fsync(folder)
+    _io.fsync(root)
+    return folder
 
 
 def save_training_state(
@@ -179,13 +274,28 @@ def save_training_state(
     elif ranks is None or ranks.main:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, str(folder / TENSORS))
     if ranks is None or ranks.main:
-        (folder / STATE).write_text(json.dumps({**state, "optimizer_scalars": scalars}, indent=1) + "\n")
+        _io.write_json(folder / STATE, {**state, "optimizer_scalars": scalars})
 
 
-def load_trainer_state(folder: Path) -> dict[str, Any]:
-    """The dict `state` that `save_training_state` wrote, with the optimizer's scalars."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    return state
+def load_trainer_state(folder: Path, fields: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
+    """The dict `state` that `save_training_state` wrote, with the optimizer's scalars.
+
+    Args:
+        folder: the checkpoint.
+        fields: the keys that it must have, and the type of each value.
+
+    Raises:
+        ValueError: the file is missing (the folder holds a model, not a checkpoint), or has another schema.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {STATE}: it is not a checkpoint to resume from")
+    return _io.read_json(path, {**(fields or {}), "optimizer_scalars": dict})
+
+
+def check_state(folder: Path, values: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+    """ValueError, naming the file, unless `values`, a part of the state in `folder`, has `fields` of these types."""
+    _io.check_fields(values, fields, str(folder / STATE))
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -40,10 +40,12 @@ class Ranks(AbstractContextManager["Ranks"]):
         rank, world_size: as in torch.distributed; 0 and 1 without torchrun.
         main: whether this is rank 0, which logs and writes.
         device: the device of this rank.
+        restarted: whether torchrun has started the ranks again after a failure.
     """
 
     def __init__(self, device: str = "auto", timeout: float = 600.0) -> None:
         self.launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        self.restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
         self.rank, self.world_size = 0, 1
         self.device = resolve_device(device)
         self._heartbeat: Heartbeat | None = None
@@ -165,8 +167,8 @@ def _described(error: Exception) -> str:
 def stop_signals(*, repeated: bool = False) -> Iterator[Callable[[], int | None]]:
     """In the block, the first SIGTERM or SIGINT only sets what the yielded function returns; a second acts as usual.
 
-    The loop can thus finish its step. Outside the main thread, where handlers can't be set, the function always returns
-    None.
+    The loop can thus finish its step. A signal that is ignored (by nohup, or in the background of a script) or handled
+    outside Python stays so. Outside the main thread, where handlers can't be set, the function always returns None.
 
     Args:
         repeated: ignore a second signal too: under torchrun the sender's signal reaches the whole process group, and
@@ -176,7 +178,8 @@ def stop_signals(*, repeated: bool = False) -> Iterator[Callable[[], int | None]
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def handle(number: int, _: object) -> None:
         received.append(number)

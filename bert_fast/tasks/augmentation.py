@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bert_fast._text import read_lines
 from bert_fast.data.tokenizer import mask_token
 from bert_fast.tasks.alignment import is_cjk
 from bert_fast.tasks.io.columns import text_column
@@ -130,10 +131,10 @@ def read_synonyms(path: Path) -> dict[str, list[str]]:
     """Read a file of synonyms: lower-case word -> the other words of its lines.
 
     Raises:
-        ValueError: no line has two words.
+        ValueError: the file is not UTF-8, or no line has two words.
     """
     synonyms: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for _, line in read_lines(path):
         words = [word.strip() for word in line.split(",") if word.strip()]
         for word in words:
             others = synonyms.setdefault(word.lower(), [])

@@ -64,6 +64,11 @@ def encode_windows(
     return [_pair(tokenizer, first, second, size, text) for first, second in zip(firsts, seconds, strict=True)]
 
 
+def is_truncated(windows: Sequence[Encoding]) -> bool:
+    """Whether tokens of a text, or of a pair, are in none of its encodings, which `encode_windows` returned."""
+    return len(windows[-1].overflowing) > 0
+
+
 def _unprocessed(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
     """Encode without `post_process`, which adds special tokens and, for RoBERTa, removes spaces from the offsets."""
     processor = tokenizer.post_processor

@@ -11,7 +11,10 @@ attribute the difference between the logit of the text and that of a baseline, t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bert_fast.models.texts import as_tokenizer, evaluating
 from bert_fast.tasks.encoding import encode_windows
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.prediction import predict
@@ -35,7 +39,7 @@ _DETAILS = ("scores", "probabilities", "n_best", "start", "end", "score", "null_
 _STYLE = """
 body { font: 15px/1.9 system-ui, sans-serif; color: #222; max-width: 55em; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.4em } section { border-top: 1px solid #ddd; margin-top: 1.5em } .quiet { color: #666 }
-span { padding: .15em 0; border-radius: .2em }
+span { padding: .15em 0; border-radius: .2em } .cut { color: #888; text-decoration: line-through }
 """
 
 
@@ -54,6 +58,7 @@ class Explanation:
         logit: of the text.
         baseline: the logit with [PAD] in place of every word.
         windows: the number of windows of a long text with text.long=windows, of which the first is explained.
+        cut: (index into `texts`, start, end) of each range of characters that was cut off, or is in other windows.
     """
 
     texts: Sequence[str]
@@ -66,6 +71,7 @@ class Explanation:
     logit: float
     baseline: float
     windows: int
+    cut: Sequence[tuple[int, int, int]] = ()
 
 
 def rollout(attentions: Sequence[Tensor]) -> Tensor:
@@ -116,9 +122,9 @@ def explain(
     question-answering the start of the best answer.
 
     Args:
-        model: a bert_fast model, as written by bert-fast finetune, in eval mode.
+        model: a bert_fast model, as written by bert-fast finetune; runs in eval mode, and keeps the mode that it has.
         task: fitted, one of `TASKS`.
-        tokenizer: of the model.
+        tokenizer: of the model; from `load_tokenizer`, or transformers' fast one.
         texts: one or two.
         text: how texts are tokenized.
         label: the label to explain; the predicted one if None. For token-classification it is explained at the word
@@ -134,6 +140,19 @@ def explain(
     """
     if task.name not in TASKS:
         raise ValueError(f"the task of the model is {task.name}; expected one of {', '.join(TASKS)}")
+    with evaluating(model):
+        return _explain(model, task, as_tokenizer(tokenizer), texts, text, label, steps)
+
+
+def _explain(
+    model: Any,
+    task: Task,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    text: TextSettings,
+    label: str | None,
+    steps: int,
+) -> Explanation:
     labels: list[str] = getattr(task, "labels", [])
     if label is not None and label not in labels:
         raise ValueError(f"label is {label!r}; expected one of {', '.join(labels) or 'none: the model has no labels'}")
@@ -143,7 +162,7 @@ def explain(
     device = next(model.parameters()).device
     ids, types = (torch.tensor([x], device=device) for x in (encoding.ids, encoding.type_ids))
     types = types.clamp(max=max(model.config.type_vocab_size - 1, 0))  # as in `run_model`
-    with torch.no_grad():
+    with torch.no_grad(), _quiet_about_attentions():
         out = model(input_ids=ids, token_type_ids=types, output_attentions=True)
     prediction = predict(model, task, tokenizer, table, columns, text=text)[0]
     if task.name in ("token-classification", "question-answering"):
@@ -176,7 +195,23 @@ def explain(
         logit=float(target.logits(out)),
         baseline=baseline,
         windows=len(windows),
+        cut=_cut_ranges(tokenizer.encode(texts[0], texts[1] if len(texts) > 1 else None), encoding),
     )
+
+
+@contextmanager
+def _quiet_about_attentions() -> Iterator[None]:
+    """Without the warning that `output_attentions` is slow: one text is explained, and it lands in the progress bar."""
+    logger = logging.getLogger("bert_fast")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "output_attentions" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _one_row(task: Task, texts: Sequence[str]) -> tuple[Table, dict[str, str]]:
@@ -221,6 +256,22 @@ def _spans(encoding: Encoding) -> list[tuple[int, int, int] | None]:
     return [None if text is None else (text, start, end) for text, (start, end) in pairs]
 
 
+def _cut_ranges(complete: Encoding, encoding: Encoding) -> list[tuple[int, int, int]]:
+    """The ranges of characters whose tokens are in the `complete` encoding only, as (index of the text, start, end)."""
+    kept = {span for span in _spans(encoding) if span is not None}
+    ranges: list[tuple[int, int, int]] = []
+    adjacent = False
+    for span in _spans(complete):
+        cut = span is not None and span not in kept
+        if cut and span is not None:
+            if adjacent and ranges[-1][0] == span[0]:
+                ranges[-1] = (span[0], ranges[-1][1], span[2])
+            else:
+                ranges.append(span)
+        adjacent = cut
+    return ranges
+
+
 def _gradients(
     model: Any, ids: Tensor, types: Tensor, encoding: Encoding, target: Target, steps: int
 ) -> tuple[Tensor, float]:
@@ -236,13 +287,15 @@ def _gradients(
     def logits(embeds: Tensor, token_type_ids: Tensor) -> Tensor:
         return target.logits(model(inputs_embeds=embeds, token_type_ids=token_type_ids))
 
-    attributions = IntegratedGradients(logits).attribute(
-        inputs,
-        baselines=baseline,
-        additional_forward_args=(types,),
-        n_steps=steps,
-        internal_batch_size=max(1, 4096 // ids.shape[1]),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # captum's, about inputs that do not require gradients
+        attributions = IntegratedGradients(logits).attribute(
+            inputs,
+            baselines=baseline,
+            additional_forward_args=(types,),
+            n_steps=steps,
+            internal_batch_size=max(1, 4096 // ids.shape[1]),
+        )
     with torch.no_grad():
         baseline_logit = float(logits(baseline, types))
     return attributions[0].sum(-1).detach(), baseline_logit
@@ -260,6 +313,9 @@ def page(explanations: Sequence[Explanation], title: str) -> str:
         prediction = ", ".join(f"{name} {_short(value)}" for name, value in items if name not in _DETAILS)
         special = sum(share for share, span in zip(explanation.rollout, explanation.spans, strict=True) if span is None)
         windows = f" First of {explanation.windows} windows." if explanation.windows > 1 else ""
+        if explanation.cut:
+            where = "in other windows" if explanation.windows > 1 else "cut off, not read by the model"
+            windows += f' <span class="cut">Struck through</span>: {where}.'
         parts.append(
             f"<section><p><b>{escape(prediction)}</b><br>"
             f'<span class="quiet">Explained: {escape(explanation.label or "the value")}, '
@@ -279,20 +335,27 @@ def _short(value: Any) -> str:
 
 
 def _coloured(explanation: Explanation, values: Array) -> str:
-    """The texts as HTML, with the characters of each token on a background colour; special tokens are omitted."""
+    """The texts as HTML, with the characters of each token on a background colour, and what was cut off struck through;
+    special tokens are omitted."""
     magnitudes = [abs(x) for x, span in zip(values, explanation.spans, strict=True) if span is not None]
     largest = max(magnitudes, default=0.0) or 1.0
     fragments = []
     for index, text in enumerate(explanation.texts):
+        marks = [("cut", span, 0.0) for span in explanation.cut if span[0] == index]
+        tokens = zip(values, explanation.spans, strict=True)
+        marks += [("token", span, value) for value, span in tokens if span is not None and span[0] == index]
         done, html = 0, ""
-        for value, span in zip(values, explanation.spans, strict=True):
-            if span is None or span[0] != index or span[2] <= done:
-                continue
+        for kind, span, value in sorted(marks, key=lambda mark: mark[1]):
             start = max(span[1], done)
-            colour = "27,108,168" if value >= 0 else "217,130,43"
-            style = f"background:rgba({colour},{abs(value) / largest * 0.8:.2f})"
+            if span[2] <= done:
+                continue
             html += escape(text[done:start])
-            html += f'<span style="{style}" title="{value:.4f}">{escape(text[start : span[2]])}</span>'
+            if kind == "cut":
+                html += f'<span class="cut">{escape(text[start : span[2]])}</span>'
+            else:
+                colour = "27,108,168" if value >= 0 else "217,130,43"
+                style = f"background:rgba({colour},{abs(value) / largest * 0.8:.2f})"
+                html += f'<span style="{style}" title="{value:.4f}">{escape(text[start : span[2]])}</span>'
             done = span[2]
         fragments.append(html + escape(text[done:]))
     return " &#8214; ".join(fragments)

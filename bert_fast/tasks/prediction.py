@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +13,10 @@ from torch import nn
 from bert_fast._device import autocast
 from bert_fast.models.config import longest_input
 from bert_fast.models.embedding import batches_by_length
+from bert_fast.models.texts import as_tokenizer, check_integer_argument, evaluating
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, Task
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def run_examples(
     precision: str = "fp32",
     progress: Callable[[int], None] | None = None,
 ) -> Outputs:
-    """Run `model`, in eval mode, on `examples`.
+    """Run `model`, in eval mode, on `examples`; then every module has the mode again that it had.
 
     Args:
         model: of bert_fast or transformers; runs on its own device.
@@ -77,34 +75,33 @@ def run_examples(
     Returns:
         The output of each example, and the mean loss if all have targets.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    groups = example_groups(task, examples)
-    lengths = [sum(len(examples[index].input_ids) for index in group) for group in groups]
-    arrays: list[Any] = [None] * len(examples)
-    total, weight, options = 0.0, 0.0, LossOptions()
-    has_targets = bool(examples) and all(example.target is not None for example in examples)
-    for numbers in batches_by_length(lengths, batch_tokens):
-        indices = [index for number in numbers for index in groups[number]]
-        batch = Batch.of([examples[index] for index in indices], device)
-        with autocast(device, precision):
-            logits = task.forward(model, batch)
-        if has_targets:
-            total += float(task.loss(logits, batch.examples, options))
-            weight += task.weight(batch.examples, options)
-        for index, array in zip(indices, task.per_example(logits, batch), strict=True):
-            arrays[index] = array
-        if progress is not None:
-            progress(len(indices))
-    model.train(training)
-    return Outputs(arrays, total / weight if weight else None)
+    check_integer_argument("batch_tokens", batch_tokens, 1)
+    with evaluating(model):
+        device = next(model.parameters()).device
+        groups = example_groups(task, examples)
+        lengths = [sum(len(examples[index].input_ids) for index in group) for group in groups]
+        arrays: list[Any] = [None] * len(examples)
+        total, weight, options = 0.0, 0.0, LossOptions()
+        has_targets = bool(examples) and all(example.target is not None for example in examples)
+        for numbers in batches_by_length(lengths, batch_tokens):
+            indices = [index for number in numbers for index in groups[number]]
+            batch = Batch.of([examples[index] for index in indices], device)
+            with autocast(device, precision):
+                logits = task.forward(model, batch)
+            if has_targets:
+                total += float(task.loss(logits, batch.examples, options))
+                weight += task.weight(batch.examples, options)
+            for index, array in zip(indices, task.per_example(logits, batch), strict=True):
+                arrays[index] = array
+            if progress is not None:
+                progress(len(indices))
+        return Outputs(arrays, total / weight if weight else None)
 
 
 def predict(
     model: nn.Module,
     task: Task,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     table: Table,
     columns: Mapping[str, str],
     *,
@@ -118,7 +115,7 @@ def predict(
     Args:
         model: of the class `task.model_class`, from bert_fast or transformers (fused or not); runs on its own device.
         task: fitted, as `task_from_config` restores it.
-        tokenizer: of the model.
+        tokenizer: of the model, from `bert_fast.data.load_tokenizer` or transformers' fast one.
         table: the rows.
         columns: role -> column; targets are ignored.
         text: how texts are tokenized; None takes the settings of the training from the model's configuration.
@@ -130,11 +127,12 @@ def predict(
         One prediction per row, as JSON values; the keys depend on the task (label, probability, scores ...).
 
     Raises:
+        TypeError: `tokenizer` is no tokenizer that can be used.
         ValueError: a value of the table is invalid; the message names the row.
     """
     roles = {role.name: role for role in task.roles}
     inputs = {name: column for name, column in columns.items() if not roles[name].target}
     text = text or text_settings(model)
-    examples = task.encode(table, inputs, tokenizer, text, training=False)
+    examples = task.encode(table, inputs, as_tokenizer(tokenizer), text, training=False)
     outputs = run_examples(model, task, examples, batch_tokens=batch_tokens, precision=precision, progress=progress)
     return task.decode(outputs.arrays, examples, table, inputs)

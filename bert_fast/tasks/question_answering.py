@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bert_fast._config import check, convert_fields
 from bert_fast.tasks.alignment import (
     Pieces,
     Span,
@@ -51,8 +53,8 @@ class QuestionAnsweringOptions:
         n_best: number of answers in a prediction.
         null_threshold: predict no answer if its score exceeds that of the best answer by more than this; by default
             the value with the best F1 on dev, which is stored in the model's configuration.
-        mismatched: what happens to answers that the context does not have at the given start: refuse (an error),
-            nearest (use the nearest occurrence) or drop.
+        mismatched: what happens to answers that the context does not have at the given start, nor at one other place
+            that can be meant (see `locate_answer`): refuse (an error), nearest (use the nearest occurrence) or drop.
         by: compare answers by words, or by characters for Chinese and Japanese; auto detects it from the contexts.
     """
 
@@ -65,9 +67,12 @@ class QuestionAnsweringOptions:
     by: Literal["auto", "words", "characters"] = "auto"
 
     def __post_init__(self) -> None:
+        convert_fields(self, "options.")
         for name, lowest in (("overlap", 0), ("max_question", 1), ("max_answer", 1), ("n_best", 1)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {lowest} or more")
+            value = getattr(self, name)
+            check(value >= lowest, f"options.{name} is {value}; expected {lowest} or more")
+        value = self.null_threshold
+        check(value is None or math.isfinite(value), f"options.null_threshold is {value}; expected a number")
 
 
 class Candidate(NamedTuple):
@@ -131,9 +136,19 @@ class QuestionAnswering(Task):
         if not self.without_answer and not all(answers):
             count = sum(not of_row for of_row in answers)
             messages.append(f"{table.source}: {count} questions have no answer, but every training question has one")
+        moved = sum(answer.start is not None and answer.start != start for of_row in starts for answer, start in of_row)
+        if moved:
+            messages.append(
+                f"{table.source}: {moved} answers are not at their start in the context, but at one other place that "
+                "can be meant (bytes, spaces, the only occurrence); they are used there"
+            )
         if dropped := [row for row, of_row in enumerate(starts) if answers[row] and not of_row]:
             messages.append(f"{table.source}: {len(dropped)} questions have answers that are not in their context")
         return messages
+
+    def describe(self) -> str:
+        some = "some questions have no answer" if self.without_answer else "every question has an answer"
+        return f"{some}; answers are compared by {self.by}"
 
     def settings(self) -> dict[str, Any]:
         return {"without_answer": self.without_answer, "by": self.by, "null_threshold": self.tuned_threshold}
@@ -141,6 +156,9 @@ class QuestionAnswering(Task):
     def restore(self, settings: Mapping[str, Any]) -> None:
         self.without_answer, self.by = bool(settings["without_answer"]), settings["by"]
         self.tuned_threshold = float(settings.get("null_threshold", 0.0))
+
+    def outcome(self, prediction: Mapping[str, Any]) -> str:
+        return repr(prediction["answer"]) if prediction["answer"] else "no answer"
 
     def tune(self, metrics: Mapping[str, Any]) -> str:
         best = metrics.get("best_f1_threshold")
@@ -210,6 +228,7 @@ class QuestionAnswering(Task):
                 continue  # its answers are not in the context, and options.mismatched is drop
             of_context = pieces[context]
             question_ids = question.ids[: min(options.max_question, length // 2)]
+            cut = len(question_ids) < len(question.ids)
             size = length - len(question_ids)
             answer = None
             if starts is not None and starts[row]:
@@ -222,7 +241,8 @@ class QuestionAnswering(Task):
                     target = (0, 0)
                     if answer is not None and window.start <= answer[0] and answer[1] <= window.end:
                         target = (answer[0] - window.start + shift, answer[1] - 1 - window.start + shift)
-                examples.append(Example(row, ids, types, target, WindowContext(of_context.spans, window, shift)))
+                extra = WindowContext(of_context.spans, window, shift)
+                examples.append(Example(row, ids, types, target, extra, cut))
         return examples
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:

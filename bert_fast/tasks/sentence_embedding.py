@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_fast._config import check, convert_fields
 from bert_fast.models.embedding import pool
-from bert_fast.tasks.encoding import encode_texts
+from bert_fast.tasks.encoding import encode_texts, is_truncated
 from bert_fast.tasks.io.columns import Role, column_option, number_column, text_column
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.metrics import regression_metrics
@@ -59,10 +61,12 @@ class SentenceEmbeddingOptions:
     score_high: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; expected more than 0")
-        if self.margin < 0:
-            raise ValueError(f"margin is {self.margin}; expected 0 or more")
+        convert_fields(self, "options.")
+        check(0 < self.temperature < math.inf, f"options.temperature is {self.temperature}; expected more than 0")
+        check(0 <= self.margin < math.inf, f"options.margin is {self.margin}; expected 0 or more")
+        for name in ("score_low", "score_high"):
+            value = getattr(self, name)
+            check(value is None or math.isfinite(value), f"options.{name} is {value}; expected a finite number")
 
 
 class SentenceEmbedding(Task):
@@ -125,6 +129,12 @@ class SentenceEmbedding(Task):
         outside = sum(not self.low <= score <= self.high for score in number_column(table, columns["label"]))
         return [f"{table.source}: {outside} scores are outside {self.low} to {self.high}"] if outside else []
 
+    def describe(self) -> str:
+        scores = (
+            f", scores of {self.low:g} to {self.high:g} are cosines of 0 to 1" if self.objective == "cosine" else ""
+        )
+        return f"the objective is {self.objective}{scores}"
+
     def settings(self) -> dict[str, Any]:
         return {"objective": self.objective, "low": self.low, "high": self.high}
 
@@ -167,9 +177,9 @@ class SentenceEmbedding(Task):
         if self.objective == "cosine" and "label" in columns:
             targets = [*self._cosines(table, columns)]
         return [
-            Example(row, encodings[kind][row].ids, encodings[kind][row].type_ids, targets[row], kind)
+            Example(row, encoding.ids, encoding.type_ids, targets[row], kind, is_truncated([encoding]))
             for row in range(len(table))
-            for kind in kinds
+            for kind, encoding in ((kind, encodings[kind][row]) for kind in kinds)
         ]
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -248,3 +258,6 @@ class SentenceEmbedding(Task):
             negative = np.array([item["negative_similarity"] for item in predictions])
             metrics["triplet_accuracy"] = float((similarity > negative).mean())
         return metrics
+
+    def outcome(self, prediction: Mapping[str, Any]) -> str | None:
+        return f"a cosine of {prediction['similarity']:.3f}" if "similarity" in prediction else None

@@ -1,9 +1,45 @@
-"""Settings of tokenization and augmentation, without importing torch."""
+"""Settings of labelled files, tokenization and augmentation, without importing torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from bert_fast._config import check, convert_fields
+
+
+@dataclass(frozen=True)
+class FormatSettings:
+    r"""How text files are read; what is None is detected, and printed where it is not what the suffix says.
+
+    Args:
+        delimiter: between the fields of .csv and .tsv files: one character, tab, or several without quoting.
+        quote: the quotation mark of .csv and .tsv files; empty if quotation marks are ordinary characters.
+        escape: the character before a quotation mark inside a quoted field; empty if it is doubled instead.
+        encoding: of any text file, such as cp1252 or gb18030; by default UTF-8, or UTF-16 where the first bytes say so.
+    """
+
+    delimiter: str | None = None
+    quote: str | None = None
+    escape: str | None = None
+    encoding: str | None = None
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "format.")
+        if self.delimiter in ("tab", "\\t"):
+            object.__setattr__(self, "delimiter", "\t")
+        check(self.delimiter != "", "format.delimiter is empty; expected a character such as ';', or tab")
+        for name, value in (("quote", self.quote), ("escape", self.escape)):
+            check(len(value or "") <= 1, f"format.{name} is {value!r}; expected one character, or empty for none")
+        if self.delimiter is not None:
+            named = f"format.delimiter is {self.delimiter!r}"
+            check(len(self.delimiter) == 1 or not (self.quote or self.escape), f"{named}; quoting needs one character")
+            check(self.delimiter not in ("\n", "\r", self.quote, self.escape), f"{named}, a line end or the quote")
+        if self.encoding is not None:
+            try:
+                "a".encode(self.encoding)
+            except LookupError as error:
+                raise ValueError(f"format.encoding is {self.encoding!r}; expected a codec of Python") from error
 
 
 @dataclass(frozen=True)
@@ -26,10 +62,9 @@ class TextSettings:
     overlap: int = 32
 
     def __post_init__(self) -> None:
+        convert_fields(self, "text.")
         if self.max_length < 4:
             raise ValueError(f"text.max_length is {self.max_length}; expected 4 or more: [CLS] a b [SEP]")
-        if self.long not in ("head", "tail", "head_tail", "windows"):
-            raise ValueError(f"text.long is {self.long!r}; expected head, tail, head_tail or windows")
         if self.overlap < 0:
             raise ValueError(f"text.overlap is {self.overlap}; expected 0 or more")
 
@@ -60,6 +95,7 @@ class AugmentSettings:
     rows: float = 1.0
 
     def __post_init__(self) -> None:
+        convert_fields(self, "augment.")
         for name in ("mask", "delete", "duplicate", "swap", "synonym"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"augment.{name} is {getattr(self, name)}; expected a share in [0, 1)")

@@ -18,19 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bert_fast._config import did_you_mean
 from bert_fast.tasks.io.columns import Role
 from bert_fast.tasks.io.sources import read_table
 from bert_fast.tasks.io.table import Table
-from bert_fast.tasks.settings import TextSettings
+from bert_fast.tasks.settings import FormatSettings, TextSettings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+MANY_ROWS = 10  # equal predictions for fewer rows may be right
 CONFIG_KEY = "bert_fast_task"  # of the entry in config.json, which transformers ignores
 # name -> module:class, imported on first use.
 TASKS = {
     "classification": "bert_fast.tasks.classification:Classification",
-    "multi-label": "bert_fast.tasks.classification:MultiLabel",
+    "multi-label": "bert_fast.tasks.multi_label:MultiLabel",
     "regression": "bert_fast.tasks.classification:Regression",
     "token-classification": "bert_fast.tasks.token_classification:TokenClassification",
     "question-answering": "bert_fast.tasks.question_answering:QuestionAnswering",
@@ -49,6 +51,7 @@ class Example:
         input_ids, token_type_ids: its tokens, including special tokens.
         target: the target of the loss: int, float, list of int (one label per token), (start, end) ..., or None.
         extra: what decoding needs: offsets, word indices, the window ...
+        truncated: whether tokens of the row are in none of its examples.
     """
 
     row: int
@@ -56,6 +59,7 @@ class Example:
     token_type_ids: Sequence[int]
     target: Any = None
     extra: Any = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,9 +195,11 @@ class Task(ABC):
     def __init__(self, options: Any = None) -> None:
         self.options = self.options_class() if options is None else options
 
-    def read(self, source: str | Path, names: Sequence[str] | None = None) -> Table:
+    def read(
+        self, source: str | Path, names: Sequence[str] | None = None, settings: FormatSettings | None = None
+    ) -> Table:
         """Read the table of a source; see `read_table`."""
-        return read_table(source, names)
+        return read_table(source, names, settings)
 
     @abstractmethod
     def fit(self, table: Table, columns: Columns) -> None:
@@ -210,6 +216,10 @@ class Task(ABC):
             ValueError: the targets are invalid: labels unseen in training, answers outside their context ...
         """
         return []
+
+    def describe(self) -> str:
+        """What `fit` found in the training rows (labels, tag scheme, separators), for the user; "" for nothing."""
+        return ""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -293,6 +303,20 @@ class Task(ABC):
         names = [role.name for role in self.roles if not role.target and role.name in columns]
         return [repr(values) for values in zip(*(table[columns[name]] for name in names), strict=True)]
 
+    def warning(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> str:
+        """A warning if many predictions are all the same and not all correct, as of a model that learnt nothing."""
+        outcomes = {self.outcome(prediction) for prediction in predictions}
+        if len(predictions) < MANY_ROWS or len(outcomes) > 1 or None in outcomes:
+            return ""
+        errors = self.errors(predictions, table, columns)
+        if errors is not None and not any(errors):
+            return ""
+        return f"warning: all {len(predictions):,} rows of {table.source} are predicted as {outcomes.pop()}"
+
+    def outcome(self, prediction: Mapping[str, Any]) -> str | None:
+        """What `warning` compares of a prediction; None if equal predictions are no fault."""
+        return None
+
     def tune(self, metrics: Mapping[str, Any]) -> str:
         """Tune decoding on dev after training; returns a message for the user, "" if nothing changed.
 
@@ -317,7 +341,7 @@ def task_class(name: str) -> type[Task]:
         ValueError: there is no such task.
     """
     if name not in TASKS:
-        raise ValueError(f"task is {name!r}; expected one of {', '.join(TASKS)}")
+        raise ValueError(f"task is {name!r}; expected one of {', '.join(TASKS)}{did_you_mean(name, TASKS)}")
     module, _, attribute = TASKS[name].partition(":")
     kind: type[Task] = getattr(import_module(module), attribute)
     return kind
@@ -335,8 +359,8 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """
     kind = task_class(name)
     known = [item.name for item in fields(kind.options_class)]
-    if unknown := sorted(set(options or {}) - set(known)):
-        expected = ", ".join(known) or "none"
+    if unknown := sorted(map(str, set(options or {}) - set(known))):
+        expected = f"{', '.join(known) or 'none'}{did_you_mean(unknown[0], known)}"
         raise ValueError(f"{name} has no option {', '.join(unknown)}; expected among its options: {expected}")
     return kind(kind.options_class(**(options or {})))
 

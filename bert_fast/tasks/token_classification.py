@@ -1,4 +1,4 @@
-"""Token classification: named entities (IOB1, IOB2, IOBES), or plain tags such as parts of speech."""
+"""Token classification: named entities in any scheme of tags, or plain tags such as parts of speech."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bert_fast._config import convert_fields
 from bert_fast.tasks.alignment import (
     Span,
     first_pieces,
@@ -21,9 +23,10 @@ from bert_fast.tasks.alignment import (
     windows,
     word_pieces,
 )
-from bert_fast.tasks.classification import class_loss, label_name, label_order, softmax, unseen_labels_message
+from bert_fast.tasks.classification import class_loss, softmax, unseen_labels_message
 from bert_fast.tasks.io import tag_schemes
 from bert_fast.tasks.io.columns import Role
+from bert_fast.tasks.io.labels import is_missing, label_name, label_order, list_from_text, plain_value
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.task import Columns, Example, LossOptions, Task
@@ -48,7 +51,8 @@ class TokenClassificationOptions:
     """Options of the task token-classification.
 
     Args:
-        scheme: the tag scheme of the data: iob1, iob2, iobes, or none for plain tags; auto detects it.
+        scheme: the tag scheme of the data: iob1, iob2, iobes, bilou, bmes, bmewo, or none for plain tags; auto detects
+            it. Tags may be written B-PER, PER-B, or B alone, with a dash, underscore, colon or slash.
         learnt_scheme: the tag scheme of the model's labels; predictions use that of the data.
         invalid: what happens to tags that the scheme forbids: repair decodes them as conlleval and seqeval do, refuse
             raises an error.
@@ -56,15 +60,16 @@ class TokenClassificationOptions:
         overlap: pieces that consecutive windows of a long text share.
     """
 
-    scheme: Literal["auto", "iob1", "iob2", "iobes", "none"] = "auto"
+    scheme: Literal["auto", "iob1", "iob2", "iobes", "bilou", "bmes", "bmewo", "none"] = "auto"
     learnt_scheme: Literal["iob1", "iob2", "iobes"] = "iob2"
     invalid: Literal["repair", "refuse"] = "repair"
     all_pieces: bool = False
     overlap: int = 32
 
     def __post_init__(self) -> None:
+        convert_fields(self, "options.")
         if self.overlap < 0:
-            raise ValueError(f"overlap is {self.overlap}; expected 0 or more")
+            raise ValueError(f"options.overlap is {self.overlap}; expected 0 or more")
 
 
 class Sentence(NamedTuple):
@@ -87,19 +92,22 @@ class TokenClassification(Task):
     options_class = TokenClassificationOptions
     text_roles = ()  # a sentence without words has no tags and no effect
     main_metric = "f1"
-    scheme: str  # of the data, "none" for plain tags
+    style: tag_schemes.TagStyle | None  # of the data; None for plain tags
     labels: list[str]  # of the model
     fallback: str  # the tag of words without pieces
 
     def fit(self, table: Table, columns: Columns) -> None:
-        tags = self._raw_tags(table, columns)
-        if not any(tags):
+        raw = self._raw_tags(table, columns)
+        if not any(raw):
             raise ValueError(f"{table.source}: no row has tagged words; expected at least one")
-        self.scheme = self.options.scheme
-        if self.scheme == "auto":
-            self.scheme = tag_schemes.guess_scheme(tags) or PLAIN
-        counts = Counter(tag for row in self._model_tags(table, tags) for tag in row)
-        if self.scheme == PLAIN:
+        if self.options.scheme == "auto":
+            self.style = tag_schemes.detect_style(raw, table.where)
+        elif self.options.scheme == PLAIN:
+            self.style = None
+        else:
+            self.style = tag_schemes.TagStyle(self.options.scheme, tag_schemes.detect_form(raw))
+        counts = Counter(tag for row in self._model_tags(table, self._tags(table, columns)) for tag in row)
+        if self.style is None:
             self.labels = label_order(list(counts))
             self.fallback = counts.most_common(1)[0][0]
             if len(self.labels) < 2:
@@ -115,33 +123,57 @@ class TokenClassification(Task):
             self.fallback = tag_schemes.OUTSIDE
         self._choose_metric()
 
+    @property
+    def scheme(self) -> str:
+        """The tag scheme of the data; "none" for plain tags."""
+        return PLAIN if self.style is None else self.style.scheme
+
     def _choose_metric(self) -> None:
-        self.main_metric = "accuracy" if self.scheme == PLAIN else "f1"
+        self.main_metric = "accuracy" if self.style is None else "f1"
+
+    def describe(self) -> str:
+        if self.style is None:
+            numbers = all(label.isdecimal() for label in self.labels)
+            what = "plain tags, numbers without names" if numbers else "plain tags"
+            return f"{what}: {', '.join(self.labels[:20])}{' ...' if len(self.labels) > 20 else ''}"
+        kinds = list(dict.fromkeys(tag_schemes.split_tag(label)[1] for label in self.labels[1:]))
+        forms = {"prefix": "", "suffix": ", written with the letter last", "letter": ", without kinds"}
+        return f"entity tags of the scheme {self.scheme.upper()}{forms[self.style.form]}: {', '.join(kinds)}"
 
     def check(self, table: Table, columns: Columns) -> list[str]:
-        raw = self._raw_tags(table, columns)
+        raw = self._tags(table, columns)
         unseen: Counter[str] = Counter()
         for tags in self._model_tags(table, raw):
             unseen.update({tag for tag in tags if tag not in self.labels})
         if unseen:
             raise ValueError(unseen_labels_message(table, unseen, self.labels))
-        if self.scheme == PLAIN:
+        if self.style is None:
             return []
+        kinds = sorted({tag_schemes.split_tag(label)[1] for label in self.labels[1:]})
+        twins = [
+            f"{one} and {two}" for one, two in pairwise(sorted(kinds, key=str.lower)) if one.lower() == two.lower()
+        ]
+        messages = (
+            [f"{table.source}: kinds that differ in case are different kinds: {', '.join(twins)}"] if twins else []
+        )
         invalid = [row for row, tags in enumerate(raw) if tag_schemes.violations(tags, self.scheme)]
         if not invalid:
-            return []
+            return messages
         first = tag_schemes.violations(raw[invalid[0]], self.scheme)[0]
         return [
+            *messages,
             f"{table.source}: {len(invalid)} rows have tags that {self.scheme.upper()} forbids, decoded as by conlleval"
-            f", such as {table.where(invalid[0])}, word {first.word + 1}: {first.text}"
+            f", such as {table.where(invalid[0])}, word {first.word + 1}: {first.text}",
         ]
 
     def settings(self) -> dict[str, Any]:
-        return {"labels": self.labels, "scheme": self.scheme, "fallback": self.fallback}
+        settings = {"labels": self.labels, "scheme": self.scheme, "fallback": self.fallback}
+        return settings if self.style is None else {**settings, "form": self.style.form}
 
     def restore(self, settings: Mapping[str, Any]) -> None:
-        self.labels, self.scheme = list(settings["labels"]), settings["scheme"]
-        self.fallback = settings["fallback"]
+        self.labels, self.fallback = list(settings["labels"]), settings["fallback"]
+        scheme = settings["scheme"]
+        self.style = None if scheme == PLAIN else tag_schemes.TagStyle(scheme, settings.get("form", "prefix"))
         self._choose_metric()
 
     def model_config(self) -> dict[str, Any]:
@@ -159,6 +191,9 @@ class TokenClassification(Task):
         """
         sentences = []
         for row, value in enumerate(table[columns["tokens"]]):
+            value = plain_value(value)
+            if isinstance(value, str) and (listed := list_from_text(value)) and all(isinstance(x, str) for x in listed):
+                value = listed  # a list that was written to a csv file
             if isinstance(value, str):
                 spans = split_words(value)
                 sentences.append(Sentence([value[start:end] for start, end in spans], spans))
@@ -171,13 +206,17 @@ class TokenClassification(Task):
         return sentences
 
     def _raw_tags(self, table: Table, columns: Columns) -> list[list[str]]:
-        """The tags of every row in the scheme of the data; entities by characters become IOB2."""
+        """The tags of every row as they are written; entities by characters become IOB2.
+
+        Raises:
+            ValueError: a row has no tags, or not one for each word; the message says where.
+        """
         rows = []
-        for row, (sentence, value) in enumerate(
-            zip(self.sentences(table, columns), table[columns["tags"]], strict=True)
-        ):
+        sentences = self.sentences(table, columns)
+        for row, (sentence, value) in enumerate(zip(sentences, table[columns["tags"]], strict=True)):
+            value = plain_value(value)
             if isinstance(value, str):
-                value = value.split()
+                value = _tags_from_text(value, len(sentence.words))
             if value is None or not isinstance(value, (list, tuple)):
                 raise ValueError(f"{table.where(row)}: {columns['tags']!r} holds {value!r}; expected a list of tags")
             by_characters = sentence.spans is not None and all(isinstance(item, Mapping) for item in value)
@@ -189,23 +228,36 @@ class TokenClassification(Task):
                 except ValueError as error:
                     raise ValueError(f"{table.where(row)}: {error}") from error
                 continue
-            tags = [label_name(tag) for tag in value]
-            if len(tags) != len(sentence.words):
-                raise ValueError(f"{table.where(row)}: {len(tags)} tags; expected {len(sentence.words)}, one per word")
-            rows.append(tags)
+            if len(value) != len(sentence.words):
+                raise ValueError(f"{table.where(row)}: {len(value)} tags; expected {len(sentence.words)}, one per word")
+            for word, tag in enumerate(value):
+                if is_missing(tag) or isinstance(tag, (list, tuple, Mapping)):
+                    raise ValueError(f"{table.where(row)}, word {word + 1}: the tag is {tag!r}; expected a text")
+            rows.append([label_name(tag) for tag in value])
         return rows
 
-    def _model_tags(self, table: Table, raw: Sequence[Sequence[str]]) -> list[list[str]]:
-        """The tags of every row in the scheme of the model's labels."""
-        if self.scheme == PLAIN:
-            return [list(tags) for tags in raw]
+    def _tags(self, table: Table, columns: Columns) -> list[list[str]]:
+        """The tags of every row, of entities with the letters of IOBES."""
+        raw = self._raw_tags(table, columns)
+        if self.style is None:
+            return raw
+        style = tag_schemes.TagStyle(self.style.scheme, tag_schemes.detect_form(raw))  # tables may differ in their form
         rows = []
         for row, tags in enumerate(raw):
             try:
-                violations = tag_schemes.violations(tags, self.scheme) if self.options.invalid == "refuse" else []
-                rows.append(tag_schemes.convert_tags(tags, self.options.learnt_scheme))
+                rows.append(style.read(tags))
             except ValueError as error:
-                raise ValueError(f"{table.where(row)}: {error}; set options.scheme to none for plain tags") from error
+                raise ValueError(f"{table.where(row)}, {error}; set options.scheme to none for plain tags") from error
+        return rows
+
+    def _model_tags(self, table: Table, rows_of_tags: Sequence[Sequence[str]]) -> list[list[str]]:
+        """The tags of every row, as `_tags` returns them, in the scheme of the model's labels."""
+        if self.style is None:
+            return [list(tags) for tags in rows_of_tags]
+        rows = []
+        for row, tags in enumerate(rows_of_tags):
+            violations = tag_schemes.violations(tags, self.scheme) if self.options.invalid == "refuse" else []
+            rows.append(tag_schemes.convert_tags(tags, self.options.learnt_scheme))
             if violations:
                 raise ValueError(
                     f"{table.where(row)}, word {violations[0].word + 1}: {violations[0].text} in {self.scheme.upper()}"
@@ -222,7 +274,7 @@ class TokenClassification(Task):
         sentences = self.sentences(table, columns)
         pieces = word_pieces(tokenizer, [sentence.words for sentence in sentences])
         numbers = {label: number for number, label in enumerate(self.labels)}
-        tags = self._model_tags(table, self._raw_tags(table, columns)) if "tags" in columns else None
+        tags = self._model_tags(table, self._tags(table, columns)) if "tags" in columns else None
         examples = []
         for row, (sentence, of_row) in enumerate(zip(sentences, pieces, strict=True)):
             labels = None
@@ -275,7 +327,7 @@ class TokenClassification(Task):
         return [self._prediction(*row) for row in zip(sentences, tags, probabilities, strict=True)]
 
     def _prediction(self, sentence: Sentence, tags: list[str], probabilities: list[float]) -> dict[str, Any]:
-        if self.scheme == PLAIN:
+        if self.style is None:
             return {"tags": tags, "probabilities": probabilities}
         entities = []
         for kind, start, end in tag_schemes.tags_to_entities(tags):
@@ -291,28 +343,46 @@ class TokenClassification(Task):
                     "score": min(probabilities[start:end]),
                 }
             )
-        tags = tag_schemes.convert_tags(tags, self.scheme)
+        tags = self.style.write(tag_schemes.convert_tags(tags, self.scheme))
         return {"tags": tags, "probabilities": probabilities, "entities": entities}
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
         """For entities, micro-averaged precision, recall and f1, macro_f1 and per_class as defined by seqeval, and the
-        accuracy of the tags; for plain tags, accuracy, macro_f1 and per_class."""
-        raw = self._raw_tags(table, columns)
+        accuracy of the tags; for plain tags, accuracy, macro_f1 and per_class. `scheme` is the tag scheme."""
+        true = self._tags(table, columns)
         predicted = [list(prediction["tags"]) for prediction in predictions]
-        if self.scheme == PLAIN:
-            return plain_metrics(raw, predicted)
-        return entity_metrics([tag_schemes.convert_tags(tags, self.scheme) for tags in raw], predicted)
+        if self.style is None:
+            return {**plain_metrics(true, predicted), "scheme": PLAIN}
+        true = [tag_schemes.convert_tags(tags, self.scheme) for tags in true]
+        return {**entity_metrics(true, list(map(self.style.read, predicted))), "scheme": self.scheme}
 
     def errors(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> list[float]:
         """The share of words with a wrong tag."""
-        pairs = zip(self._raw_tags(table, columns), predictions, strict=True)
-        return [
-            sum(a != b for a, b in zip(tags, item["tags"], strict=True)) / max(len(tags), 1) for tags, item in pairs
-        ]
+        predicted = [item["tags"] if self.style is None else self.style.read(item["tags"]) for item in predictions]
+        pairs = zip(self._tags(table, columns), predicted, strict=True)
+        return [sum(a != b for a, b in zip(*tags, strict=True)) / max(len(tags[0]), 1) for tags in pairs]
+
+    def warning(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> str:
+        rows = [row for row, prediction in enumerate(predictions) if prediction["tags"]]
+        return super().warning([predictions[row] for row in rows], table.select(rows), columns)
+
+    def outcome(self, prediction: Mapping[str, Any]) -> str:
+        tags = sorted(set(prediction["tags"]))
+        return f"{tags[0]!r} at every word" if len(tags) == 1 else repr(prediction["tags"])
 
     def class_counts(self, examples: Sequence[Example]) -> list[int]:
         counts = Counter(label for example in examples for label in example.target)
         return [counts[number] for number in range(len(self.labels))]
+
+
+def _tags_from_text(text: str, words: int) -> list[Any]:
+    """The tags in a text: a list as JSON or Python write it, or tags separated by spaces, or by commas."""
+    listed = list_from_text(text)
+    if listed is not None:
+        return listed
+    tags = text.split()
+    by_commas = [tag.strip() for tag in text.split(",")]
+    return by_commas if len(tags) != words == len(by_commas) else tags
 
 
 def _entity(item: Mapping[str, Any]) -> tag_schemes.Entity:

@@ -10,8 +10,9 @@ namespace bert_fast::host {
 
 namespace py = pybind11;
 
-py::tuple plan(const py::array& unit_ends, const py::array& document_units, const py::array& key, int64_t max_tokens,
-               int64_t short_threshold, bool pairs);
+py::tuple plan(const py::array& unit_ends, const py::array& document_units, const py::array& unit_texts,
+               const py::array& document_texts, const py::array& key, int64_t max_tokens, int64_t short_threshold,
+               bool pairs);
 
 py::array_t<int64_t> pack(const py::array& lengths, int64_t token_budget);
 

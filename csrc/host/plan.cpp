@@ -20,14 +20,20 @@ struct Example {
 
 class Planner {
  public:
-  Planner(View<int64_t> ends, View<int64_t> documents, View<uint32_t> key, int64_t max_tokens, int64_t short_threshold,
-          bool pairs)
+  Planner(View<int64_t> ends, View<int64_t> documents, View<uint64_t> unit_texts, View<uint64_t> document_texts,
+          View<uint32_t> key, int64_t max_tokens, int64_t short_threshold, bool pairs)
       : ends_(ends),
         documents_(documents),
+        unit_texts_(unit_texts),
+        document_texts_(document_texts),
         key_{key[0], key[1]},
         max_tokens_(max_tokens),
         short_threshold_(short_threshold),
-        pairs_(pairs) {}
+        pairs_(pairs) {
+    if (pairs) {
+      find_different();
+    }
+  }
 
   std::vector<Example> run() {
     for (int64_t document = 0; document + 1 < documents_.size; ++document) {
@@ -37,6 +43,27 @@ class Planner {
   }
 
  private:
+  // For each document the next one, cyclically, with another text; there is one.
+  void find_different() {
+    const int64_t count = document_texts_.size;
+    next_different_.resize(count);
+    int64_t next = 0;
+    while (document_texts_[next] == document_texts_[count - 1]) {
+      ++next;
+    }
+    for (int64_t document = count - 1; document >= 0; --document) {
+      const int64_t after = (document + 1) % count;
+      if (document_texts_[after] != document_texts_[document]) {
+        next = after;
+      }
+      next_different_[document] = next;
+    }
+  }
+
+  int64_t skip_equal(int64_t document, int64_t other) const {
+    return document_texts_[other] == document_texts_[document] ? next_different_[other] : other;
+  }
+
   int64_t start(int64_t unit) const { return unit == 0 ? 0 : ends_[unit - 1]; }
   // Units that end at or before `position`.
   int64_t ended(int64_t position) const {
@@ -94,23 +121,50 @@ class Planner {
       }
     }
     const int64_t a_length = start(split) - start(a_unit);
-    if (is_next && split < end) {
+    const int64_t continuation = split < end ? split : -1;
+    if ((is_next && split < end) || !random_pair(document, start(a_unit), a_length, b_target, continuation)) {
       emit(document, start(a_unit), a_length, document, start(split), start(end) - start(split), 0);
       return next;
     }
-    random_pair(document, start(a_unit), a_length, b_target);
     return split;
   }
 
-  void random_pair(int64_t document, int64_t a_start, int64_t a_length, int64_t b_target) {
+  // Adds a pair with a random B that doesn't begin with the text of unit `continuation` (-1 for none); false if there
+  // is no such B.
+  bool random_pair(int64_t document, int64_t a_start, int64_t a_length, int64_t b_target, int64_t continuation) {
     int64_t other = below(random_[4], documents_.size - 2);
-    other += other >= document;
+    other = skip_equal(document, other + (other >= document));
+    int64_t unit = documents_[other] + below(random_[5], documents_[other + 1] - documents_[other]);
+    if (continuation >= 0 && !other_text(document, unit_texts_[continuation], other, unit)) {
+      return false;
+    }
     const int64_t last = documents_[other + 1];
-    const int64_t unit = documents_[other] + below(random_[5], last - documents_[other]);
     const int64_t b_capacity = max_tokens_ - a_length;
     const int64_t end = std::min({first_reaching(start(unit) + b_target) + 1, ended(start(unit) + b_capacity), last});
     const int64_t b_length = end > unit ? start(end) - start(unit) : b_capacity;
     emit(document, a_start, a_length, other, start(unit), b_length, 1);
+    return true;
+  }
+
+  // Moves to the first unit from `unit` of document `other`, cyclically, and then of the documents after it, whose text
+  // is not `text`; false if there is none.
+  bool other_text(int64_t document, uint64_t text, int64_t& other, int64_t& unit) const {
+    const int64_t first = other;
+    while (true) {
+      const int64_t begin = documents_[other], count = documents_[other + 1] - begin;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t place = begin + (unit - begin + i) % count;
+        if (unit_texts_[place] != text) {
+          unit = place;
+          return true;
+        }
+      }
+      other = skip_equal(document, (other + 1) % document_texts_.size);
+      if (other == first) {
+        return false;
+      }
+      unit = documents_[other];
+    }
   }
 
   void emit(int64_t document, int64_t a_start, int64_t a_length, int64_t b_document, int64_t b_start, int64_t b_length,
@@ -120,6 +174,8 @@ class Planner {
   }
 
   View<int64_t> ends_, documents_;
+  View<uint64_t> unit_texts_, document_texts_;
+  std::vector<int64_t> next_different_;
   std::array<uint32_t, 2> key_;
   int64_t max_tokens_, short_threshold_;
   bool pairs_;
@@ -127,7 +183,8 @@ class Planner {
   std::vector<Example> examples_;
 };
 
-void check(View<int64_t> ends, View<int64_t> documents, int64_t max_tokens, int64_t short_threshold, bool pairs) {
+void check(View<int64_t> ends, View<int64_t> documents, View<uint64_t> texts, int64_t max_tokens,
+           int64_t short_threshold, bool pairs) {
   if (max_tokens < 2 || max_tokens > INT32_MAX) {
     throw py::value_error("max_tokens is " + std::to_string(max_tokens) + "; expected 2 to 2^31 - 1");
   }
@@ -155,6 +212,11 @@ void check(View<int64_t> ends, View<int64_t> documents, int64_t max_tokens, int6
                             std::to_string(ends[i] - before) + " tokens; expected 1 to " + std::to_string(limit));
     }
   }
+  const auto* texts_end = texts.data + texts.size;
+  if (pairs && std::all_of(texts.data, texts_end, [&](uint64_t text) { return text == texts[0]; })) {
+    throw py::value_error("the " + std::to_string(texts.size) +
+                          " documents have equal texts; sentence pairs need 2 different ones");
+  }
 }
 
 template <typename T, typename Member>
@@ -167,16 +229,19 @@ py::array_t<T> column(const std::vector<Example>& examples, Member member) {
 
 }  // namespace
 
-py::tuple plan(const py::array& unit_ends, const py::array& document_units, const py::array& key, int64_t max_tokens,
-               int64_t short_threshold, bool pairs) {
+py::tuple plan(const py::array& unit_ends, const py::array& document_units, const py::array& unit_texts,
+               const py::array& document_texts, const py::array& key, int64_t max_tokens, int64_t short_threshold,
+               bool pairs) {
   const auto ends = view<int64_t>(unit_ends, "unit_ends");
   const auto documents = view<int64_t>(document_units, "document_units");
   const auto key_words = view<uint32_t>(key, "key", 2);
+  const auto texts = view<uint64_t>(unit_texts, "unit_texts", ends.size);
+  const auto whole_texts = view<uint64_t>(document_texts, "document_texts", std::max<int64_t>(documents.size - 1, 0));
   std::vector<Example> examples;
   {
     py::gil_scoped_release released;
-    check(ends, documents, max_tokens, short_threshold, pairs);
-    examples = Planner(ends, documents, key_words, max_tokens, short_threshold, pairs).run();
+    check(ends, documents, whole_texts, max_tokens, short_threshold, pairs);
+    examples = Planner(ends, documents, texts, whole_texts, key_words, max_tokens, short_threshold, pairs).run();
   }
   return py::make_tuple(column<int64_t>(examples, &Example::a_start), column<int32_t>(examples, &Example::a_length),
                         column<int64_t>(examples, &Example::b_start), column<int32_t>(examples, &Example::b_length),

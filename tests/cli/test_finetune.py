@@ -5,59 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 
 from bert_fast.cli.main import main
-from bert_fast.models import BertConfig, BertModel
-
-WORDS = ["yes", "no", "maybe", "one", "two", "three", "four"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its tokenizer in `model`, and rows whose label is a word of the text in `rows.csv`."""
-    folder = tmp_path_factory.mktemp("base")
-    (folder / "model").mkdir()
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "model" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, initializer_range=0.2, **sizes)
-    BertModel(config).save_pretrained(folder / "model")
-    rows = [(f"{WORDS[3 + n % 4]} {WORDS[n % 3]} {WORDS[3 + n // 4 % 4]}", WORDS[n % 3]) for n in range(120)]
-    (folder / "rows.csv").write_text("sentence,kind\n" + "".join(f"{text},{label}\n" for text, label in rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(base: Path) -> Path:
-    """The folder of a model fine-tuned on the command line."""
-    settings = {
-        "data": {"train": str(base / "rows.csv"), "columns": {"label": "kind"}, "dev_fraction": 0.2},
-        "text": {"max_length": 8},
-        "optimizer": {"lr": 5e-3},
-        "dropout": 0.0,
-        "progress": False,
-    }
-    (base / "run.yaml").write_text(yaml.safe_dump(settings))
-    target = base / "run"
-    where = ["--model", str(base / "model"), "--output_dir", str(target)]
-    assert main(["finetune", "classification", "--config", str(base / "run.yaml"), *where, "--epochs", "8"]) == 0
-    return target
 
 
 def test_finetune_prints_what_it_reads_and_the_metrics(
@@ -85,10 +38,10 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 def test_predict_from_arguments_stdin_and_files(
-    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    finetuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     capsys.readouterr()
-    assert main(["predict", str(trained), "one yes two", "two no one"]) == 0
+    assert main(["predict", str(finetuned), "one yes two", "two no one"]) == 0
     predictions = lines(capsys.readouterr().out)
     assert [(line["row"], line["text"], line["label"]) for line in predictions] == [
         (1, "one yes two", "yes"),
@@ -96,19 +49,19 @@ def test_predict_from_arguments_stdin_and_files(
     ]
     assert sum(predictions[0]["scores"].values()) == pytest.approx(1.0)
     monkeypatch.setattr("sys.stdin", io.StringIO("one yes two\n\ntwo no one\n"))
-    assert main(["predict", str(trained)]) == 0
+    assert main(["predict", str(finetuned)]) == 0
     again = lines(capsys.readouterr().out)
     assert [(line["row"], line["label"]) for line in again] == [(1, "yes"), (3, "no")]
     assert again[0]["scores"] == pytest.approx(predictions[0]["scores"])
     monkeypatch.setattr("sys.stdin", io.StringIO('{"sentence": "one maybe two", "id": 7}\n'))
-    assert main(["predict", str(trained), "--file", "-"]) == 0
+    assert main(["predict", str(finetuned), "--file", "-"]) == 0
     assert lines(capsys.readouterr().out)[0]["label"] == "maybe"
     (tmp_path / "rows.tsv").write_text("id\tsentence\n1\tone no two\n2\t\n3\tone yes one\n")
     output = tmp_path / "found.csv"
-    assert main(["predict", str(trained), "--file", str(tmp_path / "rows.tsv"), "--output", str(output)]) == 2
+    assert main(["predict", str(finetuned), "--file", str(tmp_path / "rows.tsv"), "--output", str(output)]) == 2
     assert "1 of 3 rows have no text (line 3)" in capsys.readouterr().err
     arguments = ["--file", str(tmp_path / "rows.tsv"), "--output", str(output), "--empty", "drop"]
-    assert main(["predict", str(trained), *arguments]) == 0
+    assert main(["predict", str(finetuned), *arguments]) == 0
     with output.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["row"], row["sentence"], row["label"]) for row in rows] == [
@@ -118,15 +71,15 @@ def test_predict_from_arguments_stdin_and_files(
 
 
 def test_evaluate_gives_the_metrics_of_the_training(
-    base: Path, trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    base: Path, finetuned: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    written = [json.loads(line) for line in (trained / "predictions.dev.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (finetuned / "predictions.dev.jsonl").read_text().splitlines()]
     (tmp_path / "dev.jsonl").write_text("".join(json.dumps(line["input"]) + "\n" for line in written))
     files = ["--metrics", str(tmp_path / "metrics.json"), "--output", str(tmp_path / "found.jsonl")]
     capsys.readouterr()
-    assert main(["evaluate", str(trained), str(tmp_path / "dev.jsonl"), "--columns", '{"label": "kind"}', *files]) == 0
+    assert main(["evaluate", str(finetuned), str(tmp_path / "dev.jsonl"), "--columns.label", "kind", *files]) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    trained_metrics = json.loads((trained / "metrics.json").read_text())["dev"]
+    trained_metrics = json.loads((finetuned / "metrics.json").read_text())["dev"]
     assert metrics["accuracy"] == trained_metrics["accuracy"] == 1.0
     assert metrics["confusion_matrix"] == trained_metrics["confusion_matrix"]
     assert metrics["ece"] == pytest.approx(trained_metrics["ece"], abs=1e-6)
@@ -136,7 +89,7 @@ def test_evaluate_gives_the_metrics_of_the_training(
         line["input"]["kind"] for line in written
     ]
     (tmp_path / "other.jsonl").write_text('{"sentence": "one", "kind": "never"}\n')
-    assert main(["evaluate", str(trained), str(tmp_path / "other.jsonl"), "--columns", '{"label": "kind"}']) == 2
+    assert main(["evaluate", str(finetuned), str(tmp_path / "other.jsonl"), "--columns", '{"label": "kind"}']) == 2
     assert "labels unseen in training: 'never' (1 rows); expected maybe, no, yes" in capsys.readouterr().err
 
 

@@ -15,14 +15,6 @@ from bert_fast.cli.main import COMMANDS, RECIPES, main
 RUN = [sys.executable, "-m", "bert_fast.cli.main"]
 
 
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert "Traceback" not in captured.err
-    return captured.err
-
-
 def test_help_is_fast_and_imports_no_torch() -> None:
     code = "import sys; from bert_fast.cli.main import main; main(['--help']); print('torch' in sys.modules)"
     start = time.perf_counter()
@@ -62,7 +54,7 @@ def test_without_a_command_the_overview_is_printed_with_exit_code_2(capsys: pyte
         (["pretrain", "--learning_rate", "1"], "learning_rate"),
         (
             ["finetune", "classification", "--model", "m", "--output_dir", "o", "--data.train", "t"],
-            "model is m; expected a folder",
+            "m is not a folder; expected a folder with config.json and weights",
         ),
         (["predict", "absent", "a"], "expected a folder written by bert-fast finetune"),
         (["evaluate", "absent", "a.csv"], "expected a folder written by bert-fast finetune"),

@@ -117,8 +117,9 @@ def test_compressed_files(tmp_path, ending, compress):
     path.write_bytes(compress(TWO_TXT.encode()))
     assert read(path, part_bytes=5) == (TWO, []), "a compressed file is one part"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=rf"a\.txt\{ending}: can't be read to its end \("):
-        read(path)
+    _, [(problem, detail)] = read(path)
+    assert problem == "damaged"
+    assert f"a.txt{ending}: can't be read to its end (" in detail
 
 
 def test_folders_patterns_and_several_sources_in_order(tmp_path):
@@ -195,13 +196,11 @@ def test_a_broken_document_is_dropped_and_named(tmp_path, name, content, problem
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"p": "x", "q": "y"}\n', r"line 1: can't infer the text column from 'p', 'q'; set text_column"),
-        ("a.csv", b'text\n"never closed\n', r"a\.csv, line 2: not CSV \("),
-        ("a.parquet", b"PAR1 but not really", r"a\.parquet: not a Parquet file that can be read"),
         ("a.docx", b"", r"a\.docx ends in '\.docx'; expected one of \.txt, \.jsonl, \.csv, \.parquet"),
         ("a.parquet.gz", b"", r"a\.parquet\.gz ends in '\.parquet\.gz'; expected one of"),
         ("README", b"", r"README ends in 'nothing'; expected one of"),
     ],
-    ids=["column", "csv", "parquet", "docx", "parquet-gz", "no-ending"],
+    ids=["column", "docx", "parquet-gz", "no-ending"],
 )
 def test_a_broken_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

@@ -62,10 +62,15 @@ def test_philox_is_the_published_generator():
     documents=st.integers(2, 25),
     short_threshold=st.sampled_from([0, 1, round(0.1 * 2**32), 2**32]),
     pairs=st.booleans(),
+    different=st.sampled_from([1, 2, 3, 1000]),
 )
-def test_plan_gives_the_same_bits(cpp, seed, max_tokens, documents, short_threshold, pairs):
+def test_plan_gives_the_same_bits(cpp, seed, max_tokens, documents, short_threshold, pairs, different):
     units = corpus(np.random.default_rng(seed), max_tokens // 2 if pairs else max_tokens, documents)
-    arguments = (*units, host_numpy.epoch_key(seed, 7), max_tokens, short_threshold, pairs)
+    generator = np.random.default_rng(seed + 1)
+    texts = generator.integers(0, different, units[0].size).astype(np.uint64)
+    documents_texts = generator.integers(0, different, documents).astype(np.uint64)
+    documents_texts[0] = 99  # two documents differ
+    arguments = (*units, texts, documents_texts, host_numpy.epoch_key(seed, 7), max_tokens, short_threshold, pairs)
     for column, expected in zip(cpp.plan(*arguments), host_numpy.plan(*arguments), strict=True):
         assert column.dtype == expected.dtype
         np.testing.assert_array_equal(column, expected)
@@ -123,6 +128,7 @@ def test_pack_gives_the_same_bits_and_fills_every_batch(cpp, lengths, spare):
 
 KEY = np.zeros(2, dtype=np.uint32)
 ENDS, DOCUMENTS = np.array([3, 5, 9]), np.array([0, 2, 3])
+TEXTS = np.arange(3, dtype=np.uint64)
 
 
 @pytest.mark.parametrize("impl", BOTH)
@@ -145,7 +151,7 @@ ENDS, DOCUMENTS = np.array([3, 5, 9]), np.array([0, 2, 3])
 )
 def test_plan_names_the_invalid_argument(impl, arguments, message):
     with pytest.raises(ValueError, match=message):
-        host(impl).plan(*arguments)
+        host(impl).plan(*arguments[:2], TEXTS, TEXTS[: arguments[1].size - 1], *arguments[2:])
 
 
 TOKENS, A, B, INDICES = (

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import bert_fast.data.selection as selection
+from bert_fast._lock import exclusive
 from bert_fast.data import PrepareConfig, PretrainingData, PretrainingDataConfig, prepare
 from bert_fast.data.shards import TokenStore, read_manifest, verify_files
 
@@ -100,6 +101,7 @@ def test_a_killed_preparation_resumes_with_its_finished_parts(corpus, once, tmp_
     # The work folder stays, to show that finished parts are not written again.
     monkeypatch.setattr("bert_fast.data.preparation.shutil.rmtree", lambda *_, **__: None)
     prepare(settings(corpus, output))
+    [work] = tmp_path.glob("..data.work.*.tmp")
     assert {name: (work / name / "counts.json").stat().st_mtime_ns for name in times} == times
     assert contents(output) == contents(once)
 
@@ -140,11 +142,31 @@ def test_a_changed_source_is_read_again(documents, tmp_path):
 
 
 def test_a_second_preparation_of_the_same_folder_is_refused(corpus, tmp_path):
-    (tmp_path / ".data.work").mkdir()
-    with (tmp_path / ".data.work" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match=r"another bert-fast prepare is using .*\.data\.work; wait for it"):
+    with (
+        exclusive(tmp_path / ".data.work", what="bert-fast prepare"),
+        pytest.raises(ValueError, match=r"another bert-fast prepare \(host .*, pid .*\) is at work in .*\.data\.work"),
+    ):
+        prepare(settings(corpus, tmp_path / "data"))
+
+
+def test_a_finished_work_folder_is_renamed_before_it_is_deleted(corpus, tmp_path, monkeypatch):
+    """A preparation killed while it deletes its work folder leaves none that is half there to resume from."""
+
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: bool) -> None:
+        if not path.name.startswith("..data.work"):
+            remove(path, **options)
+            return
+        remove(next(path.glob("vocabulary-*")))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bert_fast.data.preparation.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
             prepare(settings(corpus, tmp_path / "data"))
+    assert not (tmp_path / ".data.work").exists()
+    prepare(settings(corpus, tmp_path / "data", overwrite=True))
 
 
 def test_the_report_counts_dropped_documents_by_reason(corpus, once, capsys, tmp_path):

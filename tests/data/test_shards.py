@@ -180,8 +180,8 @@ def test_a_manifest_with_other_counts_is_refused(damaged):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "manifest.json is corrupt"),
-        ("[1]", "manifest.json is corrupt"),
+        ("{", "manifest.json is not valid JSON"),
+        ("[1]", r"manifest.json is \[1\]; expected an object: prepare"),
         (
             '{"schema_version": 99, "files": {}, "splits": {}, "vocab_size": 5}',
             "schema version 99; expected 2: prepare the data again",

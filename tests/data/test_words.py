@@ -11,11 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bert_fast.data import Example, PrepareConfig, PretrainingData, PretrainingDataConfig, prepare, train_vocab
+from bert_fast.data import (
+    Example,
+    PrepareConfig,
+    PretrainingData,
+    PretrainingDataConfig,
+    prepare,
+    save_tokenizer,
+    train_vocab,
+)
 from bert_fast.data.host_numpy import CONTINUES, span_thresholds
 from bert_fast.data.shards import read_manifest
 from bert_fast.data.tokens import Encoder
-from bert_fast.data.vocab import save_tokenizer
 
 CHARACTERS = "天地人日月山水火木金土石田禾竹米舟車馬鳥魚虫"
 

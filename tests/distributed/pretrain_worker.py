@@ -1,7 +1,8 @@
 """One rank of a pretraining run, configured by JOB, which conftest.py sets.
 
 {"rank", "world_size", "port", "folder", "config": PretrainConfig as a mapping,
- "act": {"rank", "step", "what"}: what the rank does in the middle of that step; "poison" spoils its gradient}
+ "act": {"rank", "step", "what"}: what the rank does in the middle of that step; "poison" spoils its gradient,
+ "kill_before_file_call": N: the process is killed before its N-th call that changes a file of the run; 0 counts them}
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,26 @@ def watch(job: dict[str, Any], examples: list[Any]) -> None:
     Prefetch.next = next_watched  # type: ignore[method-assign]
 
 
+def kill_before_file_call(folder: str, number: int, seen: list[str]) -> None:
+    """Kill this process before its file call `number` (from 1) below `folder`: every call that changes something."""
+    here, changing = os.getpid(), ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
+
+    def watched(event: str, arguments: tuple[Any, ...]) -> None:
+        if os.getpid() != here or (event != "open" and event not in changing):
+            return
+        if isinstance(arguments[0], int) or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        path = os.fsdecode(arguments[0])
+        if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # shutil.rmtree: a name within an open folder
+            path = f"{os.readlink(f'/proc/self/fd/{arguments[1]}')}/{path}"
+        if path.startswith(f"{folder}/") or path == folder:
+            seen.append(event)
+            if len(seen) == number:
+                os.kill(here, signal.SIGKILL)
+
+    sys.addaudithook(watched)
+
+
 def main() -> None:
     job = json.loads(globals()["JOB"])
     os.environ.update(RANK=str(job["rank"]), WORLD_SIZE=str(job["world_size"]))
@@ -82,12 +104,16 @@ def main() -> None:
     torch.set_num_threads(1)
     examples: list[Any] = []
     watch(job, examples)
+    file_calls: list[str] = []
+    if "kill_before_file_call" in job:
+        kill_before_file_call(job["config"]["output_dir"], job["kill_before_file_call"], file_calls)
     output: dict[str, Any] = {"error": None, "messages": []}
     try:
         output["result"] = asdict(pretrain(from_mapping(PretrainConfig, job["config"]), output["messages"].append))
     except Exception as error:
         output["error"] = f"{type(error).__name__}: {error}"
     output["examples"] = examples
+    output["file_calls"] = len(file_calls)
     path = Path(job["folder"]) / f"{job['rank']}.json"
     path.with_suffix(".tmp").write_text(json.dumps(output))
     path.with_suffix(".tmp").rename(path)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bert_fast._lock import exclusive
 from bert_fast.pretrain.divergence import replay
 from bert_fast.runtime import checkpoint
 
@@ -36,6 +39,33 @@ def test_killed_ranks_resume_with_bit_equal_losses(
     assert lines(killed) == lines(plain)
     weights = [(Path(folder) / "final" / "model.safetensors").read_bytes() for folder in (killed, plain)]
     assert weights[0] == weights[1]
+
+
+def test_a_run_killed_before_any_file_call_resumes_with_bit_equal_losses(
+    start_ranks: Start, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A random choice of the calls, each in a run of its own; the same run is killed again and again at the end."""
+    plain, killed = str(tmp_path / "plain"), str(tmp_path / "killed")
+    config = {**settings, "steps": 4, "checkpoint_interval": 2, "eval_interval": 2, "keep_last": 1}
+    (counted,) = start_ranks(1, config={**config, "output_dir": plain}, kill_before_file_call=0).wait()
+    assert counted["error"] is None
+    assert counted["file_calls"] > 60
+    chosen = random.Random(0)
+    for folder in [*(f"{killed}-{number}" for number in range(5)), *[killed] * 4]:
+        number = chosen.randrange(counted["file_calls"]) + 1
+        run = {**config, "output_dir": folder}
+        job = start_ranks(1, config=run, kill_before_file_call=number)
+        job.wait()
+        if folder != killed:
+            assert [process.exitcode for process in job.processes] == [-signal.SIGKILL], number
+            assert start_ranks(1, config=run).wait()[0]["error"] is None, number
+    assert start_ranks(1, config=run).wait()[0]["error"] is None
+    for folder in (*(f"{killed}-{number}" for number in range(5)), killed):
+        assert lines(folder) == lines(plain)
+        names = [sorted(path.name for path in Path(each).rglob("*")) for each in (folder, plain)]
+        assert names[0] == names[1], "nothing is left over, and nothing is missing"
+        weights = [(Path(each) / "final" / "model.safetensors").read_bytes() for each in (folder, plain)]
+        assert weights[0] == weights[1]
 
 
 def test_a_killed_rank_ends_the_others_with_an_error_that_names_it(
@@ -86,12 +116,23 @@ def test_a_full_disk_ends_every_rank_and_leaves_the_last_valid_checkpoint(
     start_ranks: Start, settings: dict[str, Any]
 ) -> None:
     outputs = start_ranks(2, config=settings, act={"rank": "all", "step": 4, "what": "full disk"}).wait()
-    assert "is full, so step-00000006 could not be written; free space" in outputs[0]["error"]
-    assert "it resumes from" in outputs[0]["error"]
-    assert outputs[1]["error"].startswith("RankError: rank 0 failed: OSError: [Errno 28] No space left on device")
     folder = Path(settings["output_dir"]) / "checkpoints"
+    sentence = f"[Errno 28] {folder}/step-00000006 can't be written: the disk is full"
+    advice = f"; the same command then resumes from {folder}/step-00000003"
+    assert outputs[0]["error"] == f"OSError: {sentence}{advice}"
+    assert outputs[1]["error"] == f"RankError: rank 0 failed: OSError: {sentence}"
     assert [path.name for path in folder.iterdir()] == ["step-00000003"]
     checkpoint.verify_folder(folder / "step-00000003")
     resumed = start_ranks(2, config=settings).wait()
     assert [rank["error"] for rank in resumed] == [None, None]
     assert resumed[0]["result"]["step"] == 6
+
+
+def test_every_rank_is_refused_while_another_run_is_at_work(start_ranks: Start, settings: dict[str, Any]) -> None:
+    folder = Path(settings["output_dir"])
+    with exclusive(folder, inside=True):
+        outputs = start_ranks(2, config={**settings, "timeout": 8.0}).wait()
+    sentence = rf"OutputBusyError: another run \(host .*, pid {os.getpid()}, since .*\) is at work in {folder}"
+    assert re.match(sentence, outputs[0]["error"])
+    assert re.match(f"RankError: rank 0 failed: {sentence}", outputs[1]["error"])
+    assert list(folder.iterdir()) == []

@@ -77,9 +77,10 @@ def test_four_ranks_stopped_by_sigterm_to_one_and_resumed_with_two_equal_one_ran
     """With dropout, which depends on the micro-batch and not on its rank."""
     act = {"rank": 2, "step": 3, "what": "terminate"}
     four = run(start_ranks, 4, settings, act=act)
-    # The other ranks learn of the signal during the next step.
-    assert [(rank["result"]["interrupted"], rank["result"]["step"]) for rank in four] == [(15, 4)] * 4
-    assert Path(four[0]["result"]["model_dir"]).name == "step-00000004"
+    # The ranks learn of the signal within the evaluation after step 3, which the resumed run then does first.
+    assert [(rank["result"]["interrupted"], rank["result"]["step"]) for rank in four] == [(15, 3)] * 4
+    assert Path(four[0]["result"]["model_dir"]).name == "step-00000003"
+    assert [line["step"] for line in log(settings["output_dir"])] == [1, 2, 3]
     two = run(start_ranks, 2, settings)
     assert any("ranks are now 2; the checkpoint was written by 4" in text for text in two[0]["messages"])
     assert two[1]["messages"] == []
@@ -104,7 +105,7 @@ def test_two_sharded_ranks_resumed_with_one_equal_one_rank(
 ) -> None:
     act = {"rank": "all", "step": 3, "what": "terminate"}
     run(start_ranks, 2, {**settings, "parallel": "fsdp"}, act=act)
-    last = Path(settings["output_dir"]) / "checkpoints" / "step-00000004"
+    last = Path(settings["output_dir"]) / "checkpoints" / "step-00000003"
     assert len(list((last / "optimizer").glob("*.safetensors"))) == 2
     assert {path.suffix for path in last.rglob("*") if path.is_file()} == {".json", ".safetensors", ".txt"}  # no pickle
     run(start_ranks, 1, settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bert_fast.data.vocab import save_tokenizer, train_vocab
+from bert_fast.data import save_tokenizer, train_vocab
 from bert_fast.models import BertConfig, BertForMaskedLM
 from examples.trainer_comparison import Experiment, compared, ours, theirs, thinned
 

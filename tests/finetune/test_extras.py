@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -28,14 +27,6 @@ SIGNS, FILLER = {"good": "fine", "bad": "poor"}, ["the", "a", "film", "was", "it
 
 def quiet(_: str) -> None:
     pass
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def text_of(label: str, number: int, length: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,10 @@ def test_pairs(model_type: str, base: Folder, tmp_path: Path, capsys: pytest.Cap
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
     assert type(theirs).__name__ == f"{prefix}ForSequenceClassification"
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    source = transformers.AutoTokenizer.from_pretrained(base(model_type))
+    assert tokenizer.model_max_length == longest_input(theirs.config)
+    assert tokenizer.get_vocab() == source.get_vocab()
+    assert tokenizer(rows[0]["text"])["input_ids"] == source(rows[0]["text"])["input_ids"]
     lines = [json.loads(x) for x in (tmp_path / "run/predictions.dev.jsonl").read_text().splitlines()][:8]
     with torch.no_grad():
         texts, pairs = ([line["input"][name] for line in lines] for name in ("text", "text_pair"))
@@ -179,6 +184,11 @@ def test_invalid_settings(base: Folder, tmp_path: Path) -> None:
     assert longest_input(BertConfig.from_pretrained(base("roberta"))) == 38
     with pytest.raises(ValueError, match=r"text.max_length is 39; expected at most 38"):
         run("classification", base("roberta"), tmp_path / "run", rows, text={"max_length": 39})
+    few = load_tokenizer(base("distilbert")).get_vocab_size() - 1
+    shutil.copytree(base("distilbert"), tmp_path / "few")
+    BertModel(BertConfig.from_pretrained(base("distilbert"), vocab_size=few)).save_pretrained(tmp_path / "few")
+    with pytest.raises(ValueError, match=rf"the tokenizer has {few + 1} tokens and the model {few} word embeddings"):
+        run("classification", tmp_path / "few", tmp_path / "run", rows)
     tagged = [{"tokens": ["a", "b"], "tags": ["O", "B-X"]}] * 4
     with pytest.raises(ValueError, match=r"classifier_dropout is 0\.0; expected None: distilbert has none"):
         run("token-classification", base("distilbert"), tmp_path / "run", tagged)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bert_fast._io import atomic_folder
-from bert_fast.finetune import FinetuneConfig, TableOptions, finetune
-from bert_fast.models import BertConfig, BertModel
 
 FILES = ("model.safetensors", "nested/config.json", "metrics.json")
 # The calls that change the file system, of which Path and shutil are made.
@@ -135,44 +131,3 @@ def test_an_exception_in_the_block_leaves_no_trace(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="run exists; choose another folder, or give --overwrite true"):
         fail(tmp_path / "run", overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_finetune_keeps_the_old_result_until_the_new_one_is_in_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no"]
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "vocab.txt").write_text("\n".join(words) + "\n")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = BertConfig(vocab_size=len(words), max_position_embeddings=128, **sizes)
-    BertModel(config).save_pretrained(tmp_path / "base")
-    (tmp_path / "rows.csv").write_text("text,label\n" + "yes,1\nno,0\n" * 8)
-    settings = FinetuneConfig(
-        "classification",
-        str(tmp_path / "base"),
-        str(tmp_path / "runs" / "run"),
-        TableOptions(str(tmp_path / "rows.csv")),
-        steps=1,
-        progress=False,
-        report=False,
-        overwrite=True,
-        device="cpu",
-    )
-    target = Path(settings.output_dir)
-    finetune(settings, report=lambda _: None)
-    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
-    assert target / "model.safetensors" in before
-    rename = Path.rename
-
-    def fail(self: Path, new: Any) -> Path:
-        if Path(new) == target and self.suffix == ".tmp":
-            raise OSError("disk full")
-        return rename(self, new)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
-        patch.setattr(shutil, "rmtree", lambda path, **_: pytest.fail(f"{path} is deleted") if path == target else None)
-        with pytest.raises(OSError, match="disk full"):
-            finetune(settings, report=lambda _: None)
-    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ from bert_fast.tasks.task import CONFIG_KEY, task_class, task_from_config
 NAMES, PLACES, FILLERS = ["ada", "bob", "eva"], ["rome", "oslo", "bonn"], ["the", "we", "saw", "went", "in", "to"]
 QUESTIONS = ["who", "where", "?"]
 FAMILY = {"ada": "eva", "rome": "bonn", "saw": "went"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bert_fast._config import from_mapping
+from bert_fast._lock import OutputBusyError, exclusive
 from bert_fast.cli.main import main
-from bert_fast.finetune import FinetuneConfig, sweep
+from bert_fast.finetune import FinetuneConfig, RunInterruptedError, sweep
 from bert_fast.finetune.data import Split, hold_out, take_fold
-from bert_fast.finetune.grid import combinations, ranked, with_settings
+from bert_fast.finetune.grid import combinations, plan, with_settings
+from bert_fast.finetune.loop import Finetuner
+from bert_fast.finetune.sweep_page import ranked, read_sweep, write_sweep_page
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.tasks.io.table import Table
 
@@ -149,6 +157,144 @@ def test_a_metric_for_which_lower_is_better(config: FinetuneConfig) -> None:
     assert (Path(config.output_dir) / "002" / "model.safetensors").exists()
 
 
+def test_seeds_are_runs_of_one_combination(config: FinetuneConfig) -> None:
+    """Mean and sample standard deviation, computed by the statistics module."""
+    grid = {"optimizer.lr": np.array([1e-7, 1e-2]), "seed": [3, 1, 2]}
+    assert [combination.folders for combination in plan(config, grid, 2)][1][:3] == [
+        "002-seed-3-fold-1", "002-seed-3-fold-2", "002-seed-1-fold-1",
+    ]  # fmt: skip
+    result = sweep(with_settings(config, {"epochs": 2}), grid, report=quiet)
+    assert [run["settings"] for run in result["runs"]] == [{"optimizer.lr": 1e-7}, {"optimizer.lr": 1e-2}]
+    target = Path(config.output_dir)
+    for number, run in enumerate(result["runs"], 1):
+        assert run["folders"] == [f"{number:03d}-seed-{seed}" for seed in (3, 1, 2)]
+        metrics = [json.loads((target / name / "metrics.json").read_text()) for name in run["folders"]]
+        values = [one["dev"]["accuracy"] for one in metrics]
+        assert run["values"] == values
+        assert run["n"] == 3
+        assert run["mean"] == pytest.approx(statistics.mean(values))
+        assert run["std"] == pytest.approx(statistics.stdev(values))
+        settings = [json.loads((target / name / "finetune.json").read_text()) for name in run["folders"]]
+        assert [one["seed"] for one in settings] == [3, 1, 2]
+    assert len({tuple(run["values"]) for run in result["runs"]}) == 2
+    assert result["best"] == 1
+    assert {name for name in os.listdir(target) if (target / name / "model.safetensors").exists()} == {
+        "002-seed-3", "002-seed-1", "002-seed-2",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"seed is \[1, 1\]; expected different seeds"):
+        plan(config, {"seed": [1, 1]}, 0)
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+def test_an_interrupted_sweep_goes_on(overwrite: bool, config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its third of four runs; finished ones are reused, the interrupted one resumes, and the result is the same."""
+    grid = {"optimizer.lr": [1e-3, 1e-2], "seed": [0, 1]}
+    config = with_settings(config, {"steps": 6, "overwrite": overwrite})
+    whole = sweep(with_settings(config, {"output_dir": config.output_dir + "-whole"}), grid, report=quiet)
+    if overwrite:  # an old sweep with other settings
+        sweep(with_settings(config, {"steps": 2}), grid, report=quiet)
+    target = Path(config.output_dir)
+    train_step, count = Finetuner.train_step, 0
+
+    def interrupted(self: Finetuner, batches: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 15:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetuner, "train_step", interrupted)
+        with pytest.raises(RunInterruptedError):
+            sweep(config, grid, report=quiet)
+    partial = read_sweep(target)
+    assert not partial["complete"]
+    assert [len(run["values"]) for run in partial["runs"]] == [2, 0]
+    write_sweep_page(target)
+    assert "has not finished" in (target / "report.html").read_text()
+    messages: list[str] = []
+    result = sweep(config, grid, report=messages.append)
+    assert result == whole
+    assert [text.split("/")[-1] for text in messages if "reused" in text] == [
+        f"001-seed-{seed} exists; its results are reused" for seed in (0, 1)
+    ]
+    assert any("002-seed-0.unfinished" in text and "at step 3 of 6" in text for text in messages)
+    weights = [Path(f"{config.output_dir}{x}", "002-seed-0", "model.safetensors") for x in ("", "-whole")]
+    assert weights[0].exists() == weights[1].exists()
+    if overwrite:  # a finished one starts again
+        messages.clear()
+        assert sweep(config, grid, report=messages.append) == whole
+        assert not any("reused" in text for text in messages)
+
+
+def test_an_unfinished_run_with_other_settings_is_refused(
+    config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where `finetune` alone would go on with another learning rate."""
+    train_step = Finetuner.train_step
+
+    def interrupted(self: Finetuner, batches: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return train_step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetuner, "train_step", interrupted)
+        with pytest.raises(RunInterruptedError):
+            sweep(config, {"optimizer.lr": [1e-3]}, report=quiet)
+    with pytest.raises(ValueError, match=r"001.unfinished exists with other settings \(optimizer.lr 0.001 -> 0.01\)"):
+        sweep(config, {"optimizer.lr": [1e-2]}, report=quiet)
+
+
+def test_two_sweeps_in_one_folder(config: FinetuneConfig) -> None:
+    with exclusive(Path(config.output_dir), what="sweep"), pytest.raises(OutputBusyError, match="another sweep"):
+        sweep(config, {}, report=quiet)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("metrics.json", {"dev": 3}, r"metrics.json: 'dev' is 3; expected an object"),
+        ("metrics.json", {"run": {}}, r"metrics.json: run has no 'main_metric'"),
+        ("finetune.json", None, r"finetune.json is not valid JSON"),
+    ],
+)
+def test_damaged_files_are_named(name: str, change: Any, message: str, config: FinetuneConfig) -> None:
+    sweep(with_settings(config, {"steps": 1}), {}, report=quiet)
+    path = Path(config.output_dir) / "001" / name
+    path.write_text("{" if change is None else json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        sweep(with_settings(config, {"steps": 1}), {}, report=quiet)
+
+
+def test_the_page(config: FinetuneConfig) -> None:
+    """Every combination, best first, with mean, deviation and n; settings are escaped; runs are linked."""
+    target = Path(config.output_dir)
+    (target / "001-seed-0").mkdir(parents=True)
+    (target / "001-seed-0" / "report.html").write_text("")
+    runs = [
+        {"settings": {"text.long": "<b>$x_{$", "optimizer.lr": lr}, "values": values, "n": len(values), "rank": rank,
+         "mean": mean, "std": std, "folders": [f"00{number}-seed-{seed}" for seed in range(len(values))]}
+        for number, lr, values, mean, std, rank in (
+            (1, 1e-5, [0.5, 0.75], 0.625, 0.1768, 2), (2, 3e-5, [0.9, 1.0], 0.95, 0.0707, 1),
+            (3, 1e-4, [None], None, None, 3),
+        )
+    ]  # fmt: skip
+    result = {"metric": "accuracy", "folds": 0, "complete": True, "overwrite": False, "best": 1, "runs": runs}
+    (target / "sweep.json").write_text(json.dumps(result))
+    text = write_sweep_page(target).read_text()
+    assert "<b>$x" not in text
+    assert text.index("0.9500") < text.index("0.6250") < text.index("undefined")
+    assert "0.9000, 1.0000" in text
+    assert "sample std" in text
+    assert '<a href="001-seed-0/report.html">001-seed-0</a>' in text
+    assert "<li>002-seed-0</li>" in text
+    assert text.count("<svg") == 2, "the values, and the metric by learning rate"
+    assert not re.search(r"<(script|link|img)", text)
+    (target / "sweep.json").write_text(json.dumps({**result, "runs": [{**runs[0], "values": ["<b>"]}]}))
+    with pytest.raises(ValueError, match=r"sweep\.json: run 1: 'values' is"):
+        write_sweep_page(target)
+
+
 def test_the_command_prints_the_table(
     config: FinetuneConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -160,5 +306,12 @@ def test_the_command_prints_the_table(
     assert out[0] == "dev accuracy"
     assert out[1].endswith("002  optimizer.lr=0.01")
     assert out[2].endswith("001  optimizer.lr=1e-07")
+    more[more.index("--report") + 1] = "true"
+    seeds = ["--output_dir", f"{config.output_dir}-seeds", "--grid", '{"seed": [0, 1]}']
+    assert main(["sweep", "classification", *arguments, *more, *seeds]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "dev accuracy, mean ± sample standard deviation of the n runs"
+    assert re.fullmatch(r"\d\.\d{4} ± \d\.\d{4} \(n = 2\)  001-seed-0  default settings", out[1])
+    assert Path(f"{config.output_dir}-seeds", "report.html").is_file()
     assert main(["sweep", "classification", *arguments, *more, "--grid", '{"optimizer.rate": [1]}']) == 2
     assert "grid: unknown setting optimizer.rate" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from bert_fast.data.vocab import save_tokenizer, train_vocab
+from bert_fast.data import save_tokenizer, train_vocab
 from bert_fast.finetune import BatchOptions, FinetuneConfig, FinetuneOptimizer, TableOptions
 from bert_fast.finetune.loop import Finetuner
 from bert_fast.finetune.task_run import TaskRun

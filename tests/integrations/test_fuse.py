@@ -514,3 +514,20 @@ def test_wrong_arguments_raise_transformers_errors() -> None:
         ours(ids, input_ids=ids)
     with pytest.raises(TypeError, match=r"BertModel\.forward"):
         ours(*[None] * 20)
+
+
+def test_is_fused_says_what_fuse_did() -> None:
+    model = make("BertForMaskedLM")
+    wrapped = nn.Sequential(model)
+    assert not bert_fast.is_fused(model)
+    bert_fast.fuse(model)
+    assert bert_fast.is_fused(model)
+    assert bert_fast.is_fused(wrapped)
+    assert bert_fast.is_fused(model.bert)
+    assert not bert_fast.is_fused(model.cls)
+    bert_fast.unfuse(wrapped)
+    assert not bert_fast.is_fused(model)
+    assert not bert_fast.is_fused(bert_fast.BertModel(bert_fast.BertConfig.size("tiny", vocab_size=50)))
+    assert "is_fused" in dir(bert_fast)
+    with pytest.raises(TypeError, match=r"model is str; expected a torch\.nn\.Module"):
+        bert_fast.is_fused("model")  # type: ignore[arg-type]

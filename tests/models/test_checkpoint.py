@@ -273,8 +273,9 @@ def test_dtypes_and_a_given_config(saved: Any) -> None:
     _, folder = saved("BertModel")
     assert BertModel.from_pretrained(folder).dtype == torch.float32
     assert BertModel.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype is 'half'"):
-        BertModel.from_pretrained(folder, dtype="half")
+    assert BertModel.from_pretrained(folder, dtype="float16").dtype == torch.float16
+    with pytest.raises(ValueError, match=r"dtype is 'int8'; expected float32, .* or 'auto'"):
+        BertModel.from_pretrained(folder, dtype="int8")
     config = BertConfig.from_pretrained(folder, hidden_dropout_prob=0.3)
     assert BertModel.from_pretrained(folder, config=config).embeddings.dropout_p == 0.3
 
@@ -285,7 +286,7 @@ class FakeHub(types.ModuleType):
     def __init__(self, folder: Path) -> None:
         super().__init__("huggingface_hub")
         self.errors = types.ModuleType("huggingface_hub.errors")
-        names = ("EntryNotFoundError", "RepositoryNotFoundError")
+        names = ("EntryNotFoundError", "RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError")
         for name in names:
             setattr(self.errors, name, type(name, (Exception,), {}))
         self.errors.LocalEntryNotFoundError = type("LocalEntryNotFoundError", (self.errors.EntryNotFoundError,), {})  # type: ignore[attr-defined]

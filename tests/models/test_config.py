@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -63,6 +65,30 @@ def test_unsupported_models_are_refused(setting: dict[str, object]) -> None:
         BertConfig.from_dict(setting)
 
 
+def test_numpy_scalars_become_numbers_and_what_json_has_not_is_named(tmp_path: Path) -> None:
+    config = BertConfig(num_labels=np.int64(3), hidden_dropout_prob=np.float32(0.25), vocab_size=np.int32(9))  # type: ignore[arg-type]
+    config.save_pretrained(tmp_path)
+    assert (
+        BertConfig.from_pretrained(tmp_path)
+        == config
+        == BertConfig(num_labels=3, hidden_dropout_prob=0.25, vocab_size=9)
+    )
+    assert BertConfig(id2label={np.int64(0): "a", np.int64(1): "b"}).id2label == {0: "a", 1: "b"}  # type: ignore[dict-item]
+    for value in ({1, 2}, torch.float32):
+        with pytest.raises(ValueError, match="can't be written as JSON"):
+            BertConfig(extra={"mine": value}).save_pretrained(tmp_path)
+    circular: dict[str, Any] = {}
+    circular["again"] = circular
+    with pytest.raises(ValueError, match="can't be written as JSON"):
+        BertConfig(extra=circular).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", [None, "bert-base-uncased", {"vocab_size": 9}, transformers.BertConfig()], ids=type)
+def test_a_model_takes_a_bert_config_only(config: Any) -> None:
+    with pytest.raises(TypeError, match=f"config is of type {type(config).__name__}; expected a BertConfig"):
+        BertModel(config)
+
+
 def test_the_model_checks_a_config_that_was_changed() -> None:
     config = BertConfig.size("tiny", vocab_size=9)
     config.num_attention_heads = 3
@@ -106,7 +132,7 @@ def test_a_file_that_is_not_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         BertConfig.from_pretrained(tmp_path / "absent")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         BertConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="expected an object"):

@@ -123,7 +123,6 @@ def test_a_progress_bar_counts_the_texts(
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"texts": "w1"}, TypeError, r"texts is one str \('w1'\); expected a sequence of str"),
         ({"pooling": "sum"}, ValueError, "pooling is 'sum'; expected one of cls, mean"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens is 0; expected 1 or more"),
         ({"max_seqlen": 33}, ValueError, "max_seqlen is 33; expected 2 to 32"),

@@ -248,10 +248,13 @@ def test_works_with_an_lr_scheduler() -> None:
 
 def test_invalid_arguments_raise() -> None:
     parameter = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match=r"lr is -0\.1; expected 0 or more"):
+    with pytest.raises(ValueError, match=r"lr is -0\.1; expected a finite number, 0 or more"):
         Lamb([parameter], lr=-0.1)
     with pytest.raises(ValueError, match="max_grad_norm is 0; expected a number above 0, or None"):
         Lamb([parameter], max_grad_norm=0)
-    parameter.grad = torch.ones(2)
     with pytest.raises(ValueError, match="betas is"):
-        Lamb([parameter], betas=(0.9, 1.5)).step()
+        Lamb([parameter], betas=(0.9, 1.5))
+    for name in ("lr", "eps", "weight_decay"):
+        for value in (float("nan"), float("inf"), -1.0):
+            with pytest.raises(ValueError, match=f"{name} is {value}; expected a finite number"):
+                Lamb([{"params": [parameter], name: value}])

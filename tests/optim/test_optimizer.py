@@ -13,7 +13,7 @@ from torch import nn
 from bert_fast.models import BertConfig, BertForPreTraining
 from bert_fast.optim.config import OptimizerOptions
 from bert_fast.optim.groups import param_groups
-from bert_fast.optim.optimizer import clipped_step, lr_factor, make_optimizer
+from bert_fast.optim.optimizer import clipped_step, lr_factor, make_optimizer, set_lr
 
 
 def test_biases_and_layer_norms_do_not_decay_and_tied_weights_appear_once() -> None:
@@ -75,6 +75,16 @@ def test_peak_once_and_zero_only_after_the_last_step(warmup: int, total: int) ->
     # Equal steps down after the peak.
     after = [Fraction(factor).limit_denominator(10**6) for factor in factors[warmup:]]
     assert all(a - b == Fraction(1, total + 1 - warmup) for a, b in pairwise(after))
+
+
+def test_a_schedule_of_another_name_and_a_rate_that_is_no_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="decay is 'quadratic'; expected linear, cosine, none or constant"):
+        lr_factor(1, 0, 4, "quadratic")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    for lr in (float("nan"), float("inf"), -0.1):
+        with pytest.raises(ValueError, match=f"lr is {lr}; expected a finite number"):
+            set_lr(optimizer, lr)
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_cosine_and_constant_decay() -> None:

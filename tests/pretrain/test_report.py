@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +66,34 @@ def test_several_runs_are_compared_with_their_differing_settings_and_drawn(
     assert capsys.readouterr().out.splitlines() == [str(page), *(str(pictures / f"{name}.png") for name in order)]
 
 
+@pytest.mark.parametrize("name", ["cost$x_{$y", "a$b", r"\$_\$", "_hidden", "new\nline\x1b[0m", "\udce4"])
+def test_any_name_of_a_folder_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
+    runs = [make_run(tmp_path / name, 1e-3), make_run(tmp_path / "b", 1e-3)]
+    write_pretrain_report(runs, tmp_path / "page.html", tmp_path / "pictures")
+    figures = (tmp_path / "page.html").read_text(encoding="utf-8").split("<svg")[1:]
+    shown = name.encode("unicode_escape").decode() if not name.isprintable() else name
+    for figure in figures:
+        assert f">{escape(shown)}<" in figure or f"> {escape(shown)}<" in figure
+        xml.etree.ElementTree.fromstring(f"<svg{figure[: figure.index('</svg>')]}</svg>")
+
+
 def test_runs_with_the_same_name_are_named_by_path(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / part / "run", 1e-3) for part in ("x", "y")]
     assert [run.name for run in read_runs(folders)] == [str(folder) for folder in folders]
+
+
+def test_damaged_lines_of_a_log_are_left_out_and_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1e-3)
+    lines = (run / "log.jsonl").read_bytes().splitlines()
+    strange = json.dumps({"step": 9, "kind": "train", "loss": "x", "lr": True, "tokens": None, "mfu": [1]}).encode()
+    (run / "log.jsonl").write_bytes(b"\n".join([lines[0], b"\xff", *lines[1:], strange]) + b"\n")
+    write_pretrain_report([run], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"<p>{run}/log.jsonl has damaged lines (2; 1 in all), which are left out</p>" in text
+    assert '<td>training loss, last</td><td class="n">2.0000</td>' in text
+    (run / "pretrain.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"pretrain\.json is \[\]; expected an object"):
+        write_pretrain_report([run], tmp_path / "page.html")
 
 
 def test_folders_without_a_run_and_empty_logs_raise(tmp_path: Path) -> None:

@@ -301,8 +301,46 @@ def test_init_from_starts_a_new_run_and_requires_the_same_vocabulary(
 
     folder = tmp_path / "other"
     prepare(PrepareConfig(str(folder), [str(text_file)], vocab_size=90, heldout_fraction=0.2, progress=False))
-    with pytest.raises(ValueError, match=r"has a vocabulary of \d+ tokens and the data one of 90"):
-        Trainer(replace(config, data=replace(config.data, folder=str(folder)), model=model), quiet)
+    third = replace(config, data=replace(config.data, folder=str(folder)), output_dir=str(tmp_path / "third"))
+    with pytest.raises(ValueError, match=r"has another vocabulary than the data .*: \d+ tokens differ, such as"):
+        Trainer(replace(third, model=model), quiet)
+
+
+def test_init_from_a_padded_vocabulary(config: PretrainConfig, text_file: Path, tmp_path: Path) -> None:
+    """A checkpoint with more rows than its tokenizer has tokens (30528 and 30522): prepare, pretrain, fill masks."""
+    from transformers import AutoTokenizer
+
+    from bert_fast.data import PrepareConfig, copy_tokenizer, load_tokenizer, prepare
+    from bert_fast.models import BertConfig, BertForMaskedLM
+    from bert_fast.tasks.fill_mask import fill_mask
+
+    tokens = load_tokenizer(config.data.folder).get_vocab_size()
+    settings = BertConfig.from_pretrained(Path(config.model.config).parent, vocab_size=tokens + 6)
+    model = BertForPreTraining(settings)
+    padded, data = tmp_path / "padded", str(tmp_path / "data")
+    model.cls.predictions.bias.data[tokens:] = 50.0  # the rows without a token are the most likely ones
+    model.save_pretrained(padded)
+    copy_tokenizer(config.data.folder, padded)
+    prepare(
+        PrepareConfig(data, [str(text_file)], vocab=str(padded), heldout_fraction=0.3, min_characters=1, progress=False)
+    )
+    options = replace(config.data, folder=data)
+    config = replace(config, data=options, steps=2)
+    result = pretrain(replace(config, model=ModelOptions(init_from=str(padded))), quiet)
+    trained = BertForMaskedLM.from_pretrained(result.model_dir).eval()
+    assert trained.config.vocab_size == tokens + 6
+    tokenizer = load_tokenizer(result.model_dir)
+    candidates = fill_mask(trained, tokenizer, "the [MASK]", top_k=tokens)[0]
+    assert {candidate.token for candidate in candidates} == set(tokenizer.get_vocab())
+    theirs = AutoTokenizer.from_pretrained(result.model_dir)
+    assert theirs.model_max_length == settings.max_position_embeddings
+    assert theirs("the cat")["input_ids"] == tokenizer.encode("the cat").ids
+    fewer = BertForPreTraining(settings.replace(vocab_size=tokens - 1))
+    fewer.save_pretrained(tmp_path / "fewer")
+    expected = rf"has {tokens - 1} word embeddings and the data a vocabulary of {tokens} tokens"
+    fourth = replace(config, output_dir=str(tmp_path / "fourth"))
+    with pytest.raises(ValueError, match=expected):
+        Trainer(replace(fourth, model=ModelOptions(init_from=str(tmp_path / "fewer"))), quiet)
 
 
 def test_without_sentence_pairs_the_loss_is_that_of_masked_tokens(config: PretrainConfig) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from bert_fast import _io
 from bert_fast.optim.config import OptimizerOptions
 from bert_fast.optim.optimizer import clipped_step, make_optimizer
 from bert_fast.runtime import checkpoint
@@ -58,6 +63,7 @@ def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(_io, "_exchange", lambda *_: False)
     with pytest.raises(OSError, match="gone"):
         checkpoint.write_folder(tmp_path / "c", lambda folder: (folder / "new").write_text("x") and None)
     checkpoint.verify_folder(tmp_path / "c")
@@ -79,7 +85,7 @@ def test_replacing_a_folder_keeps_only_the_new_content(tmp_path: Path) -> None:
         (lambda c: (c / "a.txt").write_text("longer"), r"a\.txt is corrupt: bytes is 6, the manifest says 3"),
         (lambda c: (c / "b.bin").unlink(), r"b\.bin is missing"),
         (lambda c: (c / "manifest.json").unlink(), r"manifest\.json is missing"),
-        (lambda c: (c / "manifest.json").write_text("{"), r"manifest\.json is corrupt"),
+        (lambda c: (c / "manifest.json").write_text("{"), r"manifest\.json is not valid JSON"),
     ],
     ids=["content", "size", "missing", "no manifest", "bad manifest"],
 )
@@ -87,6 +93,57 @@ def test_a_corrupt_file_is_named(tmp_path: Path, damage, message: str) -> None: 
     checkpoint.write_folder(tmp_path / "c", fill)
     damage(tmp_path / "c")
     with pytest.raises(CorruptCheckpointError, match=message):
+        checkpoint.verify_folder(tmp_path / "c")
+
+
+BAD_MANIFESTS = {
+    "no object": ("[]", r"manifest\.json is \[\]; expected an object"),
+    "no files": ('{"format": 1}', r"manifest\.json has no 'files'"),
+    "files": ('{"format": 1, "files": []}', r"manifest\.json: 'files' is \[\]; expected an object"),
+    "format": ('{"format": 2, "files": {}}', r"manifest\.json has format 2; expected 1"),
+    "entry": ('{"format": 1, "files": {"a.txt": 3}}', r"manifest\.json: 'a\.txt' is 3; expected an object"),
+    "entry's key": ('{"format": 1, "files": {"a.txt": {"bytes": 3}}}', r"manifest\.json: 'a\.txt' has no 'sha256'"),
+    "outside": ('{"format": 1, "files": {"../x": {"bytes": 0, "sha256": ""}}}', r"names the file \"\.\./x\""),
+    "encoding": ("\udcff", r"manifest\.json is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MANIFESTS)
+def test_a_manifest_of_another_schema_is_named(tmp_path: Path, case: str) -> None:
+    text, message = BAD_MANIFESTS[case]
+    checkpoint.write_folder(tmp_path / "c", fill)
+    (tmp_path / "c" / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(CorruptCheckpointError, match=message):
+        checkpoint.verify_folder(tmp_path / "c")
+
+
+def test_whichever_bit_of_a_file_flips_the_older_checkpoint_is_taken(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.write_folder(checkpoint.checkpoint_path(tmp_path, step), fill)
+    newest = tmp_path / "step-00000002"
+    for name in ("manifest.json", "a.txt"):
+        path = newest / name
+        data = path.read_bytes()
+        for bit in range(8 * len(data)):
+            damaged = bytearray(data)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            messages: list[str] = []
+            assert checkpoint.newest_valid(tmp_path, messages.append) == tmp_path / "step-00000001", (name, bit)
+            assert len(messages) == 1
+            assert str(newest) in messages[0]
+        path.write_bytes(data)
+    assert checkpoint.newest_valid(tmp_path, messages.append) == newest
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write_folder(tmp_path / "c", fill)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "_fingerprint", fail)
+    with pytest.raises(CorruptCheckpointError, match=r"a\.txt can't be read: Input/output error"):
         checkpoint.verify_folder(tmp_path / "c")
 
 
@@ -114,6 +171,64 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     assert len(checkpoint.list_checkpoints(tmp_path)) == 3
     checkpoint.prune(tmp_path, 2)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+def test_pruning_keeps_what_it_is_told_to_keep(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint.write_folder(checkpoint.checkpoint_path(tmp_path, step), fill)
+    checkpoint.prune(tmp_path, 1, [checkpoint.checkpoint_path(tmp_path, step) for step in (2, 9)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_a_killed_deletion_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint.checkpoint_path(tmp_path, 1)
+    checkpoint.write_folder(path, fill)
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.delete(path)
+    assert checkpoint.list_checkpoints(tmp_path) == []
+    assert [left.name.startswith(".step-00000001.") for left in tmp_path.iterdir()] == [True]
+
+
+def test_later_checkpoints_are_set_aside_under_new_names(tmp_path: Path) -> None:
+    for number in (1, 2):
+        for step in (1, 2, 3):
+            checkpoint.write_folder(checkpoint.checkpoint_path(tmp_path, step), fill)
+        assert checkpoint.set_aside(tmp_path, 1) == tmp_path / f"abandoned-{number}"
+    for number in (1, 2):
+        aside = checkpoint.list_checkpoints(tmp_path / f"abandoned-{number}")
+        assert [path.name for path in aside] == ["step-00000002", "step-00000003"]
+        checkpoint.verify_folder(aside[-1])
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000001"]
+    assert checkpoint.set_aside(tmp_path, 1) is None
+
+
+def test_a_state_of_another_schema_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no trainer_state\.json: it is not a checkpoint to resume from"):
+        checkpoint.load_trainer_state(tmp_path)
+    (tmp_path / "trainer_state.json").write_text('{"optimizer_scalars": {}, "step": "1"}')
+    with pytest.raises(ValueError, match=r"trainer_state\.json: 'step' is \"1\"; expected an integer"):
+        checkpoint.load_trainer_state(tmp_path, {"step": int})
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk quota is used up")]
+)
+def test_a_full_disk_leaves_the_older_checkpoint_and_is_named(tmp_path: Path, number: int, reason: str) -> None:
+    checkpoint.write_folder(tmp_path / "step-00000001", fill)
+
+    def fail(folder: Path) -> None:
+        fill(folder)
+        raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
+
+    with pytest.raises(OSError, match=f"step-00000002 can't be written: {reason}") as caught:
+        checkpoint.write_folder(tmp_path / "step-00000002", fail)
+    assert caught.value.errno == number
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def small() -> nn.Module:

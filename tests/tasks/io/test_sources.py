@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -63,7 +64,11 @@ def test_conll_and_text_and_a_file_without_a_header(tmp_path: Path) -> None:
     path = tmp_path / "a.conll"
     path.write_text("-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\nPeter NNP B-PER\n")
     table = read_table(path)
-    assert table.columns == {"tokens": [["EU", "rejects"], ["Peter"]], "tags": [["B-ORG", "O"], ["B-PER"]]}
+    assert table.columns == {
+        "tokens": [["EU", "rejects"], ["Peter"]],
+        "column2": [["NNP", "VBZ"], ["NNP"]],
+        "tags": [["B-ORG", "O"], ["B-PER"]],
+    }
     assert table.where(1) == f"{path}, line 7"
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert read_table(tmp_path / "a.txt").numbers == [1, 3]
@@ -152,3 +157,57 @@ def test_empty_texts_are_refused_dropped_or_filled() -> None:
     assert handle_empty_texts(filled, ["text"], "refuse") == (filled, "")
     with pytest.raises(ValueError, match="line 2: 'text' holds list; expected a text"):
         text_column(Table({"text": [["a"]]}, "my.csv", [2], "line"), "text")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": ' + "9" * 5000 + "}\n", "a.jsonl, line 2: JSON that can't be read (Exceeds"),
+        ("a.jsonl", '{"a": 1}\n' + "[" * 100_000 + "\n", "a.jsonl, line 2: JSON that can't be read (maximum recursion"),
+        ("a.json", '[{"a": ' + "9" * 5000 + "}]", "a.json: JSON that can't be read (Exceeds the limit"),
+        ("a.json", "[" * 100_000, "a.json: JSON that can't be read (maximum recursion"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-20], "a.jsonl.gz: not a valid gzip file"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 20, "a.jsonl.gz: not a valid gzip file"),
+    ],
+    ids=["digits", "nesting", "json digits", "json nesting", "truncated", "deflate"],
+)  # fmt: skip
+def test_a_bad_row_is_an_error_that_names_it(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"a\.") as error:
+        read_table(tmp_path / name)
+    assert message in str(error.value)
+
+
+SEPARATORS = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\x1dh\x1ei"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "txt"])
+def test_only_line_feeds_end_lines(suffix: str, tmp_path: Path) -> None:
+    row = json.dumps({"text": SEPARATORS, "label": "x"}, ensure_ascii=False)
+    content = {
+        "csv": f"text,label\n{SEPARATORS},x\nb,y\n",
+        "tsv": f"text\tlabel\n{SEPARATORS}\tx\nb\ty\n",
+        "jsonl": f'{row}\n{{"text": "b"}}\n',
+        "json": f'[{row},\n{{"text": "b"}}]',
+        "txt": f"{SEPARATORS}\nb\n",
+    }[suffix]
+    (tmp_path / f"a.{suffix}").write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
+    table = read_table(tmp_path / f"a.{suffix}")
+    assert table["text"] == [SEPARATORS, "b"]
+
+
+def test_values_that_are_no_texts_are_named() -> None:
+    table = Table({"text": ["a", "\ud800"]}, "my.jsonl", [3, 4], "line")
+    with pytest.raises(ValueError, match=r"my.jsonl, line 4: 'text' has half of a surrogate pair"):
+        text_column(table, "text")
+    assert text_column(Table({"text": [1, 2.5, None, float("nan"), "x"]}), "text") == ["1", "2.5", "", "", "x"]
+    with pytest.raises(ValueError, match="row 1: 'text' holds bool; expected a text"):
+        text_column(Table({"text": [True]}), "text")
+
+
+def test_columns_may_be_any_sequences() -> None:
+    table = Table({"text": ("a", "b"), "label": np.array([0, 1])})  # type: ignore[dict-item]
+    assert table.columns == {"text": ["a", "b"], "label": [0, 1]}
+    for wrong in ("ab", 7):
+        with pytest.raises(TypeError, match=rf"table: the column 'text' is '?{wrong}'?; expected a list"):
+            Table({"text": wrong})  # type: ignore[dict-item]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,8 +59,10 @@ def test_one_row_per_question(tmp_path: Path) -> None:
     [
         ([{"paragraphs": [{"qas": []}]}], "article 1, paragraph 1 lacks context or qas"),
         ([{"paragraphs": [{"context": "c", "qas": [{"id": 1}]}]}], "paragraph 1 has an entry in qas without question"),
+        ([{"paragraphs": [{"context": "c", "qas": 1}]}], "paragraph 1 has no list of qas"),
+        ([{"paragraphs": 1}], "article 1 has no list of paragraphs"),
     ],
-    ids=["no context", "no question"],
+    ids=["no context", "no question", "no questions", "no paragraphs"],
 )
 def test_malformed_files(data: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"x.json: .*{message}"):
@@ -78,6 +81,16 @@ def test_malformed_files(data: list[Any], message: str) -> None:
         (["a", ""], None, [Answer("a", None)]),
         (None, None, []),
         ("", 5, []),
+        (" a ", 3.0, [Answer("a", 4)]),
+        ("a", "3.0", [Answer("a", 3)]),
+        ("a", float("nan"), [Answer("a", None)]),
+        ("a", -1, [Answer("a", None)]),
+        ([{"text": "a", "answer_start": "3"}], None, [Answer("a", 3)]),
+        ({"text": np.array(["a"]), "answer_start": np.array([3])}, None, [Answer("a", 3)]),
+        ("{'text': ['a'], 'answer_start': [3]}", None, [Answer("a", 3)]),
+        ('[{"text": "a", "answer_start": 3}]', None, [Answer("a", 3)]),
+        ("[1]", 0, [Answer("[1]", 0)]),
+        ("{text", 0, [Answer("{text", 0)]),
     ],
     ids=str,
 )
@@ -85,7 +98,23 @@ def test_forms_of_answers(value: Any, start: Any, expected: list[Answer]) -> Non
     assert read_answers(value, start) == expected
 
 
-@pytest.mark.parametrize("value", [7, [7], {"text": ["a"], "answer_start": []}], ids=str)
+@pytest.mark.parametrize("prefix", ["", "é", "中文 ", "🙂 ", "a🙂é中"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32-le"])
+def test_starts_in_bytes_and_in_units_of_utf_16_are_placed(prefix: str, encoding: str) -> None:
+    """The answer occurs twice; Python, Java or JavaScript, and a program on bytes counted where it starts."""
+    for first in (prefix + "Ada ", prefix + "Ada " * 2):
+        context = first + "Ada."
+        start = len(first.encode(encoding)) // {"utf-8": 1, "utf-16-le": 2, "utf-32-le": 4}[encoding]
+        assert locate_answer(Answer("Ada", start), context) == len(first)
+
+
+@pytest.mark.parametrize("start", ["x", 1.5, True, [1], "1e999"], ids=str)
+def test_starts_that_are_not_numbers_of_characters(start: Any) -> None:
+    with pytest.raises(ValueError, match=r"the start of an answer is .*; expected a number of characters"):
+        read_answers("a", start)
+
+
+@pytest.mark.parametrize("value", [7, [7], {"text": ["a"], "answer_start": []}, [{"text": 5}]], ids=str)
 def test_values_that_are_not_answers(value: Any) -> None:
     with pytest.raises(ValueError, match="is not an answer; expected a string"):
         read_answers(value)
@@ -95,8 +124,11 @@ def test_answers_are_located_in_the_context() -> None:
     context = "aba, aba"
     assert locate_answer(Answer("aba", 5), context) == 5
     assert locate_answer(Answer("aba", None), context) == 0
-    assert locate_answer(Answer("aba", 4), context) is None
-    assert locate_answer(Answer("aba", 4), context, nearest=True) == 5
+    assert locate_answer(Answer("aba", 3), context) is None
+    assert locate_answer(Answer("aba", 3), context, nearest=True) == 5
+    assert locate_answer(Answer("aba", 4), context) == 5, "one character away"
+    assert locate_answer(Answer("aba", 999), context) is None, "two places may be meant"
+    assert locate_answer(Answer(", ", 999), context) == 3, "the only occurrence"
     assert locate_answer(Answer("a", 1), context, nearest=True) in (0, 2)
     assert locate_answer(Answer("c", 1), context, nearest=True) is None
 

@@ -1,4 +1,4 @@
-"""Tags to entities and back in three schemes, compared with seqeval."""
+"""Tags to entities and back in every scheme, compared with seqeval; how the tags of public data are written."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ from bert_fast.tasks.alignment import split_words
 from bert_fast.tasks.io.tag_schemes import (
     SCHEMES,
     Entity,
+    TagStyle,
     char_entities_to_tags,
     convert_tags,
+    detect_style,
     entities_to_tags,
-    guess_scheme,
     tags_to_char_entities,
     tags_to_entities,
     violations,
+    written_entities,
 )
 
 SENTENCE = {
     "iob1": ["I-P", "O", "I-P", "I-P", "B-P", "I-Q"],
     "iob2": ["B-P", "O", "B-P", "I-P", "B-P", "B-Q"],
     "iobes": ["S-P", "O", "B-P", "E-P", "S-P", "S-Q"],
+}
+WRITTEN = {
+    **SENTENCE,
+    "bilou": ["U-P", "O", "B-P", "L-P", "U-P", "U-Q", "B-P", "I-P", "L-P"],
+    "bmes": ["S-P", "O", "B-P", "E-P", "S-P", "S-Q", "B-P", "M-P", "E-P"],
+    "bmewo": ["W-P", "O", "B-P", "E-P", "W-P", "W-Q", "B-P", "M-P", "E-P"],
 }
 ENTITIES = [Entity("P", 0, 1), Entity("P", 2, 4), Entity("P", 4, 5), Entity("Q", 5, 6)]
 TAGS = st.lists(
@@ -43,13 +51,13 @@ def segmentations(draw: st.DrawFn) -> tuple[list[Entity], int]:
     return entities, start
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SENTENCE)
 def test_every_scheme_represents_the_same_entities(scheme: str) -> None:
     assert entities_to_tags(ENTITIES, 6, scheme) == SENTENCE[scheme]
     assert tags_to_entities(SENTENCE[scheme]) == ENTITIES
     assert violations(SENTENCE[scheme], scheme) == []
-    assert guess_scheme([SENTENCE[scheme], []]) == scheme
-    for other in SCHEMES:
+    assert detect_style([SENTENCE[scheme], []]) == TagStyle(scheme)
+    for other in SENTENCE:
         assert convert_tags(SENTENCE[other], scheme) == SENTENCE[scheme]
 
 
@@ -94,13 +102,68 @@ def test_a_sequence_without_violations_is_canonical(tags: list[str], scheme: str
     assert (violations(tags, scheme) == []) == (convert_tags(tags, scheme) == tags)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("form", ["prefix", "suffix", "letter"])
+def test_written_tags_are_detected_read_and_written(scheme: str, form: str) -> None:
+    forms = {"prefix": "{0}-{1}", "suffix": "{1}-{0}", "letter": "{0}"}
+    parts = [tag.split("-") for tag in WRITTEN[scheme]]
+    written = [tag[0] if tag[0] == "O" else forms[form].format(*tag) for tag in parts]
+    kind = "_" if form == "letter" else "P"
+    style = detect_style([written, ["O"]])
+    assert style is not None
+    assert style.form == form
+    if form != "letter":  # P and Q are one kind then, and I-P I-Q of IOB1 one entity
+        assert style.scheme == scheme
+        assert tags_to_entities(style.read(written))[:3] == ENTITIES[:3]
+    assert TagStyle(scheme, form).write(style.read(written)) == written
+    assert tags_to_entities(style.read(written))[1][:2] == (kind, 2)
+    assert written_entities(written) == tags_to_entities(style.read(written))
+    lower = [tag.lower() if form == "letter" else tag.replace("B-", "b-").replace("O", "o") for tag in written]
+    assert style.read(lower) == style.read(written)
+
+
+@pytest.mark.parametrize(
+    ("tags", "style"),
+    [
+        (["B_PER", "I_PER", "o"], TagStyle("iob2")),
+        (["b-per", "i-per", "o"], TagStyle("iob2")),
+        (["I:PER", "O", "I:LOC"], TagStyle("iob1")),
+        (["B-B-ORG", "I-B-ORG"], TagStyle("iob2")),
+        (["PER-B", "PER-I", "ORG/E-B"], TagStyle("iob2", "suffix")),
+        (["O", "O"], TagStyle("iob2")),
+        (["B", "M", "E", "S"], TagStyle("bmes", "letter")),
+        (["PER", "O", "LOC"], None),
+        (["NOUN", "VERB"], None),
+        (["N", "V", "S", "B"], None),
+        (["S", "B"], None),
+        (["-LRB-", "S-BAR", "NN", "NN", "NN"], None),
+        (["person-actor", "O", "location-GPE"], None),
+        (["0", "1", "2"], None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_styles_of_public_data(tags: list[str], style: TagStyle | None) -> None:
+    assert detect_style([tags]) == style
+
+
 def test_values_that_are_not_entity_tags() -> None:
-    assert guess_scheme([["NOUN", "VERB"]]) is None
     for tag in ("X-PER", "B-", "B", ""):
         with pytest.raises(ValueError, match="is not an entity tag"):
             tags_to_entities([tag])
-    with pytest.raises(ValueError, match="scheme is 'bilou'; expected one of iob1, iob2, iobes"):
-        entities_to_tags([], 1, "bilou")
+        with pytest.raises(ValueError, match=r"word 1: .* is not an entity tag such as B-PER"):
+            TagStyle("iob2").read([tag])
+    with pytest.raises(ValueError, match="scheme is 'bilouw'; expected one of iob1, iob2, iobes"):
+        entities_to_tags([], 1, "bilouw")
+    rows = [["B-PER", "O"]] * 50 + [["O", "X-PER"]]
+    with pytest.raises(
+        ValueError, match=r"row 51, word 2: 'X-PER' is not an entity tag, as others are, such as 'B-PER'"
+    ):
+        detect_style(rows)
+    for outside in ("0", "OTHER", "-", "_"):
+        with pytest.raises(ValueError, match=rf"row 1, word 2: '{outside}' is not an entity tag, .*it is O"):
+            detect_style([["B-PER", *[outside] * 20]])
+    with pytest.raises(ValueError, match=r"tags begin with B, M, U; expected the letters of one scheme: BI \(iob2\)"):
+        detect_style([["B-P", "M-P", "U-P"]])
 
 
 def test_entities_that_tags_can_not_represent() -> None:
