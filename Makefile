@@ -37,11 +37,12 @@ endif
 pytest = if $(RUN) -c 'import xdist' 2>/dev/null; then OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(CORES) $(1); \
     else $(RUN) -m pytest $(1); fi
 
-.PHONY: help demo test test-transformers-4 gpu-check gpu-bench gpu-twin lint cuda sanitize setup clean
+.PHONY: help demo test torture test-transformers-4 gpu-check gpu-bench gpu-twin lint cuda sanitize setup clean
 
 help:
 	@echo "make demo   set up, pretrain a small BERT on the documentation of this Python installation, compare with transformers"
 	@echo "make test   set up, run all tests"
+	@echo "make torture   attack kernels, models, files and outputs for 13 minutes (TORTURE_FLAGS=\"--seconds 120 --area kernels\")"
 	@echo "make test-transformers-4   run the tests of fuse, models and checkpoints with transformers 4.57"
 	@echo "make gpu-check  on a machine with a CUDA device: build, launch, test, verify and sanitize in five minutes"
 	@echo "make gpu-bench  there, afterwards: benchmarks, targets and plots in six and a half minutes"
@@ -60,6 +61,11 @@ demo: $(READY)
 test: $(READY)
 	@echo "== test: all tests that can run on this machine"
 	@$(call pytest)
+
+# On two cores under 15 minutes; TORTURE_FLAGS="--record" writes the table to docs/torture.md.
+torture: $(READY)
+	@echo "== torture: kills, damaged and hostile files, fuzzed calls of every op and model on every instruction set"
+	@$(RUN) -m tests.torture $(TORTURE_FLAGS)
 
 # The environment has transformers 5; version 4 precedes it on PYTHONPATH.
 test-transformers-4: $(READY) $(FOUR)/.packages

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/PENDING.md"]
+DOCUMENTS = ["README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/torture.md"]
+DOCUMENTS += ["benchmarks/results/PENDING.md"]
 # Patterns of the tree, and a folder that each stands for.
 EXAMPLES = {"kernels/<op>": "kernels/attention", "csrc/<op>": "csrc/attention"}
 
