@@ -34,7 +34,7 @@ from bert_fast.models.activations import GELU_ACTIVATIONS
 from bert_fast.models.encoder import DROPOUTS_PER_LAYER
 from bert_fast.models.inputs import Tokens
 from bert_fast.models.int8 import Int8Linear
-from bert_fast.models.layers import add_norm, embed, linear_defer_bias
+from bert_fast.models.layers import add_norm, embed, linear_bias, linear_defer_bias
 from bert_fast.models.plain import is_plain, is_plain_embedding, is_plain_norm
 from bert_fast.threads import settle_after_fork
 
@@ -256,7 +256,7 @@ def _embed(model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tokens, Tenso
         assert tokens.inputs_embeds is not None
         hidden, rng_states = tokens.inputs_embeds, _rng_states(model, out.device)
     if hasattr(model, "embeddings_project"):  # ELECTRA
-        hidden = model.embeddings_project(hidden)
+        hidden = linear_bias(hidden, model.embeddings_project)
     return hidden, tokens, rng_states
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast.integrations.layouts import Layout
-from bert_fast.kernels._common.checks import values_are_checked
+from bert_fast.kernels._common.checks import is_mapped, values_are_checked
 from bert_fast.models.plain import has_hooks, is_plain
 
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"}
@@ -123,7 +123,7 @@ def _unknown_shapes(model: Any, arguments: Mapping[str, Any]) -> str | None:
 
 
 def _unknown_mask(model: Any, mask: Tensor | None) -> str | None:
-    if mask is None or torch.compiler.is_compiling():
+    if mask is None or torch.compiler.is_compiling() or is_mapped(mask):  # `unpad` refuses the last
         return None
     if mask.dtype != torch.bool and values_are_checked(mask) and not torch.equal((mask != 0).to(mask.dtype), mask):
         return "attention_mask has values other than 0 and 1"

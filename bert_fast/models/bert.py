@@ -15,8 +15,8 @@ from bert_fast.models.embedding import encode
 from bert_fast.models.encoder import DROPOUTS_PER_LAYER, BertEncoder, draw_rng_states
 from bert_fast.models.files import Source
 from bert_fast.models.inputs import Tokens
-from bert_fast.models.layers import BertEmbeddings, BertPooler
-from bert_fast.models.loading import sentence_length
+from bert_fast.models.layers import BertEmbeddings, BertPooler, linear_bias
+from bert_fast.models.loading import check_flags, sentence_length
 from bert_fast.models.outputs import BaseModelOutputWithPooling
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class BertModel(BertPreTrainedModel):
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
+        check_flags(add_pooling_layer=add_pooling_layer)
         self.embeddings = BertEmbeddings(config)
         projected = config.input_size != config.hidden_size
         self.embeddings_project = nn.Linear(config.input_size, config.hidden_size) if projected else None
@@ -120,7 +121,7 @@ class BertModel(BertPreTrainedModel):
         rng_states = self._rng_states(rng_states, tokens.cu_seqlens.device)
         hidden = self.embeddings(tokens, None if rng_states is None else rng_states[0])
         if self.embeddings_project is not None:
-            hidden = self.embeddings_project(hidden)
+            hidden = linear_bias(hidden, self.embeddings_project)
         output_rows = None if label_rows is None else _first_and_label_rows(tokens, label_rows)
         encoded = self.encoder(
             hidden,

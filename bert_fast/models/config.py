@@ -298,15 +298,15 @@ class BertConfig:
         if merged.get("dtype") is None:
             merged["dtype"] = merged.get("torch_dtype")
         names = {item.name for item in fields(cls)} - {"extra"}
-        dropped = names | checks.NEVER_WRITTEN | {*_DROPPED}
-        extra = {name: value for name, value in merged.items() if name not in dropped}
+        dropped = names | {*_DROPPED}
+        extra = {name: x for name, x in merged.items() if name not in dropped and not checks.is_secret(name)}
         return cls(**{name: merged[name] for name in names & merged.keys()}, extra={**given_extra, **extra})
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json, as transformers reads it."""
         assert self.id2label is not None
         omitted = {"extra", *self.architecture.fixed}
-        extra = {name: value for name, value in self.extra.items() if name not in checks.NEVER_WRITTEN}
+        extra = {name: value for name, value in self.extra.items() if not checks.is_secret(name)}
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in omitted}
         if settings.pop("num_labels") == 2 and self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:
             settings.pop("id2label")

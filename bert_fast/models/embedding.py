@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bert_fast._progress import ProgressBar
 from bert_fast.models.config import BertConfig, longest_input
 from bert_fast.models.loading import check_flags
-from bert_fast.models.texts import as_tokenizer, check_integer_argument, evaluating, text_windows
+from bert_fast.models.texts import as_iterable, as_tokenizer, check_integer_argument, evaluating, text_windows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,10 +139,11 @@ def encode(
     check_rows(tokenizer, config.vocab_size, "encode")
     num_trailing = _num_trailing_special(tokenizer)
     batches = (batch_tokens, batch_size)
-    count = len(texts) if isinstance(texts, Sized) and not isinstance(texts, str) else None
+    texts = [texts] if (single := isinstance(texts, str)) else as_iterable(texts)
+    count = len(texts) if isinstance(texts, Sized) else None
     vectors: list[Tensor] = []
     with evaluating(model), ProgressBar(count, shown=bool(show_progress_bar), unit="text", required=True) as bar:
-        for window in text_windows([texts] if isinstance(texts, str) else texts, WINDOW):
+        for window in text_windows(texts, WINDOW):
             ids = [_truncate(encoding.ids, longest, num_trailing) for encoding in tokenizer.encode_batch_fast(window)]
             if not all(ids):
                 raise ValueError(
@@ -150,7 +151,7 @@ def encode(
                 )
             vectors.append(_embed(model, ids, pooling, batches, bar, normalize=normalize or normalize_embeddings))
     out = _concatenate(vectors, config.hidden_size)
-    out = out[0] if isinstance(texts, str) else out
+    out = out[0] if single else out
     return out.numpy() if convert_to_numpy and not convert_to_tensor else out
 
 

@@ -43,6 +43,11 @@ def linear_defer_bias(x: Tensor, dense: nn.Module) -> tuple[Tensor, Tensor | Non
     return _call(dense, x), None
 
 
+def linear_bias(x: Tensor, dense: nn.Module) -> Tensor:
+    """dense(x): x (T, K) -> (T, N)."""
+    return linear(x, dense.weight, dense.bias) if is_plain(dense, nn.Linear) else _call(dense, x)
+
+
 def linear_activation(x: Tensor, dense: nn.Module, hidden_act: str) -> Tensor:
     """act(dense(x)): x (T, K) -> (T, N); `hidden_act` as in the configuration."""
     gelu = GELU_ACTIVATIONS.get(hidden_act)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -125,6 +126,13 @@ NEVER_WRITTEN = frozenset(
     | (_FOREIGN_KEYWORDS.keys() - {"quantization_config"})
 )
 
+_SECRET = re.compile(r"(^|_)((auth|access|api|hf|hub|bearer)_?(token|key)|password|secret)$", re.IGNORECASE)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name may be a secret or belong to a download: it is neither kept nor written."""
+    return name in NEVER_WRITTEN or bool(_SECRET.search(name))
+
 
 def refuse_keywords(caller: str, given: Mapping[str, Any], known: Collection[str]) -> None:
     """TypeError for the keywords that `caller` does not have.
@@ -139,7 +147,8 @@ def refuse_keywords(caller: str, given: Mapping[str, Any], known: Collection[str
             if any(value is accepted for accepted in harmless):
                 continue
             expected = " or ".join(map(repr, harmless))
-            shown = "a value" if "token" in name else reprlib.repr(value)  # a token is secret
+            secret = "token" in name or name == "proxies"  # whose addresses can have passwords
+            shown = "a value" if secret else reprlib.repr(value)
             raise TypeError(
                 f"{caller} does not support {name}={shown}; expected {expected}" + (f" ({hint})" if hint else "")
             )

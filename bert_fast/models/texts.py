@@ -23,7 +23,7 @@ def text_windows(texts: Any, size: int) -> Iterator[list[str]]:
         TypeError: `texts` is none of these, or an element is no str that UTF-8 can represent; the message has its
             index.
     """
-    for start, window in enumerate(_windows(_as_iterable(texts), size)):
+    for start, window in enumerate(_windows(as_iterable(texts), size)):
         check_texts(window, start * size)
         yield window
 
@@ -107,7 +107,8 @@ def check_integer_argument(name: str, value: Any, low: int, high: int | None = N
         raise ValueError(f"{name} is {value}; expected {expected}")
 
 
-def _as_iterable(texts: Any) -> Iterable[Any]:
+def as_iterable(texts: Any) -> Iterable[Any]:
+    """`texts`, or the list of its values. TypeError where it is not what `text_windows` takes."""
     if isinstance(texts, (str, bytes, Mapping, Set)) or texts is None:
         raise TypeError(f"texts is {_describe(texts)}; expected a sequence of str")
     if hasattr(texts, "columns") or getattr(texts, "ndim", 1) != 1:

@@ -10,6 +10,7 @@ from torch import nn
 from bert_fast.data.tokenizer import check_rows, mask_token
 from bert_fast.models.config import longest_input
 from bert_fast.models.embedding import pack
+from bert_fast.models.pretraining import BertForMaskedLM
 from bert_fast.models.texts import as_tokenizer, check_integer_argument, check_text, evaluating
 
 
@@ -37,6 +38,10 @@ def fill_mask(model: nn.Module, tokenizer: Any, text: str, *, top_k: int = 5) ->
         ValueError: the text has no [MASK] or is too long for the model, top_k is out of range, or the tokenizer has
             more tokens than the model has rows. Rows without a token (padded vocabularies) are never candidates.
     """
+    if not isinstance(model, BertForMaskedLM):
+        raise TypeError(
+            f"model is {type(model).__name__} of {type(model).__module__}; expected bert_fast's BertForMaskedLM"
+        )
     check_text(text, "text")
     tokenizer = as_tokenizer(tokenizer)
     encoding, mask = tokenizer.encode(text), mask_token(tokenizer)

@@ -139,8 +139,21 @@ def check_rng_state(rng_state: Tensor, x: Tensor) -> None:
 
 
 def values_are_checked(x: Tensor) -> bool:
-    """Whether checks read the values of `x`: on the CPU, on CUDA under BERT_FAST_CHECK=1; never while tracing."""
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (_CHECK_VALUES and x.device.type == "cuda"))
+    """Whether checks read the values of `x`: on the CPU, on CUDA under BERT_FAST_CHECK=1; never while tracing, and
+    not where torch.func.vmap maps over them."""
+    if torch.compiler.is_compiling() or not (x.device.type == "cpu" or (_CHECK_VALUES and x.device.type == "cuda")):
+        return False
+    return not is_mapped(x)
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether torch.func.vmap maps over `x`: nothing can depend on its values then."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def check_range(name: str, x: Tensor, high: int, what: str) -> None:

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bert_fast.kernels._common import extensions
 
@@ -87,6 +89,7 @@ def are_frozen(weights: tuple[Tensor, ...]) -> bool:
 
 def freeze_weights(weights: Iterable[Tensor]) -> None:
     """Keep what is derived from `weights` from now on; what was kept before is derived again."""
+    _watch_optimizers()
     for weight in weights:
         invalidate(weight)
         if not _is_frozen(weight):
@@ -105,6 +108,18 @@ def invalidate(weight: Tensor | None = None) -> None:
     """Drop the entries derived from `weight`, or all entries."""
     for key in [key for key in list(_entries) if weight is None or id(weight) in key[1:]]:
         _entries.pop(key, None)
+
+
+@lru_cache(maxsize=1)
+def _watch_optimizers() -> None:
+    """Derive again after every step of an optimizer: torch does not count the writes of those with fused=True."""
+
+    def invalidate_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for weight in (x for group in optimizer.param_groups for x in group["params"] if _frozen):
+            if _is_frozen(weight):
+                invalidate(weight)
+
+    register_optimizer_step_post_hook(invalidate_stepped)
 
 
 def _is_frozen(weight: Tensor) -> bool:

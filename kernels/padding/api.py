@@ -13,6 +13,7 @@ from bert_fast.kernels._common.checks import (
     check_same_device,
     check_shape,
     check_tensor,
+    is_mapped,
     values_are_checked,
 )
 from bert_fast.kernels.padding.op import OP
@@ -59,6 +60,11 @@ def unpad(x: Tensor, attention_mask: Tensor, *, impl: str = "auto") -> Unpadded:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, S, ...)")
     check_shape("attention_mask", attention_mask, tuple(x.shape[:2]))
     check_same_device(x, attention_mask=attention_mask)
+    if not torch.compiler.is_compiling() and is_mapped(attention_mask):
+        raise ValueError(
+            "attention_mask is mapped over by torch.func.vmap, and the number of real tokens depends on it; expected a "
+            "mask that is the same for all (none, for sequences of one length), or a loop in the place of vmap"
+        )
     functions = OP.select(impl, x)()
     indices, cu_seqlens = functions.unpad_indices(_as_bool(attention_mask))
     packed = functions.gather_rows(x.flatten(0, 1), indices)

@@ -113,11 +113,15 @@ def assign(model: nn.Module) -> None:
     model.load_state_dict({name: torch.randn_like(x) * 0.1 for name, x in model.state_dict().items()}, assign=True)
 
 
-def train(model: nn.Module) -> None:
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+def train(model: nn.Module, **options: bool) -> None:
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1, **options)
     model(IDS)[0].square().sum().backward()
     optimizer.step()
     model.eval()
+
+
+def train_fused(model: nn.Module) -> None:
+    train(model, fused=True)  # its writes are not counted
 
 
 def new_data(model: nn.Module) -> None:
@@ -136,7 +140,7 @@ def uncounted_and_again(model: nn.Module) -> None:
     bert_fast.freeze(model)
 
 
-WRITES = [in_place, one_value, load, assign, train, new_data, bfloat16_and_back, uncounted_and_again]
+WRITES = [in_place, one_value, load, assign, train, train_fused, new_data, bfloat16_and_back, uncounted_and_again]
 
 
 @pytest.mark.parametrize("write", WRITES)

@@ -33,6 +33,7 @@ CONFIG = BertConfig(
     hidden_dropout_prob=0.1,
     num_labels=3,
 )
+ELECTRA = {"vocab_size": 70, "embedding_size": 40, "hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 3}
 ROWS = [*range(1, 14), 31, 33, 66, 127, 130, 257, 511]  # most of them no multiples of 4
 LABELS: dict[type, Callable[[int, int], dict[str, Tensor]]] = {
     BertForMaskedLM: lambda B, S: {"labels": torch.randint(5, 70, (B, S))},
@@ -62,13 +63,15 @@ def threads(count: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("model_type", ["bert", "electra"])  # which has a projection of its embeddings
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_the_encoders_bits_in_inference(kind: str, frozen: bool) -> None:
+def test_the_encoders_bits_in_inference(kind: str, model_type: str, frozen: bool) -> None:
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     if kind != "int8" and cpu_backends.BACKENDS[dtype].inference != "tiles":
         return  # torch's product, of which nothing is promised
     torch.manual_seed(0)
-    model = BertModel(CONFIG, add_pooling_layer=False).eval().to(dtype)
+    config = BertConfig.from_dict({**ELECTRA, "model_type": "electra"}) if model_type == "electra" else CONFIG
+    model = BertModel(config, add_pooling_layer=False).eval().to(dtype)
     model = bert_fast.quantize(model) if kind == "int8" else model
     model = bert_fast.freeze(model) if frozen else model
     for rows in ROWS:

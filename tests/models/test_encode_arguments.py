@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from bert_fast.data import load_tokenizer
-from bert_fast.models import BertConfig, BertForMaskedLM, BertModel
+from bert_fast.models import BertConfig, BertForMaskedLM, BertForTokenClassification, BertModel
 from bert_fast.models.embedding import encode
 from bert_fast.models.texts import evaluating
 from bert_fast.tasks.fill_mask import fill_mask
@@ -116,6 +116,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "DataFrame": (lambda: library("pandas").DataFrame({"text": TEXTS}), "of type DataFrame; expected one column"),
     "Arrow table": (lambda: pa.table({"text": TEXTS}), "of type Table; expected one column"),
     "matrix": (lambda: np.array([TEXTS, TEXTS]), "of type ndarray; expected one column"),
+    "array without a dimension": (lambda: np.array(TEXTS[0]), "of type ndarray; expected one column"),
     "numbers": (lambda: np.arange(3), r"texts\[0\] is 0; expected a str"),
     "None inside": (lambda: ["w1", None], r"texts\[1\] is None; expected a str"),
     "NaN": (lambda: ["w1", "w2", float("nan")], r"texts\[2\] is nan; expected a str"),
@@ -381,6 +382,12 @@ def test_wrong_arguments_of_fill_mask_are_named(
     values = {"tokenizer": tokenizer, "text": "w1 [MASK]", **arguments}
     with pytest.raises(kind, match=message):
         fill_mask(model, values.pop("tokenizer"), values.pop("text"), **values)
+
+
+@pytest.mark.parametrize("kind", [BertModel, BertForTokenClassification, transformers.BertForMaskedLM])
+def test_fill_mask_takes_a_masked_lm_model_only(kind: Any, folder: Path) -> None:
+    with pytest.raises(TypeError, match=rf"model is {kind.__name__} of .*; expected bert_fast's BertForMaskedLM"):
+        fill_mask(kind.from_pretrained(folder), load_tokenizer(folder), "w1 [MASK]")
 
 
 def test_fill_mask_runs_in_eval_mode_and_never_offers_a_row_without_a_token(folder: Path) -> None:

@@ -260,6 +260,11 @@ def test_wrong_labels_are_named(name: str, labels: dict[str, Tensor], error: typ
         getattr(bert_fast, name)(CONFIG)(IDS, **labels)
 
 
+def test_the_pooling_layer_is_a_flag() -> None:
+    with pytest.raises(TypeError, match="add_pooling_layer is 'no'; expected True or False"):
+        BertModel(CONFIG, add_pooling_layer="no")  # type: ignore[arg-type]
+
+
 def test_question_answering_needs_two_labels() -> None:
     with pytest.raises(ValueError, match="num_labels is 3; expected 2"):
         bert_fast.BertForQuestionAnswering(CONFIG.replace(num_labels=3))

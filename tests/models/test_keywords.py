@@ -42,6 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ({"torch_dtyp": "float16"}, "'torch_dtyp'; did you mean 'torch_dtype'?"),
         ({"qqq": 1}, "'qqq'; it is neither an argument nor a setting of this model"),
         ({"use_auth_token": SECRET}, "does not support use_auth_token=a value; expected None (pass token)"),
+        ({"proxies": {"http": f"http://me:{SECRET}@proxy"}}, "does not support proxies=a value"),
         ({"trust_remote_code": True}, "does not support trust_remote_code=True"),
         ({"attn_implementation": "sdpa"}, "bert_fast.use_impl chooses"),
         ({"output_loading_info": True}, "does not support output_loading_info=True"),
@@ -81,8 +82,10 @@ def test_keywords_of_the_hub_are_never_written(folders: dict[str, Path], name: s
 def test_what_an_older_release_wrote_is_dropped(folders: dict[str, Path], tmp_path: Path) -> None:
     settings = json.loads((folders["BertModel"] / "config.json").read_text())
     stray = {"token": SECRET, "device_map": "auto", "revision": "v1", "my_note": "kept"}
+    stray |= dict.fromkeys(["auth_token", "hf_token", "HF_TOKEN", "hub_token", "api_key", "password"], SECRET)
     config = BertConfig.from_dict({**settings, **stray})
-    config.extra["token"] = SECRET
+    assert config.extra == {"my_note": "kept"}
+    config.extra |= {"token": SECRET, "access_token": SECRET}
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {**settings, "my_note": "kept"}
     assert not NEVER_WRITTEN & OTHER_SETTINGS
