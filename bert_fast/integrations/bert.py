@@ -334,8 +334,7 @@ def _qkv(parts: LayerParts, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     concatenated = getattr(linears[0], "concatenated", None)
     if concatenated is not None and all(is_plain(dense, Int8Linear) for dense in linears):
         qkv, bias = linear_defer_bias(hidden, concatenated)
-        assert bias is not None
-        return qkv.unflatten(1, (3, *heads)), bias.view(3, *heads)
+        return qkv.unflatten(1, (3, *heads)), None if bias is None else bias.view(3, *heads)
     if not all(is_plain(dense, nn.Linear) and dense.bias is not None for dense in linears):
         return torch.stack([dense(hidden) for dense in linears], dim=1).unflatten(2, heads), None
     bias = torch.cat([dense.bias for dense in linears]).view(3, *heads)

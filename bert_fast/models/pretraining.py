@@ -125,6 +125,16 @@ class BertPreTrainingHeads(nn.Module):
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
 
+def _check_container(container: nn.Module) -> None:
+    """ValueError where a hook waits for a call of `cls`, whose parts are called."""
+    hooks = (container._forward_hooks, container._forward_pre_hooks)
+    if any(hooks) or container._backward_hooks or container._backward_pre_hooks:
+        raise ValueError(
+            "the module `cls` has a hook, and it is never called; expected the hook on a part of it: cls.predictions, "
+            "cls.predictions.decoder or cls.seq_relationship"
+        )
+
+
 class _MaskedLMModel(BertHeadModel):
     """Base class of the models with a masked-LM head, whose decoder is tied to the word embedding."""
 
@@ -183,6 +193,7 @@ class _MaskedLMModel(BertHeadModel):
         Logits are None in training with labels, unless `output_logits` is True. With `label_rows`, `encoded.hidden` is
         (M, E) of these tokens.
         """
+        _check_container(self.cls)
         head, tokens, hidden, loss = self.cls.predictions, encoded.tokens, encoded.hidden, None
         with_logits = output_logits or labels is None or not self.training
         if labels is not None:
@@ -340,6 +351,7 @@ class BertForNextSentencePrediction(BertHeadModel):
             TypeError, ValueError: as `BertModel.forward`, or the labels do not fit.
         """
         encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
+        _check_container(self.cls)
         logits = self.cls.seq_relationship(encoded.pooled)
         loss = None if labels is None else mean_cross_entropy(logits, class_labels("labels", labels, logits))
         return self.format_output(NextSentencePredictorOutput(loss=loss, logits=logits, **encoded.states), return_dict)

@@ -41,6 +41,16 @@ def first(output: Any) -> Tensor:
     return tensor
 
 
+HOOKED = {
+    "vocab_size": 30,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "initializer_range": 0.5,
+}
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head(name: str) -> None:
     model = getattr(bert_fast, name)(config()).eval()
@@ -138,6 +148,18 @@ def test_unsupported_models_are_refused() -> None:
     bert_fast.fuse(hf).encoder.layer[0].intermediate.dense = nn.Sequential(hf.encoder.layer[0].intermediate.dense)
     with pytest.raises(TypeError, match="a linear layer of the encoder is Sequential"):
         bert_fast.quantize(hf)
+
+
+def test_hooks_on_every_int8_layer_run() -> None:
+    model = bert_fast.quantize(bert_fast.fuse(transformers.BertModel(transformers.BertConfig(**HOOKED)).eval()))
+    ids = torch.arange(5, 16)[None]
+    expected = model(ids)[0]
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    assert sum(layer.concatenated is not None for layer in layers) == 1
+    for layer in layers:  # the one of query, key and value together is called where none of them has a hook
+        handle = layer.register_forward_hook(lambda _, __, out: out * 1.5)
+        assert not torch.allclose(model(ids)[0], expected, atol=1e-3)
+        handle.remove()
 
 
 def test_deepcopy_and_pickle() -> None:

@@ -260,6 +260,16 @@ def test_wrong_labels_are_named(name: str, labels: dict[str, Tensor], error: typ
         getattr(bert_fast, name)(CONFIG)(IDS, **labels)
 
 
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining", "BertForNextSentencePrediction"])
+def test_a_hook_on_the_container_of_the_heads_is_refused(name: str) -> None:
+    model = getattr(bert_fast, name)(CONFIG).eval()
+    handle = model.cls.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="the module `cls` has a hook, and it is never called"):
+        model(IDS)
+    handle.remove()
+    model(IDS)
+
+
 def test_the_pooling_layer_is_a_flag() -> None:
     with pytest.raises(TypeError, match="add_pooling_layer is 'no'; expected True or False"):
         BertModel(CONFIG, add_pooling_layer="no")  # type: ignore[arg-type]
