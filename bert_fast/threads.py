@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,8 +109,12 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
+    """One thread for torch and the kernels: OpenMP would wait forever for those that the child does not have."""
     global _forked_with_native_threads
-    _forked_with_native_threads = _native_threads
+    torch = sys.modules.get("torch")
+    if _native_threads and torch is not None and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        _forked_with_native_threads = True
 
 
 if hasattr(os, "register_at_fork"):
@@ -117,18 +122,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def settle_after_fork() -> None:
-    """Set torch to one thread if this process was forked from one with OpenMP threads; called by every forward.
-
-    The child does not have these threads, and OpenMP would wait for them forever.
-    """
+    """Warn once in a process that was forked from one with OpenMP threads; called by every forward."""
     global _forked_with_native_threads
     if _forked_with_native_threads:
-        import torch
-
         _forked_with_native_threads = False
-        if torch.get_num_threads() > 1:
-            _logger.warning(
-                "this process was forked from one with running OpenMP threads, with which torch would hang: torch now "
-                "computes with 1 thread; for more, fork before the first forward, or start processes with spawn"
-            )
-            torch.set_num_threads(1)
+        _logger.warning(
+            "this process was forked from one with running OpenMP threads, with which torch would hang: torch now "
+            "computes with 1 thread; for more, fork before the first forward, or start processes with spawn"
+        )

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,13 +46,21 @@ class Result:
         return max(self.comparisons, key=lambda c: c.ours / c.bound if c.bound else c.ours, default=None)
 
 
-def verify(ops: list[str] | None = None, impls: list[str] | None = None, seed: int = 0) -> Iterator[Result]:
-    """Run every available implementation of `ops` (None: all) in every dtype on every device of this machine.
+class Part(NamedTuple):
+    """What one process can verify independently of others: an implementation of an op on a device in a dtype."""
+
+    op: str
+    impl: str
+    device: str
+    dtype: torch.dtype
+
+
+def parts(ops: list[str] | None = None, impls: list[str] | None = None) -> list[Part]:
+    """Every available implementation of `ops` in every dtype on every device of this machine.
 
     Args:
-        ops: names of ops.
-        impls: names of implementations to run; None for all that are available.
-        seed: of the inputs.
+        ops: names of ops; None for all.
+        impls: names of implementations; None for all that are available.
 
     Raises:
         ValueError: a name is unknown.
@@ -62,15 +70,22 @@ def verify(ops: list[str] | None = None, impls: list[str] | None = None, seed: i
         if unknown:
             raise ValueError(f"{name} has {', '.join(unknown)}; expected some of {', '.join(known)}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for op in ops or sorted(OPS):
-        for impl, implementation in OPS[op].impls.items():
-            if not implementation.availability.ok or (impls is not None and impl not in impls):
-                continue
-            for device in devices:
-                if implementation.device in (None, device):
-                    for dtype in DTYPES:
-                        if implementation.dtypes is None or dtype in implementation.dtypes:
-                            yield from _verify(op, impl, device, dtype, seed)
+    return [
+        Part(op, impl, device, dtype)
+        for op in ops or sorted(OPS)
+        for impl, implementation in OPS[op].impls.items()
+        if implementation.availability.ok and (impls is None or impl in impls)
+        for device in devices
+        if implementation.device in (None, device)
+        for dtype in DTYPES
+        if implementation.dtypes is None or dtype in implementation.dtypes
+    ]
+
+
+def verify(ops: list[str] | None = None, impls: list[str] | None = None, seed: int = 0) -> Iterator[Result]:
+    """Run the `parts` of `ops` and `impls` one after the other, with inputs from `seed`."""
+    for part in parts(ops, impls):
+        yield from verify_part(part, seed)
 
 
 def record(results: list[Result]) -> Path:
@@ -113,7 +128,9 @@ def _entry(result: Result) -> dict[str, Any]:
     }
 
 
-def _verify(op: str, impl: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Result]:
+def verify_part(part: Part, seed: int = 0) -> Iterator[Result]:
+    """Every sample of the op; one that raises gives a failed result."""
+    op, impl, device, dtype = part
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for sample in cases.load(op).samples():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sysconfig
 
@@ -26,3 +27,19 @@ def cuda_architectures(gpu_code: str) -> list[str]:
     """
     supported = gpu_code.split()
     return [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.removesuffix('a')}" in supported]
+
+
+def gencode(architectures: list[str]) -> list[str]:
+    """nvcc's options for code of each architecture, and PTX of the newest one, for GPUs that are newer.
+
+    An architecture with a suffix ("90a") has instructions that no other GPU has, so its PTX would run nowhere else.
+    """
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    newest = max((int(arch) for arch in architectures if arch.isdigit()), default=None)
+    return flags if newest is None else [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def cuda_runtime(maps: str) -> str | None:
+    """The path of the CUDA runtime library that this process has loaded, from its /proc/self/maps, or None."""
+    found = re.search(r"/.*/libcudart\.so\S*$", maps, re.MULTILINE)
+    return found.group() if found else None

@@ -15,6 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = runpy.run_path(str(ROOT / "csrc" / "build_flags.py"))["compiler"]()
 
+# cuBLAS reads it at its first call: without it, deterministic algorithms are refused.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined: the Triton kernels run on CPU tensors, in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -45,6 +47,20 @@ WORDS = [
     "quietly",
     "again",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what only a GPU can show: tests whose parameter `device` is "cuda". Without one, skip what is marked.
+
+    Property-based tests are left out of the mark: each example would compile kernels.
+    """
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        random = hasattr(getattr(item, "obj", None), "hypothesis")
+        if callspec is not None and callspec.params.get("device") == "cuda" and not random:
+            item.add_marker("gpu")
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def pytest_report_header() -> list[str]:

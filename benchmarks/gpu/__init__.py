@@ -1,1 +1,1 @@
-"""Scripts for a GPU: the run of `make gpu`, compute-sanitizer, and the targets of recorded results."""
+"""Scripts for a GPU: `make gpu-check` and `make gpu-bench`, verification, compute-sanitizer, and targets."""

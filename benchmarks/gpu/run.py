@@ -1,12 +1,14 @@
-"""`make gpu`: everything that a GPU can show, without network, in under nine minutes.
+"""`make gpu-check` and `make gpu-bench`: what a lent GPU can show, without network, in two commands.
 
-    python -m benchmarks.gpu.run [--steps build,tests,...] [--out FOLDER] [--full] [--seconds 525]
+    python -m benchmarks.gpu.run check|bench [--steps build,launches,...] [--out FOLDER] [--full] [--seconds N]
+    python -m benchmarks.gpu.run check|bench --rehearse      every step on CPU tensors, where there is no GPU
 
-Each step is a process with a time limit: its share of the time, plus what earlier steps left. A step that fails or
-exceeds its limit does not stop the next. The exit code is 0 if every requested step passed, 1 if one did not, 2 without
-a CUDA device. Each step's output is build/gpu/<step>.log, the final table build/gpu/summary.txt. With `--out`
-everything that the run wrote is also packed into FOLDER/gpu.tar.gz after each step, for unpacking in another checkout.
-This file needs only Python, so that it can report a broken build.
+`check` (300 s) builds or imports the CUDA kernels, launches each, runs the tests and records what passed; `bench` (390
+s) measures. Each step is a process with a time limit: its share of the time, plus what earlier steps left. A step that
+fails or exceeds its limit does not stop the next. The exit code is 0 if every requested step passed, 1 if one did not,
+2 without a CUDA device. Each step's output is build/gpu/<step>.log, the final table build/gpu/summary_<command>.txt.
+With `--out` everything that the run wrote is also packed into FOLDER/gpu.tar.gz after each step, for unpacking in
+another checkout. This file needs only Python, so that it can report a broken build.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import argparse
 import importlib.util
 import os
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,21 +33,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "build" / "gpu"
+PREBUILT = ROOT / "build" / "prebuilt"  # modules that `make gpu-twin` built elsewhere, and the report of their build
 TAIL = 25  # lines shown of a failed step's output
-CPU_OPS = {"linear_int8"}  # ops without GPU kernels
-ATTENTION_WEIGHT = 3  # attention's share of the benchmarks' time, relative to another op's
 MARGIN = 8  # seconds before its limit after which a benchmark begins no case, so that it can still write
 GRACE = 5.0  # seconds between the interrupt, on which pytest and the benchmarks report what they have, and the kill
-PLAIN = 25.0  # seconds of the build's limit reserved for a build without the CPU kernels
+PLAIN = 25.0  # seconds of the build's limit reserved for a build without the CUDA kernels
 # One compiler thread a process: eight processes compile at once in the warm-up, and the timed runs use their caches.
 COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 MODELS = {"pretraining": "benchmarks.models.pretraining", "inference": "benchmarks.models.gpu_inference"}
 AFTERWARDS = {"targets": "benchmarks.gpu.targets", "plots": "benchmarks.reports.plots"}  # read the recorded results
-COMMAND_LINE_TESTS = ("tests/cli", "tests/pretrain/test_kill.py")
-VERIFY = """
-from types import SimpleNamespace
-from bert_fast.cli.verify import run
-raise SystemExit(run(SimpleNamespace(ops=None, impls=None, seed=0, record=True)))
+CUDA_OPS = ("attention", "add_layer_norm", "bias_gelu")  # ops with CUDA C++ kernels, timed in processes of their own
+FIRST_OPS = ("attention", "add_layer_norm", "bias_gelu", "embedding_layer_norm")
+LAST_OPS = ("masked_lm_loss", "lamb", "padding")
+# Whether `bert_fast._CUDA` imports here, and has code for this GPU (argv[1], e.g. "90"; "" for any).
+IMPORTS = """
+import json, pathlib, sys, torch
+info = pathlib.Path("bert_fast/_build_info.json")
+report = json.loads(info.read_text()).get("_CUDA", {}) if info.exists() else {}
+if not report.get("built"):
+    raise SystemExit(f"bert_fast._CUDA is not built: {report.get('reason', 'no report of a build')}")
+import bert_fast._CUDA
+architectures = report.get("architectures", [])
+needed = {"90": "90a"}.get(sys.argv[1], sys.argv[1])
+if needed and needed not in architectures:
+    raise SystemExit(f"bert_fast._CUDA has code for {architectures}; this device needs {needed}")
+print(f"bert_fast._CUDA imports, with code for {', '.join(architectures)}")
 """
 
 
@@ -53,6 +67,12 @@ class Options:
 
     full: bool
     results: Path
+    capability: str = ""  # of the device, e.g. "90"
+    rehearsal: bool = False  # on CPU tensors, and in the emulator
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearsal else "cuda"
 
 
 @dataclass(frozen=True)
@@ -137,55 +157,84 @@ def module(*arguments: str) -> list[str]:
 
 
 def build(options: Options, limit: float) -> list[Outcome]:
-    """With the CPU kernels; if that fails, without them, since no later step could run otherwise."""
+    """Install the modules of `make gpu-twin` if they came along and import; else build, at worst without any."""
+    end = time.perf_counter() + limit
     flags = ("-qq", "--no-index", "--no-deps", "--no-build-isolation", "--editable", ".")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    outcomes = [run("build", module("pip", "install", *flags), limit - PLAIN, {"PATH": path})]
-    if outcomes[0].result != "passed":
-        plain = {"PATH": path, "BERT_FAST_NATIVE": "0"}
-        outcomes.append(run("build without CPU kernels", module("pip", "install", *flags), PLAIN, plain))
+
+    def built(name: str, seconds: float, **environment: str) -> list[Outcome]:
+        """A build, and the check of what it made."""
+        done = run(name, module("pip", "install", *flags), seconds, {"PATH": path, **environment})
+        if done.result != "passed":
+            return [done]
+        return [done, run(f"import after {name}", [sys.executable, "-c", IMPORTS, options.capability], 30.0)]
+
+    if list(PREBUILT.glob("_CUDA*.so")):
+        shutil.copytree(PREBUILT, ROOT / "bert_fast", dirs_exist_ok=True)
+        outcomes = built("installation", 30.0, BERT_FAST_NATIVE="keep")
+        if outcomes[-1].result == "passed":
+            return outcomes
+    capability = (
+        options.capability and f"{options.capability[:-1]}.{options.capability[-1]}{'a' * (options.capability == '90')}"
+    )
+    architectures = {"TORCH_CUDA_ARCH_LIST": capability} if capability else {}
+    outcomes = built("build", end - time.perf_counter() - PLAIN, MAX_JOBS=str(os.cpu_count() or 1), **architectures)
+    if outcomes[0].result != "passed":  # stopped by the limit: no later step could run at all
+        outcomes += [
+            run(
+                "build without kernels",
+                module("pip", "install", *flags),
+                PLAIN,
+                {"PATH": path, "BERT_FAST_NATIVE": "0"},
+            )
+        ]
     return outcomes
 
 
-def has_command_line() -> bool:
-    """Whether the package that bert-fast's command line needs is installed; the kernels do not need it."""
-    return importlib.util.find_spec("jsonargparse") is not None
+def launches(options: Options, limit: float) -> list[Outcome]:
+    """Each CUDA op on a few sizes; on a Hopper its own kernels."""
+    return [run("launches", module("benchmarks.gpu.launches", "--device", options.device), limit)]
 
 
-def tests(options: Options, limit: float) -> list[Outcome]:
-    """The kernels' tests, which run on the device, then the others."""
-    count = min(8, os.cpu_count() or 1)
-    parallel = ["-n", str(count)] if importlib.util.find_spec("xdist") else []
-    left_out = () if has_command_line() else COMMAND_LINE_TESTS
-    others = [f"--ignore={path}" for path in ("tests/kernels", *left_out)]
-    end = time.perf_counter() + limit
-    outcomes = []
-    for name, which, share in (("tests kernels", ["tests/kernels"], 0.6), ("tests others", ["tests", *others], 1.0)):
-        command = module("pytest", "-q", "--durations=15", *parallel, *which)
-        outcomes.append(run(name, command, share * (end - time.perf_counter()), {"OMP_NUM_THREADS": "2"}))
-    if left_out:
-        detail = f"jsonargparse is not installed: {', '.join(left_out)}"
-        outcomes.append(Outcome("tests command line", "not run", 0.0, detail))
-    return outcomes
+def pytest(name: str, limit: float, *arguments: str) -> list[Outcome]:
+    """A process of pytest per core, and with pytest-timeout a limit for each test."""
+    workers = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    timeout = ["--timeout", "60"] if importlib.util.find_spec("pytest_timeout") else []
+    flags = ["-q", "--durations=10", "--continue-on-collection-errors", *workers, *timeout]
+    return [run(name, module("pytest", *flags, *arguments), limit, {"OMP_NUM_THREADS": "1"})]
+
+
+def hopper_tests(options: Options, limit: float) -> list[Outcome]:
+    """attention's kernels for Hopper."""
+    few = ["-k", "one"] if options.rehearsal else []
+    return pytest("tests of Hopper", limit, "tests/kernels/test_attention_hopper.py", *few)
+
+
+def gpu_tests(options: Options, limit: float) -> list[Outcome]:
+    """What only a device can show."""
+    which = ["tests/kernels/test_bias_gelu.py", "-k", "cuda"] if options.rehearsal else ["tests", "-m", "gpu"]
+    return pytest("tests", limit, *which)
 
 
 def verify(options: Options, limit: float) -> list[Outcome]:
-    """`bert-fast verify --record`, by a direct call of its function without the command line's package."""
-    direct = [sys.executable, "-c", VERIFY]
-    command = module("bert_fast.cli.main", "verify", "--record") if has_command_line() else direct
-    return [run("verify", command, limit)]
+    """Verification with records, a process for each op, implementation and dtype."""
+    few = ["--impls", "cpu", "--ops", "bias_gelu", "padding"] if options.rehearsal else []
+    return [run("verify", module("benchmarks.gpu.verify", "--limit", f"{limit - GRACE:.0f}", *few), limit)]
+
+
+def sanitizer_and_warm_up(options: Options, limit: float) -> list[Outcome]:
+    """The sanitizer occupies the device a little and half of the cores, the compilation the others."""
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(step, options, limit) for step in (sanitizer, warm_up)]
+        return [outcome for future in both for outcome in future.result()]
 
 
 def sanitizer(options: Options, limit: float) -> list[Outcome]:
-    each = f"{max(10.0, limit - GRACE - 10):.0f}"  # its processes run concurrently
-    flags = ("--record", "--limit", each, "--results", str(options.results))
+    if options.rehearsal:
+        flags = ("--run", "bias_gelu", "--impls", "cuda", "--device", "cpu")
+        return [run("sanitizer", module("benchmarks.gpu.sanitize", *flags), limit)]
+    flags = ("--record", "--seconds", f"{max(10.0, limit - GRACE - 5):.0f}", "--results", str(options.results))
     return [run("sanitizer", module("benchmarks.gpu.sanitize", *flags), limit)]
-
-
-def ops() -> list[str]:
-    """The ops with a benchmark on a GPU, the one with the most cases first."""
-    names = {path.parent.name for path in (ROOT / "kernels").glob("*/cases.py")} - {"_common"} - CPU_OPS
-    return sorted(sorted(names), key=lambda op: op != "attention")
 
 
 def benchmark_of(name: str) -> list[str]:
@@ -195,76 +244,92 @@ def benchmark_of(name: str) -> list[str]:
 
 def warm_up(options: Options, limit: float) -> list[Outcome]:
     """Compile what the benchmarks need, concurrently; they compile the rest themselves."""
-    quick = [] if options.full else ["--quick"]
-    names = [*ops(), *MODELS]
+    names = ["bias_gelu"] if options.rehearsal else [*FIRST_OPS, *LAST_OPS, *MODELS]
+    flags = ["--warm", "--device", options.device, *([] if options.full else ["--quick"])]
     begin = time.perf_counter()
 
     def warm(name: str) -> Outcome:
-        command = [*benchmark_of(name), "--warm", *quick]
-        return run(f"warm-up {name}", command, limit, {} if name in MODELS else COMPILER)
+        return run(f"warm-up {name}", [*benchmark_of(name), *flags], limit, {} if name in MODELS else COMPILER)
 
     with ThreadPoolExecutor(len(names)) as pool:
         outcomes = dict(zip(names, pool.map(warm, names), strict=True))
     bad = [f"{name} {outcome.result}" for name, outcome in outcomes.items() if outcome.result != "passed"]
     detail = f"{len(names) - len(bad)} of {len(names)} ready" + f" ({', '.join(bad)})" * bool(bad)
-    return [Outcome("warm-up", "passed", time.perf_counter() - begin, detail)]
+    return [Outcome("warm-up", "failed" if bad else "passed", time.perf_counter() - begin, detail)]
 
 
 def recorded(options: Options, limit: float) -> list[str]:
     """The options of a benchmark that must end within `limit`."""
-    flags = ["--device", "cuda", "--record", "--results", str(options.results)]
+    flags = ["--device", options.device, "--record", "--results", str(options.results)]
     flags += ["--budget", f"{max(4.0, limit - GRACE - MARGIN):.0f}"]
     return flags if options.full else [*flags, "--quick"]
 
 
-def benchmarks(options: Options, limit: float) -> list[Outcome]:
-    """One process per op, so that a fault in one op's kernels does not end the other benchmarks."""
+def benchmarks(ops: Sequence[str], options: Options, limit: float) -> list[Outcome]:
+    """Peers and Triton, then the CUDA kernels: a process for each, since a fault on the device ends its process."""
+    runs = [(op, ("triton",)) for op in ops] + [(op, ("cuda",)) for op in ops if op in CUDA_OPS]
+    if options.rehearsal:
+        runs = [(ops[-1], ("cpu",))]
     outcomes: list[Outcome] = []
     end = time.perf_counter() + limit
-    weights = {op: ATTENTION_WEIGHT if op == "attention" else 1 for op in ops()}
-    for op in ops():
-        share = max(1.0, end - time.perf_counter()) * weights[op] / sum(weights.values())
-        del weights[op]
-        outcomes.append(run(f"benchmark {op}", [*benchmark_of(op), *recorded(options, share)], share, COMPILER))
+    for index, (op, impls) in enumerate(runs):
+        share = max(1.0, end - time.perf_counter()) / (len(runs) - index)
+        command = [*benchmark_of(op), "--impls", *impls, *recorded(options, share)]
+        outcomes.append(run(f"benchmark {op} {impls[0]}", command, share, COMPILER))
     return outcomes
 
 
 def whole_model(name: str, options: Options, limit: float) -> list[Outcome]:
-    return [run(name, [*benchmark_of(name), *recorded(options, limit - MARGIN)], limit)]
+    size = ["--size", "tiny"] if options.rehearsal else []
+    return [run(name, [*benchmark_of(name), *size, *recorded(options, limit - MARGIN)], limit)]
 
 
 def after_benchmarks(name: str, options: Options, limit: float) -> list[Outcome]:
-    """Run a script over the GPUs' recorded results."""
-    folders = sorted(path for path in options.results.glob("*") if path.is_dir() and not path.name.startswith("cpu-"))
+    """Run a script over the GPUs' recorded results; in a rehearsal over the CPU's."""
+    folders = sorted(
+        path
+        for path in options.results.glob("*")
+        if path.is_dir() and path.name.startswith("cpu-") == options.rehearsal
+    )
     if not folders:
         return [Outcome(name, "not run", 0.0, "no benchmark on a GPU is recorded")]
     return [run(name, module(AFTERWARDS[name], *map(str, folders)), limit)]
 
 
-# Correctness before speed. `verify` precedes the benchmarks since `auto` relies on its record.
-STEPS = (
-    Step("build", 90, False, build),
-    Step("tests", 110, True, tests),
-    Step("verify", 20, True, verify),
-    Step("sanitizer", 55, True, sanitizer),
-    Step("warm-up", 50, True, warm_up),
-    Step("benchmarks", 125, True, benchmarks),
-    Step("pretraining", 45, True, partial(whole_model, "pretraining")),
-    Step("inference", 15, True, partial(whole_model, "inference")),
-    Step("targets", 5, False, partial(after_benchmarks, "targets")),
-    Step("plots", 10, False, partial(after_benchmarks, "plots")),
-)
+# Correctness before speed: `auto` relies on the records of `verify`. The most important of each kind comes first.
+COMMANDS = {
+    "check": (
+        Step("build", 75, False, build),
+        Step("launches", 15, True, launches),
+        Step("hopper", 40, True, hopper_tests),
+        Step("verify", 45, True, verify),
+        Step("tests", 65, True, gpu_tests),
+        Step("sanitizer", 60, True, sanitizer_and_warm_up),
+    ),
+    "bench": (
+        Step("attention", 80, True, partial(benchmarks, FIRST_OPS[:1])),
+        Step("rows", 65, True, partial(benchmarks, FIRST_OPS[1:])),
+        Step("pretraining", 110, True, partial(whole_model, "pretraining")),
+        Step("others", 50, True, partial(benchmarks, LAST_OPS)),
+        Step("inference", 65, True, partial(whole_model, "inference")),
+        Step("targets", 8, False, partial(after_benchmarks, "targets")),
+        Step("plots", 12, False, partial(after_benchmarks, "plots")),
+    ),
+}
 
 
-def missing() -> str:
-    """The reason why nothing can run on a CUDA device here, from a process of its own, or ""."""
-    code = "import torch; print(torch.__version__, torch.cuda.is_available())"
+def device_here() -> tuple[str, str]:
+    """The compute capability of the CUDA device, e.g. "90", or "" and the reason; from a process of its own."""
+    code = (
+        "import torch; print(torch.__version__, '%d%d' % torch.cuda.get_device_capability() "
+        "if torch.cuda.is_available() else '')"
+    )
     query = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if query.returncode:
         problem = (query.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return f"{sys.executable} cannot import torch ({problem}); set PYTHON to the Python that has it"
-    version, available = query.stdout.split()
-    return "" if available == "True" else f"no CUDA device: torch.cuda.is_available() is False in torch {version}"
+        return "", f"{sys.executable} cannot import torch ({problem}); set PYTHON to the Python that has it"
+    version, _, capability = query.stdout.strip().partition(" ")
+    return capability, "" if capability else f"no CUDA device: torch.cuda.is_available() is False in torch {version}"
 
 
 def show(outcome: Outcome) -> None:
@@ -319,34 +384,53 @@ def pack(folder: Path, results: Path, since: float) -> Path:
     return file
 
 
-def main() -> int:
-    names = ",".join(step.name for step in STEPS)
-    parser = argparse.ArgumentParser(description="everything that a GPU can show")
-    parser.add_argument("--steps", default=names, help=f"some of {names}")
-    parser.add_argument("--seconds", type=float, default=525, help="for all steps together")
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="what a lent GPU can show, in two commands")
+    parser.add_argument("command", choices=list(COMMANDS))
+    parser.add_argument("--steps", help="some of its steps, with commas; all by default")
+    parser.add_argument("--seconds", type=float, help="for all steps together (check 300, bench 390)")
     parser.add_argument("--full", action="store_true", help="every case of the benchmarks; needs more seconds")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, help="a folder for gpu.tar.gz, which has everything that the run wrote")
+    parser.add_argument("--rehearse", action="store_true", help="every step on CPU tensors, without a GPU")
     parsed = parser.parse_args()
-    requested = parsed.steps.split(",")
-    unknown = sorted(set(requested) - set(names.split(",")))
-    if unknown:
-        parser.error(f"--steps has {', '.join(unknown)}; expected some of {names}")
+    known = [step.name for step in COMMANDS[parsed.command]]
+    parsed.steps = parsed.steps.split(",") if parsed.steps else known
+    if unknown := sorted(set(parsed.steps) - set(known)):
+        parser.error(f"--steps has {', '.join(unknown)}; expected some of {','.join(known)}")
+    return parsed
+
+
+def stand_ins() -> None:
+    """For a rehearsal: the emulator as a Hopper in place of a device. (Triton 3.6's interpreter needs NumPy < 2.4.)"""
+    os.environ.setdefault("BERT_FAST_EMULATED_CAPABILITY", "90")
+    if "BERT_FAST_CUDA_EMULATOR" not in os.environ:
+        build = runpy.run_path(str(ROOT / "tests" / "emulator" / "build.py"))["build"]
+        os.environ["BERT_FAST_CUDA_EMULATOR"] = str(build())
+
+
+def main() -> int:
+    parsed = arguments()
     since = time.time() - 1  # file systems round
-    steps = [step for step in STEPS if step.name in requested]
-    reason = missing() if any(step.needs_gpu for step in steps) else ""
-    if reason:
-        print(f"gpu: {reason}; nothing was run", file=sys.stderr)
-        return 2
-    options = Options(parsed.full, parsed.results.resolve())
+    steps = [step for step in COMMANDS[parsed.command] if step.name in parsed.steps]
+    seconds = parsed.seconds or sum(step.share for step in COMMANDS[parsed.command])
+    if parsed.rehearse:
+        stand_ins()
+        options = Options(parsed.full, LOGS / "rehearsal", rehearsal=True)
+    else:
+        capability, reason = device_here()
+        if reason and any(step.needs_gpu for step in steps):
+            print(f"gpu: {reason}; nothing was run", file=sys.stderr)
+            return 2
+        options = Options(parsed.full, parsed.results.resolve(), capability)
 
     def keep(outcomes: list[Outcome]) -> None:
         LOGS.mkdir(parents=True, exist_ok=True)
-        (LOGS / "summary.txt").write_text(table(outcomes) + "\n")
+        (LOGS / f"summary_{parsed.command}.txt").write_text(table(outcomes) + "\n")
         if parsed.out:
             pack(parsed.out, options.results, since)
 
-    outcomes = run_steps(steps, options, parsed.seconds - (time.time() - since), keep)
+    outcomes = run_steps(steps, options, seconds - (time.time() - since), keep)
     print(f"\n{table(outcomes)}\nlogs: {LOGS}")
     return 0 if all(outcome.result == "passed" for outcome in outcomes) else 1
 

@@ -17,16 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runner.runner import RESULTS, at_least
+from benchmarks.runner.runner import OURS as OUR_NAME
+from benchmarks.runner.runner import RESULTS, YARDSTICK, at_least
 from bert_fast._io import write_json
+from bert_fast.kernels._common.dispatch import IMPLS
 
-OURS = re.compile(r"bert_fast (?!.*with bias)")  # attention's peers add no bias
+OURS = re.compile(rf"{OUR_NAME} (?!fuse|.*with bias)")  # fuse gets padded batches; attention's peers add no bias
 Row = dict[str, Any]
 
 
 def of_copy(ours: Row, rows: list[Row]) -> tuple[float, str] | None:
-    """The bandwidth of the minimal traffic over the measured copy bandwidth."""
-    return ours["share_of_ceiling"], "copy bandwidth"
+    """The time of a plain copy of the minimal traffic, interleaved with ours, over ours: launches weigh on both."""
+    copy = next((row for row in rows if row["variant"] == YARDSTICK and row["ms"]), None)
+    return copy and (copy["ms"] / ours["ms"], YARDSTICK)
 
 
 def faster_than(peers: str) -> Callable[[Row, list[Row]], tuple[float, str] | None]:
@@ -171,11 +174,20 @@ def judge(target: Target, report: dict[str, Any] | None) -> list[dict[str, Any]]
 
 def judge_folder(folder: Path) -> list[dict[str, Any]]:
     """The entries of every target, from the reports in a device's folder."""
-    entries = []
-    for target in targets_of(folder.name):
-        file = folder / f"{target.op}.json"
-        entries += judge(target, json.loads(file.read_text(encoding="utf-8")) if file.exists() else None)
-    return entries
+    return [entry for target in targets_of(folder.name) for entry in judge(target, report_of(folder, target.op))]
+
+
+def report_of(folder: Path, op: str) -> dict[str, Any] | None:
+    """The report of an op; the rows of several where implementations were timed in processes of their own."""
+    names = (op, *(f"{op}_{impl}" for impl in IMPLS))
+    files = [file for name in names if (file := folder / f"{name}.json").exists()]
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if not reports:
+        return None
+    merged = {name: [entry for report in reports for entry in report.get(name, [])] for name in ("rows", "left_out")}
+    timed = {row["case"] for row in merged["rows"]}
+    left_out = [case for case in dict.fromkeys(merged["left_out"]) if case not in timed]
+    return {**reports[0], "rows": merged["rows"], "left_out": left_out}
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -195,7 +207,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", type=Path, help="results/<device>; all of them if none is named")
     folders = parser.parse_args().folders or sorted(path for path in RESULTS.iterdir() if path.is_dir())
     if all(folder.name.startswith("cpu-") for folder in folders):
-        print("targets on a GPU: no benchmark is recorded; run make gpu on a machine with a CUDA device")
+        print("targets on a GPU: no benchmark is recorded; run make gpu-bench on a machine with a CUDA device")
     for folder in folders:
         entries = judge_folder(folder)
         write_json(folder / "targets.json", {"targets": entries})

@@ -39,7 +39,19 @@ import bert_fast
 from benchmarks.gpu import targets
 from benchmarks.runner.cpu_peers import PEERS, AbsentError, Encode, ModelForms, Peer, versions
 from benchmarks.runner.devices import Cpu
-from benchmarks.runner.runner import PRECISIONS, Case, Plan, Variant, arguments, parse, run, warm, write
+from benchmarks.runner.runner import (
+    PRECISIONS,
+    Case,
+    Plan,
+    Variant,
+    arguments,
+    exit_code,
+    parse,
+    run,
+    saving,
+    warm,
+    write,
+)
 from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Size, model_of
 from bert_fast.kernels._common.benchmarks import evenly_spaced
 from bert_fast.models import BertConfig, BertModel
@@ -250,8 +262,8 @@ def processor_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def conclude(op: str, report: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print the op's targets, and write the report if `--record` is given."""
+def conclude(op: str, report: dict[str, Any], options: argparse.Namespace) -> int:
+    """Print the op's targets, and write the report if `--record` is given; 1 if a variant of ours failed."""
     entries = [
         entry
         for target in targets.targets_of(report["environment"]["device"])
@@ -260,6 +272,7 @@ def conclude(op: str, report: dict[str, Any], options: argparse.Namespace) -> No
     print(targets.table([entry for entry in entries if entry["op"] == op]))
     if options.record:
         write(report, op, options.results)
+    return exit_code(report.get("failures", []))
 
 
 def main() -> int:
@@ -275,12 +288,10 @@ def main() -> int:
     peers = tuple(peer for peer in PEERS if not (options.no_compile and "torch.compile" in peer.name))
     selected = plans(models, cases, tuple(options.precisions), peers)
     if options.warm:
-        warm(selected, Cpu())
-        return 0
-    report = run("cpu_inference", selected, Cpu(PAUSE), seconds, options.budget)
+        return exit_code(warm(selected, Cpu()))
+    report = run("cpu_inference", selected, Cpu(PAUSE), seconds, options.budget, saving("cpu_inference", options))
     report["environment"] |= dict(versions())
-    conclude("cpu_inference", report, options)
-    return 0
+    return conclude("cpu_inference", report, options)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.models.cpu_inference import conclude, processor_options, processor_parser, settings_of
 from benchmarks.runner.devices import Cpu
-from benchmarks.runner.runner import Case, Plan, Variant, run, warm
+from benchmarks.runner.runner import Case, Plan, Variant, exit_code, run, saving, warm
 from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Scenario, Size, batches, model_of
 from bert_fast._device import autocast
 from bert_fast.data import PackedBatch
@@ -157,14 +157,12 @@ def main() -> int:
     precisions = options.precisions or [name for name in DTYPES if name == "fp32" or wide]
     selected = plans(SMOKE if options.smoke else BASE, precisions, options.compile)
     if options.warm:
-        warm(selected, Cpu())
-        return 0
+        return exit_code(warm(selected, Cpu()))
     seconds = 0.01 if options.smoke else 5.0 if options.quick else options.seconds
-    report = run("cpu_training", selected, Cpu(), seconds, options.budget)
+    report = run("cpu_training", selected, Cpu(), seconds, options.budget, saving("cpu_training", options))
     if "bf16" not in precisions:
         print("bf16: not measured: without AVX-512 a step takes minutes; --precisions bf16 measures it")
-    conclude("cpu_training", report, options)
-    return 0
+    return conclude("cpu_training", report, options)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,7 @@ def main() -> int:
         return measure(scenario, variants, batch, machine, seconds_of(options), inference)
 
     lengths, sizes = ((512,), ["base"]) if options.quick else ((512, 128), ["base", "large"])
-    run("gpu_inference", options, machine, sizes, lambda size: scenarios(size, lengths, "infer"), measured)
-    return 0
+    return run("gpu_inference", options, machine, sizes, lambda size: scenarios(size, lengths, "infer"), measured)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ GRAPH = ", CUDA graph"
 class Graphed(Ours):
     """bert_fast's model whose step is recorded by `capture()`."""
 
-    def __init__(self, model: Any, impl: str, capture: Callable[[], Capture]) -> None:
+    def __init__(self, model: Any, impl: str | dict[str, str], capture: Callable[[], Capture]) -> None:
         super().__init__(model, impl)
         self.capture = capture
 
@@ -96,7 +96,11 @@ def masked_and_pairs(packed: PackedBatch) -> list[int]:
 
 
 def our_step(variant: Ours, packed: PackedBatch) -> OurStep:
-    """Our step; SystemExit if the replayed step differs from the eager one."""
+    """Our step.
+
+    Raises:
+        RuntimeError: the replayed step differs from the eager one.
+    """
     if not isinstance(variant, Graphed):
         return OurStep(variant, packed, None)
     with use_impl(variant.impl):
@@ -106,7 +110,7 @@ def our_step(variant: Ours, packed: PackedBatch) -> OurStep:
         eager()
     values, expected = replayed.work.verdict.tolist(), eager.work.verdict.tolist()
     if values != expected:
-        raise SystemExit(f"the replayed step has loss and norm {values[1:]}, the eager one {expected[1:]}; not timed")
+        raise RuntimeError(f"the replayed step has loss and norm {values[1:]}, the eager one {expected[1:]}")
     return replayed
 
 
@@ -192,8 +196,7 @@ def main() -> int:
         return steps_of(size, options.quick)
 
     ceilings = {f"{kind}_gemm_gflops": ceiling / 1e9}
-    run("pretraining", options, machine, ["base", "large"], scenarios_of, measured, ceilings=ceilings)
-    return 0
+    return run("pretraining", options, machine, ["large", "base"], scenarios_of, measured, ceilings=ceilings)
 
 
 def steps_of(size: str, quick: bool) -> list[Scenario]:

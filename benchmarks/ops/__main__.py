@@ -1,11 +1,14 @@
 """Time the implementations of an op and its peers, as `kernels/<op>/cases.py` describes them.
 
 python -m benchmarks.ops <op> [--device cpu|cuda] [--quick] [--record] [--budget SECONDS] [--results FOLDER]
+python -m benchmarks.ops <op> --impls cuda      only this implementation and the peers; the report is <op>_cuda.json
 python -m benchmarks.ops <op> --warm     compile and compare every case, time nothing
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,23 +17,24 @@ from benchmarks.runner.runner import OURS, Case, Variant, arguments, main, parse
 from bert_fast.kernels import available_impls
 from bert_fast.kernels._common import cases
 from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan
-from bert_fast.kernels._common.dispatch import OPS
+from bert_fast.kernels._common.dispatch import IMPLS, OPS
 from bert_fast.kernels._common.library import simulated
 
 
-def implementations(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Our implementations of `op` that run there; not the reference, which is what the peers are."""
+def implementations(op: str, device: torch.device, dtype: torch.dtype, impls: Sequence[str] = IMPLS) -> list[str]:
+    """Those of `impls` that run there; not the reference, which is what the peers are."""
     return [
         impl
         for impl, slot in OPS[op].impls.items()
-        if slot.availability.ok
+        if impl in impls
+        and slot.availability.ok
         and slot.device == device.type
         and (slot.dtypes is None or dtype in slot.dtypes)
         and not simulated(impl)
     ]
 
 
-def case_of(op: str, device: torch.device, benchmark: Benchmark) -> Case:
+def case_of(op: str, device: torch.device, benchmark: Benchmark, impls: Sequence[str] = IMPLS) -> Case:
     """The peers, then ours, and the exact result."""
     which = benchmark.which
 
@@ -40,7 +44,7 @@ def case_of(op: str, device: torch.device, benchmark: Benchmark) -> Case:
         return Variant(passes(peer.call, inputs, dout, which), peer.result, peer.comparable)
 
     variants = {name: variant(peer) for name, peer in benchmark.peers.items()}
-    for impl in implementations(op, device, benchmark.dtype):
+    for impl in implementations(op, device, benchmark.dtype, impls):
         for suffix, inputs in {"": benchmark.inputs, **benchmark.also}.items():
             ours = Peer(partial(benchmark.call, impl=impl), inputs, result=benchmark.result)
             variants[f"{OURS} {impl}{suffix}"] = variant(ours)
@@ -60,10 +64,10 @@ def case_of(op: str, device: torch.device, benchmark: Benchmark) -> Case:
     )
 
 
-def plans(op: str, device: torch.device, quick: bool) -> list[Plan]:
+def plans(op: str, device: torch.device, quick: bool, impls: Sequence[str] = IMPLS) -> list[Plan]:
     """The op's benchmarks there, as cases of the runner."""
     return [
-        Plan(name, lambda make=make: case_of(op, device, make()))  # type: ignore[misc]
+        Plan(name, lambda make=make: case_of(op, device, make(), impls))  # type: ignore[misc]
         for name, make in cases.load(op).benchmarks(device, quick)
     ]
 
@@ -72,5 +76,8 @@ if __name__ == "__main__":
     parser = arguments("implementations of an op compared with its peers")
     parser.prog = "python -m benchmarks.ops"
     parser.add_argument("op", choices=list(available_impls()))
+    parser.add_argument("--impls", nargs="+", choices=IMPLS, help="implementations of ours to time; all by default")
     options, machine = parse(parser)
-    main(options.op, plans(options.op, machine.device, options.quick), options, machine)
+    name = "_".join([options.op, *(options.impls or [])])
+    selected = plans(options.op, machine.device, options.quick, options.impls or IMPLS)
+    sys.exit(main(name, selected, options, machine))

@@ -3,6 +3,7 @@
     python -m benchmarks.reports.compile_report            compare with the checked-in table; exit code 1 if it is stale
     python -m benchmarks.reports.compile_report --sample   also recompile each kernel once, for sm_90, and compare it
     python -m benchmarks.reports.compile_report --write    compile what is new or changed and write the table
+    python -m benchmarks.reports.compile_report --ones     whether each kernel compiles where its integers are 1
 
 A row of `results/triton_compile.json` is one kernel in one configuration that dispatch can choose (dtypes, constexprs,
 warps, stages) on one architecture: registers per thread, bytes of stack (Triton's spills), bytes of shared memory, and
@@ -22,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompilationError
 
 from bert_fast._io import write_text
 from bert_fast.kernels import available_impls
@@ -132,12 +135,62 @@ def launches() -> list[Launch]:
     return [by_configuration[key] for key in sorted(by_configuration)]
 
 
-def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
-    """The resources that the machine code of one configuration uses."""
+def source_of(launch: Launch) -> ASTSource:
+    """What Triton compiles for a launch."""
     signature, constexprs, aligned = specialise(launch)
     names = list(signature)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(launch.kernel, signature, {(names.index(n),): v for n, v in constexprs.items()}, attributes)
+    return ASTSource(launch.kernel, signature, {(names.index(n),): v for n, v in constexprs.items()}, attributes)
+
+
+def integers(launch: Launch) -> list[str]:
+    """The arguments that Triton passes as a constant where they are 1."""
+    names = [p.name for p in launch.kernel.params if not (p.is_constexpr or p.do_not_specialize)]
+    return [name for name in names if isinstance(launch.arguments[name], int)]
+
+
+def with_ones() -> Iterator[tuple[Launch, list[str]]]:
+    """Each launch with all of its integers 1 and, once a kernel, with each of them alone; and their names.
+
+    A constant has no methods, such as `to`: a kernel can compile for every size but 1, which Triton's interpreter
+    does not show.
+    """
+    seen = set()
+    for launch in launches():
+        names = integers(launch)
+        alone = [] if launch.kernel in seen else [[name] for name in names]
+        seen.add(launch.kernel)
+        for ones in [names, *alone] if names else []:
+            yield replace(launch, arguments={**launch.arguments, **dict.fromkeys(ones, 1)}), ones
+
+
+def refusal(launch: Launch, architecture: int = 90) -> str:
+    """Why Triton's front end refuses a launch, or ""; takes a hundredth of a compilation."""
+    backend = CUDABackend(GPUTarget("cuda", architecture, 32))
+    options = backend.parse_options({"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    try:
+        source_of(launch).make_ir(backend.target, options, functions, modules, context)
+    except CompilationError as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def refused_ones() -> list[str]:
+    """A message for each launch of `with_ones` that does not compile."""
+    return [
+        f"{describe(launch, 90)['kernel']} with {', '.join(ones)} = 1: {why}"
+        for launch, ones in with_ones()
+        if (why := refusal(launch))
+    ]
+
+
+def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
+    """The resources that the machine code of one configuration uses."""
+    source = source_of(launch)
     target = GPUTarget("cuda", architecture, 32)
     options = CUDABackend(target).parse_options({"num_warps": launch.num_warps, "num_stages": launch.num_stages})
     result = triton.compile(source, target=target, options=options.__dict__)
@@ -221,6 +274,10 @@ def differences(rows: dict[str, tuple[int, int]], table: dict[str, dict[str, Any
 
 
 def main() -> int:
+    if "--ones" in sys.argv[1:]:
+        messages = refused_ones()
+        print("\n".join(messages) or f"{len(list(with_ones()))} launches compile with integers that are 1")
+        return int(bool(messages))
     table = {key(row): row for row in read()}
     rows = required()
     missing = [where for name, where in rows.items() if name not in table]

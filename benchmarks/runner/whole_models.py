@@ -4,7 +4,9 @@ Calls are timed by the host's clock, which synchronizes the device after each; v
 is reported. Tokens per second count real tokens. Peak memory is what a call allocates.
 
 Before a case is timed, losses and hidden states without dropout are compared: the distance of ours from transformers in
-FP32 may be three times that of transformers under BF16, plus a floor; if it exceeds that, nothing is reported.
+FP32 may be three times that of transformers under BF16, plus a floor. A variant that exceeds it or raises is refused
+and not timed; if it is ours the exit code is 1. The report is rewritten after every case. Compiled variants come last,
+when everything else is recorded, and their cases are then timed again with all variants.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from statistics import median
 from typing import Any
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.runner.devices import Machine, environment, reason, rounds_in
-from benchmarks.runner.runner import arguments, parse, write
+from benchmarks.runner.runner import arguments, exit_code, failures, parse, saving, write
 from bert_fast import fuse
 from bert_fast._device import autocast
 from bert_fast.data import PackedBatch
@@ -157,9 +159,9 @@ def runs_here(variant: Variant, scenario: Scenario) -> bool:
 
 
 class Ours:
-    """bert_fast's BertForPreTraining on packed batches, with one `impl`."""
+    """bert_fast's BertForPreTraining on packed batches, with the implementations that `use_impl` takes."""
 
-    def __init__(self, model: Any, impl: str) -> None:
+    def __init__(self, model: Any, impl: str | dict[str, str]) -> None:
         self.model, self.impl = model, impl
 
     def loss(self, packed: PackedBatch, padded: dict[str, Tensor]) -> Tensor:
@@ -213,15 +215,18 @@ def models(size: str, device: torch.device, compiled: tuple[int, ...]) -> tuple[
     if compiled:
         variants["transformers, torch.compile"] = Theirs(theirs, True, compiled)
     variants["bert_fast auto"] = Ours(ours, "auto")
-    variants["transformers, fused"] = Fused(fuse(deepcopy(theirs)), "auto")
+    variants["bert_fast fuse"] = Fused(fuse(deepcopy(theirs)), "auto")
     impls = available_impls()
     if device.type == "cuda" and all(impls[op]["triton"].ok for op in OPS_OF_A_STEP):
         variants["bert_fast triton"] = Ours(ours, "triton")
+        if impls["attention"]["cuda"].ok:
+            mixed = dict.fromkeys(OPS_OF_A_STEP, "triton") | {"attention": "cuda"}
+            variants["bert_fast triton, CUDA attention"] = Ours(ours, mixed)
     return variants, config.vocab_size
 
 
-def check(variants: dict[str, Variant], packed: PackedBatch, padded: dict[str, Tensor], name: str) -> None:
-    """SystemExit if the loss or hidden states of ours exceed the bound on the distance from FP32."""
+def check(variants: dict[str, Variant], packed: PackedBatch, padded: dict[str, Tensor]) -> dict[str, str]:
+    """The reasons why variants of ours are refused: they raise, or loss or hidden states are too far from FP32."""
     device, keep = packed.input_ids.device, padded["attention_mask"].bool()
     theirs = variants["transformers"]
 
@@ -239,11 +244,19 @@ def check(variants: dict[str, Variant], packed: PackedBatch, padded: dict[str, T
         return abs(variant_loss - loss) / abs(loss), float((states - hidden).norm() / hidden.norm())
 
     bounds = [FACTOR * error + FLOOR for error in errors(theirs)]
+    refused = {}
     for label, variant in variants.items():
-        if isinstance(variant, Ours):
-            for what, error, bound in zip(("loss", "hidden states"), errors(variant), bounds, strict=True):
-                if not error <= bound:
-                    raise SystemExit(f"{name}, {label}: {what} {error:.2e} from float32, above {bound:.2e}; not timed")
+        if not isinstance(variant, Ours):
+            continue
+        try:
+            measured = errors(variant)
+        except Exception as problem:
+            refused[label] = reason(problem)
+            continue
+        for what, error, bound in zip(("loss", "hidden states"), measured, bounds, strict=True):
+            if not error <= bound:
+                refused.setdefault(label, f"wrong: {what} {error:.2e} from float32, above {bound:.2e}")
+    return refused
 
 
 def synchronized(run: Callable[[], None], device: torch.device) -> float:
@@ -267,19 +280,18 @@ def measure(
     variants = {name: variant for name, variant in variants.items() if runs_here(variant, scenario)}
     device = machine.device
     packed, padded = batch
-    check(variants, packed, padded, scenario.name)
+    refused = check(variants, packed, padded)
     runs: dict[str, Callable[[], None]] = {}
     peaks: dict[str, float | None] = {}
-    refused: dict[str, str] = {}
     for name, variant in variants.items():
+        if name in refused:
+            continue
         try:
             run = make(variant, packed, padded)
             for _ in range(WARMUPS):  # compiles, and creates the optimizer's state
                 run()
             peaks[name] = machine.with_peak(run)[1]
         except Exception as problem:
-            if isinstance(variant, Ours):
-                raise
             refused[name] = reason(problem)
             continue
         runs[name] = run
@@ -354,8 +366,10 @@ def run(
     scenarios_of: Callable[[str], list[Scenario]],
     measured: Callable[[Scenario, dict[str, Variant], int], list[Row]],
     **extra: Any,
-) -> None:
-    """Measure every scenario of every size within the budget, and print and record the table.
+) -> int:
+    """Measure every scenario of every size within the budget, and print and record the table; returns the exit code.
+
+    The compiled peers come last, since compiling takes minutes; a scenario is then timed again with all variants.
 
     Args:
         name: of the benchmark and of its report.
@@ -365,36 +379,51 @@ def run(
         measured: (scenario, variants, size of the vocabulary) -> rows.
         extra: further fields of the report.
     """
+    import transformers
+
     begin = time.perf_counter()
-    rows: list[Row] = []
+    about = {**environment(machine), "transformers": transformers.__version__}
+    rows: dict[str, list[Row]] = {}
     left_out: list[str] = []
-    for size in options.size or sizes:
-        variants, vocabulary = models(size, machine.device, compiles_at(size, options))
-        for scenario in scenarios_of(size)[: 1 if options.warm else None]:
+
+    def report() -> dict[str, Any]:
+        everything = [row for of_case in rows.values() for row in of_case]
+        parts = {"left_out": left_out, "failures": failures(everything)}
+        filled = {name: list(value) for name, value in parts.items() if value}
+        return {"environment": about, "rows": [asdict(row) for row in everything], **extra, **filled}
+
+    save = saving(name, options)
+    for compiled, size in product((False, True), options.size or sizes):
+        lengths = compiles_at(size, options) if compiled else ()
+        if compiled and not lengths:
+            continue
+        variants, vocabulary = models(size, machine.device, lengths)
+        chosen = [s for s in scenarios_of(size)[: 1 if options.warm else None] if not compiled or s.seqlen in lengths]
+        for scenario in chosen:
+            label = scenario.name + ", torch.compile" * compiled
             if time.perf_counter() - begin > options.budget:
-                left_out.append(scenario.name)
+                left_out.append(label)
                 continue
             try:
-                rows += measured(scenario, variants, vocabulary)
+                rows[scenario.name] = measured(scenario, variants, vocabulary)
             except KeyboardInterrupt:  # report what was measured so far
-                left_out.append(scenario.name)
+                left_out.append(label)
                 options.budget = 0.0
-            print(f"{scenario.name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+            else:
+                save(report())
+            print(f"{label}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
             machine.release()
         del variants
         gc.collect()
         machine.release()
-    if options.warm:
-        return
-    import transformers
-
-    about = {**environment(machine), "transformers": transformers.__version__}
-    print(f"{name}: {json.dumps(about)}\n{table(rows)}")
-    if left_out:
-        print(f"not measured, out of time: {'; '.join(left_out)}")
-    if options.record:
-        report = {"environment": about, "rows": [asdict(row) for row in rows], **extra}
-        write({**report, "left_out": left_out} if left_out else report, name, options.results)
+    final = report()
+    if not options.warm:
+        print(f"{name}: {json.dumps(about)}\n{table([row for of_case in rows.values() for row in of_case])}")
+        if left_out:
+            print(f"not measured, out of time: {'; '.join(left_out)}")
+        if options.record:
+            write(final, name, options.results)
+    return exit_code(final.get("failures", []))
 
 
 def command_line(what: str) -> tuple[Namespace, Machine]:

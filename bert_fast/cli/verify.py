@@ -22,6 +22,14 @@ def _row(op: str, impl: str, device: str, dtype: str, case: str, rest: str) -> s
     return f"{op:<21} {impl:<10} {device:<6} {dtype:<9} {case:<12} {rest}"
 
 
+def line(result: Any) -> str:
+    """A `bert_fast.verification.Result` as a line of the table."""
+    worst = result.worst
+    numbers = f"{worst.name:<16} {worst.ours:9.2e} {worst.bound:9.2e}" if worst else result.error
+    row = _row(result.op, result.impl, result.device, result.dtype, result.case, numbers)
+    return f"{row}  {'ok' if result.ok else 'FAILED'}"
+
+
 def _print_header() -> None:
     print("error: maximum absolute difference from the reference in float64, over outputs and gradients")
     print("bound: twice the error of eager PyTorch in the same dtype, plus one ulp of the largest value\n")
@@ -38,11 +46,7 @@ def run(args: Any) -> int:
         if not results:
             _print_header()
         results.append(result)
-        worst = result.worst
-        numbers = f"{worst.name:<16} {worst.ours:9.2e} {worst.bound:9.2e}" if worst else result.error
-        verdict = "ok" if result.ok else "FAILED"
-        row = _row(result.op, result.impl, result.device, result.dtype, result.case, numbers)
-        print(f"{row}  {verdict}", flush=True)
+        print(line(result), flush=True)
     if not results:
         raise ValueError("nothing to test: none of the requested implementations can run here; see bert-fast info")
     failed = sum(not result.ok for result in results)

@@ -15,11 +15,11 @@ import numpy as np
 
 from bert_fast.data.cleaning import Document
 from bert_fast.data.host_numpy import CONTINUES, Array
-from bert_fast.data.vocab import load_wordpiece
+from bert_fast.data.vocab import LONGEST, load_wordpiece, sentence_parts
 
 _SENTENCES_PER_BATCH = 4096
 _CHARACTERS_PER_BATCH = 2**20  # an encoding takes about 100 bytes a character
-_LONGEST = 2**17  # characters; a longer sentence is tokenised in parts, cut at a space where there is one
+_LONGEST = LONGEST
 
 
 class Encoder:
@@ -81,15 +81,11 @@ class Encoder:
         ]
 
     def _long(self, sentence: str) -> list[tuple[Array, Array]]:
-        ids, starts, begin = [], [], 0
-        while begin < len(sentence):
-            # WordPiece cuts words at spaces anyway.
-            space = sentence.rfind(" ", begin, begin + _LONGEST) if len(sentence) - begin > _LONGEST else -1
-            end = space if space > begin else begin + _LONGEST
-            ((part, first),) = self._ids([sentence[begin:end]])
+        ids, starts = [], []
+        for begin, text in sentence_parts(sentence, _LONGEST):
+            ((part, first),) = self._ids([text])
             ids.append(part)
             starts.append(first + begin)
-            begin = end
         return [(np.concatenate(ids), np.concatenate(starts))]
 
     def _word_numbers(self, sentence: str) -> Array:

@@ -20,6 +20,7 @@ from bert_fast.data.tokenizer_files import TokenizerFiles
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+LONGEST = 2**17  # characters; a longer sentence is tokenised in parts
 _MAYBE_LONG = re.compile(rf"\S{{{MAX_WORD + 1}}}")
 
 _logger = logging.getLogger("bert_fast")
@@ -91,15 +92,30 @@ def train_vocab(
     return _bert_tokenizer(tokenizer.get_vocab(), lowercase)
 
 
+def sentence_parts(sentence: str, longest: int = LONGEST) -> Iterator[tuple[int, str]]:
+    """The start and text of each part of at most `longest` characters, cut at a space where there is one.
+
+    WordPiece cuts words at spaces anyway, and a tokenizer takes about 100 bytes a character.
+    """
+    begin = 0
+    while len(sentence) - begin > longest:
+        space = sentence.rfind(" ", begin + 1, begin + longest)
+        end = space if space > 0 else begin + longest
+        yield begin, sentence[begin:end]
+        begin = end
+    yield begin, sentence[begin:]
+
+
 class _ShortWords:
-    """An iterable of sentences without the words that are longer than WordPiece's limit."""
+    """An iterable of sentences, cut if they are huge, without the words that are longer than WordPiece's limit."""
 
     def __init__(self, sentences: Iterable[str], tokenizer: Tokenizer) -> None:
         self.sentences, self.tokenizer = sentences, tokenizer
 
     def __iter__(self) -> Iterator[str]:
         for sentence in self.sentences:
-            yield self._shortened(sentence) if _MAYBE_LONG.search(sentence) else sentence
+            for _, text in sentence_parts(sentence):
+                yield self._shortened(text) if _MAYBE_LONG.search(text) else text
 
     def _shortened(self, sentence: str) -> str:
         text = self.tokenizer.normalizer.normalize_str(sentence)

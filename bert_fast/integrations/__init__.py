@@ -1,6 +1,7 @@
-"""bert_fast inside other libraries' models: `fuse`, `unfuse`, `is_fused` and `quantize`."""
+"""bert_fast in other libraries' models: `fuse`, `unfuse`, `is_fused`, `quantize`; `freeze`, `unfreeze`."""
 
+from bert_fast.integrations.freeze import freeze, unfreeze
 from bert_fast.integrations.fuse import fuse, is_fused, unfuse
 from bert_fast.integrations.quantize import quantize
 
-__all__ = ["fuse", "is_fused", "quantize", "unfuse"]
+__all__ = ["freeze", "fuse", "is_fused", "quantize", "unfreeze", "unfuse"]

@@ -9,6 +9,7 @@ from torch import nn
 
 from bert_fast.integrations.layouts import layout_of, layouts
 from bert_fast.models.family import ARCHITECTURES
+from bert_fast.models.plain import is_plain_tensor
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -23,7 +24,7 @@ def fuse(model: M) -> M:
     save_pretrained, deepcopy and pickle work as before. The weights are read at every call: they may be trained,
     loaded, moved, cast or wrapped (LoRA) before and after. A call that the kernels don't support (output_attentions,
     3-D masks, a decoder, hooks on layers, export ...) runs transformers' own forward; a UserWarning names each reason
-    once.
+    once. A module whose parameters are tensor subclasses (a quantized weight) or not dense is called as it is.
 
     Differences from transformers: last_hidden_state and hidden_states are zeros at padding, where transformers' values
     depend on the padding, and so are the gradients through them. A question answering head's logits at padding are the
@@ -61,6 +62,7 @@ def fuse(model: M) -> M:
         reason = why_not_fused(module, layout)
         if reason is None:
             module.__class__ = fused_class(type(module))
+            _warn_of_foreign_weights(module)
         else:
             where = f"the {layout.model.__name__} at {name!r}" if name else f"the {layout.model.__name__}"
             warnings.warn(f"bert_fast.fuse does not change {where}, because {reason}", UserWarning, stacklevel=2)
@@ -68,6 +70,20 @@ def fuse(model: M) -> M:
         if reads_padding(module):
             module.__class__ = fused_class(type(module))
     return model
+
+
+def _warn_of_foreign_weights(encoder: nn.Module) -> None:
+    """Warn of modules that are called instead of computed by a kernel, for the kind of their parameters."""
+    foreign = [(name, x) for name, x in encoder.named_parameters() if not is_plain_tensor(x)]
+    if foreign:
+        name, x = foreign[0]
+        kind = type(x).__name__ if type(x) is not nn.Parameter else f"a tensor with the layout {x.layout}"
+        warnings.warn(
+            f"bert_fast.fuse leaves {len(foreign)} parameters to their modules, because no kernel reads them: "
+            f"the first is {name}, {kind}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def unfuse(model: M) -> M:
@@ -100,6 +116,15 @@ def is_fused(model: nn.Module) -> bool:
     from bert_fast.integrations.bert import is_fused as changed
 
     return any(changed(module) for module in model.modules())
+
+
+def is_fused_encoder(module: Any) -> bool:
+    """Whether this is an encoder of transformers that `fuse` changed."""
+    if next(layouts(), None) is None:
+        return False
+    from bert_fast.integrations.bert import is_fused
+
+    return is_fused(module) and isinstance(module, module.layout.model)
 
 
 def describe(model: nn.Module) -> str:

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bert_fast.integrations.fuse import describe
-from bert_fast.integrations.layouts import layouts
+from bert_fast.integrations.fuse import describe, is_fused_encoder
 from bert_fast.models.encoder import BertEncoder
 from bert_fast.models.int8 import Int8Linear
 from bert_fast.models.plain import is_plain
@@ -75,21 +74,13 @@ def _linears(model: nn.Module) -> tuple[list[tuple[Any, ...]], list[nn.Module]]:
                 groups += [(layer.intermediate.dense,), (layer.output.dense,)]
         if any(isinstance(child, BertEncoder) for child in module.children()):
             encoders.append(module)
-        elif _is_fused_encoder(module):
+        elif is_fused_encoder(module):
             encoders.append(module)
             layout: Any = module.layout
             for layer in layout.layers(module):
                 parts = layout.parts_of(layer)
                 groups += [parts.qkv, (parts.attention_output.dense,), (parts.intermediate,), (parts.output.dense,)]
     return groups, encoders
-
-
-def _is_fused_encoder(module: Any) -> bool:
-    if next(layouts(), None) is None:
-        return False
-    from bert_fast.integrations.bert import is_fused
-
-    return is_fused(module) and isinstance(module, module.layout.model)
 
 
 def _quantized(group: tuple[Any, ...]) -> Int8Linear:

@@ -10,6 +10,7 @@ from bert_fast.kernels.linear import linear
 from bert_fast.kernels.linear_int8 import Int8Weight, feed_forward_int8, linear_int8, quantize_weight
 from bert_fast.kernels.masked_lm_loss import MaskedLMLoss, masked_lm_loss
 from bert_fast.kernels.padding import Unpadded, pad, unpad
+from bert_fast.threads import settle_after_fork as _settle_after_fork  # noqa: F401  # importing it prepares forks
 
 __all__ = [
     "Availability",

@@ -1,7 +1,7 @@
 """Whether a kernel may read a module's parameters instead of calling the module.
 
 It may not where calling would run anything else than the formula of the module's class: a hook, a subclass (an adapter,
-a parametrization), a forward replaced on the object, or a weight that is a tensor subclass.
+a parametrization), a forward replaced on the object, or a weight that is a tensor subclass or not dense.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=nn.Module)
 _RECORDING = "transformers.utils.output_capturing"
 _INPUT_GRADIENT = "make_inputs_require_grads"
 # Fake tensors stand for ordinary ones while a graph is traced or captured.
-_TENSORS = frozenset((torch.Tensor, nn.Parameter, FakeTensor, type(None)))
+_TENSORS = frozenset((torch.Tensor, nn.Parameter, FakeTensor))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -46,8 +46,13 @@ def is_plain(module: object, *types: type[M]) -> TypeGuard[M]:
         type(module) in types
         and "forward" not in module.__dict__
         and not has_hooks(module)  # type: ignore[arg-type]
-        and _TENSORS.issuperset(map(type, module._parameters.values()))  # type: ignore[attr-defined]
+        and all(map(is_plain_tensor, module._parameters.values()))  # type: ignore[attr-defined]
     )
+
+
+def is_plain_tensor(x: torch.Tensor | None) -> bool:
+    """Whether a kernel can read `x`, a parameter of a module or None."""
+    return x is None or (type(x) in _TENSORS and x.layout is torch.strided)
 
 
 def is_plain_norm(module: object) -> bool:

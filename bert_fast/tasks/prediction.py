@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bert_fast._device import autocast
+from bert_fast.data.tokenizer import check_rows
 from bert_fast.models.config import longest_input
 from bert_fast.models.embedding import batches_by_length
 from bert_fast.models.texts import as_tokenizer, check_integer_argument, evaluating
@@ -133,6 +134,9 @@ def predict(
     roles = {role.name: role for role in task.roles}
     inputs = {name: column for name, column in columns.items() if not roles[name].target}
     text = text or text_settings(model)
-    examples = task.encode(table, inputs, as_tokenizer(tokenizer), text, training=False)
+    tokenizer = as_tokenizer(tokenizer)
+    settings: Any = model.config
+    check_rows(tokenizer, settings.vocab_size, "predict")
+    examples = task.encode(table, inputs, tokenizer, text, training=False)
     outputs = run_examples(model, task, examples, batch_tokens=batch_tokens, precision=precision, progress=progress)
     return task.decode(outputs.arrays, examples, table, inputs)

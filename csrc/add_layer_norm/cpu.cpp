@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, const Ten
                                                       const std::optional<Tensor>& rng_state) {
   add_layer_norm::check_inputs(x, residual, weight, x_bias);
   const int64_t rows = x.size(0), cols = x.size(1);
-  check_size(bias, "bias", 0, cols);
+  check_shape(bias, "bias", {cols});
   const Dropout drop = make_dropout(dropout_p, rng_state);
   const Tensor x_in = as_contiguous(x), residual_in = as_contiguous(residual);
   const Tensor x_bias_in = bias_or_zeros(x_bias, cols), weight_in = as_float(weight), bias_in = as_float(bias);

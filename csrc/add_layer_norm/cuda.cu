@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, const Ten
                                                       const std::optional<Tensor>& rng_state) {
   check_inputs(x, residual, weight, x_bias);
   const int64_t rows = x.size(0), cols = x.size(1);
-  check_size(bias, "bias", 0, cols);
+  check_shape(bias, "bias", {cols});
   const DropoutArguments drop = dropout_arguments(dropout_p, rng_state);
   const Tensor x_in = as_contiguous(x), residual_in = as_contiguous(residual), weight_in = as_float(weight);
   const Tensor bias_in = as_float(bias), x_bias_in = x_bias ? as_float(*x_bias) : bias_in;

@@ -6,14 +6,13 @@
 namespace bert_fast::bias_gelu {
 
 inline void check_inputs(const Tensor& x, const Tensor& bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && bias.dim() == 1, "bias_gelu: expected x (T, F) and bias (F,)");
-  check_size(bias, "bias", 0, x.size(1));
+  STD_TORCH_CHECK(x.dim() == 2, "bias_gelu: expected x (T, F)");
+  check_shape(bias, "bias", {x.size(1)});
 }
 
 inline void check_inputs(const Tensor& dout, const Tensor& x, const Tensor& bias) {
   check_inputs(x, bias);
-  check_size(dout, "dout", 0, x.size(0));
-  check_size(dout, "dout", 1, x.size(1));
+  check_shape(dout, "dout", {x.size(0), x.size(1)});
   check_dtype(dout, "dout", x.scalar_type());
 }
 

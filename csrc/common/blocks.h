@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
+#include <new>
 
 #include "common/tensor.h"
 
@@ -17,6 +19,16 @@ constexpr int64_t kMinBlockRows = 48;    // of a block; fewer don't amortize rea
 struct TileLayout {
   int64_t panel, tile_rows, block_columns;
 };
+
+struct AlignedDelete {
+  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
+};
+
+// A thread's scratch memory, from a cache line on: a vector that crosses two lines takes two loads.
+inline std::unique_ptr<float[], AlignedDelete> aligned_floats(int64_t count) {
+  void* memory = ::operator new[](count * sizeof(float), std::align_val_t{64});
+  return std::unique_ptr<float[], AlignedDelete>(static_cast<float*>(memory));
+}
 
 inline int64_t parts(int64_t size, int64_t part) {
   return (size + part - 1) / part;

@@ -26,6 +26,13 @@ namespace bert_fast {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
+// Raise unless `error` is success. It is cleared first: torch's next check would report it as an error of its own.
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  STD_TORCH_CHECK(false, what, ": ", cudaGetErrorString(error));
+}
+
 // Launch `kernel` on the device and the current stream of `x`, with `shared` bytes of dynamic shared memory.
 template <class... P>
 inline void launch_kernel(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, const Tensor& x,
@@ -34,24 +41,21 @@ inline void launch_kernel(void (*kernel)(P...), dim3 grid, unsigned threads, siz
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   if (shared > (48u << 10)) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    STD_TORCH_CHECK(error == cudaSuccess, "shared memory of a kernel: ", cudaGetErrorString(error));
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared)),
+               "shared memory of a kernel");
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  STD_TORCH_CHECK(error == cudaSuccess, "launch of a kernel: ", cudaGetErrorString(error));
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "launch of a kernel");
 }
 
 inline int device_attribute(const Tensor& x, cudaDeviceAttr attribute) {
   int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, x.get_device_index());
-  STD_TORCH_CHECK(error == cudaSuccess, "device attribute ", static_cast<int>(attribute), ": ",
-                  cudaGetErrorString(error));
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, x.get_device_index()), "attribute of a device");
   return value;
 }
 
@@ -175,9 +179,9 @@ inline TensorMap make_tensor_map(const T* x, const int64_t (&sizes)[4], const in
   static const auto encode = [] {
     void* function = nullptr;  // looked up by name, so that nothing is linked against the driver
     cudaDriverEntryPointQueryResult result;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-    STD_TORCH_CHECK(error == cudaSuccess && result == cudaDriverEntryPointSuccess,
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result),
+               "cuTensorMapEncodeTiled");
+    STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess,
                     "the CUDA driver has no cuTensorMapEncodeTiled; Hopper's kernels need driver 525 or later");
     return reinterpret_cast<CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                          const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,

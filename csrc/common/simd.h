@@ -242,13 +242,14 @@ BF_INLINE vuint interleave_high(vuint a, vuint b) {
 #undef BF_LOW_HALVES
 #undef BF_HIGH_HALVES
 
-// Writes rows [0, count) of the transpose of a block of kWidth x kWidth 32-bit numbers, count > 0.
-template <class T>
-BF_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count) {
+// Writes rows [0, count) of the transpose of a block of kWidth x kWidth 32-bit numbers, count > 0. row_of(i) is row i
+// of the block, a vuint.
+template <class T, class RowOf>
+BF_INLINE void transpose_rows(const RowOf& row_of, T* to, int64_t to_stride, int64_t count) {
   static_assert(sizeof(T) == 4, "32 bits");
   vuint rows[kWidth];
 #pragma GCC unroll 16
-  for (int row = 0; row < kWidth; ++row) std::memcpy(&rows[row], from + row * from_stride, sizeof(vuint));
+  for (int row = 0; row < kWidth; ++row) rows[row] = row_of(row);
 #pragma GCC unroll 4
   for (int width = 1; width < kWidth; width *= 2) {
     vuint next[kWidth];
@@ -264,6 +265,17 @@ BF_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_s
   for (int row = 0; row < kWidth; ++row) {
     if (row < count) std::memcpy(to + row * to_stride, &rows[row], sizeof(vuint));
   }
+}
+
+// The same of a block in memory.
+template <class T>
+BF_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t count) {
+  const auto row_of = [&](int row) {
+    vuint v;
+    std::memcpy(&v, from + row * from_stride, sizeof(v));
+    return v;
+  };
+  transpose_rows(row_of, to, to_stride, count);
 }
 
 }  // namespace BF_ISA

@@ -48,9 +48,14 @@ inline T* mutable_data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-inline void check_size(const Tensor& x, const char* name, int64_t dim, int64_t expected) {
-  STD_TORCH_CHECK(x.dim() > dim && x.size(dim) == expected, name, " has size ", x.dim() > dim ? x.size(dim) : -1,
-                  " in dimension ", dim, "; expected ", expected);
+// Every tensor that a kernel reads is checked by this before its pointer is taken.
+inline void check_shape(const Tensor& x, const char* name, const std::vector<int64_t>& expected) {
+  const auto dims = static_cast<int64_t>(expected.size());
+  STD_TORCH_CHECK(x.dim() == dims, name, " has ", x.dim(), " dimensions; expected ", dims);
+  for (int64_t dim = 0; dim < dims; ++dim) {
+    STD_TORCH_CHECK(x.size(dim) == expected[dim], name, " has size ", x.size(dim), " in dimension ", dim, "; expected ",
+                    expected[dim]);
+  }
 }
 
 inline void check_dtype(const Tensor& x, const char* name, ScalarType expected) {

@@ -67,11 +67,11 @@ struct Inputs {
         positions("position_ids", position_ids, position),
         tokens(input_ids.size(0)),
         cols(word.size(1)) {
-    check_size(token_type_ids, "token_type_ids", 0, tokens);
-    check_size(position_ids, "position_ids", 0, tokens);
-    check_size(token_type, "token_type", 1, cols);
-    check_size(position, "position", 1, cols);
-    check_size(weight, "weight", 0, cols);
+    check_shape(token_type_ids, "token_type_ids", {tokens});
+    check_shape(position_ids, "position_ids", {tokens});
+    check_shape(token_type, "token_type", {token_type.size(0), cols});
+    check_shape(position, "position", {position.size(0), cols});
+    check_shape(weight, "weight", {cols});
     check_dtype(token_type, "token_type", word.scalar_type());
     check_dtype(position, "position", word.scalar_type());
   }
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
     const Tensor& token_type, const Tensor& position, const Tensor& weight, const Tensor& bias, double dropout_p,
     double eps, std::optional<int64_t> padding_idx, const std::optional<Tensor>& rng_state, ScalarType out_dtype) {
   const Inputs in(input_ids, token_type_ids, position_ids, word, token_type, position, weight);
-  check_size(bias, "bias", 0, in.cols);
+  check_shape(bias, "bias", {in.cols});
   const Dropout drop = make_dropout(dropout_p, rng_state);
   const Tensor weight_in = as_float(weight), bias_in = as_float(bias);
   const Tensor out = empty({in.tokens, in.cols}, out_dtype);
@@ -225,10 +225,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
     const Tensor& word, const Tensor& token_type, const Tensor& position, const Tensor& weight, const Tensor& mean,
     const Tensor& rstd, double dropout_p, std::optional<int64_t> padding_idx, const std::optional<Tensor>& rng_state) {
   const Inputs in(input_ids, token_type_ids, position_ids, word, token_type, position, weight);
-  check_size(dout, "dout", 0, in.tokens);
-  check_size(dout, "dout", 1, in.cols);
-  check_size(mean, "mean", 0, in.tokens);
-  check_size(rstd, "rstd", 0, in.tokens);
+  check_shape(dout, "dout", {in.tokens, in.cols});
+  check_shape(mean, "mean", {in.tokens});
+  check_shape(rstd, "rstd", {in.tokens});
   const Dropout drop = make_dropout(dropout_p, rng_state);
   const Tensor dout_in = as_contiguous(dout), weight_in = as_float(weight), mean_in = as_float(mean),
                rstd_in = as_float(rstd);

@@ -17,11 +17,47 @@ inline TileLayout linear_layout() {
   return {kPanel, kRows, kBlockColumns};
 }
 
-// to (cols, kPanel) = the transpose of weight (rows, cols), rows <= kPanel, zero-padded.
-inline void linear_pack_panel(const float* weight, int64_t rows, int64_t cols, float* to) {
-  for (int64_t col = 0; col < cols; ++col) {
-    for (int64_t row = 0; row < kPanel; ++row) to[col * kPanel + row] = row < rows ? weight[row * cols + col] : 0.0f;
+// to (depth, kPanel) = the transpose of terms [start, start + depth) of `count` <= kPanel rows, zero-padded.
+template <class W>
+inline void pack_rows(const void* const* rows, int64_t count, int64_t start, int64_t depth, float* to) {
+  const auto row = [&](int64_t i) { return static_cast<const W*>(rows[i]) + start; };
+  for (int64_t first = 0; first < kPanel; first += kWidth) {
+    for_columns(depth, [&](int64_t k, int n) {
+      float* block = to + k * kPanel + first;
+      if (n == kWidth && first + kWidth <= count) {
+        transpose_rows([&](int i) { return bit_cast<vuint>(load(row(first + i) + k)); }, block, kPanel, kWidth);
+      } else {
+        transpose_rows(
+            [&](int i) { return first + i < count ? bit_cast<vuint>(load_n(row(first + i) + k, n)) : vuint{}; }, block,
+            kPanel, n);
+      }
+    });
   }
+}
+
+inline void linear_pack_panel(const LinearWeight& weight, int64_t count, int64_t start, int64_t depth, float* to) {
+  (weight.bf16 ? pack_rows<bfloat16> : pack_rows<float>)(weight.rows, count, start, depth, to);
+}
+
+// The panels of a pass; `depth` is the number of terms of one, `next` those to prefetch, or null.
+struct PassPanels {
+  const float* first;
+  int64_t depth;
+  const float* next;
+};
+
+// Terms [start, start + part) of a block's `cols` columns, as panels; `scratch` is for those that are not packed ahead.
+inline PassPanels pass_panels(const LinearWeight& weight, int64_t start, int64_t part, int64_t depth, int64_t cols,
+                              float* scratch) {
+  if (weight.panels != nullptr) {
+    const float* next = start + part < depth ? weight.panels + (start + part) * kPanel : weight.ahead;
+    return {weight.panels + start * kPanel, depth, next};
+  }
+  for (int64_t col = 0; col < cols; col += kPanel) {
+    const LinearWeight rows{nullptr, nullptr, weight.rows + col, weight.bf16};
+    linear_pack_panel(rows, std::min<int64_t>(kPanel, cols - col), start, part, scratch + col * part);
+  }
+  return {scratch, part, nullptr};
 }
 
 // Up to kRows rows of x as register tiles read them: in place, or, if they are bfloat16 or too few for a tile, as a
@@ -48,9 +84,10 @@ struct TileRows {
   int64_t stride;
 };
 
-// The size of linear_block's scratch: the copied rows of a tile, then the sums of a block.
-inline int64_t linear_scratch_floats(int64_t rows) {
-  return kRows * kPassDepth + round_up(rows, kRows) * kBlockColumns;
+// The size of linear_block's scratch: the copied rows of a tile, the panels of a pass if they are not packed ahead, and
+// the sums of a block.
+inline int64_t linear_scratch_floats(int64_t rows, bool packed) {
+  return (kRows + (packed ? 0 : kBlockColumns)) * kPassDepth + round_up(rows, kRows) * kBlockColumns;
 }
 
 // c (rows, kPanel) = a (rows, depth) times a panel, or += if `accumulate`. Prefetches the cache lines from `ahead` on
@@ -66,28 +103,30 @@ inline void linear_panel(const float* a, int64_t lda, const float* panel, float*
   }
 }
 
-// out (rows, cols) = act(x (rows, depth) times the panels + bias). `ahead` points to the panels of the next block.
+// out (rows, cols) = act(x (rows, depth) weight^T + bias).
 template <class T, int ACTIVATION>
-inline void linear_block(const T* x, int64_t x_stride, const float* panels, const float* ahead, const float* bias,
-                         T* out, int64_t out_stride, int64_t rows, int64_t depth, int64_t cols, float* scratch) {
-  float *copy = scratch, *sums = scratch + kRows * kPassDepth;
+inline void linear_block(const T* x, int64_t x_stride, const LinearWeight& weight, const float* bias, T* out,
+                         int64_t out_stride, int64_t rows, int64_t depth, int64_t cols, float* scratch) {
+  float *copy = scratch, *packed = scratch + kRows * kPassDepth;
+  float* sums = packed + (weight.panels == nullptr ? kBlockColumns * kPassDepth : 0);
   for (int64_t start = 0; start == 0 || start < depth; start += kPassDepth) {
     const int64_t part = std::min(kPassDepth, depth - start);
-    const float* next = start + part < depth ? panels + (start + part) * kPanel : ahead;
+    const PassPanels panels = pass_panels(weight, start, part, depth, cols, packed);
     for (int64_t row = 0; row < rows; row += kRows) {
       const int64_t count = std::min<int64_t>(kRows, rows - row), padded = round_up(count, kStep);
       const TileRows<T> a(x + row * x_stride + start, x_stride, count, part, copy);
       float* c = sums + row * kBlockColumns;
+      const bool prefetches = panels.next != nullptr && row < 4 * kRows;
       for (int64_t col = 0; col < cols; col += kPanel) {
-        const float* b = panels + col * depth + start * kPanel;
+        const float* b = panels.first + col * panels.depth;
         for (int64_t k = 0; k == 0 || k < part; k += kSumDepth) {
           const int64_t terms = std::min(kSumDepth, part - k);
           // Each product of one of the first tiles of rows with a panel prefetches a quarter of a panel of the next
           // pass.
           const int64_t quarter = (row / kRows * cols + col) / kPanel;
-          const float* lines = next + quarter / 4 * kPanel * depth + (quarter % 4 * part + k) * kPanel / 4;
+          const int64_t line = quarter / 4 * kPanel * depth + (quarter % 4 * part + k) * kPanel / 4;
           linear_panel(a.first + k, a.stride, b + k * kPanel, c + col, padded, terms, start + k > 0,
-                       row < 4 * kRows ? lines : nullptr);
+                       prefetches ? panels.next + line : nullptr);
         }
       }
       if (start + part < depth) continue;

@@ -21,7 +21,7 @@ struct Range {
   explicit Range(const std::optional<Tensor>& range)
       : values(range ? as_float(*range) : empty({0}, ScalarType::Float)) {
     if (range) {
-      check_size(values, "range", 0, 2);
+      check_shape(values, "range", {2});
       data = bert_fast::data<float>(values);
     }
   }

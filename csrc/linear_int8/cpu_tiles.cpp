@@ -53,14 +53,11 @@ Tensor linear_int8_tiles(const Tensor& u, const Tensor& packed, int64_t columns,
                          const Tensor& weight_scale, const Tensor& weight_sums, const std::optional<Tensor>& bias,
                          int64_t activation, bool bf16) {
   STD_TORCH_CHECK(u.dim() == 2, "linear_int8_tiles: expected u (T, K)");
-  STD_TORCH_CHECK(packed.dim() == 4, "linear_int8_tiles: expected packed of linear_int8_pack");
   const int64_t rows = u.size(0), depth = u.size(1), panel = BF_DISPATCH(byte_layout)().panel;
   check_dtype(u, "u", ScalarType::Byte);
   check_dtype(packed, "packed", ScalarType::Char);
-  check_size(packed, "packed", 0, parts(columns, panel));
-  check_size(packed, "packed", 1, parts(depth, 4));
-  check_size(packed, "packed", 2, panel);
-  check_size(packed, "packed", 3, 4);
+  STD_TORCH_CHECK(columns >= 0, "linear_int8_tiles: columns is ", columns, "; expected at least 0");
+  check_shape(packed, "packed", {parts(columns, panel), parts(depth, 4), panel, 4});
   const Int8Scales scales(rows, columns, scale, low, weight_scale, weight_sums, bias);
   const Tensor in = as_contiguous(u), panels = as_contiguous(packed);
   const ScalarType dtype = bf16 ? ScalarType::BFloat16 : ScalarType::Float;

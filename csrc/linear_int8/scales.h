@@ -28,11 +28,11 @@ struct Int8Scales {
         weight_sums(as_float(weight_sums)),
         bias(bias ? as_float(*bias) : empty({0}, ScalarType::Float)),
         with_bias(bias.has_value()) {
-    check_size(scale, "scale", 0, rows);
-    check_size(low, "low", 0, rows);
-    check_size(weight_scale, "weight_scale", 0, cols);
-    check_size(weight_sums, "weight_sums", 0, cols);
-    if (bias) check_size(*bias, "bias", 0, cols);
+    check_shape(scale, "scale", {rows});
+    check_shape(low, "low", {rows});
+    check_shape(weight_scale, "weight_scale", {cols});
+    check_shape(weight_sums, "weight_sums", {cols});
+    if (bias) check_shape(*bias, "bias", {cols});
   }
   Int8Columns columns() const {
     return {data<float>(weight_scale), data<float>(weight_sums), with_bias ? data<float>(bias) : nullptr};

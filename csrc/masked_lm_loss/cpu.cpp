@@ -62,11 +62,11 @@ std::tuple<Tensor, Tensor> masked_lm_loss_rows(const Tensor& logits, const Tenso
                                                bool grad) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "masked_lm_loss: expected contiguous logits (C, V)");
   const int64_t rows = logits.size(0), cols = logits.size(1);
-  check_size(labels, "labels", 0, rows);
+  check_shape(labels, "labels", {rows});
   check_dtype(labels, "labels", ScalarType::Long);
-  check_size(bias, "bias", 0, cols);
+  check_shape(bias, "bias", {cols});
   if (grad) {
-    check_size(dbias, "dbias", 0, cols);
+    check_shape(dbias, "dbias", {cols});
     check_dtype(dbias, "dbias", ScalarType::Float);
     STD_TORCH_CHECK(dbias.is_contiguous(), "masked_lm_loss: expected contiguous dbias (V,)");
   }

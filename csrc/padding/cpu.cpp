@@ -84,7 +84,7 @@ Tensor gather_rows(const Tensor& x, const Tensor& indices) {
 Tensor scatter_rows(const Tensor& x, const Tensor& indices, int64_t rows) {
   STD_TORCH_CHECK(x.dim() >= 1 && rows >= 0, "padding: expected x (T, ...) and a number of rows");
   const Tensor from = as_contiguous(x), index = checked_indices(indices, rows);
-  check_size(indices, "indices", 0, x.size(0));
+  check_shape(indices, "indices", {x.size(0)});
   const Tensor out = empty(shape_with_rows(x, rows), x.scalar_type());
   const Rows row(x);
   if (row.bytes == 0) return out;

@@ -20,7 +20,7 @@ ACTIVATIONS = {None: Activation(0, ""), "gelu": Activation(1, "none"), "gelu_tan
 
 def check_activation(activation: str | None) -> None:
     """ValueError unless `activation` is a key of ACTIVATIONS."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str | None) or activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected None, 'gelu' or 'gelu_tanh'")
 
 

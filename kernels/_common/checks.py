@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 _CHECK_VALUES = os.environ.get("BERT_FAST_CHECK") == "1"
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # normal numbers of float32
+# Tensor subclasses that stand for ordinary tensors while a graph is traced.
+_TRACED = (FakeTensor, FunctionalTensor)
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """TypeError unless `x` is a dense tensor whose memory a kernel can read.
+
+    A subclass with operators of its own (a quantized or a distributed weight) or a sparse tensor has no such memory.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
+    if type(x) is not Tensor and type(x) is not torch.nn.Parameter and _has_own_operators(x):
+        raise TypeError(
+            f"{name} is {type(x).__name__}, a tensor subclass with operators of its own; expected a torch.Tensor, or "
+            "call its own operators (torch.nn.functional.linear, for example)"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} has the layout {x.layout}; expected a dense tensor (torch.strided): {name}.to_dense()")
+
+
+def _has_own_operators(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or isinstance(x, _TRACED):
+        return False
+    return getattr(type(x), "__torch_dispatch__", None) is not Tensor.__torch_dispatch__
+
+
+def check_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
+    """`value` as a float; TypeError unless it is a real number, ValueError unless it is in [low, high]."""
+    if type(value) not in (int, float) and not _is_number(value, numbers.Real, (torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
+    if not low <= value <= high:  # false for NaN
+        raise ValueError(f"{name} is {value}; expected {expected}")
+    traced: Any = value  # a SymFloat stays one
+    return traced if isinstance(value, torch.SymInt | torch.SymFloat) else float(value)
+
+
+def check_int(name: str, value: Any, low: int, high: int, expected: str) -> None:
+    """TypeError unless `value` is an integer; ValueError unless it is in [low, high]; the error says `expected`."""
+    if type(value) is not int and not _is_number(value, numbers.Integral, (torch.SymInt,)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; expected {expected}")
+
+
+def _is_number(value: Any, kind: type, symbolic: tuple[type, ...]) -> bool:
+    return isinstance(value, (kind, *symbolic)) and not isinstance(value, bool)
 
 
 def check_shape(name: str, x: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -30,8 +81,7 @@ def check_floating(
     name: str, x: Tensor, shape: tuple[int | str, ...] | None = None, device_of: Tensor | None = None
 ) -> None:
     """TypeError unless `x` is a floating-point tensor; ValueError unless it has `shape` and `device_of`'s device."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
+    check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}; expected a floating-point tensor")
     if shape is not None:
@@ -42,8 +92,7 @@ def check_floating(
 
 def check_integer(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.int64, torch.int32)) -> None:
     """TypeError unless `x` is an integer tensor of one of `dtypes`."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
+    check_tensor(name, x)
     if x.dtype not in dtypes:
         raise TypeError(f"{name} is {x.dtype}; expected {' or '.join(str(dtype) for dtype in dtypes)}")
 
@@ -62,10 +111,24 @@ def check_same_dtype(x: Tensor, **others: Tensor) -> None:
             raise TypeError(f"{name} is {other.dtype}; expected {x.dtype}, the dtype of the first argument")
 
 
-def check_eps(eps: float) -> None:
-    """ValueError unless `eps` is positive: a constant row has no variance to divide by."""
-    if not eps > 0.0:
-        raise ValueError(f"eps is {eps}; expected a positive number such as 1e-12")
+def check_eps(eps: float) -> float:
+    """`eps` as a float; TypeError or ValueError unless it is a positive float32: a constant row has no variance."""
+    return check_number("eps", eps, SMALLEST, LARGEST, "a positive number such as 1e-12")
+
+
+def check_finite(name: str, value: float) -> float:
+    """`value` as a float; TypeError or ValueError unless it is a finite number of float32."""
+    return check_number(name, value, -LARGEST, LARGEST, "a finite number")
+
+
+def check_not_negative(name: str, value: float, largest: float = LARGEST) -> float:
+    """`value` as a float; TypeError or ValueError unless it is a number from 0 to `largest`."""
+    return check_number(name, value, 0.0, largest, f"a finite number that is not negative, at most {largest:.3g}")
+
+
+def check_max_seqlen(max_seqlen: int) -> None:
+    """TypeError or ValueError unless `max_seqlen` is an integer from 0 to 2^31 - 1."""
+    check_int("max_seqlen", max_seqlen, 0, 2**31 - 1, "the length of the longest sequence, at least 0")
 
 
 def check_rng_state(rng_state: Tensor, x: Tensor) -> None:
@@ -126,3 +189,9 @@ def to_compute_dtype(x: Tensor) -> Tensor:
     """`x` in its `compute_dtype`; `x` itself where it has it."""
     dtype = compute_dtype(x)
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def parameter_like(parameter: Tensor, x: Tensor) -> Tensor:
+    """`parameter` in the dtype of `x`; as it is where autocast casts it, and keeps a cast weight for the next call."""
+    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, parameter.dtype)
+    return parameter if casts else parameter.to(x.dtype)

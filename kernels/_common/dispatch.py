@@ -90,7 +90,7 @@ class Op:
             ImplUnavailableError: the op has no such implementation, or it can't run here or on this device or dtype.
         """
         dtype = dtype or x.dtype
-        requested = _default[-1] if impl == "auto" else impl
+        requested = _default[-1].get(self.name, _default[-1][_OTHERS]) if impl == "auto" else impl
         if requested != "reference" and _transformed():
             return self._select_transformed(requested)
         if requested == "auto":
@@ -173,28 +173,34 @@ def _initial_default() -> str:
     return value
 
 
-_default = [_initial_default()]
+_OTHERS = ""  # the key for the ops that are not named
+_default = [{_OTHERS: _initial_default()}]
 
 
 @contextmanager
-def use_impl(impl: str) -> Iterator[None]:
-    """Context manager within which `impl="auto"` means `impl`, for every op of the process.
+def use_impl(impl: str | Mapping[str, str]) -> Iterator[None]:
+    """Context manager within which `impl="auto"` means `impl`, for every op of the process or for some.
 
     The environment variable BERT_FAST_IMPL, read at import, sets the same default for the whole process. The setting
     is not thread-local: enter it from one thread.
 
     Args:
-        impl: "auto", "reference", "triton", "cuda" or "cpu".
+        impl: "auto", "reference", "triton", "cuda" or "cpu"; or {op: one of these}, which leaves the other ops as they
+            are: `with use_impl("triton"), use_impl({"attention": "cuda"}): ...`.
 
     Returns:
-        A context manager. Within it a call of an op that lacks `impl` raises `ImplUnavailableError`.
+        A context manager. Within it a call of an op that lacks its `impl` raises `ImplUnavailableError`.
 
     Raises:
-        ValueError: `impl` is none of these, on entering the block.
+        ValueError: `impl` is none of these or names no op, on entering the block.
     """
-    if impl not in ("auto", *IMPLS):
-        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(('auto', *IMPLS))}")
-    _default.append(impl)
+    chosen = dict(impl) if isinstance(impl, Mapping) else {_OTHERS: impl}
+    for op, name in chosen.items():
+        if op not in (_OTHERS, *OPS) or (op == _OTHERS and isinstance(impl, Mapping)):
+            raise ValueError(f"impl names the op {op!r}; expected some of {', '.join(sorted(OPS))}")
+        if name not in ("auto", *IMPLS):
+            raise ValueError(f"impl is {name!r}; expected one of {', '.join(('auto', *IMPLS))}")
+    _default.append({**_default[-1], **chosen} if isinstance(impl, Mapping) else chosen)
     try:
         yield
     finally:

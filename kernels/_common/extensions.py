@@ -90,7 +90,7 @@ def has_bf16_isa() -> bool:
 
 
 def fingerprint(address: int, size: int) -> int:
-    """Hash of 64 words spread over the `size` bytes at `address`, which must be readable memory."""
+    """A 64-bit hash of the `size` bytes at `address`, which must be readable memory."""
     return int(_extension.fingerprint(address, size))
 
 

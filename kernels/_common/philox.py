@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.checks import check_rng_state
+from bert_fast.kernels._common.checks import LARGEST, check_number, check_rng_state
 
 ROUNDS = 7
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -37,6 +37,7 @@ def dropout_threshold(dropout_p: float) -> int:
 
     Raises ValueError where `dropout_p` is outside [0, 1) or rounds to dropping none (but 0 itself) or all elements.
     """
+    check_number("dropout_p", dropout_p, -LARGEST, LARGEST, "0 or a probability from 1/512 to 511/512 (steps of 1/256)")
     if dropout_p == 0.0:
         return 0
     threshold = int(dropout_p * 256 + 0.5) if 0.0 < dropout_p < 1.0 else 0

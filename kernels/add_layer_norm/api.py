@@ -60,7 +60,7 @@ def add_layer_norm(
     check_floating("bias", bias, width, x)
     if x_bias is not None:
         check_floating("x_bias", x_bias, width, x)
-    check_eps(eps)
+    eps = check_eps(eps)
     rng_state = dropout_state(dropout_p, rng_state, x)
     x, residual = to_compute_dtype(x), to_compute_dtype(residual)
     check_same_dtype(x, residual=residual)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from bert_fast.kernels._common.checks import (
     check_cu_seqlens,
+    check_finite,
     check_floating,
+    check_max_seqlen,
     check_same_device,
     to_compute_dtype,
 )
@@ -38,7 +40,7 @@ def attention(
             A sequence may be empty.
         max_seqlen: at least the length of the longest sequence; implementations may size their work by it.
         bias: (3, N, D), the dtype of `qkv` or float32; None for none.
-        softmax_scale: factor of the scores; None for 1 / sqrt(D).
+        softmax_scale: factor of the scores, finite; None for 1 / sqrt(D).
         dropout_p: probability of dropping an attention probability, 0 or in [1/512, 511/512] (steps of 1/256).
         rng_state: int64 (2,), seed and offset of the dropout mask (see `_common/philox.py`: plane = head, row = the
             query's token, column = the key's position in its sequence); drawn from torch's generator where None.
@@ -48,8 +50,8 @@ def attention(
         (T, N, D) in the dtype of `qkv`, under autocast in autocast's.
 
     Raises:
-        TypeError: a tensor is not floating point, or cu_seqlens not int32.
-        ValueError: a shape, a device, `dropout_p`, `max_seqlen` or `impl` is none of these; or, where values are read
+        TypeError: a tensor is not dense and floating point, cu_seqlens is not int32, or a number has another type.
+        ValueError: a shape, a device, a number or `impl` is none of these; or, where values are read
             (CPU tensors; on CUDA under BERT_FAST_CHECK=1), cu_seqlens doesn't rise from 0 to T in steps of at most
             max_seqlen.
         ImplUnavailableError: the requested `impl` can't run here.
@@ -59,15 +61,15 @@ def attention(
     check_floating("qkv", qkv, ("T", 3, "N", "D"))
     if bias is not None:
         check_floating("bias", bias, qkv.shape[1:], qkv)
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen is {max_seqlen}; expected the length of the longest sequence, at least 0")
+    check_max_seqlen(max_seqlen)
     check_cu_seqlens(cu_seqlens, qkv.shape[0], max_seqlen)
     check_same_device(qkv, cu_seqlens=cu_seqlens)
     if qkv.shape[3] < 1:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected a head dimension D of at least 1")
     rng_state = dropout_state(dropout_p, rng_state, qkv)
-    if softmax_scale is None:
-        softmax_scale = 1.0 / math.sqrt(qkv.shape[3])
+    softmax_scale = (
+        1.0 / math.sqrt(qkv.shape[3]) if softmax_scale is None else check_finite("softmax_scale", softmax_scale)
+    )
     qkv = to_compute_dtype(qkv)
     out: Tensor = OP.select(impl, qkv)(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
     return out

@@ -1,7 +1,7 @@
 """Attention over a packed batch in eager PyTorch: the definition.
 
-Gathers to (B, S), takes the dense softmax there and gathers back. Shapes depend on B, T and max_seqlen alone, so that
-torch.compile traces it without a graph break.
+Gathers to (B, S), takes the dense softmax there and gathers back. S is the length of the longest sequence; where
+reading it would synchronize or break a graph, it is the smaller of max_seqlen and T.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bert_fast.kernels._common.checks import values_are_checked
 from bert_fast.kernels._common.philox import dropout_threshold, multiplier_at
 
 
@@ -43,7 +44,12 @@ def attention_reference(
     if bias is not None:
         qkv = qkv + bias.to(qkv.dtype)
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    position = torch.arange(max_seqlen, device=qkv.device)
+    if torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
+        _assert_sequences(cu_seqlens, total, max_seqlen)
+    seqlen = min(max_seqlen, total)
+    if values_are_checked(cu_seqlens) and starts.shape[0]:
+        seqlen = min(seqlen, int((ends - starts).max()))
+    position = torch.arange(seqlen, device=qkv.device)
     valid = position < (ends - starts).unsqueeze(1)  # (B, S)
     # Padding reads a row of zeros after the last token: no sequence sees another's NaN, not even multiplied by 0.
     token = (starts.unsqueeze(1) + position).masked_fill(~valid, total)  # (B, S)
@@ -62,7 +68,14 @@ def attention_reference(
     out = torch.matmul(probs, value).transpose(1, 2).flatten(0, 1)  # (B S, N, D)
 
     sequence = torch.searchsorted(ends, torch.arange(total, device=qkv.device), right=True)  # (T,)
-    return out[sequence * max_seqlen + torch.arange(total, device=qkv.device) - starts[sequence]]
+    return out[sequence * seqlen + torch.arange(total, device=qkv.device) - starts[sequence]]
+
+
+def _assert_sequences(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
+    """In a compiled graph, where the public function reads no values: an error when the graph runs."""
+    lengths = cu_seqlens.diff()
+    valid = (lengths >= 0).all() & (lengths <= max_seqlen).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total)
+    torch._assert_async(valid, "cu_seqlens: expected to rise from 0 to T in steps of at most max_seqlen")
 
 
 def _keep_mask(rng_state: Tensor, threshold: int, token: Tensor, heads: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from bert_fast.kernels._common.checks import (
     check_eps,
     check_floating,
+    check_int,
     check_integer,
     check_range,
     check_same_device,
@@ -76,9 +77,10 @@ def embedding_layer_norm(
         check_range(name, index, table.shape[0], f"{of} has {table.shape[0]} rows")
     check_same_device(input_ids, **ids, **tables, weight=weight, bias=bias)
     check_same_dtype(word, token_type=token_type, position=position)
-    if padding_idx is not None and not 0 <= padding_idx < word.shape[0]:
-        raise ValueError(f"padding_idx is {padding_idx}; expected None or a row of word, 0 to {word.shape[0] - 1}")
-    check_eps(eps)
+    if padding_idx is not None:
+        last = word.shape[0] - 1
+        check_int("padding_idx", padding_idx, 0, last, f"None or a row of word, 0 to {last}")
+    eps = check_eps(eps)
     rng_state = dropout_state(dropout_p, rng_state, word)
 
     # A float32 table is rounded once, on the way out; others keep their dtype in the kernel.

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.checks import check_floating, check_same_device
+from bert_fast.kernels._common.checks import (
+    LARGEST,
+    SMALLEST,
+    check_floating,
+    check_int,
+    check_not_negative,
+    check_number,
+    check_same_device,
+)
 from bert_fast.kernels._common.library import TRITON_DTYPES
 from bert_fast.kernels.lamb.op import OP
 
@@ -46,10 +55,15 @@ def clip_scale(grads: Sequence[Tensor], max_norm: float, *, impl: str = "auto") 
     """
     if not grads:
         raise ValueError("grads is empty; expected at least one tensor")
-    if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}; expected a number above 0")
+    # The square of a float32 norm above 1e30 is infinite: nothing is clipped there, nor with max_norm = inf.
+    max_norm = (
+        1e30 if max_norm == math.inf else check_number("max_norm", max_norm, SMALLEST, LARGEST, "a number above 0")
+    )
     for index, grad in enumerate(grads):
         check_floating(f"grads[{index}]", grad)
+        _check_not_negative_view(f"grads[{index}]", grad)
+        if grad.device.type == "meta" and grads[0].device.type != "meta":
+            raise ValueError(f"grads[{index}] is on meta; expected a tensor with values, as grads[0]")
     if impl == "auto" and any(grad.device != grads[0].device for grad in grads):
         impl = "reference"
     for index, grad in enumerate(grads) if impl == "triton" else ():
@@ -106,15 +120,32 @@ def lamb_step(
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors; expected {len(params)}, one a parameter")
-    _check_numbers(step, betas, eps, weight_decay)
     for index, param in enumerate(params):
         check_floating(f"params[{index}]", param, device_of=params[0])
         for name, tensors in lists.items():
             check_floating(f"{name}[{index}]", tensors[index], param.shape, param)
+            _check_not_negative_view(f"{name}[{index}]", tensors[index])
+        _check_not_negative_view(f"params[{index}]", param)
+    tensors = [*params, *grads, *exp_avgs, *exp_avg_sqs]
+    largest = min([LARGEST, *(torch.finfo(x.dtype).max for x in tensors)])
+    if not isinstance(lr, Tensor):
+        lr = check_not_negative("lr", lr, largest)
+    if not isinstance(grad_scale, Tensor):
+        grad_scale = check_not_negative("grad_scale", grad_scale, largest)
+    _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, largest)
     if params:
-        dtype = _deciding_dtype([*params, *grads, *exp_avgs, *exp_avg_sqs])
+        dtype = _deciding_dtype(tensors)
         OP.select(impl, params[0], dtype)().lamb_step(
-            list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), step, lr, betas, eps, weight_decay, grad_scale
+            list(params),
+            list(grads),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            step,
+            lr,
+            betas,
+            float(eps),
+            float(weight_decay),
+            grad_scale,
         )
 
 
@@ -123,9 +154,29 @@ def _deciding_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return next((x.dtype for x in tensors if x.dtype not in TRITON_DTYPES), tensors[0].dtype)
 
 
-def _check_numbers(step: int | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    if not isinstance(step, Tensor) and step < 1:
-        raise ValueError(f"step is {step}; expected 1 for the first step, then one more each")
+def _check_not_negative_view(name: str, x: Tensor) -> None:
+    if x.is_neg():
+        raise ValueError(f"{name} is a view with its sign bit pending; expected {name}.resolve_neg()")
+
+
+def _check_numbers(
+    step: int | Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: float | Tensor,
+    largest: float,
+) -> None:
+    for name, value in (("step", step), ("lr", lr), ("grad_scale", grad_scale)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected a tensor () or a number")
+    if not isinstance(step, Tensor):
+        check_int("step", step, 1, 2**53, "1 for the first step, then one more each")
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"betas is {betas!r}; expected two numbers in [0, 1)")
+    for name, number in (("betas", betas[0]), ("betas", betas[1]), ("eps", eps), ("weight_decay", weight_decay)):
+        check_number(name, number, -largest, largest, f"a finite number, at most {largest:.3g}")
     if not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas is {betas}; expected two numbers in [0, 1)")
     if eps < 0 or weight_decay < 0:

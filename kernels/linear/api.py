@@ -21,9 +21,8 @@ def linear(
 ) -> Tensor:
     """Linear layer with an optional GeLU: out = act(x weight^T + bias).
 
-    On the CPU the weight of a call without gradients is packed once (float32 where the CPU has no bfloat16
-    instructions) and the packed copy is reused until the weight changes or is deleted; README.md says which changes are
-    detected. On a GPU the product is cuBLAS's and bias_gelu its epilogue.
+    The weight is read at every call; on the CPU `bert_fast.freeze` keeps packed copies of a model's weights. On a GPU
+    the product is cuBLAS's and bias_gelu its epilogue.
 
     Args:
         x: (T, K) float32, bfloat16, float16 or float64.

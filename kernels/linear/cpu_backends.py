@@ -1,9 +1,11 @@
 """Backends of linear on the CPU: which library or kernel computes the product of a dtype on an instruction set.
 
-"tiles"   in inference: our float32 product of packed weights, with bias and GeLU in its epilogue (csrc/linear).
+"tiles"   in inference: our float32 product, with bias and GeLU in its epilogue (csrc/linear).
 "blas"    torch's own product (MKL on x86-64), then our bias_gelu.
-"onednn"  oneDNN's product of packed weights with bias and GeLU in its epilogue; in training, of unpacked weights.
+"onednn"  oneDNN's product, with bias and GeLU in its epilogue.
 "float32" in training: the BLAS's float32 product of bfloat16 operands, where the CPU has no bfloat16 instructions.
+
+The weight of a call is read where it lies; in inference those that `bert_fast.freeze` was called for are packed once.
 
 The choice depends on the instruction set and the dtype alone, never on a timing, so that every process computes the
 same bits.
@@ -20,9 +22,10 @@ from torch.nn import functional as F
 
 from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.activation import ACTIVATIONS
+from bert_fast.kernels._common.checks import parameter_like
 from bert_fast.kernels._common.library import implement
 from bert_fast.kernels._common.row_buckets import pad_rows
-from bert_fast.kernels._common.weight_cache import cacheable, cached_weight
+from bert_fast.kernels._common.weight_cache import are_frozen, cacheable, cached_weight
 
 # oneDNN chooses a packed layout by the number of rows: a constant, so that bits don't depend on the first caller's.
 _PACKED_ROWS = 256
@@ -107,21 +110,21 @@ def run(ops: Any, *inputs: Any) -> Tensor:
     training = call.trains
     backends = BACKENDS[call.x.dtype]
     backend = backends.training if training else backends.inference
+    eager = not training and not torch.compiler.is_compiling() and cacheable(call.weights)
     if backend == "blas":
-        if not training and len(call.weights) > 1 and cacheable(call.weights) and not torch.compiler.is_compiling():
+        if eager and len(call.weights) > 1 and are_frozen(call.weights):
             call = call._replace(weights=(cached_weight("concatenated", call.weights, lambda weight: weight),))
         return blas(ops, *call)
-    if training or torch.compiler.is_compiling() or not cacheable(call.weights):
+    if not eager:
         return _differentiable(ops, call)
-    return _packed(call) if backend == "onednn" else _tiles(call)
+    return _onednn(call) if backend == "onednn" else _tiles(call)
 
 
 def blas(ops: Any, *inputs: Any) -> Tensor:
     """act(x weight^T + bias) by torch's own product and the bias_gelu of `ops`, on any device."""
     x, weights, bias, activation = LinearArguments(*inputs)
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):  # autocast casts and caches the weight
-        weight = weight.to(x.dtype)
+    weight = parameter_like(weight, x)
     if activation is not None:
         return _epilogue(ops, F.linear(x, weight), bias, activation)
     if bias is not None and bias.dtype != weight.dtype:
@@ -146,10 +149,14 @@ def _epilogue(ops: Any, product: Tensor, bias: Tensor | None, activation: str | 
 
 
 def _tiles(call: LinearArguments) -> Tensor:
-    packed = cached_weight("tiles", call.weights, torch.ops.bert_fast.linear_pack)
-    columns = sum([weight.shape[0] for weight in call.weights])
     code = ACTIVATIONS[call.activation].code
-    out: Tensor = torch.ops.bert_fast.linear_tiles(call.x, packed, columns, call.bias, code)
+    out: Tensor
+    if are_frozen(call.weights):
+        packed = cached_weight("tiles", call.weights, torch.ops.bert_fast.linear_pack)
+        columns = sum([weight.shape[0] for weight in call.weights])
+        out = torch.ops.bert_fast.linear_tiles(call.x, packed, columns, call.bias, code)
+    else:
+        out = torch.ops.bert_fast.linear_unpacked(call.x, call.weights, call.bias, code)
     return out
 
 
@@ -167,33 +174,50 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     return out
 
 
-def _packed(call: LinearArguments) -> Tensor:
+def _onednn(call: LinearArguments) -> Tensor:
     x, weights, bias, activation = call
     if not x.shape[0]:
         return x.new_empty(0, sum(weight.shape[0] for weight in weights))
-    packed = cached_weight(_CACHE_KINDS[x.dtype], weights, lambda weight: pack(weight.to(x.dtype)))
-    return _pointwise(pad_rows(x), packed, None if bias is None else bias.to(x.dtype), activation)[: x.shape[0]]
+    if are_frozen(weights):
+        weight = cached_weight(_CACHE_KINDS[x.dtype], weights, lambda weight: pack(weight.to(x.dtype)))
+    else:
+        weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(x.dtype)
+    return _pointwise(pad_rows(x), weight, None if bias is None else bias.to(x.dtype), activation)[: x.shape[0]]
+
+
+def _check_product(x: Tensor, weight: Tensor) -> None:
+    """oneDNN and the tiles read memory by these shapes."""
+    fits = x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1]
+    if not fits or x.dtype not in BACKENDS or not weight.is_floating_point():
+        raise ValueError(
+            f"linear_fwd: x is {x.dtype} {tuple(x.shape)} and weight {weight.dtype} {tuple(weight.shape)}; expected "
+            "torch.float32 or torch.bfloat16 (T, K) and floating point (N, K)"
+        )
 
 
 def _product(x: Tensor, weight: Tensor, cache_weight: bool) -> Tensor:
     """The operator linear_fwd: x weight^T in the dtype of x; `cache_weight` takes the path of inference."""
+    _check_product(x, weight)
     with torch.autocast("cpu", enabled=False):
         cache_weight = cache_weight and cacheable((weight,))
         backend = BACKENDS[x.dtype].inference if cache_weight else BACKENDS[x.dtype].training
         if backend == "tiles":
             return _tiles(LinearArguments(x, (weight,), None, None))
-        if backend == "onednn" and x.shape[0]:
+        if backend == "onednn" and x.numel() and weight.numel():
             if cache_weight:
-                return _packed(LinearArguments(x, (weight,), None, None))
+                return _onednn(LinearArguments(x, (weight,), None, None))
             return _pointwise(x.contiguous(), weight.to(x.dtype).contiguous())
         return F.linear(x.float(), weight.float()).to(x.dtype)
 
 
 def _gradients(dout: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """The operator linear_bwd: dx in the dtype of x, dweight in that of weight; empty where not needed."""
+    _check_product(x, weight)
+    if dout.shape != (x.shape[0], weight.shape[0]) or dout.dtype != x.dtype or len(needs) != 2:
+        raise ValueError(f"linear_bwd: dout is {dout.dtype} {tuple(dout.shape)}; expected that of the product")
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     with torch.autocast("cpu", enabled=False):
-        if BACKENDS[x.dtype].training == "onednn" and x.shape[0]:
+        if BACKENDS[x.dtype].training == "onednn" and x.numel() and weight.numel():
             if needs[0]:
                 dx = _pointwise(dout.contiguous(), pack(weight.to(x.dtype).t()))
             if needs[1]:

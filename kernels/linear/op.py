@@ -1,8 +1,8 @@
 """Operators of linear: fakes, gradient, implementations and auto rules.
 
 `linear_fwd` and `linear_bwd` are the matrix products alone, for those backends of cpu_backends.py that don't call
-torch's own; `linear_pack` and `linear_tiles` are the compiled product of inference. Bias and GeLU that need a gradient
-are bias_gelu's operator.
+torch's own; `linear_unpacked` is the compiled product of inference, `linear_pack` and `linear_tiles` that of a frozen
+weight. Bias and GeLU that need a gradient are bias_gelu's operator.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ def _tiles_fake(x: Tensor, packed: Tensor, columns: int, bias: Tensor | None, ac
     return x.new_empty(x.shape[0], columns)
 
 
+def _unpacked_fake(x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: int) -> Tensor:
+    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
+
+
 def _setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
     ctx.save_for_backward(inputs.x, inputs.weight)
 
@@ -61,6 +65,7 @@ define("linear_bwd", _bwd_fake, triton=False)
 define("linear_fwd", _fwd_fake, setup_context=_setup_context, backward=_backward, triton=False)
 define("linear_pack", _pack_fake, triton=False)
 define("linear_tiles", _tiles_fake, triton=False)
+define("linear_unpacked", _unpacked_fake, triton=False)
 cpu_backends.register()
 
 
@@ -77,7 +82,7 @@ OP = Op(
             triton_implementation(functools.partial(cpu_backends.blas, torch.ops.bert_fast_triton), "bias_gelu")
         ),
         "cuda": _on_gpu(cuda_kernels(cpu_backends.blas, "bias_gelu", "bias_gelu_fwd", "bias_gelu_bwd")),
-        "cpu": native_cpu(cpu_backends.run, "linear_tiles", "bias_gelu_fwd"),
+        "cpu": native_cpu(cpu_backends.run, "linear_tiles", "linear_unpacked", "bias_gelu_fwd"),
     },
     auto_rules=(
         AutoRule(

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bert_fast.kernels._common.activation import activate
+from bert_fast.kernels._common.checks import parameter_like
 
 
 def linear_reference(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, activation: str | None) -> Tensor:
@@ -24,6 +25,5 @@ def linear_reference(x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None
         (T, N) in the dtype of `x`; under autocast in autocast's, which casts the operands and caches the cast weight.
     """
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if not torch.is_autocast_enabled(x.device.type):
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    weight, bias = parameter_like(weight, x), None if bias is None else parameter_like(bias, x)
     return activate(F.linear(x, weight, bias), activation)

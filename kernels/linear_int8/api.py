@@ -10,6 +10,7 @@ from torch import Tensor
 from bert_fast.kernels._common.activation import check_activation
 from bert_fast.kernels._common.checks import (
     check_floating,
+    check_int,
     check_integer,
     check_same_device,
     check_shape,
@@ -49,11 +50,12 @@ def quantize_weight(weight: Tensor, *, limit: int | None = None) -> Int8Weight:
     inference", 2018.
     """
     check_floating("weight", weight, ("N", "K"))
+    if weight.device.type == "meta":
+        raise ValueError("weight is on meta; expected a tensor with values")
     if not weight.numel() or not bool(weight.isfinite().all()):
         raise ValueError(f"weight (shape {tuple(weight.shape)}) is empty or not finite; expected finite numbers")
     limit = cpu_backends.weight_limit() if limit is None else limit
-    if not 1 <= limit <= 127:
-        raise ValueError(f"limit is {limit}; expected 1 to 127")
+    check_int("limit", limit, 1, 127, "1 to 127")
     precise = weight.detach().float()
     scale = precise.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / limit
     values = (precise / scale[:, None]).round().clamp(-limit, limit).to(torch.int8)
@@ -155,16 +157,29 @@ def feed_forward_int8(
 def _check_input(x: Tensor, input_range: Tensor | None) -> None:
     check_floating("x", x, ("T", "K"))
     _check_range(input_range, x)
+    _check_no_gradient("x", x)
+
+
+def _check_no_gradient(name: str, x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("x.requires_grad is True, and linear_int8 has no gradient; run it under torch.no_grad()")
+        raise ValueError(f"{name}.requires_grad is True, and linear_int8 has no gradient; run it under torch.no_grad()")
 
 
 def _check_weight(weight: Int8Weight, bias: Tensor | None, width: int, x: Tensor) -> None:
-    check_integer("weight.values", weight.values, (torch.int8,))
-    check_shape("weight.values", weight.values, ("N", width))
-    check_same_device(x, **{"weight.values": weight.values})
+    if not isinstance(weight, tuple) or len(weight) != len(Int8Weight._fields):
+        raise TypeError(f"weight is {type(weight).__name__}; expected an Int8Weight, from quantize_weight")
+    values, scale, sums = weight
+    check_integer("weight.values", values, (torch.int8,))
+    check_shape("weight.values", values, ("N", width))
+    if not width:
+        raise ValueError(f"weight.values has shape {tuple(values.shape)}; expected rows of at least one value")
+    check_same_device(x, **{"weight.values": values})
+    for name, vector in (("weight.scale", scale), ("weight.sums", sums)):
+        check_floating(name, vector, values.shape[:1], x)
+        _check_no_gradient(name, vector)
     if bias is not None:
         check_floating("bias", bias, weight.values.shape[:1], x)
+        _check_no_gradient("bias", bias)
 
 
 def _check_range(input_range: Tensor | None, x: Tensor) -> None:

@@ -8,7 +8,7 @@ Both compute the same bits: the sums are integers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,19 +42,60 @@ def missing() -> str:
     return ""
 
 
+class _Packed(NamedTuple):
+    """What is kept of values (N, K), their sums too: the caller's may be older than the values."""
+
+    panels: Tensor
+    sums: Tensor  # (N,) float32
+
+    @classmethod
+    def of(cls, values: Tensor) -> _Packed:
+        """ValueError where a value is too large for this CPU to multiply without saturation."""
+        kind, pack = ("int8 tiles", _pack_tiles) if _use_tiles() else ("int8 onednn", _pack_onednn)
+        packed: _Packed = cached_weight(kind, (values.contiguous(),), lambda x: cls(pack(x), _sums(x)))
+        return packed
+
+
+def _sums(values: Tensor) -> Tensor:
+    return values.sum(1, dtype=torch.int64).float()
+
+
 def _product(u: Tensor, values: Tensor) -> Tensor:
     """The operator linear_int8_product: u values^T, u (T, K) uint8, values (N, K) int8; the integers as float32 (T, N).
 
     Raises:
         ValueError: a value is too large for this CPU to multiply without saturation.
     """
+    if u.dtype != torch.uint8 or values.dtype != torch.int8 or values.dim() != 2 or values.shape[1:] != u.shape[1:]:
+        raise ValueError(
+            f"linear_int8_product: u is {u.dtype} {tuple(u.shape)} and values {values.dtype} {tuple(values.shape)}; "
+            "expected torch.uint8 (T, K) and torch.int8 (N, K)"
+        )
+    if not values.numel():
+        return u.new_zeros(u.shape[0], values.shape[0], dtype=torch.float32)
+    packed = cached_weight("int8 onednn", (values.contiguous(),), lambda x: _Packed(_pack_onednn(x), _sums(x)))
+    return _multiply(u, packed.panels, values.shape[0])
+
+
+def _multiply(u: Tensor, panels: Tensor, columns: int) -> Tensor:
+    """oneDNN's product of a weight that it packed."""
+    if u.dim() != 2 or not u.shape[1]:
+        raise ValueError(f"linear_int8_product: u has shape {tuple(u.shape)}; expected (T, K), K at least 1")
     if not u.shape[0]:
-        return u.new_empty(0, values.shape[0], dtype=torch.float32)
-    packed, one, zero = cached_weight("int8 onednn", (values.contiguous(),), _pack)
+        return u.new_empty(0, columns, dtype=torch.float32)
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        pad_rows(u), 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        pad_rows(u), 1.0, 0, panels, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return out[: u.shape[0]]
+
+
+def _product_and_sums(ops: Any, u: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """u values^T by oneDNN, and the sums of the rows of values."""
+    if torch.compiler.is_compiling():
+        return ops.linear_int8_product(u, values), _sums(values)
+    packed = _Packed.of(values)
+    return _multiply(u, packed.panels, values.shape[0]), packed.sums
 
 
 def _check_exact(values: Tensor) -> None:
@@ -66,10 +107,10 @@ def _check_exact(values: Tensor) -> None:
         )
 
 
-def _pack(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pack_onednn(values: Tensor) -> Tensor:
     _check_exact(values)
-    packed = torch.ops.onednn.qlinear_prepack(values, [_PACKED_ROWS, values.shape[1]])
-    return packed, torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(values, [_PACKED_ROWS, values.shape[1]])
+    return packed
 
 
 def _pack_tiles(values: Tensor) -> Tensor:
@@ -91,15 +132,16 @@ def _layer(
     dtype: torch.dtype,
 ) -> Tensor:
     """act(x weight^T + bias) in `dtype`, of quantized rows of x: u (T, K), scale (T,), low (T,)."""
-    values, *scale_and_sums = weight
+    values, scale, _ = weight
     u, *scale_and_low = rows
-    epilogue = (*scale_and_low, *scale_and_sums, bias, ACTIVATIONS[activation].code, dtype == torch.bfloat16)
+    how = (bias, ACTIVATIONS[activation].code, dtype == torch.bfloat16)
     out: Tensor
     if _use_tiles():
-        packed = cached_weight("int8 tiles", (values.contiguous(),), _pack_tiles)
-        out = ops.linear_int8_tiles(u, packed, values.shape[0], *epilogue)
+        packed = _Packed.of(values)
+        out = ops.linear_int8_tiles(u, packed.panels, values.shape[0], *scale_and_low, scale, packed.sums, *how)
     else:
-        out = ops.linear_int8_epilogue(ops.linear_int8_product(u, values), *epilogue)
+        product, sums = _product_and_sums(ops, u, values)
+        out = ops.linear_int8_epilogue(product, *scale_and_low, scale, sums, *how)
     return out
 
 
@@ -130,9 +172,9 @@ def run_feed_forward(
     if _use_tiles():
         activations = ops.linear_int8_quantize(_layer(ops, rows, up, up_bias, activation, torch.float32), down_range)
     else:
-        product = ops.linear_int8_product(rows[0], up[0])
+        product, sums = _product_and_sums(ops, rows[0], up[0])
         activations = ops.linear_int8_epilogue_quantize(
-            product, *rows[1:], *up[1:], up_bias, ACTIVATIONS[activation].code, down_range
+            product, *rows[1:], up[1], sums, up_bias, ACTIVATIONS[activation].code, down_range
         )
     return _layer(ops, activations, down, None, None, x.dtype)
 

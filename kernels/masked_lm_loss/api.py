@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.checks import (
+    LARGEST,
+    check_eps,
     check_floating,
+    check_int,
     check_integer,
+    check_number,
     check_same_device,
     check_shape,
     to_compute_dtype,
@@ -97,10 +102,12 @@ def masked_lm_loss(
         check_floating(name, parameters[name], (width,), hidden)
     check_floating("decoder_weight", decoder_weight, ("V", width), hidden)
     check_floating("decoder_bias", decoder_bias, decoder_weight.shape[:1], hidden)
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing is {label_smoothing}; expected a number from 0 to below 1")
-    if not 0.0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss is {z_loss}; expected a number that is not negative, such as 1e-4")
+    eps = check_eps(eps)
+    check_int("ignore_index", ignore_index, -(2**63), 2**63 - 1, "the label of rows without a loss, an int")
+    label_smoothing = check_number(
+        "label_smoothing", label_smoothing, 0.0, math.nextafter(1.0, 0.0), "a number from 0 to below 1"
+    )
+    z_loss = check_number("z_loss", z_loss, 0.0, LARGEST, "a number that is not negative, such as 1e-4")
     _check_labels(labels, decoder_weight.shape[0], ignore_index)
     hidden = to_compute_dtype(hidden)
     call = OP.select(impl, hidden)

@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.checks import check_integer, check_same_device, check_shape, values_are_checked
+from bert_fast.kernels._common.checks import (
+    check_int,
+    check_integer,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    values_are_checked,
+)
 from bert_fast.kernels.padding.op import OP
 
 
@@ -46,8 +53,8 @@ def unpad(x: Tensor, attention_mask: Tensor, *, impl: str = "auto") -> Unpadded:
             are read (CPU tensors; on CUDA under BERT_FAST_CHECK=1), the mask has values other than 0 and 1.
         ImplUnavailableError: the requested `impl` does not exist or can't run here.
     """
-    _check_tensor("x", x)
-    _check_tensor("attention_mask", attention_mask)
+    check_tensor("x", x)
+    check_tensor("attention_mask", attention_mask)
     if x.dim() < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, S, ...)")
     check_shape("attention_mask", attention_mask, tuple(x.shape[:2]))
@@ -78,22 +85,19 @@ def pad(x: Tensor, indices: Tensor, batch: int, seqlen: int, *, impl: str = "aut
             `unpad`), the indices don't rise strictly or leave the range 0 to B S - 1.
         ImplUnavailableError: the requested `impl` does not exist or can't run here.
     """
-    _check_tensor("x", x)
+    check_tensor("x", x)
     check_integer("indices", indices, (torch.int64,))
     if x.dim() < 1:
         raise ValueError("x has shape (); expected (T, ...)")
     check_shape("indices", indices, (x.shape[0],))
     check_same_device(x, indices=indices)
+    for name, size in (("batch", batch), ("seqlen", seqlen)):
+        check_int(name, size, -(2**31), 2**31 - 1, "the B and S of the padded batch, at least 0")
     if batch < 0 or seqlen < 0:
         raise ValueError(f"batch is {batch} and seqlen {seqlen}; expected the B and S of the padded batch, at least 0")
     _check_indices(indices, batch, seqlen)
     out: Tensor = OP.select(impl, x)().scatter_rows(x, indices, batch * seqlen)
     return out.view(batch, seqlen, *x.shape[1:])
-
-
-def _check_tensor(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {type(x).__name__}; expected a torch.Tensor")
 
 
 def _as_bool(mask: Tensor) -> Tensor:

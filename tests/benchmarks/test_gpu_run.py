@@ -1,10 +1,12 @@
-"""The scripts for a GPU, without one: the steps of `make gpu`, their limits, and the verdicts of the sanitizer."""
+"""The scripts for a GPU, without one: the steps of both commands, their limits, and the verdicts of the sanitizer."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -12,9 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import launches, sanitize
 from benchmarks.gpu import run as gpu
-from benchmarks.gpu import sanitize
 from bert_fast.kernels import available_impls
+from bert_fast.kernels._common.cases import Sample
+from bert_fast.kernels._common.dispatch import OPS
+from bert_fast.testing import Comparison
 
 
 @pytest.fixture
@@ -61,14 +66,14 @@ def test_a_run_without_a_device_reports_it_and_runs_nothing(
     logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(logs / "out")])
+    monkeypatch.setattr(sys, "argv", ["gpu", "bench", "--out", str(logs / "out")])
     assert gpu.main() == 2
     printed = capsys.readouterr()
     assert "no CUDA device: torch.cuda.is_available() is False" in printed.err
     assert printed.out == ""
     assert not list(logs.iterdir())
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert "cannot import torch" in gpu.missing()
+    assert "cannot import torch" in gpu.device_here()[1]
 
 
 def test_a_run_is_packed_after_each_step(logs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -78,15 +83,17 @@ def test_a_run_is_packed_after_each_step(logs: Path, monkeypatch: pytest.MonkeyP
     old.write_text("{}")
     os.utime(old, (1e9, 1e9))
     writes = f"open({str(results / 'gpu-x' / 'new.json')!r}, 'w').write('1')"
-    monkeypatch.setattr(gpu, "STEPS", (step("one", writes, 1.0), step("two", "raise SystemExit(1)", 1.0)))
+    steps = (step("one", writes, 1.0), step("two", "raise SystemExit(1)", 1.0))
+    monkeypatch.setattr(gpu, "COMMANDS", {"check": steps})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "bert_fast" / "verified").mkdir(parents=True)
     (tmp_path / "bert_fast" / "verified" / "gpu-x.json").write_text("record")
-    monkeypatch.setattr(sys, "argv", ["gpu", "--results", str(results), "--out", str(out)])
+    flags = ["--seconds", "60", "--results", str(results), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["gpu", "check", *flags])
     assert gpu.main() == 1
     with tarfile.open(out / "gpu.tar.gz") as archive:
         names = archive.getnames()
-        summary = archive.extractfile("build/gpu/summary.txt")
+        summary = archive.extractfile("build/gpu/summary_check.txt")
         assert summary is not None
         assert re.search(rb"^one +passed .*\ntwo +failed", summary.read(), re.MULTILINE)
     for name in ("benchmarks/results/gpu-x/new.json", "bert_fast/verified/gpu-x.json", "build/gpu/one.log"):
@@ -94,23 +101,69 @@ def test_a_run_is_packed_after_each_step(logs: Path, monkeypatch: pytest.MonkeyP
     assert "benchmarks/results/gpu-x/old.json" not in names
 
 
-@pytest.mark.parametrize(("code", "natives"), [(0, [None]), (1, [None, "0"])], ids=["built", "no compiler"])
-def test_a_build_that_fails_is_followed_by_one_without_native_code(
-    code: int, natives: list[str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("carried", "broken", "names"),
+    [
+        (True, (), ["installation", "import after installation"]),
+        (True, ("import after installation",), ["build", "import after build"]),
+        (False, (), ["build", "import after build"]),
+        (False, ("build",), ["build", "build without kernels"]),
+        (False, ("import after build",), ["build", "import after build"]),
+    ],
+    ids=["carried", "carried for another torch", "built", "too slow", "built for another device"],
+)
+def test_the_cuda_kernels_are_kept_or_built_and_must_import(
+    carried: bool, broken: tuple[str, ...], names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    seen: list[str | None] = []
+    environments: dict[str, dict[str, str]] = {}
 
-    def run(name: str, command: list[str], limit: float, environment: dict[str, str]) -> gpu.Outcome:
-        seen.append(environment.get("BERT_FAST_NATIVE"))
-        assert "--no-index" in command
-        assert limit >= 25
-        return gpu.Outcome(name, "passed" if seen[-1] == "0" or code == 0 else "failed", 1.0)
+    def run(name: str, command: list[str], limit: float, environment: dict[str, str] | None = None) -> gpu.Outcome:
+        environments[name] = environment or {}
+        assert "--no-index" in command or command[-1] == "90"
+        assert limit > 0
+        return gpu.Outcome(name, "failed" if name in broken else "passed", 1.0)
 
     monkeypatch.setattr(gpu, "run", run)
-    outcomes = gpu.build(gpu.Options(False, tmp_path), 90.0)
-    assert seen == natives
-    assert len(outcomes) == len(natives)
-    assert outcomes[-1].result == "passed"
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "PREBUILT", tmp_path / "prebuilt")
+    (tmp_path / "bert_fast").mkdir()
+    if carried:
+        (tmp_path / "prebuilt").mkdir()
+        (tmp_path / "prebuilt" / "_CUDA.abi3.so").touch()
+    outcomes = gpu.build(gpu.Options(False, tmp_path, "90"), 90.0)
+    assert [outcome.name for outcome in outcomes] == names
+    assert ("keep" in [e.get("BERT_FAST_NATIVE") for e in environments.values()]) == carried
+    assert (tmp_path / "bert_fast" / "_CUDA.abi3.so").exists() == carried
+    if "build" in names:
+        assert environments["build"]["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+    if "build without kernels" in names:
+        assert environments["build without kernels"]["BERT_FAST_NATIVE"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("report", "capability", "expected"),
+    [
+        (None, "90", "no report of a build"),
+        ({"_CUDA": {"built": False, "reason": "no nvcc"}}, "90", "bert_fast._CUDA is not built: no nvcc"),
+        ({"_CUDA": {"built": True, "architectures": ["80", "100"]}}, "90", "this device needs 90a"),
+    ],
+)
+def test_a_build_without_code_for_the_device_is_a_failure(
+    report: dict[str, object] | None, capability: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bert_fast").mkdir()
+    (tmp_path / "bert_fast" / "_CUDA.py").touch()  # an empty module in its place
+    (tmp_path / "bert_fast" / "__init__.py").touch()
+    if report is not None:
+        (tmp_path / "bert_fast" / "_build_info.json").write_text(json.dumps(report))
+    command = [sys.executable, "-c", gpu.IMPORTS, capability]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert expected in done.stderr
+    built = {"_CUDA": {"built": True, "architectures": ["80", "90a"]}}
+    (tmp_path / "bert_fast" / "_build_info.json").write_text(json.dumps(built))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "bert_fast._CUDA imports, with code for 80, 90a\n")
 
 
 @pytest.mark.parametrize("limit", [13.0, 200.0])
@@ -121,11 +174,13 @@ def test_a_benchmark_stops_before_its_limit(limit: float, tmp_path: Path) -> Non
     assert "--quick" not in gpu.recorded(gpu.Options(True, tmp_path), limit)
 
 
-def test_the_shares_of_the_steps_are_less_than_nine_minutes() -> None:
-    assert sum(step.share for step in gpu.STEPS) <= 525
+def test_the_steps_fit_the_lease() -> None:
+    assert sum(step.share for step in gpu.COMMANDS["check"]) <= 300
+    assert sum(step.share for step in gpu.COMMANDS["bench"]) <= 390
 
 
-def test_every_command_of_the_steps_exists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rehearsal", [False, True])
+def test_every_command_of_the_steps_exists(rehearsal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commands: dict[str, list[str]] = {}
 
     def run(name: str, command: list[str], *_: object) -> gpu.Outcome:
@@ -133,17 +188,60 @@ def test_every_command_of_the_steps_exists(monkeypatch: pytest.MonkeyPatch, tmp_
         return gpu.Outcome(name, "passed", 0.0)
 
     monkeypatch.setattr(gpu, "run", run)
-    (tmp_path / "nvidia-x").mkdir()
-    for step in gpu.STEPS:
-        step.run(gpu.Options(False, tmp_path), step.share)
+    (tmp_path / ("cpu-x" if rehearsal else "nvidia-x")).mkdir()
+    for steps in gpu.COMMANDS.values():
+        for step in steps:
+            step.run(gpu.Options(False, tmp_path, "90", rehearsal), step.share)
     modules = {name: command[2:4] for name, command in commands.items() if command[1] == "-m"}
     # Not pip: looking it up makes setuptools leave the standard library's distutils to it for the rest of the process.
     ours = {module for module, _ in modules.values() if module.startswith(("benchmarks", "bert_fast"))}
     assert all(importlib.util.find_spec(module) for module in ours)
-    ops = {argument for module, argument in modules.values() if module == "benchmarks.ops"}
-    assert ops == set(available_impls()) - gpu.CPU_OPS == set(gpu.ops())
-    expected = {"sanitizer", "pretraining", "inference", "targets", "plots", "warm-up inference", "benchmark attention"}
-    assert expected <= modules.keys()
+    expected = {
+        "launches",
+        "tests of Hopper",
+        "verify",
+        "tests",
+        "sanitizer",
+        "pretraining",
+        "inference",
+        "targets",
+        "plots",
+    }
+    assert expected <= commands.keys()
+    if not rehearsal:
+        of_ops = {
+            (command[3], command[command.index("--impls") + 1]) for command in commands.values() if "--impls" in command
+        }
+        assert {op for op, _ in of_ops} == set(gpu.FIRST_OPS) | set(gpu.LAST_OPS) < set(available_impls())
+        assert {op for op, impl in of_ops if impl == "cuda"} == set(gpu.CUDA_OPS)
+        own = {op for op in available_impls() if "cuda" in OPS[op].impls and not OPS[op].impls["cuda"].built_on}
+        assert set(gpu.CUDA_OPS) == own
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator's run of what a GPU launches")
+def test_a_planted_wrong_kernel_is_named_and_the_other_ops_still_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare = launches.compare_sample
+
+    def wrong(sample: Sample, impl: str, device: str, dtype: torch.dtype) -> list[Comparison]:
+        rows = compare(sample, impl, device, dtype)
+        return [row._replace(ours=row.ours + 1) for row in rows] if "qkv" in sample.inputs else rows
+
+    monkeypatch.setattr(launches, "compare_sample", wrong)
+    monkeypatch.setattr(sys, "argv", ["launches", "--device", "cpu"])
+    assert launches.main() == 1
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines.pop("attention").startswith("failed: RuntimeError: out: error 1")
+    assert lines == {"add_layer_norm": "ok", "bias_gelu": "ok"}
+
+
+def test_the_sanitizer_begins_with_what_matters_and_leaves_out_false_hazards() -> None:
+    runs = sanitize.runs_of(sorted(available_impls()), ["cuda", "triton"], list(sanitize.TOOLS["cuda"]))
+    assert runs[:2] == [("memcheck", "attention", "cuda"), ("synccheck", "attention", "cuda")]
+    assert set(runs[-2:]) == {("racecheck", "attention", "cuda"), ("initcheck", "attention", "cuda")}
+    assert [run for run in runs if not sanitize.counts(*run)] == runs[-2:]
+    assert len(runs) == len(set(runs))
 
 
 @pytest.mark.parametrize(
@@ -187,8 +285,8 @@ def test_without_a_device_the_sanitizer_reports_not_run(
     monkeypatch.setattr(sys, "argv", ["sanitize", "--ops", "attention"])
     assert sanitize.main() == 1
     lines = capsys.readouterr().out.splitlines()
-    tools = [tuple(line.split()[1:3]) for line in lines]
-    assert tools == [(impl, tool) for impl in ("cuda", "triton") for tool in sanitize.TOOLS[impl]]
+    tools = {tuple(line.split()[1:3]) for line in lines}
+    assert tools == {(impl, tool) for impl in ("cuda", "triton") for tool in sanitize.TOOLS[impl]}
     assert all(re.match(r"attention +\w+ +\w+ +not run +no CUDA device", line) for line in lines)
 
 

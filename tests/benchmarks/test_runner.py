@@ -72,13 +72,46 @@ def test_flops_are_compared_with_the_product_of_the_dtype(machine: Cpu, dtype: t
     assert row.share_of_ceiling == pytest.approx(row.gflops / product)
 
 
-def test_a_wrong_result_of_ours_ends_the_run(machine: Cpu) -> None:
-    with pytest.raises(SystemExit, match=r"toy, bert_fast wrong: error .* nothing was reported"):
-        runner.measure("toy", toy(**{"bert_fast wrong": waits(0.0, X + 1)}), machine, LIMITS, 0.01)
-    with pytest.raises(RuntimeError, match="takes no mask"):
-        runner.measure("toy", toy(**{"bert_fast broken": Variant(refuses)}), machine, LIMITS, 0.01)
-    with pytest.raises(SystemExit, match="nothing was reported"):
-        runner.measure("toy", toy(**{"bert_fast nan": waits(0.0, X * float("nan"))}), machine, LIMITS, 0.01)
+def test_a_failure_of_ours_is_a_refused_row_and_the_exit_code(
+    machine: Cpu, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = {
+        "bert_fast wrong": waits(0.0, X + 1),
+        "bert_fast broken": Variant(refuses),
+        "bert_fast nan": waits(0.0, X * float("nan")),
+    }
+    reasons = {
+        "bert_fast wrong": "wrong: error 0.25 exceeds 1e-05",
+        "bert_fast broken": "RuntimeError: this backend takes no mask",
+        "bert_fast nan": "wrong: error inf exceeds 1e-05",
+    }
+    options = runner.arguments("").parse_args(["--record", "--results", str(tmp_path), "--quick"])
+    plans = [Plan("first", toy), Plan("failing", lambda: toy(**broken)), Plan("last", toy)]
+    assert runner.main("toy", plans, options, machine) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors == [f"failed: failing, {label}: {reason}" for label, reason in reasons.items()]
+    (file,) = tmp_path.glob("*/toy.json")
+    report = json.loads(file.read_text())
+    assert {row["variant"]: row["refused"] for row in report["rows"] if row["refused"]} == reasons
+    assert len([row for row in report["rows"] if row["ms"]]) == 6
+    assert len(report["failures"]) == 3
+    assert runner.main("toy", plans[:1], options, machine) == 0
+    options.warm = True
+    assert runner.main("toy", plans, options, machine) == 1
+
+
+def test_a_report_is_written_after_every_case(machine: Cpu, tmp_path: Path) -> None:
+    options = runner.arguments("").parse_args(["--record", "--results", str(tmp_path), "--quick"])
+
+    def killed() -> Case:
+        raise SystemExit("the device is lost")
+
+    with pytest.raises(SystemExit):
+        runner.main("toy", [Plan("a", toy), Plan("b", killed), Plan("c", toy)], options, machine)
+    (file,) = tmp_path.glob("*/toy.json")
+    report = json.loads(file.read_text())
+    assert {row["case"] for row in report["rows"]} == {"a"}
+    assert report["left_out"] == ["b", "c"]
 
 
 def test_a_peer_that_raises_or_is_wrong_is_listed_with_the_reason(machine: Cpu) -> None:
@@ -106,13 +139,31 @@ def test_a_report_is_written_and_names_what_was_left_out(machine: Cpu, tmp_path:
     assert late["left_out"] == [plan.name for plan in toys]
 
 
+def test_on_a_gpu_compiled_peers_are_timed_after_everything_else(machine: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "device", torch.device("cuda"))
+    monkeypatch.setattr(runner, "YARDSTICK", "none")
+    plain = replace(toy(), flops=1)
+    both = replace(toy(**{"torch.compile": waits(0.001, X)}), flops=1)
+    reports: list[dict[str, object]] = []
+    plans = [Plan("a", lambda: both), Plan("b", lambda: plain)]
+    final = runner.run("toy", plans, machine, 0.01, save=reports.append)
+    assert [[row["variant"] for row in report["rows"]] for report in reports] == [  # type: ignore[attr-defined]
+        ["eager", "bert_fast toy"],
+        ["eager", "bert_fast toy"] * 2,
+        ["eager", "bert_fast toy", "torch.compile", "eager", "bert_fast toy"],
+    ]
+    assert [report.get("left_out", []) for report in reports] == [["b", "a, torch.compile"], ["a, torch.compile"], []]
+    assert final == reports[-1]
+
+
 def test_warming_up_compares_every_case_and_times_none(machine: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cpu, "interleaved", lambda *_: pytest.fail("timed"))
     names: list[str] = []
     runner.warm([Plan(name, lambda name=name: names.append(name) or toy()) for name in ("a", "b")], machine)  # type: ignore[misc,func-returns-value]
     assert names == ["a", "b"]
-    with pytest.raises(SystemExit, match="nothing was reported"):
-        runner.warm([Plan("c", lambda: toy(**{"bert_fast wrong": waits(0.0, X + 1)}))], machine)
+    assert runner.warm([Plan("c", lambda: toy(**{"bert_fast wrong": waits(0.0, X + 1)}))], machine) == [
+        "c, bert_fast wrong: wrong: error 0.25 exceeds 1e-05"
+    ]
 
 
 def test_an_interrupted_run_reports_what_was_measured(machine: Cpu) -> None:
@@ -156,7 +207,7 @@ def test_every_variant_of_an_ops_first_benchmark_is_right(
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     plan = plans(op, CPU, True)[0]
     case = plan.make()
-    checked = runner.checked(plan.name, case, machine)
+    checked = runner.checked(case, machine)
     assert not checked.refused
     assert len(checked.runs) == len(case.variants) >= 2
     assert any(name.startswith("bert_fast") for name in case.variants)
@@ -168,7 +219,7 @@ def test_every_variant_of_an_ops_first_benchmark_is_right(
 def test_the_gpu_benchmark_of_attention_is_right_on_a_cpu(which: str, dropout_p: float, machine: Cpu) -> None:
     benchmark = gpu_benchmark(CPU, [5, 9, 1], 512, torch.float32, which, dropout_p, False)
     case = case_of("attention", CPU, benchmark)
-    checked = runner.checked("attention", case, machine)
+    checked = runner.checked(case, machine)
     assert {"SDPA math (eager)", "bert_fast cpu", "bert_fast cpu, with bias"} <= checked.runs.keys()
     assert (checked.errors["SDPA math (eager)"] is None) == bool(dropout_p)
     assert not dropout_p or "varlen_attn has no dropout" in checked.refused["varlen_attn"]
@@ -199,8 +250,8 @@ def test_a_model_is_timed_before_and_after_fuse(dtype: torch.dtype, kind: str, m
     assert all(row.ms and row.error is not None and not row.refused for row in rows)
     ours = case.variants["bert_fast fuse"]
     wrong = Variant(ours.run, lambda result: ours.result(result) * 1.2)
-    with pytest.raises(SystemExit, match="nothing was reported"):
-        runner.measure("tiny", replace(case, variants={"bert_fast fuse": wrong}), machine, LIMITS, 0.01)
+    (row,) = runner.measure("tiny", replace(case, variants={"bert_fast fuse": wrong}), machine, LIMITS, 0.01)
+    assert row.refused.startswith("wrong: error")
 
 
 def test_every_case_of_fuse_is_named_once() -> None:

@@ -135,7 +135,8 @@ def test_answers(model_type: str, base: Folder, tmp_path: Path) -> None:
         context = f"{'a ' * (n % 4)}small  {names[n % 4]} sleeps again"
         answer = {"text": names[n % 4], "answer_start": context.index(names[n % 4])}
         rows.append({"question": "where?", "context": context, "answers": [answer]})
-    settings = {"optimizer": {"lr": 5e-3}, "epochs": 12, "text": {"max_length": 36}}
+    # The last model: the first one that scores 1.0 may still add the space, which the metric ignores.
+    settings = {"optimizer": {"lr": 5e-3}, "epochs": 20, "text": {"max_length": 36}, "keep_best": False}
     result = run("question-answering", base(model_type), tmp_path / "run", rows, **settings)
     assert result.metrics["dev"]["exact_match"] == 1.0
     lines = [json.loads(x)["prediction"] for x in (tmp_path / "run/predictions.dev.jsonl").read_text().splitlines()]

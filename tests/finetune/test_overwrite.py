@@ -149,6 +149,8 @@ def test_a_failing_report_is_a_warning(toy: Any, tmp_path: Path, monkeypatch: py
     finetune(config, report=messages.append)
     lines = (tmp_path / "run" / "predictions.dev.jsonl").read_bytes().split(b"\n")
     assert [json.loads(line)["input"] for line in lines[:-1]] == rows
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert not any("warning" in text and "report.html" in text for text in messages)
     monkeypatch.setattr("bert_fast.finetune.task_run.write_report", lambda _: 1 / 0)
     result = finetune(replace(config, overwrite=True), report=messages.append)
     assert "warning: report.html is not written: ZeroDivisionError: division by zero" in messages

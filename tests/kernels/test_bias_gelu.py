@@ -54,3 +54,53 @@ def test_large_and_special_values(impl: str, device: str) -> None:
         assert torch.allclose(out[finite].double(), expected[finite], atol=2e-6, rtol=1e-6)
         assert out[0, -1].isnan()
         assert out[0, -2] == float("inf")
+
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize(
+    ("impl", "device", "dtype"), targets("bias_gelu", dtypes=[torch.float32, torch.bfloat16]), ids=str
+)
+def test_the_largest_and_the_smallest_values(impl: str, device: str, dtype: torch.dtype, approximate: str) -> None:
+    """Values and gradients; u^2, u^3 or exp(u^2) overflows or underflows."""
+    magnitudes = [LARGEST, 3e38, 1e38, 2e19, 1e13, 7e12, 1e6, 100.0, 10.1, 9.9, 6.0, 1e-4, 1e-20, 1e-38, 1e-40, 1e-45]
+    row = torch.tensor([sign * value for value in magnitudes for sign in (1.0, -1.0)], device=device).to(dtype)
+    x = torch.stack([row, row.flip(0)]).repeat(1, 2)[:, :61]  # full vectors and a partial one
+    x = x.where(x.isfinite(), 0.0)  # the largest float32 is no bfloat16
+    bias = torch.zeros(x.shape[1], device=device)
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    out = bias_gelu(ours, bias, approximate=approximate, impl=impl)
+    expected = bias_gelu_reference(exact, bias.double(), approximate == "tanh")
+    (gradient,) = torch.autograd.grad(out.float().sum(), ours, torch.ones((), device=device))
+    (exact_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    # As above for float32; bfloat16 rounds to an eps.
+    eps = torch.finfo(dtype).eps
+    for value, right in ((out, expected), (gradient, exact_gradient)):
+        assert right.isfinite().all()
+        assert torch.allclose(value.double(), right, rtol=max(eps, 1e-6), atol=3e-6)
+
+
+GPU = [target for target in targets("bias_gelu") if target[0] in ("triton", "cuda")]
+
+
+@pytest.mark.parametrize(("impl", "device"), GPU)
+def test_the_exact_gelu_of_a_gpu_has_the_stated_error(impl: str, device: str) -> None:
+    """kernels/_common/triton_gelu.py states it; the figures here are those over a dense grid, with a margin of 1.3."""
+    x = torch.linspace(-16, 16, 2 * 512 * 8, dtype=torch.float64).to(torch.float32).reshape(16, 512).to(device)
+    exact = x.double().requires_grad_()
+    expected = torch.nn.functional.gelu(exact)
+    # Not 0.5 u (1 + erf): it cancels for negative u.
+    tail = 0.5 * x.double() * torch.special.erfc(-x.double() * 0.5**0.5)
+    expected.sum().backward()
+    leaf = x.clone().requires_grad_()
+    out = bias_gelu(leaf, torch.zeros(512, device=device), impl=impl)
+    out.sum().backward()
+    error = (out.detach().double() - tail).abs()
+    assert bool((error <= 3.2e-7 + 2**-24 * tail.abs()).all())  # the result's own rounding
+    negative = (x < 0) & (x > -5)
+    assert float((error / tail.abs())[negative].max()) < 2e-6
+    assert leaf.grad is not None
+    assert exact.grad is not None
+    assert float((leaf.grad.double() - exact.grad).abs().max()) < 3.7e-7

@@ -12,7 +12,6 @@ from torch import Tensor
 from bert_fast.kernels import available_impls
 from bert_fast.kernels._common import cases
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # lamb has no gradient, and a test of its own; unpad returns T to the host.
 CALLS = [
     (op, index, impl)
@@ -36,7 +35,7 @@ def fresh(op: str, index: int, dtype: torch.dtype, seed: int) -> dict[str, Tenso
     return {name: x.requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("op", "index", "impl"), CALLS)
 def test_a_replayed_graph_equals_an_ordinary_call(op: str, index: int, impl: str) -> None:
     state = available_impls()[op][impl]

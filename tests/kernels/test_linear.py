@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -218,3 +220,47 @@ def test_the_table_has_a_rule_for_every_cpu() -> None:
         torch.bfloat16,
     }
     assert all(any(character.isdigit() for character in row.measured) for row in cpu_backends.TABLE)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(3, 0, 5), (3, 8, 0), (0, 0, 0)], ids=str)
+def test_empty_dimensions(backend: tuple[torch.dtype, Backends], shape: tuple[int, int, int], training: bool) -> None:
+    """A sum of no terms is 0; the bias remains."""
+    inputs = {name: x.to(backend[0]) for name, x in zip(("x", "weight", "bias"), _empty(*shape), strict=True)}
+    leaves = {name: x.requires_grad_(training) for name, x in inputs.items()}
+    out = linear(*leaves.values(), impl="cpu")
+    assert torch.equal(out, inputs["bias"].expand(shape[0], -1))
+    if training:
+        gradients = torch.autograd.grad(out.sum(), list(leaves.values()))
+        assert [x.shape for x in gradients] == [x.shape for x in inputs.values()]
+        assert not gradients[0].any()
+        assert not gradients[1].any()
+        assert torch.equal(gradients[2], torch.full_like(inputs["bias"], shape[0]))
+
+
+def _empty(rows: int, width: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(rows, width), torch.randn(columns, width), torch.randn(columns)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_parameters_of_any_dtype(impl: str, training: bool, autocast: bool) -> None:
+    """With and without autocast, whose rules for float64 are others."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+    for dtype, weight_dtype, bias_dtype in product(dtypes[:2], dtypes, dtypes):
+        x, weight, bias = random_inputs(3, 8, 5).values()
+        x, weight, bias = x.to(dtype), weight.to(weight_dtype), bias.to(bias_dtype)
+        expected = linear_reference(x.double(), (weight.double(),), bias.double(), "gelu")
+        leaves = [part.requires_grad_(training) for part in (weight, bias)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = linear(x, *leaves, activation="gelu", impl=impl)
+        assert out.dtype == (torch.bfloat16 if autocast else dtype)
+        # Operands, product, bias and GeLU are rounded once each, at values of up to 4.
+        eps = torch.finfo(
+            torch.bfloat16 if torch.bfloat16 in (out.dtype, weight_dtype, bias_dtype) else torch.float16
+        ).eps
+        assert torch.allclose(out.double(), expected, rtol=0, atol=12 * eps), (dtype, weight_dtype, bias_dtype)
+        if training:
+            gradients = torch.autograd.grad(out.sum(), leaves)
+            assert [x.dtype for x in gradients] == [weight_dtype, bias_dtype]

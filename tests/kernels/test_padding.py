@@ -186,7 +186,7 @@ def test_compiles_whole(impl: str, device: str, compile_backend: str) -> None:
         assert torch.allclose(results, expected_gradient, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_pad_in_a_cuda_graph() -> None:
     """Forward and backward, replayed with other values at as many other positions."""
     first, second = (torch.tensor(MASKS[name], device="cuda") for name in ("holes", "left padded"))

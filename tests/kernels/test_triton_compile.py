@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,31 @@ def report(*arguments: str, script: str = "") -> subprocess.CompletedProcess[str
 def test_the_table_is_current_and_has_no_new_spills() -> None:
     done = report("--sample")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_kernel_compiles_where_its_integers_are_one() -> None:
+    done = report("--ones")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"\d{3} launches compile with integers that are 1\n", done.stdout)
+
+
+ONES = """
+import sys
+from benchmarks.reports import compile_report
+from bert_fast.kernels.attention.triton import dropout
+source = dropout.keep_scores.src
+changed = source.replace("tl.cast(256 - threshold, tl.uint32)", "(256 - threshold).to(tl.uint32)")
+assert changed != source
+dropout.keep_scores._unsafe_update_src(changed)
+sys.exit(compile_report.main())
+"""
+
+
+def test_a_kernel_that_takes_every_size_but_one_is_named() -> None:
+    command = [sys.executable, "-c", ONES, "--ones"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^attention\.fwd_kernel with .*threshold.* = 1: ", done.stdout, re.MULTILINE)
 
 
 WRONG = """

@@ -193,7 +193,7 @@ def test_state_loads_into_capturable_and_not(before: bool, after: bool) -> None:
         assert int(other.state[b]["step"]) == 6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_a_captured_step_equals_an_eager_one(impl: str) -> None:
     """Five steps with new gradients and learning rates, replayed in one optimizer and eager in the other."""

@@ -25,6 +25,25 @@ def test_hopper_is_compiled_for_sm_90a_which_nvcc_lists_as_sm_90(gpu_code: str, 
     assert FLAGS["cuda_architectures"](gpu_code) == architectures
 
 
+@pytest.mark.parametrize(
+    ("architectures", "ptx"),
+    [(["80", "90a", "100"], "100"), (["80", "90a"], "80"), (["90a"], None), (["100", "80"], "100")],
+)
+def test_ptx_of_the_newest_architecture_is_embedded(architectures: list[str], ptx: str | None) -> None:
+    flags = FLAGS["gencode"](architectures)
+    assert flags[: len(architectures)] == [f"-gencode=arch=compute_{x},code=sm_{x}" for x in architectures]
+    assert flags[len(architectures) :] == ([f"-gencode=arch=compute_{ptx},code=compute_{ptx}"] if ptx else [])
+
+
+def test_cuda_runtime_is_the_one_that_is_loaded() -> None:
+    line = "7f00-7f01 r--p 00000000 fe:00 1234                       "
+    torch = f"{line}/env/torch/lib/libtorch_cuda.so\n"
+    assert FLAGS["cuda_runtime"](f"{torch}{line}/an env/nvidia/cu13/lib/libcudart.so.13\n{torch}") == (
+        "/an env/nvidia/cu13/lib/libcudart.so.13"
+    )
+    assert FLAGS["cuda_runtime"](torch) is None
+
+
 def test_compiler_is_the_first_command_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", f"{sys.executable} -O2")
     assert FLAGS["compiler"]() == shutil.which(sys.executable)

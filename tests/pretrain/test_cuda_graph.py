@@ -338,6 +338,7 @@ def test_a_step_on_triton_kernels_reads_no_value(precision: str, tiny_config: Pa
             float(work.verdict[1])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device and Triton")
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_a_captured_step_equals_an_eager_one(

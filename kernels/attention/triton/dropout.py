@@ -45,7 +45,8 @@ def keep_scores(
         c3 = low0
         key0 += 0x9E3779B9
         key1 += 0xBB67AE85
-    addend = (256 - threshold).to(tl.uint32) * 0x00010001
+    # tl.cast: Triton passes an integer that is 1 as a constant, which has no `to`.
+    addend = tl.cast(256 - threshold, tl.uint32) * 0x00010001
     bits = _at_least(c0, addend) | (_at_least(c1, addend) << 2)
     bits |= (_at_least(c2, addend) << 4) | (_at_least(c3, addend) << 6)
     column = tl.arange(0, 16)

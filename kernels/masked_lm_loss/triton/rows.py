@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bert_fast.kernels._common.triton_gelu import gelu, gelu_derivative
 from bert_fast.kernels.masked_lm_loss.triton.gemm import per_row, rounded, rows_left
 
 
@@ -38,8 +39,8 @@ def _normalized_gelu(product, dense_bias, places, inside, e, E, eps):
     """u = product + bias, xhat = gelu(u) normalized, and rstd (rows, 1), of a block of rows."""
     u = tl.load(product + places, mask=inside, other=0.0).to(tl.float32)
     u += tl.load(dense_bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
-    gelu = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
-    centred = tl.where((e < E)[None, :], gelu - (tl.sum(gelu, axis=1) / E)[:, None], 0.0)
+    activated = gelu(u)
+    centred = tl.where((e < E)[None, :], activated - (tl.sum(activated, axis=1) / E)[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / E + eps)[:, None]
     return u, centred * rstd, rstd
 
@@ -88,8 +89,7 @@ def transform_bwd_kernel(
         dxhat = dnormed * weight
         mean, mean_xhat = tl.sum(dxhat, axis=1) / E, tl.sum(dxhat * xhat, axis=1) / E
         dgelu = rstd * (dxhat - mean[:, None] - xhat * mean_xhat[:, None])
-        derivative = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
-        dproduct = tl.where(inside, dgelu * derivative, 0.0)
+        dproduct = tl.where(inside, dgelu * gelu_derivative(u), 0.0)
         ddense_bias += tl.sum(dproduct, axis=0)
         tl.store(gradient + places, rounded(dproduct, gradient), mask=inside)
     scale = per_row(count)
