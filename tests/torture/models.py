@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,8 @@ def encode(case: Case, _: Any) -> None:
         return
     if isinstance(texts, str):
         texts = [texts]
+    elif isinstance(texts, Iterator):
+        texts = ["a"]  # what it gave
     if not isinstance(texts, (list, tuple)) or not all(map(_is_text_or_pair, texts)):
         raise Broken(f"encode takes {shown[:100]} and returns {tuple(vectors.shape)}")
     if options.get("pooling", "mean") != "mean":
