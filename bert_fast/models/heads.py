@@ -123,6 +123,8 @@ class BertForSequenceClassification(_SequenceHeadModel):
         return self.format_output(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.states), return_dict)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels is {type(labels).__name__}; expected a torch.Tensor")
         problem = self.config.problem_type
         if problem is None:
             integers = not labels.is_floating_point() and labels.dtype != torch.bool
