@@ -90,6 +90,8 @@ def heads(case: Case, _: Any) -> None:
     dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16])
     case.note(f"{model_type} {kind} {dtype}: loading")
     ours, fused, eager, exact = _models(folder, dtype)
+    for model in (fused, eager, exact):  # transformers keeps what it inferred from the labels of an earlier call
+        model.config.problem_type = None
     if rng.random() < 0.3:
         ours, kind_of = fused, "fused "
     else:
@@ -150,7 +152,14 @@ def _compare(
     for name in sorted(results.keys() & truth.keys()):
         ours, eager, exact = results[name], low[name], truth[name]
         pooled = name == "loss" or exact.dim() < 2 or mask is None or exact.shape[:2] != mask.flatten(0, -2).shape
-        if (name == "loss" and not loss) or (pooled and mask is not None and bool((mask[..., 0] == 0).any())):
+        of_nothing = (
+            name == "loss" and bool(exact.isnan()) and bool(ours.isfinite())
+        )  # by design the mean of nothing is 0
+        if (
+            (name == "loss" and not loss)
+            or of_nothing
+            or (pooled and mask is not None and bool((mask[..., 0] == 0).any()))
+        ):
             continue
         if mask is not None and exact.dim() >= 2 and exact.shape[:2] == mask.flatten(0, -2).shape:
             real = mask.flatten(0, -2) != 0
