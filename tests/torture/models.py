@@ -135,11 +135,18 @@ def heads(case: Case, _: Any) -> None:
     loss = mask is None or (
         kind != "ForQuestionAnswering" and not (at_padding and bool(((mask == 0) & (labels >= 0)).any()))
     )
-    _compare(what, results, low, truth, mask, loss=loss)
+    _compare(what, results, low, truth, mask, dtype, loss=loss)
 
 
 def _compare(
-    what: str, results: dict[str, Tensor], low: dict[str, Tensor], truth: dict[str, Tensor], mask: Any, *, loss: bool
+    what: str,
+    results: dict[str, Tensor],
+    low: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    mask: Any,
+    dtype: torch.dtype,
+    *,
+    loss: bool,
 ) -> None:
     """Every output that both have, at the real tokens.
 
@@ -166,7 +173,7 @@ def _compare(
             if ours.shape != exact.shape:
                 raise Broken(f"{what}: {name} has shape {tuple(ours.shape)}; transformers' {tuple(exact.shape)}")
             ours, eager, exact = ours[real], eager[real], exact[real]
-        if fault := wrong(ours, eager, exact):
+        if fault := wrong(ours, eager, exact, dtype):
             raise Broken(f"{what}: {name}: {fault}")
 
 

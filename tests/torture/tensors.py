@@ -194,7 +194,7 @@ def change_layout(name: str, x: Tensor) -> Tensor:
     return _expanded(x, Random(0)) if name == "expanded" else LAYOUTS[name](x)
 
 
-def wrong(ours: Any, eager: Any, truth: Any) -> str:
+def wrong(ours: Any, eager: Any, truth: Any, dtype: torch.dtype | None = None) -> str:
     """What is wrong with `ours`, compared with the reference in the same dtype and in float64; empty if nothing is.
 
     The bound is far above rounding, which tests of the ops measure: 16 times the error of eager PyTorch, and 1e-4 (in
@@ -220,7 +220,7 @@ def wrong(ours: Any, eager: Any, truth: Any) -> str:
         return ""
     error = (x - z).abs()[finite].nan_to_num(nan=float("inf"))
     scale = float(z[finite].abs().max())
-    eps = torch.finfo(ours.dtype).eps
+    eps = torch.finfo(dtype or ours.dtype).eps  # a float32 loss of bfloat16 logits is as exact as they are
     floor = max(1e-4, 4 * eps) if eps > 1e-10 else 1e-10
     bound = 16 * float((y - z).abs()[finite].max()) + floor * scale + 1e-30
     worst = float(error.max())
