@@ -179,15 +179,17 @@ class _Rewriter:
     output: list[str] = field(default_factory=list)
 
     def rewrite(self, arguments: list[str]) -> list[str]:
+        positional: list[str] = []  # in one group at the end: argparse takes no other
         while arguments:
             argument = arguments.pop(0)
             if argument == "--":
-                self.output += [argument, *arguments]
+                positional += [argument, *arguments]
                 break
             if argument.startswith("--") and " " not in argument.partition("=")[0]:
                 self._option(argument, arguments)
             else:
-                self.output.append(argument)
+                positional.append(argument)
+        self.output += positional
         if not self.tree:
             return self.output
         merged = yaml.safe_dump(_copy(self.tree), default_flow_style=True, sort_keys=False, width=float("inf"))
