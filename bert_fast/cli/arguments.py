@@ -247,8 +247,8 @@ class _Rewriter:
         if not rest or _is_option(rest[0]):
             raise ValueError(f"--{option} has no value")
         values = [rest.pop(0)]
-        # Without positional arguments a list extends to the next option.
-        while _is_list(hint) and not keys and not self.names.positionals and rest and not _is_option(rest[0]):
+        # Without positional arguments a list extends to the next option. The type of what keys lead to is open.
+        while (_is_list(hint) or keys) and not self.names.positionals and rest and not _is_option(rest[0]):
             values.append(rest.pop(0))
         return values
 
@@ -258,8 +258,9 @@ class _Rewriter:
         where = ".".join([option, *keys])
         if keys:
             inner = settings.hint_at(hint, keys, f"--{option}")
-            self._check_nested(inner, values[0], f"--{where}")
-            self.output.append(f"--{where}={values[0]}")
+            value = values[0] if len(values) == 1 else json.dumps(values, ensure_ascii=False)
+            self._check_nested(inner, value, f"--{where}")
+            self.output.append(f"--{where}={value}")
             return
         value = values[0]
         if hint is bool:
