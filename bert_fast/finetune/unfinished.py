@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bert_fast import _io
@@ -36,6 +36,7 @@ from bert_fast._config import differences
 from bert_fast._progress import ProgressBar
 from bert_fast.finetune.config import FinetuneConfig, MultitaskConfig
 from bert_fast.finetune.loop import Finetuner, Progress
+from bert_fast.models.storage import read_safetensors
 from bert_fast.runtime import checkpoint
 from bert_fast.runtime.log import LOG, RunLog
 from bert_fast.runtime.ranks import stop_signals
@@ -344,7 +345,7 @@ def _load_tensors(folder: Path, loop: Finetuner) -> None:
         ValueError: the checkpoint is of another model.
     """
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "losses": {}, "random": {}}
-    for key, x in load_file(folder / _WEIGHTS).items():
+    for key, x in read_safetensors(folder / _WEIGHTS).items():
         group, _, name = key.partition("/")
         groups[group][name] = x
     own = dict(loop.named_tensors())

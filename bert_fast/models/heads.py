@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bert_fast.kernels._common.checks import check_integer, check_same_device, check_shape
+from bert_fast.kernels._common.checks import check_integer, check_same_device, check_shape, check_tensor
 from bert_fast.models.bert import BertHeadModel, EncoderOptions, PackedOutput
 from bert_fast.models.config import BertConfig
 from bert_fast.models.layers import linear_activation
@@ -123,6 +123,7 @@ class BertForSequenceClassification(_SequenceHeadModel):
         return self.format_output(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.states), return_dict)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        check_tensor("labels", labels)
         problem = self.config.problem_type
         if problem is None:
             integers = not labels.is_floating_point() and labels.dtype != torch.bool
@@ -310,6 +311,9 @@ class BertForMultipleChoice(_SequenceHeadModel):
 
 def _flatten_choices(*inputs: Tensor | None) -> tuple[int, tuple[Tensor | None, ...]]:
     """The number of choices, and each input (B, choices, ...) as (B * choices, ...)."""
+    for x in inputs:
+        if x is not None:
+            check_tensor("an input", x)
     main_input = inputs[0] if inputs[0] is not None else inputs[-1]
     if main_input is None:
         raise ValueError("expected exactly one of input_ids and inputs_embeds")

@@ -31,7 +31,7 @@ def read(source: Source, *, allow_pickle: bool = False) -> dict[str, Tensor]:
         ValueError: a file is damaged, or an index names a file that is absent or of another kind.
     """
     if path := source.find(WEIGHTS_NAME):
-        return _read_safetensors(path)
+        return read_safetensors(path)
     if index := source.find(INDEX_NAME):
         return _read_sharded(index, source, ".safetensors")
     pickled = source.find(PICKLE_NAME)
@@ -46,7 +46,7 @@ def read(source: Source, *, allow_pickle: bool = False) -> dict[str, Tensor]:
     return _read_pickle(pickled) if pickled else _read_sharded(pickled_index, source, ".bin")  # type: ignore[arg-type]
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, mapped to memory: only what is used is read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -82,7 +82,7 @@ def _read_sharded(index: Path, source: Source, suffix: str) -> dict[str, Tensor]
         path = source.find(filename) if Path(filename).name == filename else None
         if path is None:
             raise ValueError(f"{index} names {filename}, which is not in the same folder")
-        shard = _read_safetensors(path) if suffix == ".safetensors" else _read_pickle(path)
+        shard = read_safetensors(path) if suffix == ".safetensors" else _read_pickle(path)
         if repeated := sorted(tensors.keys() & shard.keys()):
             raise ValueError(f"{path} has {shorten(repeated)}, which another of the files named by {index} has too")
         tensors.update(shard)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bert_fast import _io
 from bert_fast._device import autocast, resolve_device
 from bert_fast.data import PackedBatch
 from bert_fast.models import BertForPreTraining
+from bert_fast.models.storage import read_safetensors
 from bert_fast.optim.groups import param_groups
 from bert_fast.pretrain.metrics import Totals
 from bert_fast.pretrain.micro_batches import MicroBatch, Position, dropout_states, forward
@@ -196,7 +197,7 @@ def replay(folder: str | Path, device: str = "auto", weights: str | Path | None 
     folder = Path(folder)
     checkpoint.verify_folder(folder)
     record = _io.read_json(folder / RECORD, _FIELDS)
-    tensors = load_file(folder / BATCH)
+    tensors = read_safetensors(folder / BATCH)
     target = resolve_device(device)
     model = BertForPreTraining.from_pretrained(weights or folder).to(target).train()
     micro = []

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bert_fast import _io
+from bert_fast.models.storage import read_safetensors
 from bert_fast.optim.optimizer import is_sharded
 from bert_fast.runtime.ranks import Ranks
 
@@ -324,7 +325,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
 def _stored_tensors(folder: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """The optimizer's tensors of a checkpoint, each sharded as its parameter is."""
     if not (folder / SHARDS).is_dir():
-        return {key: _as_parameter(key, value, parameters) for key, value in load_file(folder / TENSORS).items()}
+        return {key: _as_parameter(key, value, parameters) for key, value in read_safetensors(folder / TENSORS).items()}
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 

@@ -206,7 +206,7 @@ def _product(x: Tensor, weight: Tensor, cache_weight: bool) -> Tensor:
         if backend == "onednn" and x.numel() and weight.numel():
             if cache_weight:
                 return _onednn(LinearArguments(x, (weight,), None, None))
-            return _pointwise(x.contiguous(), weight.to(x.dtype).contiguous())
+            return _pointwise(pad_rows(x.contiguous()), weight.to(x.dtype).contiguous())[: x.shape[0]]
         return F.linear(x.float(), weight.float()).to(x.dtype)
 
 
@@ -218,10 +218,11 @@ def _gradients(dout: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tu
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     with torch.autocast("cpu", enabled=False):
         if BACKENDS[x.dtype].training == "onednn" and x.numel() and weight.numel():
+            dout = pad_rows(dout.contiguous())  # zeros, which add nothing to dweight
             if needs[0]:
-                dx = _pointwise(dout.contiguous(), pack(weight.to(x.dtype).t()))
+                dx = _pointwise(dout, pack(weight.to(x.dtype).t()))[: x.shape[0]]
             if needs[1]:
-                dweight = _pointwise(dout.t().contiguous(), x.t().contiguous()).to(weight.dtype)
+                dweight = _pointwise(dout.t().contiguous(), pad_rows(x.contiguous()).t().contiguous()).to(weight.dtype)
             return dx, dweight
         dout32 = dout.float()
         if needs[0]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def heads(case: Case, _: Any) -> None:
     dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16])
     case.note(f"{model_type} {kind} {dtype}: loading")
     ours, fused, eager, exact = _models(folder, dtype)
+    for model in (fused, eager, exact):  # transformers keeps what it inferred from the labels of an earlier call
+        model.config.problem_type = None
     if rng.random() < 0.3:
         ours, kind_of = fused, "fused "
     else:
@@ -132,11 +135,18 @@ def heads(case: Case, _: Any) -> None:
     loss = mask is None or (
         kind != "ForQuestionAnswering" and not (at_padding and bool(((mask == 0) & (labels >= 0)).any()))
     )
-    _compare(what, results, low, truth, mask, loss=loss)
+    _compare(what, results, low, truth, mask, dtype, loss=loss)
 
 
 def _compare(
-    what: str, results: dict[str, Tensor], low: dict[str, Tensor], truth: dict[str, Tensor], mask: Any, *, loss: bool
+    what: str,
+    results: dict[str, Tensor],
+    low: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    mask: Any,
+    dtype: torch.dtype,
+    *,
+    loss: bool,
 ) -> None:
     """Every output that both have, at the real tokens.
 
@@ -149,14 +159,21 @@ def _compare(
     for name in sorted(results.keys() & truth.keys()):
         ours, eager, exact = results[name], low[name], truth[name]
         pooled = name == "loss" or exact.dim() < 2 or mask is None or exact.shape[:2] != mask.flatten(0, -2).shape
-        if (name == "loss" and not loss) or (pooled and mask is not None and bool((mask[..., 0] == 0).any())):
+        of_nothing = (
+            name == "loss" and bool(exact.isnan()) and bool(ours.isfinite())
+        )  # by design the mean of nothing is 0
+        if (
+            (name == "loss" and not loss)
+            or of_nothing
+            or (pooled and mask is not None and bool((mask[..., 0] == 0).any()))
+        ):
             continue
         if mask is not None and exact.dim() >= 2 and exact.shape[:2] == mask.flatten(0, -2).shape:
             real = mask.flatten(0, -2) != 0
             if ours.shape != exact.shape:
                 raise Broken(f"{what}: {name} has shape {tuple(ours.shape)}; transformers' {tuple(exact.shape)}")
             ours, eager, exact = ours[real], eager[real], exact[real]
-        if fault := wrong(ours, eager, exact):
+        if fault := wrong(ours, eager, exact, dtype):
             raise Broken(f"{what}: {name}: {fault}")
 
 
@@ -236,6 +253,8 @@ def encode(case: Case, _: Any) -> None:
         return
     if isinstance(texts, str):
         texts = [texts]
+    elif isinstance(texts, Iterator):
+        texts = ["a"]  # what it gave
     if not isinstance(texts, (list, tuple)) or not all(map(_is_text_or_pair, texts)):
         raise Broken(f"encode takes {shown[:100]} and returns {tuple(vectors.shape)}")
     if options.get("pooling", "mean") != "mean":

@@ -44,15 +44,15 @@ def end(case: Case, parameter: Any) -> None:
 
 def test_every_way_to_fail_is_counted_and_the_cases_after_it_run(tmp_path: Path) -> None:
     ways = ["held", "broken", "raised", "crashed", "hung", "held", "crashed"]
-    attack = Attack("area", "name", end, lambda material: ways, timeout=1.0)
+    attack = Attack("area", "name", end, lambda material: ways, timeout=5.0)
     tally = run_attack(attack, tmp_path, tmp_path, seed=3, seconds=60, limit=None, only=None)
     assert (tally.tried, tally.held) == (7, 2)
-    failures = sorted(text.partition(": ")[2] for text in tally.failures.values())
+    failures = sorted(text.partition(": ")[2].partition(" (test_torture.py")[0] for text in tally.failures.values())
     assert failures == [
         "to be broken: the promise of case 7",
         "to be crashed: ended by SIGSEGV",
         "to be hung: hang",
-        "to be raised: KeyError: 'x' (test_torture.py:38)",
+        "to be raised: KeyError: 'x'",
     ]
     again = run_attack(attack, tmp_path, tmp_path, seed=3, seconds=60, limit=None, only=1)
     assert (again.tried, again.held) == (1, 0)
