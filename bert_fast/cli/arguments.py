@@ -179,15 +179,17 @@ class _Rewriter:
     output: list[str] = field(default_factory=list)
 
     def rewrite(self, arguments: list[str]) -> list[str]:
+        positional: list[str] = []  # in one group at the end: argparse takes no other
         while arguments:
             argument = arguments.pop(0)
             if argument == "--":
-                self.output += [argument, *arguments]
+                positional += [argument, *arguments]
                 break
             if argument.startswith("--") and " " not in argument.partition("=")[0]:
                 self._option(argument, arguments)
             else:
-                self.output.append(argument)
+                positional.append(argument)
+        self.output += positional
         if not self.tree:
             return self.output
         merged = yaml.safe_dump(_copy(self.tree), default_flow_style=True, sort_keys=False, width=float("inf"))
@@ -245,8 +247,8 @@ class _Rewriter:
         if not rest or _is_option(rest[0]):
             raise ValueError(f"--{option} has no value")
         values = [rest.pop(0)]
-        # Without positional arguments a list extends to the next option.
-        while _is_list(hint) and not keys and not self.names.positionals and rest and not _is_option(rest[0]):
+        # Without positional arguments a list extends to the next option. The type of what keys lead to is open.
+        while (_is_list(hint) or keys) and not self.names.positionals and rest and not _is_option(rest[0]):
             values.append(rest.pop(0))
         return values
 
@@ -256,8 +258,9 @@ class _Rewriter:
         where = ".".join([option, *keys])
         if keys:
             inner = settings.hint_at(hint, keys, f"--{option}")
-            self._check_nested(inner, values[0], f"--{where}")
-            self.output.append(f"--{where}={values[0]}")
+            value = values[0] if len(values) == 1 else json.dumps(values, ensure_ascii=False)
+            self._check_nested(inner, value, f"--{where}")
+            self.output.append(f"--{where}={value}")
             return
         value = values[0]
         if hint is bool:

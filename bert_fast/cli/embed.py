@@ -43,7 +43,7 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
-    check_output(args.output, FORMATS)
+    check_output(args.output, FORMATS, inputs=[args.file])
     texts = read_texts(args.texts, args.file)
 
     model, tokenizer = load("BertModel", args.model, args.device, add_pooling_layer=args.pooling == "pooler")

@@ -19,8 +19,8 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
-    output.check_output(args.output)
-    output.check_output(args.metrics, (), "--metrics")
+    output.check_output(args.output, inputs=[args.data])
+    output.check_output(args.metrics, (), "--metrics", [args.data])
     loaded = rows.load_task(args.model, args.device, args.options)
     task = loaded[2]
     table = rows.read_rows(args, task, args.data)

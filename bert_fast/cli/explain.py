@@ -26,7 +26,7 @@ def add_arguments(parser: Any) -> None:
 def run(args: Any) -> int:
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}; expected at least 1")
-    check_output(args.output, ())
+    check_output(args.output, (), inputs=[args.file])
     texts = read_texts(args.texts, args.file)
 
     import captum.attr  # noqa: F401  (fail before loading the model if it is missing)

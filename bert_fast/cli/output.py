@@ -44,14 +44,23 @@ def add_output_arguments(parser: Any) -> None:
     )
 
 
-def check_output(output: str | None, formats: Sequence[str] = FORMATS, option: str = "--output") -> None:
-    """ValueError, before anything is computed, if `output` is a folder or its suffix is not one of `formats`."""
+def check_output(
+    output: str | None,
+    formats: Sequence[str] = FORMATS,
+    option: str = "--output",
+    inputs: Sequence[str | None] = (),
+) -> None:
+    """ValueError, before anything is computed, if `output` is a folder, is one of the files `inputs` that the command
+    reads, or has a suffix that is not one of `formats`."""
     if output is None:
         return
     if formats and Path(output).suffix not in formats:
         raise ValueError(f"{option} is {output!r}; expected a file name ending in {', '.join(formats)}")
     if not output or Path(output).is_dir():
         raise ValueError(f"{option} is {output!r}, {'a folder' if output else 'empty'}; expected the name of a file")
+    for name in inputs:
+        if name and Path(name).exists() and Path(output).exists() and Path(output).samefile(name):
+            raise ValueError(f"{option} is {output!r}, which is read; expected another file")
 
 
 def prediction_lines(

@@ -35,7 +35,7 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
-    output.check_output(args.output)
+    output.check_output(args.output, inputs=[args.file])
     loaded = rows.load_task(args.model, args.device, args.options)
     task = loaded[2]
     table = _table(args, task)

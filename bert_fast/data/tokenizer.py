@@ -82,14 +82,15 @@ def _converted(folder: Path) -> Tokenizer:
 
 
 def mask_token(tokenizer: Tokenizer) -> str:
-    """The mask token.
+    """The mask token: [MASK] or <mask>; of both (MPNet's vocabulary has both) the special one.
 
     Raises:
         ValueError: the tokenizer has none.
     """
-    for name in _MASKS:
-        if tokenizer.token_to_id(name) is not None:
-            return name
+    names = [name for name in _MASKS if tokenizer.token_to_id(name) is not None]
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    if names:
+        return next((name for name in names if name in special), names[0])
     raise ValueError(f"the tokenizer has neither {' nor '.join(_MASKS)}")
 
 

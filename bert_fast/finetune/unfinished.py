@@ -236,6 +236,11 @@ class UnfinishedRun:
         state = _read_state(folder)
         progress = Progress(**state["progress"])
         changed = self._check_resumable(folder, state)
+        if progress.step > loop.total_steps:
+            raise ValueError(
+                f"nothing is left to train: {folder} is at step {progress.step} of {loop.total_steps}; set more epochs "
+                f"or steps, choose another output_dir, or delete {self.folder} to start a new run"
+            )
         _load_tensors(folder, loop)
         checkpoint.load_training_state(folder, loop.models, loop.optimizer)
         loop.progress = progress

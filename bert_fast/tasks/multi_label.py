@@ -22,7 +22,15 @@ from bert_fast.tasks.classification import (
     unseen_labels_message,
 )
 from bert_fast.tasks.io.columns import LABEL, TEXT, TEXT_PAIR, Role, column_option
-from bert_fast.tasks.io.labels import Labels, is_missing, label_key, label_name, list_from_text, plain_value
+from bert_fast.tasks.io.labels import (
+    Labels,
+    is_missing,
+    label_key,
+    label_name,
+    list_from_text,
+    mapping_from_text,
+    plain_value,
+)
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.metrics import multi_label_metrics
 from bert_fast.tasks.task import Columns, Example, LossOptions
@@ -54,6 +62,8 @@ class MultiLabelOptions(TextOptions):
 def _cell_labels(value: Any) -> str | list[Any]:
     """The labels in a cell: a list, or a text in which they are separated."""
     value = plain_value(value)
+    if isinstance(value, str):
+        value = mapping_from_text(value) or value
     if isinstance(value, Mapping):  # label -> 0 or 1
         marks = {name: label_key(mark) for name, mark in value.items()}
         return [name for name in marks if marks[name] == "1"] if set(marks.values()) <= {"0", "1"} else [value]

@@ -25,7 +25,7 @@ from bert_fast.tasks.alignment import (
 )
 from bert_fast.tasks.classification import class_loss, softmax, unseen_labels_message
 from bert_fast.tasks.io import tag_schemes
-from bert_fast.tasks.io.columns import Role
+from bert_fast.tasks.io.columns import Role, column_option
 from bert_fast.tasks.io.labels import is_missing, label_name, label_order, list_from_text, plain_value
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
@@ -102,6 +102,8 @@ class TokenClassification(Task):
             raise ValueError(f"{table.source}: no row has tagged words; expected at least one")
         if self.options.scheme == "auto":
             self.style = tag_schemes.detect_style(raw, table.where)
+            if self.style is None:
+                self._check_order(table, columns)
         elif self.options.scheme == PLAIN:
             self.style = None
         else:
@@ -122,6 +124,23 @@ class TokenClassification(Task):
             self.labels = [tag_schemes.OUTSIDE, *(f"{prefix}-{kind}" for kind in kinds for prefix in prefixes)]
             self.fallback = tag_schemes.OUTSIDE
         self._choose_metric()
+
+    def _check_order(self, table: Table, columns: Columns) -> None:
+        """Refuse tags in the column of words, before the words (as in the MIT restaurant corpus).
+
+        Raises:
+            ValueError: most words are entity tags.
+        """
+        words = Counter(word for sentence in self.sentences(table, columns) for word in sentence.words)
+        outside = words["O"] + words["o"]
+        tags = sum(n for word, n in words.items() if tag_schemes.ENTITY_TAG.fullmatch(word))
+        if tags and 2 * (tags + outside) > words.total():
+            example = next(filter(tag_schemes.ENTITY_TAG.fullmatch, words))
+            raise ValueError(
+                f"{table.source}: the words are entity tags, such as {example!r}; if the tags come "
+                f"first, swap the columns: {column_option('tokens')} {columns['tags']}, and {column_option('tags')} "
+                f"{columns['tokens']}"
+            )
 
     @property
     def scheme(self) -> str:

@@ -44,6 +44,7 @@ def value(values: Any, name: str) -> Any:
         (["--columns.label", "kind"], "data.columns", {"label": "kind"}),
         (["--data.columns.text-pair", "b"], "data.columns", {"text-pair": "b"}),
         (["--options.pooling", "mean"], "options", {"pooling": "mean"}),
+        (["--options.columns", "a", "b c"], "options", {"columns": ["a", "b c"]}),
         (["--options", '{"pooling": "max"}'], "options", {"pooling": "max"}),
         (["--overwrite"], "overwrite", True),
         (["--overwrite", "true"], "overwrite", True),

@@ -146,6 +146,7 @@ def test_pairs_from_arguments_lines_and_columns(
     assert [pair[:2] for pair in expected] == [("one", "two"), ("one", "one")]
     assert expected[0][2] != expected[1][2]
     assert predicted("one\ttwo", "one\tone") == expected
+    assert predicted("--pair", "one", "two", "--device", "cpu", "one", "one") == expected, "between options"
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ttwo\none\tone\n"))
     assert predicted() == expected
     (tmp_path / "pairs.txt").write_text("one\ttwo\none\tone\n")
@@ -277,3 +278,26 @@ def test_labels_and_texts_reach_no_terminal(base: Path, tmp_path: Path, capsys: 
     assert not any(line.startswith("fake") for line in captured.out.splitlines())
     assert main(["predict", str(tmp_path / "run\x9b"), "one\x1b[2J"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == "one\x1b[2J"
+
+
+def test_no_input_is_overwritten(
+    base: Path, finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, texts = tmp_path / "rows.csv", tmp_path / "texts.txt"
+    rows.write_text((base / "rows.csv").read_text())
+    texts.write_text("one\n")
+    (tmp_path / "link.csv").symlink_to(rows)
+    before = rows.read_text()
+    model = str(base / "model")
+    for command in (
+        ["predict", str(finetuned), "--file", str(rows), "--output", str(tmp_path / "link.csv")],
+        ["evaluate", str(finetuned), str(rows), "--columns.label", "kind", "--output", str(rows)],
+        ["evaluate", str(finetuned), str(rows), "--columns.label", "kind", "--metrics", str(rows)],
+        ["explain", str(finetuned), "--file", str(texts), "--output", str(texts)],
+        ["embed", model, "--file", str(tmp_path / "link.npy"), "--output", str(tmp_path / "link.npy")],
+    ):
+        if command[0] == "embed":
+            (tmp_path / "link.npy").symlink_to(texts)
+        assert main(command) == 2
+        assert "which is read; expected another file" in capsys.readouterr().err
+    assert (rows.read_text(), texts.read_text()) == (before, "one\n")

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
 
 from bert_fast.data import copy_tokenizer, load_tokenizer
-from bert_fast.data.tokenizer import check_rows, count_ids
+from bert_fast.data.tokenizer import check_rows, count_ids, mask_token
 
 pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 5 is the yardstick")
 
@@ -250,3 +250,11 @@ def test_a_tokenizer_may_have_fewer_tokens_than_the_model_has_rows_but_not_more(
         check_rows(tokenizer, rows, tmp_path)
     with pytest.raises(ValueError, match=rf"the tokenizer has {len(WORDS)} tokens and the model 12 word embeddings"):
         check_rows(tokenizer, 12, tmp_path)
+
+
+def test_the_mask_token_is_the_special_one() -> None:
+    words = {word: number for number, word in enumerate(["[UNK]", "[MASK]", "<mask>", "a"])}
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    assert mask_token(tokenizer) == "[MASK]"
+    tokenizer.add_special_tokens(["<mask>"])
+    assert mask_token(tokenizer) == "<mask>"

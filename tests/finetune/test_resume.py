@@ -173,6 +173,13 @@ def test_other_rows_are_refused_and_moved_ones_are_not(interrupted: FinetuneConf
     assert "steps is now 12; the run started with 10" in messages
 
 
+def test_a_run_that_is_past_its_new_end_is_refused(interrupted: FinetuneConfig, toy: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing is left to train: .*step-00000007 is at step 7 of 5; set more"):
+        finetune(toy.settings(tmp_path / "run", steps=5), report=quiet)
+    assert not (tmp_path / "run").exists()
+    assert toy.checkpoints_of(interrupted) == ["step-00000006", "step-00000007"]
+
+
 def test_a_run_goes_on_from_a_named_checkpoint(interrupted: FinetuneConfig, toy: Any, tmp_path: Path) -> None:
     """Of its own, then later ones are set aside; or of another folder, whose log goes on."""
     finetune(toy.settings(tmp_path / "whole"), report=quiet)

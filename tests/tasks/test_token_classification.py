@@ -300,3 +300,12 @@ def test_a_model_that_tags_nothing_is_named() -> None:
     predictions = [{"tags": ["O"] * len(words)} for words in table["tokens"]]
     assert "20 rows of made up are predicted as 'O' at every word" in task.warning(predictions, table, COLUMNS)
     assert task.warning([{"tags": tags} for tags in table["tags"]], table, COLUMNS) == ""
+
+
+def test_tags_before_words_are_refused() -> None:
+    task = make_task("token-classification")
+    table = Table({"tokens": [["B-Dish", "O"], ["O", "O", "B-Price"]], "tags": [["pizza", "is"], ["it", "is", "low"]]})
+    with pytest.raises(ValueError, match=r"the words are entity tags, such as 'B-Dish'; .*columns.tokens"):
+        task.fit(table, {"tokens": "tokens", "tags": "tags"})
+    plain = Table({"tokens": [["E-mail", "O", "x", "y"]], "tags": [["NN", "UH", "SYM", "SYM"]]})
+    task.fit(plain, {"tokens": "tokens", "tags": "tags"})

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from itertools import chain
 from typing import Any
 
 from bert_fast.tasks.io.table import Table
@@ -29,6 +30,7 @@ _LOOK_MISSING = {
     "unlabeled",
     "unlabelled",
 }
+_LONGEST_LITERAL = 100_000  # characters that Python's parser is given
 _BOOLEANS = {"true": "1", "false": "0"}
 _INTEGRAL = re.compile(r"([+-]?\d+)\.0*", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
@@ -73,8 +75,8 @@ def label_key(value: Any) -> str:
 class Labels:
     """The distinct labels of a column, in order, and their indices.
 
-    1, 1.0, "1", "1.0" and true are one label; it is called 1, or by its spelling in the data if all labels are true or
-    false. Numbers come first, by value.
+    1, 1.0, "1", "1.0" and true are one label; it is called 1, or by its spelling in the data if no label is the number
+    0 or 1. Numbers come first, by value.
 
     Args:
         names: the names in order, as `fit` returned them.
@@ -90,7 +92,7 @@ class Labels:
         spellings: dict[str, list[str]] = {}
         for name in map(label_name, values):
             spellings.setdefault(label_key(name), []).append(name)
-        booleans = all(name.lower() in _BOOLEANS for names in spellings.values() for name in names)
+        booleans = {"0", "1"}.isdisjoint(chain.from_iterable(spellings.values()))
         return cls(label_order([names[0] if booleans else key for key, names in spellings.items()]))
 
     def index(self, value: Any) -> int | None:
@@ -142,9 +144,37 @@ def drop_unlabelled(table: Table, column: str, no_label: Sequence[Any] | None) -
     return table.select(kept), message
 
 
-def list_from_text(text: str) -> list[Any] | None:
-    """The list that a text holds: JSON, Python's and NumPy's notation, or names in brackets; None if it holds none."""
+def mapping_from_text(text: str) -> dict[Any, Any] | None:
+    """The mapping that a text holds, in JSON or Python's notation; None if it holds none."""
     text = text.strip()
+    if not (text.startswith("{") and text.endswith("}")):
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = _literal(text)
+    return values if isinstance(values, dict) else None
+
+
+def _literal(text: str) -> Any:
+    """The value of a text in Python's notation; None if it is none."""
+    try:
+        return ast.literal_eval(text) if len(text) <= _LONGEST_LITERAL else None
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def list_from_text(text: str) -> list[Any] | None:
+    """The list that a text holds: JSON, Python's and NumPy's notation, or names in brackets; None if it holds none.
+
+    Tuples and sets of quoted texts and numbers are lists too.
+    """
+    text = text.strip()
+    if text[:1] in ("(", "{") and text[-1:] in (")", "}"):
+        values = _literal(text)
+        return (
+            list(values) if isinstance(values, tuple) else sorted(values, key=str) if isinstance(values, set) else None
+        )
     if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
@@ -160,6 +190,8 @@ def list_from_text(text: str) -> list[Any] | None:
             return [ast.literal_eval(item) for item in quoted]
         except (ValueError, SyntaxError):
             return None
+    if quoted and isinstance(values := _literal(text), list):  # with None, say
+        return values
     words = inner.split()
     if words and "," not in inner and all(map(_NUMBER.fullmatch, words)):
         return words

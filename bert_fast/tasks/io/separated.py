@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from bert_fast.tasks.io.table import Table
@@ -13,6 +14,7 @@ from bert_fast.tasks.settings import FormatSettings
 
 _DELIMITERS = (",", "\t", ";", "|")
 _NAMES = {"\t": "tab"}
+_SPACED_QUOTE = re.compile(' +"')
 _QUOTED = re.compile(r'"(?:[^"]|"")*"', re.DOTALL)
 
 
@@ -22,6 +24,7 @@ class _Dialect(NamedTuple):
     delimiter: str
     quote: str
     escape: str
+    spaced: bool = False  # whether spaces after a delimiter belong to it
 
 
 class _Record(NamedTuple):
@@ -101,6 +104,8 @@ def _notes(dialect: _Dialect, usual: str, settings: FormatSettings) -> list[str]
     if settings.quote is None and bool(dialect.quote) != (usual == ","):
         how = "quoted fields" if dialect.quote else "quotation marks as ordinary characters"
         notes.append(f"{how} detected (format.quote)")
+    if dialect.spaced:
+        notes.append("spaces before quotation marks ignored (format.quote)")
     if settings.escape is None and dialect.escape:
         notes.append("escapes by backslash detected (format.escape)")
     return notes
@@ -119,6 +124,10 @@ def _detect(
             if settings.escape is None and dialect.escape and not any(x in line for _, line in lines for x in escaped):
                 continue
             records = _records(lines, dialect)
+            if settings.quote is None and dialect.quote and _has_spaced_quotes(records):
+                spaced = dialect._replace(spaced=True)
+                if _consistent(parsed := _records(lines, spaced), names):
+                    dialect, records = spaced, parsed
             default = default or (dialect, records)
             if not _consistent(records, names):
                 continue
@@ -158,6 +167,7 @@ def _records(lines: Sequence[tuple[int, str]], dialect: _Dialect) -> list[_Recor
         quoting=csv.QUOTE_MINIMAL if dialect.quote else csv.QUOTE_NONE,
         escapechar=dialect.escape or None,
         doublequote=not dialect.escape,
+        skipinitialspace=dialect.spaced,
         strict=True,
     )
     return _read_all(reader, offset)
@@ -184,6 +194,14 @@ def _consistent(records: list[_Record] | _Malformed, names: Sequence[str] | None
         return False
     width = len(names) if names else len(records[0].fields)
     return width > 1 and all(len(record.fields) == width for record in records)
+
+
+def _has_spaced_quotes(records: list[_Record] | _Malformed) -> bool:
+    """Whether fields begin with spaces and a quotation mark, all of them in the columns where one does: "a", "b"."""
+    if isinstance(records, _Malformed) or not records:
+        return False
+    columns = zip_longest(*(record.fields for record in records[1:]), fillvalue="")
+    return any(all(map(_SPACED_QUOTE.match, column)) for column in columns)
 
 
 def _has_quoted_fields(records: list[_Record] | _Malformed) -> bool:

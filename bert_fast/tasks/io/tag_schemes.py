@@ -27,6 +27,7 @@ NO_KIND = "_"  # of tags that are a letter alone, as in seqeval
 _LETTERS = {"iob1": "BI", "iob2": "BI", "iobes": "BIES", "bilou": "BILU", "bmes": "BMES", "bmewo": "BMEW"}
 SCHEMES = tuple(_LETTERS)
 _CANONICAL = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S", "W": "S"}
+ENTITY_TAG = re.compile(r"[BIESMLUW]-.+", re.DOTALL)  # in its most common form
 _FORMS = {
     "prefix": re.compile(r"(?P<letter>[BIESMLUWbiesmluw])[-_:/](?P<kind>.+)", re.DOTALL),
     "suffix": re.compile(r"(?P<kind>.+)[-_:/](?P<letter>[BIESMLUWbiesmluw])", re.DOTALL),

@@ -77,6 +77,21 @@ def test_quoting_of_public_files(name: str, content: str, rows: list[str], tmp_p
     assert read(tmp_path / name, content)["question"] == rows
 
 
+@pytest.mark.parametrize(
+    ("content", "text", "label"),
+    [
+        ('text, label\n"a, b", "x"\n"c", "y"\n', ["a, b", "c"], ["x", "y"]),
+        ('"label", "text"\n"x", "a, b"\n"y", "c, ""d"" e"\n', ["a, b", 'c, "d" e'], ["x", "y"]),
+        ('label,text\nx, "a" he said\ny, "b" she said\n', [' "a" he said', ' "b" she said'], ["x", "y"]),
+        ('label,text\n"x,1", "a" he said\ny, "b" she said\n', [' "a" he said', ' "b" she said'], ["x,1", "y"]),
+    ],
+)
+def test_spaces_before_quotation_marks(content: str, text: list[str], label: list[str], tmp_path: Path) -> None:
+    table = read(tmp_path / "a.csv", content)
+    assert (table["text"], table["label"]) == (text, label)
+    assert any("spaces before quotation marks" in note for note in table.notes) == (text[0][0] != " ")
+
+
 def test_files_without_a_header_and_columns_without_a_name(tmp_path: Path) -> None:
     cola = 'gj04\t1\t\tOur friends "won\'t" buy it.\ngj04\t0\t*\tThey drank the pub.\n'
     table = read(tmp_path / "cola.tsv", cola, ["source", "label", "mark", "text"])
