@@ -228,5 +228,5 @@ def test_a_tensor_whose_storage_was_freed(name: str, dtype: torch.dtype) -> None
         if function is add_layer_norm:
             arguments["residual"] = arguments["x"].clone()
         arguments[name].untyped_storage().resize_(0)
-        with pytest.raises(RuntimeError, match=r"no memory|not allocated"), torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"no memory|not allocated|API call failed"), torch.no_grad():
             function(**arguments)
