@@ -51,6 +51,8 @@ def exclusive(target: Path, *, what: str = "run", inside: bool = False) -> Itera
     real = Path(os.path.realpath(target))
     path = real / ".lock" if inside else lock_path(real)
     created = inside and not real.exists()
+    if inside and os.path.lexists(real) and not real.is_dir():
+        raise NotADirectoryError(f"{target} is a file; expected a folder, or a name that is free")
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, target, what)
     _held.add(str(path))

@@ -165,3 +165,10 @@ def test_what_is_no_lock_file_is_neither_followed_nor_overwritten(tmp_path: Path
             assert str(path) in str(raised.value)
             assert victim.read_text() == "of somebody else"
             assert not (tmp_path / "created").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    lock = _lock.exclusive(tmp_path / "run", inside=True)
+    with pytest.raises(OSError, match="run is a file; expected a folder"), lock:
+        pass
