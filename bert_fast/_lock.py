@@ -105,7 +105,7 @@ def _open(path: Path) -> int:
 
 
 def _no_lock(path: Path) -> OSError:
-    return OSError(errno.EEXIST, "is not a lock file that bert_fast wrote; delete it", str(path))
+    return FileExistsError(f"{path} is not a lock file that bert_fast wrote; delete it")
 
 
 def _lock(descriptor: int, path: Path) -> bool:
