@@ -383,13 +383,14 @@ def recover(parent: Path, *, exclusive: bool = True, name: str | None = None) ->
     """Clean up in the folder `parent` after killed writers.
 
     Temporary files and folders are deleted. An old target that was moved aside is renamed back, unless a new one
-    exists. Only leftovers of writers that have ended are touched, and with `exclusive` every folder: a process of this
-    host that runs no longer, or has begun after the last change of the leftover; a process of another host if the
-    leftover is older than a week.
+    exists. Only leftovers of writers that have ended are touched: a process of this host that runs no longer, or has
+    begun after the last change of the leftover; a process of another host if the leftover is older than a week, or
+    with `exclusive` is a folder.
 
     Args:
         parent: the folder of the targets; it may be missing.
-        exclusive: whether no other process writes folders in `parent` at the moment.
+        exclusive: whether no process of another host writes folders in `parent` at the moment. One of this host may: a
+            run into a folder in the output of another run.
         name: only leftovers of the target of this name.
     """
     for path in parent.glob(".*"):
@@ -398,7 +399,8 @@ def recover(parent: Path, *, exclusive: bool = True, name: str | None = None) ->
             continue
         with contextlib.suppress(FileNotFoundError):  # another process cleans up at the same time
             changed = path.lstat().st_ctime
-            if not ((exclusive and path.is_dir()) or _has_ended(match["host"], int(match["pid"]), changed)):
+            elsewhere = exclusive and match["host"] != _HOST and path.is_dir()
+            if not (elsewhere or _has_ended(match["host"], int(match["pid"]), changed)):
                 continue
             target = parent / match["target"]
             if match["suffix"] == _REPLACED and not os.path.lexists(target):
@@ -423,9 +425,15 @@ def _has_ended(host: str, pid: int, changed: float) -> bool:
 
 
 def _started(pid: int) -> float:
-    """When a running process began, in seconds since the epoch; 0 where the system does not say."""
+    """When a running process began, in seconds since the epoch; 0 where the system does not say, infinity for a zombie.
+
+    A container without an init process keeps zombies.
+    """
     with contextlib.suppress(OSError, ValueError, IndexError):
-        ticks = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+        status = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        if status[0] in "ZX":
+            return float("inf")
+        ticks = int(status[19])
         since_boot = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
         return time.time() - since_boot + ticks / os.sysconf("SC_CLK_TCK")
     return 0.0

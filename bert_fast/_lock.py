@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path
 
 # Errors of file systems without flock.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+_MAX_BYTES = 4096  # of a lock file
 
 _held: set[str] = set()  # the lock files of this process
 
@@ -43,10 +46,13 @@ def exclusive(target: Path, *, what: str = "run", inside: bool = False) -> Itera
 
     Raises:
         OutputBusyError: another process, or another thread of this one, holds the lock.
+        OSError: the lock file can't be written, or is a link, a folder or another file.
     """
     real = Path(os.path.realpath(target))
     path = real / ".lock" if inside else lock_path(real)
     created = inside and not real.exists()
+    if inside and os.path.lexists(real) and not real.is_dir():
+        raise NotADirectoryError(f"{target} is a file; expected a folder, or a name that is free")
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(path, target, what)
     _held.add(str(path))
@@ -63,7 +69,7 @@ def exclusive(target: Path, *, what: str = "run", inside: bool = False) -> Itera
 
 def _acquire(path: Path, target: Path, what: str) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = _open(path)
         try:
             if _lock(descriptor, path) and _is_current(descriptor, path):
                 os.ftruncate(descriptor, 0)
@@ -77,6 +83,29 @@ def _acquire(path: Path, target: Path, what: str) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # the holder has just deleted the file
+
+
+def _open(path: Path) -> int:
+    """Open or create a lock file, never what a link in a folder of others names: its content is replaced.
+
+    Raises:
+        OSError: `path` exists and is no lock file; the message names it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if not (path.is_symlink() or path.is_dir()):
+            raise
+        raise _no_lock(path) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_size > _MAX_BYTES:
+        os.close(descriptor)
+        raise _no_lock(path)
+    return descriptor
+
+
+def _no_lock(path: Path) -> OSError:
+    return FileExistsError(f"{path} is not a lock file that bert_fast wrote; delete it")
 
 
 def _lock(descriptor: int, path: Path) -> bool:

@@ -204,3 +204,22 @@ def test_every_file_has_the_mode_of_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     for path in (tmp_path / "result" / "a.safetensors", tmp_path / "a.safetensors"):
         assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, path
+
+
+def test_an_exclusive_writer_spares_a_live_writer_of_this_host(tmp_path: Path) -> None:
+    """A fine-tuning run into a folder in the output of a pretraining run. A zombie is no writer any more."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        host = _io.temporary_path(tmp_path / "x").name.split(".")[2].partition("-")[0]
+        folder = tmp_path / f".tuned.{host}-{process.pid}-01234567.tmp"
+        folder.mkdir()
+        _io.recover(tmp_path)
+        assert folder.exists()
+        process.kill()
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
+        _io.recover(tmp_path)
+        assert not folder.exists()
+    finally:
+        process.kill()
+        process.wait()

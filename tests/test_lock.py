@@ -140,3 +140,35 @@ def test_a_lock_inside_needs_no_parent_that_is_writable(tmp_path: Path) -> None:
         with _lock.exclusive(tmp_path / "new" / "run", inside=True):
             (tmp_path / "new" / "run" / "a").touch()
     assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["a"]
+
+
+def test_what_is_no_lock_file_is_neither_followed_nor_overwritten(tmp_path: Path) -> None:
+    target, victim = tmp_path / "run", tmp_path / "victim"
+    target.mkdir()
+    makers = (
+        lambda path: path.symlink_to(victim),
+        lambda path: path.symlink_to(tmp_path / "created"),
+        lambda path: os.link(victim, path),
+        lambda path: path.write_text("x" * 5000),
+        lambda path: path.mkdir(),
+        os.mkfifo,
+    )
+    for inside in (True, False):
+        path = target / ".lock" if inside else _lock.lock_path(target)
+        for make in makers:
+            victim.write_text("of somebody else")
+            make(path)
+            lock = _lock.exclusive(target, inside=inside)
+            with pytest.raises(OSError, match="is not a lock file") as raised, lock:
+                pass
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            assert str(path) in str(raised.value)
+            assert victim.read_text() == "of somebody else"
+            assert not (tmp_path / "created").exists()
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    lock = _lock.exclusive(tmp_path / "run", inside=True)
+    with pytest.raises(OSError, match="run is a file; expected a folder"), lock:
+        pass

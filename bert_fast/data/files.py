@@ -192,25 +192,37 @@ class _CsvLines:
 
 
 def _read_parquet(piece: Piece, text_column: str | None) -> Iterator[Raw]:
+    from pyarrow import types
+
     with open_parquet(piece.name) as file:
         schema = file.schema_arrow
         column = text_column or _guess_column(piece.name, [f.name for f in schema if _holds_text(f.type)], schema.names)
         if column not in schema.names:
             raise ValueError(f"{piece.name}: no column {column!r}; it has {', '.join(map(repr, schema.names))}")
+        holds_strings = types.is_string(schema.field(column).type) or types.is_large_string(schema.field(column).type)
+    # Each text of a row group once in memory: a few kilobytes can repeat one of megabytes a million times.
+    with open_parquet(piece.name, read_dictionary=[column] if holds_strings else None) as file:
         groups = list(range(piece.start, piece.end if piece.end >= 0 else file.metadata.num_row_groups))
         number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[column], use_threads=False):
-            for value in batch.column(0).to_pylist():
-                yield Raw(f"{piece.name}, row {number}", value)
+            for value in batch.column(0):
+                yield _bounded(Raw(f"{piece.name}, row {number}", value.as_py()))
                 number += 1
 
 
-def _holds_text(kind: Any) -> bool:
-    import pyarrow.types as types
+def _bounded(raw: Raw) -> Raw:
+    """`raw`, or that its text is longer than a line may be."""
+    if isinstance(raw.value, str) and len(raw.value) > _MAX_LINE:
+        return raw._replace(value=None, problem="malformed", detail=f"a text of more than {_MAX_LINE >> 20} MiB")
+    return raw
 
-    while types.is_list(kind) or types.is_large_list(kind):
+
+def _holds_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(types.is_string(kind) or types.is_large_string(kind))
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _column(rows: Iterable[tuple[str, Mapping[str, Any] | Raw]], name: str, text_column: str | None) -> Iterator[Raw]:

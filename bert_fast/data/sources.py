@@ -355,8 +355,12 @@ def _row_groups(name: str, part_bytes: int, file_bytes: int) -> Iterator[tuple[i
 
 
 @contextlib.contextmanager
-def open_parquet(name: str) -> Iterator[Any]:
+def open_parquet(name: str, read_dictionary: list[str] | None = None) -> Iterator[Any]:
     """The Parquet file of a path or URL.
+
+    Args:
+        name: the path or URL.
+        read_dictionary: columns that are read as indices of their different values, if they hold strings.
 
     Raises:
         DamagedFileError: in the block, if it is not a Parquet file, or corrupt; the message names it.
@@ -372,7 +376,9 @@ def open_parquet(name: str) -> Iterator[Any]:
                 source = stack.enter_context(files.open(path, "rb"))
             else:
                 source = name
-            yield stack.enter_context(pyarrow.parquet.ParquetFile(source, memory_map="://" not in name))
+            yield stack.enter_context(
+                pyarrow.parquet.ParquetFile(source, memory_map="://" not in name, read_dictionary=read_dictionary)
+            )
         except (pyarrow.ArrowException, OSError) as error:
             from_disk = isinstance(error, OSError) and error.errno is not None
             kind = ValueError if from_disk else DamagedFileError

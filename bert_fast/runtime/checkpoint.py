@@ -221,10 +221,13 @@ def prune(root: Path, keep_last: int, keep: Collection[Path] = ()) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder. It loses its name first, so that no half-deleted one is taken for a complete one."""
+    """Delete a folder, or a link to one (not what it names).
+
+    It loses its name first, so that no half-deleted one is taken for a complete one.
+    """
     temporary = _io.temporary_path(folder)
     folder.rename(temporary)
-    shutil.rmtree(temporary)
+    _io.remove(temporary)
 
 
 def set_aside(root: Path, after: int) -> Path | None:

@@ -38,14 +38,23 @@ inline Tensor as_float(const Tensor& x) {
   return as_contiguous(x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float));
 }
 
+// A storage that was resized to 0, as FSDP frees a parameter's, leaves a tensor of the old shape without memory.
+inline void check_memory(const Tensor& x, const void* pointer) {
+  STD_TORCH_CHECK(pointer || !x.numel(), "a tensor of ", x.numel(), " elements has no memory: its storage was freed");
+}
+
 template <class T>
 inline const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
+  const void* pointer = x.const_data_ptr();
+  check_memory(x, pointer);
+  return static_cast<const T*>(pointer);
 }
 
 template <class T>
 inline T* mutable_data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
+  void* pointer = x.mutable_data_ptr();
+  check_memory(x, pointer);
+  return static_cast<T*>(pointer);
 }
 
 // Every tensor that a kernel reads is checked by this before its pointer is taken.

@@ -36,7 +36,7 @@ struct WeightRows {
     for (const Tensor& weight : weights) {
       const Tensor wide = bf16 || weight.scalar_type() == ScalarType::Float ? weight : as_float(weight);
       held.push_back(wide.stride(1) == 1 ? wide : as_contiguous(wide));
-      const auto* first = static_cast<const char*>(held.back().const_data_ptr());
+      const auto* first = data<char>(held.back());
       const int64_t bytes = held.back().stride(0) * static_cast<int64_t>(wide.element_size());
       for (int64_t row = 0; row < wide.size(0); ++row) rows.push_back(first + row * bytes);
     }

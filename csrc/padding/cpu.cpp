@@ -70,8 +70,8 @@ Tensor gather_rows(const Tensor& x, const Tensor& indices) {
   const Tensor out = empty(shape_with_rows(x, index.size(0)), x.scalar_type());
   const Rows rows(x);
   if (rows.bytes == 0) return out;  // neither tensor has memory
-  const char* source = static_cast<const char*>(from.const_data_ptr());
-  char* target = static_cast<char*>(out.mutable_data_ptr());
+  const char* source = data<char>(from);
+  char* target = mutable_data<char>(out);
   parallel_for(0, index.size(0), rows.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::memcpy(target + i * rows.bytes, source + data<int64_t>(index)[i] * rows.bytes, rows.bytes);
@@ -89,8 +89,8 @@ Tensor scatter_rows(const Tensor& x, const Tensor& indices, int64_t rows) {
   const Rows row(x);
   if (row.bytes == 0) return out;
   const int64_t* places = data<int64_t>(index);
-  const char* source = static_cast<const char*>(from.const_data_ptr());
-  char* target = static_cast<char*>(out.mutable_data_ptr());
+  const char* source = data<char>(from);
+  char* target = mutable_data<char>(out);
   // Divided by rows of the result, so that a thread writes a contiguous range of it once, zeros included.
   parallel_for(0, rows, row.grain(), [&](int64_t begin, int64_t end) {
     int64_t next = std::lower_bound(places, places + index.size(0), begin) - places;

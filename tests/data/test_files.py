@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pytest
 from bert_fast.data import PrepareConfig
 from bert_fast.data.cleaning import clean, splitter
 from bert_fast.data.files import read_piece
-from bert_fast.data.sources import plan_parts
+from bert_fast.data.sources import Piece, plan_parts
 
 TWO = [["One is first.", "Two is second."], ["Three stands alone."]]
 TWO_TXT = "One is first.\nTwo is second.\n\nThree stands alone.\n"
@@ -100,6 +101,46 @@ def test_parquet_in_row_groups(tmp_path, column):
     assert read(tmp_path / "a.parquet") == (TWO * 6, [])
     assert read(tmp_path / "a.parquet", part_bytes=1) == (TWO * 6, [])
     assert len(plan_parts(settings(tmp_path / "a.parquet", part_bytes=1))) == 6
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.large_string(),
+        pa.string_view(),
+        pa.list_(pa.string()),
+        pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    ],
+    ids=str,
+)
+def test_parquet_of_every_kind_of_text(tmp_path, kind):
+    texts = [" ".join(document) for document in TWO] if "list" not in str(kind) else TWO
+    pa.parquet.write_table(pa.table({"n": [1, 2], "text": pa.array(texts).cast(kind)}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == (TWO, [])
+
+
+def test_parquet_that_repeats_a_long_text(tmp_path):
+    """28 GB of text in 2 kB: each row is read, with a few copies of the text in memory."""
+    text = "a bird flies. " * 2**20
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array([text]))
+    pa.parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
+    rows = read_piece(Piece(".parquet", str(tmp_path / "a.parquet")), settings(tmp_path))
+    tracemalloc.start()
+    values = [next(rows).value == text for _ in range(50)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(values)
+    assert peak < 4 * len(text)
+
+
+def test_parquet_with_a_text_that_is_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("bert_fast.data.files._MAX_LINE", 100)
+    pa.parquet.write_table(pa.table({"text": ["One is short.", "x" * 101]}), tmp_path / "a.parquet")
+    assert [raw.problem for raw in read_piece(Piece(".parquet", str(tmp_path / "a.parquet")), settings(tmp_path))] == [
+        "",
+        "malformed",
+    ]
 
 
 def zstandard_frames(data: bytes) -> bytes:

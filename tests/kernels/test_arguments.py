@@ -210,3 +210,23 @@ def test_the_product_of_an_empty_int8_weight_is_zero() -> None:
     if OPS["linear_int8"].impls["cpu"].availability.ok:
         out = ops.linear_int8_product(torch.zeros(3, 0, dtype=torch.uint8), torch.zeros(4, 0, dtype=torch.int8))
         assert torch.equal(out, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tensor_whose_storage_was_freed(name: str, dtype: torch.dtype) -> None:
+    """As FSDP frees a parameter's: an error, not a read of address 0."""
+    calls: dict[Callable[..., Any], dict[str, Tensor]] = {
+        linear: {"x": torch.randn(64, 32), "weight": torch.randn(64, 32), "bias": torch.randn(64)},
+        add_layer_norm: {"x": torch.randn(8, 32), "weight": torch.randn(32), "bias": torch.randn(32)},
+        bias_gelu: {"x": torch.randn(8, 32), "bias": torch.randn(32)},
+    }
+    for function, arguments in calls.items():
+        if name not in arguments:
+            continue
+        arguments = {key: x.to(dtype) for key, x in arguments.items()}
+        if function is add_layer_norm:
+            arguments["residual"] = arguments["x"].clone()
+        arguments[name].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=r"no memory|not allocated|API call failed"), torch.no_grad():
+            function(**arguments)

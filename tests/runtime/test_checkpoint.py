@@ -285,3 +285,16 @@ def test_there_is_no_pickle(tmp_path: Path) -> None:
     checkpoint.write_folder(tmp_path / "c", lambda f: checkpoint.save_training_state(f, model, optimizer, {}))
     suffixes = {path.suffix for path in (tmp_path / "c").iterdir()}
     assert suffixes == {".json", ".safetensors"}
+
+
+def test_prune_deletes_links_and_files_of_a_checkpoint_s_name(tmp_path: Path) -> None:
+    """A checkpoint that was moved to another disk and linked: the link goes, the checkpoint there stays."""
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for folder in (elsewhere, root / "step-00000003"):
+        folder.mkdir(parents=True)
+        (folder / "model").write_text("x")
+    (root / "step-00000001").symlink_to(elsewhere)
+    (root / "step-00000002").write_text("")
+    checkpoint.prune(root, 1)
+    assert [path.name for path in root.iterdir()] == ["step-00000003"]
+    assert (elsewhere / "model").read_text() == "x"

@@ -24,7 +24,14 @@ def read_parquet(path: Path) -> Table:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        # As dictionaries: a few kilobytes can repeat a text of megabytes a million times.
+        schema = pyarrow.parquet.read_schema(path)
+        texts = [
+            field.name
+            for field in schema
+            if pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
+        ]
+        table = pyarrow.parquet.read_table(path, read_dictionary=texts)
         columns = _columns(table)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a valid Parquet file ({error})") from error
@@ -93,8 +100,21 @@ def _columns(table: pyarrow.Table) -> dict[str, list[Any]]:
     names = table.column_names
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise pyarrow.ArrowInvalid(f"columns are repeated: {', '.join(repeated)}")
-    columns: dict[str, list[Any]] = table.to_pydict()
-    return columns
+    return {name: _values(table[name]) for name in names}
+
+
+def _values(column: pyarrow.ChunkedArray) -> list[Any]:
+    """The values of a column; of one that is encoded as a dictionary each different value once in memory."""
+    import pyarrow
+
+    if not pyarrow.types.is_dictionary(column.type):
+        values: list[Any] = column.to_pylist()
+        return values
+    values = []
+    for chunk in column.chunks:
+        different = chunk.dictionary.to_pylist()
+        values += [None if index is None else different[index] for index in chunk.indices.to_pylist()]
+    return values
 
 
 def _features(schema: pyarrow.Schema) -> Any:

@@ -124,3 +124,17 @@ def test_every_flip_of_a_bit_of_the_index_is_read_or_named(tmp_path: Path) -> No
             assert not message or str(folder) in message
         (folder / name).write_bytes(content)
     assert refused > 100
+
+
+def test_a_text_that_parquet_repeats_is_in_memory_once(tmp_path: Path) -> None:
+    text = "a bird flies. " * 2**16
+    index = pyarrow.array([0, None, *[0] * 2000], pyarrow.int32())
+    dictionary = pyarrow.DictionaryArray.from_arrays(index, pyarrow.array([text]))
+    short = pyarrow.array(["b", "a"] * 1001)
+    table = pyarrow.table({"text": dictionary, "plain": dictionary.cast(pyarrow.string()), "short": short})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    columns = read_table(tmp_path / "a.parquet").columns
+    for name in ("text", "plain"):
+        assert columns[name] == [text, None, *[text] * 2000]
+        assert len({id(value) for value in columns[name]}) == 2
+    assert columns["short"] == ["b", "a"] * 1001
