@@ -19,8 +19,8 @@ def freeze(model: M) -> M:
 
     The kernels multiply by packed weights. Without `freeze` a call packs every weight that it uses (an INT8 weight is
     packed once and its memory hashed at every call), so it sees any write. With it the packed copy is made at the first
-    call and kept: a gain where batches are small (README has figures, by
-    `python -m benchmarks.models.frozen_inference`), for as much memory as the weights take.
+    call and kept: a gain where batches are small (`python -m benchmarks.models.frozen_inference` measures it), for as
+    much memory as the weights take.
 
     Until `unfreeze`, write to the weights only in ways that torch counts: optimizers, `load_state_dict`, `init`,
     in-place operations, a new tensor in `weight.data`, `model.to`. After those the weight is packed again. A write that

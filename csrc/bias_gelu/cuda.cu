@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kThreads)
   load_pack<kPack<T>, FULL>(bias + col, cols - col, shift);
   const int64_t first = int64_t{blockIdx.x} * part_rows;
   const int64_t end = first + part_rows < rows ? first + part_rows : rows;
-#pragma unroll 2
+  [[maybe_unused]] constexpr int kUnroll = FULL ? 2 : 1;  // two partial packs spill
+#pragma unroll kUnroll
   for (int64_t row = first; row < end; ++row) {
     const int64_t at = row * cols + col;
     float u[kPack<T>], grad[kPack<T>];

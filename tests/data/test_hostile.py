@@ -141,7 +141,7 @@ def test_a_file_name_that_is_not_unicode_is_named(tmp_path):
     path = os.fsencode(tmp_path) + b"/a\xff\x1b[2J.jsonl"
     Path(os.fsdecode(path)).write_bytes(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in GOOD) + b"{\n")
     report = prepare(settings(tmp_path / "data", Path(os.fsdecode(path))))
-    assert "a\\udcff\\x1b[2J.jsonl, line 4: not JSON" in report.first_dropped["malformed"]
+    assert "a\\udcff\\u001b[2J.jsonl, line 4: not JSON" in report.first_dropped["malformed"]
     assert str(report).encode()
 
 
