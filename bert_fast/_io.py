@@ -183,6 +183,9 @@ def write_json(target: Path, values: Any, *, sort_keys: bool = False) -> None:
     write_text(target, text + "\n")
 
 
+LARGEST_JSON = 2**28  # bytes; a tokenizer.json of 250,000 tokens has 2**24
+
+
 def read_json(path: Path, fields: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -192,8 +195,11 @@ def read_json(path: Path, fields: Mapping[str, type | tuple[type, ...]] | None =
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it is no JSON object, a key is missing or a value has another type; the message names the file.
+        ValueError: it is no JSON object or larger than `LARGEST_JSON` bytes, a key is missing or a value has another
+            type; the message names the file.
     """
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path} has {size} bytes; expected at most {LARGEST_JSON}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -360,3 +360,11 @@ def test_a_name_that_leaves_its_folder_is_refused(tmp_path, name):
 @pytest.mark.parametrize("name", ["a", "train/00000.arrow", ".hidden", "..a", "a..b/c d", "\u6771.arrow"])
 def test_a_name_inside_its_folder_is_a_path(tmp_path, name):
     assert _io.safe_name(tmp_path, name, "m.json") == tmp_path / name
+
+
+def test_json_of_an_implausible_size_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # a sparse file
+    with pytest.raises(ValueError, match=r"a\.json has 1099511627776 bytes; expected at most"):
+        _io.read_json(path)

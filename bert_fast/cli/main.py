@@ -36,6 +36,7 @@ COMMANDS = {
     "verify": "compare every implementation that runs on this machine with float64",
 }
 _BROKEN_PIPE = 128 + 13
+LONGEST_MESSAGE = 2000  # characters of an error; a name in a file can have any length
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # Import names of optional packages, and the extra of bert_fast that installs each.
 EXTRAS = {
@@ -170,7 +171,8 @@ def _one_line(error: Exception) -> str:
     package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     if package in EXTRAS:
         return f"{package} is not installed; this command needs it: pip install 'bert_fast[{EXTRAS[package]}]'"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 500]} ... {text[-495:]}"
 
 
 if __name__ == "__main__":

@@ -140,3 +140,12 @@ def test_every_recipe_is_complete(path: Path, capsys: pytest.CaptureFixture[str]
     printed = yaml.safe_load(capsys.readouterr().out)
     for name, value in yaml.safe_load(path.read_text()).items():
         assert printed[name] == value if not isinstance(value, dict) else value.items() <= printed[name].items()
+
+
+def test_a_message_is_bounded_whatever_it_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--recipe", "a" * 100_000]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bert-fast pretrain: error: --recipe is 'aaa")
+    assert " ... " in line
+    assert "expected one of" in line
+    assert len(line) < 2_100
