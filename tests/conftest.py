@@ -6,6 +6,7 @@ import json
 import os
 import random
 import runpy
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = runpy.run_path(str(ROOT / "csrc" / "build_flags.py"))["compiler"]()
 
+# A shell starts background jobs with SIGINT ignored, and the processes of tests, which inherit that, keep it ignored.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # cuBLAS reads it at its first call: without it, deterministic algorithms are refused.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():

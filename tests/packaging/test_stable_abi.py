@@ -11,7 +11,7 @@ import pytest
 import bert_fast
 
 # The functions that the modules import from torch, all exported by the libraries of torch 2.11.0: checked in its wheel
-# for macOS and, for aoti_torch_get_current_cuda_stream, which only builds with CUDA have, in its headers.
+# for macOS or Linux and, for aoti_torch_get_current_cuda_stream, which only builds with CUDA have, in its headers.
 # Check a new one there before adding it.
 ALLOWED = Path(__file__).with_name("torch_2_11_functions.txt")
 MODULES = {
