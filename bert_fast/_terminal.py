@@ -74,6 +74,7 @@ class SafeStream:
         except BrokenPipeError:
             if not self.is_message:
                 raise
+            discard(self.raw)
         except OSError as error:
             if not self.is_message:
                 raise OSError(error.errno, f"stdout can't be written: {error.strerror}") from error
@@ -120,10 +121,10 @@ def safe_streams() -> Iterator[None]:
             sys.stdout, sys.stderr = before
 
 
-def discard_stdout() -> None:
-    """Send what is left in the buffer of the broken stdout nowhere: Python flushes it when it ends."""
+def discard(stream: TextIO) -> None:
+    """Send what is left in the buffer of a broken stream nowhere: Python flushes it at its end, or exits with 120."""
     try:
-        descriptor = sys.stdout.fileno()
+        descriptor = stream.fileno()
     except (OSError, ValueError):
         return  # not a file, in a test
     null = os.open(os.devnull, os.O_WRONLY)

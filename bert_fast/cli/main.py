@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast._config import did_you_mean
-from bert_fast._terminal import discard_stdout, safe_streams
+from bert_fast._terminal import discard, safe_streams
 
 COMMANDS = {
     "prepare": "convert text to a vocabulary and tokenised shards",
@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
         except BrokenPipeError:
             # The reader of stdout has ended, as `head` does. Files have been written before anything is printed.
-            discard_stdout()
+            discard(sys.stdout)
             return _BROKEN_PIPE
         except OSError as error:  # of the last flush
             print(f"bert-fast: error: {_one_line(error)}", file=sys.stderr)
-            discard_stdout()
+            discard(sys.stdout)
             return 2
 
 
