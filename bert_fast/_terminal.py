@@ -2,8 +2,8 @@
 
 A label, a path or a text may hold escape sequences (ESC, CSI, OSC), a carriage return or bidirectional overrides, which
 would recolour, overwrite or reorder what the terminal shows, or write to its clipboard. The command line replaces
-sys.stdout and sys.stderr by streams that write such characters as `\\uXXXX`; the data that a command writes to a pipe
-or a file stays as it is.
+sys.stdout and sys.stderr by streams that write such characters as escapes (`\\u001b`); the data that a command writes
+to a pipe or a file stays as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def printable(text: str, *, lines: bool = True) -> str:
-    """`text` with control characters as `\\uXXXX`, which JSON reads back; tab and, with `lines`, newline are kept."""
+    """`text` with control characters as escapes (`\\u001b`, as in JSON); tab and, with `lines`, newline are kept."""
     text = _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     return text if lines else text.replace("\n", "\\n").replace("\t", "\\t")
 
