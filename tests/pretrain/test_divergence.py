@@ -14,7 +14,7 @@ import torch
 
 from bert_fast.cli.main import main
 from bert_fast.optim.config import OptimizerOptions
-from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
+from bert_fast.pretrain.config import PretrainConfig
 from bert_fast.pretrain.divergence import Guard, replay
 from bert_fast.pretrain.micro_batches import Position
 from bert_fast.pretrain.trainer import Trainer, pretrain
@@ -24,21 +24,8 @@ from bert_fast.runtime.ranks import TrainingDivergedError
 
 
 @pytest.fixture
-def config(tmp_path: Path, prepared: Path, tiny_config: Path) -> PretrainConfig:
-    return PretrainConfig(
-        output_dir=str(tmp_path / "run"),
-        data=DataOptions(str(prepared), seq_len=32, token_budget=128),
-        model=ModelOptions(config=str(tiny_config)),
-        optimizer=OptimizerOptions(lr=1e-3),
-        steps=6,
-        accumulation=2,
-        log_interval=1,
-        eval_interval=0,
-        checkpoint_interval=0,
-        ceiling=False,
-        tensorboard=False,
-        progress=False,
-    )
+def config(make_config: Callable[..., PretrainConfig]) -> PretrainConfig:
+    return make_config(steps=6, accumulation=2, log_interval=1, eval_interval=0, checkpoint_interval=0)
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, steps: set[int], change: Callable[[Trainer], Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,36 +17,17 @@ import torch
 from bert_fast._lock import OutputBusyError, exclusive
 from bert_fast.optim.config import OptimizerOptions
 from bert_fast.pretrain import resume
-from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
+from bert_fast.pretrain.config import PretrainConfig
 from bert_fast.pretrain.trainer import Trainer, pretrain
 from bert_fast.runtime import checkpoint
 from bert_fast.runtime.log import read_log
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def config(tmp_path: Path, prepared: Path, tiny_config: Path) -> PretrainConfig:
-    return PretrainConfig(
-        output_dir=str(tmp_path / "run"),
-        data=DataOptions(str(prepared), seq_len=32, token_budget=128),
-        model=ModelOptions(config=str(tiny_config)),
-        optimizer=OptimizerOptions(lr=1e-3),
-        steps=8,
-        log_interval=1,
-        eval_interval=0,
-        checkpoint_interval=2,
-        keep_last=0,
-        ceiling=False,
-        tensorboard=False,
-        progress=False,
-    )
+def config(make_config: Callable[..., PretrainConfig]) -> PretrainConfig:
+    return make_config(steps=8, log_interval=1, eval_interval=0, checkpoint_interval=2, keep_last=0)
 
 
 def quiet(_: str) -> None:

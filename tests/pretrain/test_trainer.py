@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from bert_fast.models import BertForPreTraining
 from bert_fast.optim.config import OptimizerOptions
-from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
+from bert_fast.pretrain.config import ModelOptions, PretrainConfig
 from bert_fast.pretrain.metrics import held_out_totals
 from bert_fast.pretrain.micro_batches import Position
 from bert_fast.pretrain.setup import open_data
@@ -38,29 +38,12 @@ EXACT = (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def config(tmp_path: Path, prepared: Path, tiny_config: Path) -> PretrainConfig:
-    return PretrainConfig(
-        output_dir=str(tmp_path / "run"),
-        data=DataOptions(str(prepared), seq_len=32, token_budget=128),
-        model=ModelOptions(config=str(tiny_config)),
-        optimizer=OptimizerOptions(lr=1e-3),
-        steps=12,
-        log_interval=2,
-        eval_interval=6,
-        checkpoint_interval=5,
-        ceiling=False,
-        tensorboard=False,
-        progress=False,
-    )
+def config(make_config: Callable[..., PretrainConfig]) -> PretrainConfig:
+    return make_config(steps=12, log_interval=2, eval_interval=6, checkpoint_interval=5)
 
 
 def exact_lines(config: PretrainConfig) -> list[dict[str, Any]]:
