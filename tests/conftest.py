@@ -78,6 +78,15 @@ def seeded() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: small products are slower with several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def compile_backend() -> str:
     """inductor where it finds the C++ compiler it needs, else tracing alone; with no compilations of other tests.
 

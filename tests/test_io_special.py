@@ -17,26 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from bert_fast import _io
-
-OLD, NEW = {"a": "old a", "b": "old b"}, {"a": "new a", "sub": None, "sub/c": "new c"}
-
-
-def contents(folder: Path) -> dict[str, str | None]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_text() if path.is_file() else None for path in folder.rglob("*")
-    }
-
-
-def fill(folder: Path) -> None:
-    (folder / "sub").mkdir()
-    (folder / "a").write_text("new a")
-    (folder / "sub" / "c").write_text("new c")
-
-
-def old_folder(target: Path) -> None:
-    target.mkdir()
-    for name, text in OLD.items():
-        (target / name).write_text(text)
+from tests.folders import NEW, OLD, contents, fill, old_folder
 
 
 def leftover(folder: Path, pid: int, host: str = _io._HOST, suffix: str = ".tmp") -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -218,11 +217,3 @@ class EncodeJob:
             dropped = {"no_tokens": no_tokens} if no_tokens else {}
             counts = {"splits": splits, "dropped": dropped, "unknown": encoder.unknown, "files": files}
             _write_counts(folder, counts)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Link a file; copy it if the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

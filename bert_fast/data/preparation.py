@@ -32,7 +32,6 @@ from bert_fast.data.parts import (
     EncodeJob,
     finished_folder,
     job_key,
-    link_or_copy,
     read_counts,
     read_text,
 )
@@ -286,7 +285,7 @@ def _assemble(
             split = name.partition("/")[0]
             target = f"{split}/{shards[split]:05d}.arrow"
             shards[split] += 1
-            link_or_copy(tokens / name, folder / target)
+            _io.link_or_copy(tokens / name, folder / target)
             files[target] = entry
     vocab_size = count_ids(tokenizer)
     report = {

@@ -1,24 +1,15 @@
-"""Fixtures of the pretraining tests: settings of a run that takes seconds, and one thread."""
+"""Fixtures of the pretraining tests: settings of a run that takes seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bert_fast.optim.config import OptimizerOptions
 from bert_fast.pretrain.config import DataOptions, ModelOptions, PretrainConfig
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
