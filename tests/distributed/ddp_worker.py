@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bert_fast
 from bert_fast import BertConfig, BertForPreTraining
+from bert_fast.cli.main import end_rank
 from bert_fast.kernels import use_impl
 
 SIZES = {
@@ -81,3 +82,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank(0)
