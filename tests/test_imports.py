@@ -70,6 +70,27 @@ def test_the_encoder_runs_without(blocked: tuple[str, ...]) -> None:
     run(FORWARD, *blocked)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info"],
+        ["info", "--json"],
+        ["verify", "--ops", "bias_gelu", "--impls", "reference"],
+        ["verify", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_info_and_verify_run_where_only_torch_is_installed(command: list[str]) -> None:
+    code = f"""
+from bert_fast.cli.main import main
+try:
+    assert main({command!r}) == 0
+except SystemExit as end:
+    assert end.code == 0
+"""
+    assert run(code, "triton", "yaml", *OPTIONAL)
+
+
 def test_without_the_compiled_module_every_op_has_its_reference_and_a_reason() -> None:
     code = """
 from bert_fast.kernels import available_impls

@@ -55,7 +55,7 @@ def collect() -> dict[str, Any]:
         machine["compute"] = "sm_{}{}".format(*torch.cuda.get_device_capability())
     modules = {
         "bert_fast._C": extensions.MISSING or "built",
-        "bert_fast._CUDA": extensions.CUDA_MISSING or _cuda_build(extensions.build_report("_CUDA")),
+        "bert_fast._CUDA": _cuda_state(extensions.build_report("_CUDA"), extensions.CUDA_MISSING),
         "bert_fast._host": _host_state(Path(bert_fast.__file__).parent),
     }
     probe = torch.empty(0, device="cuda" if cuda else "cpu")
@@ -89,10 +89,12 @@ def _cpu_features() -> str:
         return f"{torch.backends.cpu.get_cpu_capability()} (torch)"
 
 
-def _cuda_build(report: dict[str, Any]) -> str:
+def _cuda_state(report: dict[str, Any], missing: str) -> str:
+    """What the CUDA kernels were built for, and the reason where they can't run here all the same."""
     if not report.get("built"):
-        return "emulated on CPU tensors (BERT_FAST_CUDA_EMULATOR), for tests"
-    return f"built with CUDA {report['cuda']} for {', '.join(f'sm_{arch}' for arch in report['architectures'])}"
+        return missing or "emulated on CPU tensors (BERT_FAST_CUDA_EMULATOR), for tests"
+    architectures = ", ".join(f"sm_{arch}" for arch in report["architectures"])
+    return f"built with CUDA {report['cuda']} for {architectures}" + (f"; {missing}" if missing else "")
 
 
 def _host_state(package: Path) -> str:

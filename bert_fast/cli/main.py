@@ -51,6 +51,7 @@ EXTRAS = {
     "ray": "ray",
     "triton": "triton",
 }
+STANDARD = ("info", "verify")  # they need nothing but torch: what is missing elsewhere is seen with them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,20 +122,32 @@ def _main(arguments: list[str], ends: bool) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     module: Any = importlib.import_module(f"bert_fast.cli.{command.replace('-', '_')}")
-    from bert_fast.cli.arguments import make_parser, parse
-
-    parser = make_parser(f"bert-fast {command}", module.__doc__)
-    module.add_arguments(parser)
     if hasattr(module, "positional"):
         arguments = module.positional(arguments)
     arguments, threads = _without_threads(arguments)
-    parsed = parse(parser, arguments, _recipe, getattr(module, "more_help", None))
+    parsed = (_parse_standard if command in STANDARD else _parse)(command, module, arguments)
 
     from bert_fast.threads import use_threads
 
     with use_threads(threads):
         result: int = module.run(parsed)
     return result
+
+
+def _parse(command: str, module: Any, arguments: list[str]) -> Any:
+    from bert_fast.cli.arguments import make_parser, parse
+
+    parser = make_parser(f"bert-fast {command}", module.__doc__)
+    module.add_arguments(parser)
+    return parse(parser, arguments, _recipe, getattr(module, "more_help", None))
+
+
+def _parse_standard(command: str, module: Any, arguments: list[str]) -> Any:
+    from bert_fast.cli.standard import Parser
+
+    parser = Parser(f"bert-fast {command}", module.__doc__)
+    module.add_arguments(parser)
+    return parser.parse(arguments)
 
 
 def _without_threads(arguments: list[str]) -> tuple[list[str], int | None]:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bert_fast.cli.arguments import readable
+from bert_fast.cli import verify
+from bert_fast.cli.arguments import make_parser, parse, readable
 from bert_fast.cli.main import COMMANDS, RECIPES, main
+from bert_fast.cli.standard import Parser
 
 FINETUNE = ["finetune", "classification", "--model", "m", "--output_dir", "o", "--data.train", "t"]
 PREPARE = ["prepare", "--output", "y"]
@@ -212,7 +214,8 @@ WRONG = [
     ["report"], ["report", "absent"], ["report", "absent", "absent2"], ["report", ".", "--png", "x"],
     ["replay"], ["replay", "absent"], ["replay", "absent", "--device", "tpu"],
     ["verify", "--ops", "kitchen"], ["verify", "--ops", "[lamb]", "--impls", "[cuda]"], ["verify", "--seeds", "3"],
-    ["info", "--jsn"], ["info", "extra"], ["info", "--json", "maybe"],
+    ["verify", "--seed", "x"], ["verify", "--ops"], ["verify", "--record", "maybe"],
+    ["info", "--jsn"], ["info", "extra"], ["info", "--json", "maybe"], ["info", "--js"],
 ]  # fmt: skip
 
 
@@ -267,6 +270,30 @@ def test_the_most_similar_name_is_suggested(
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert f"did you mean {meant!r}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--ops", "a", "b", "--record"],
+        ["--ops", "a,b", "--record", "true"],
+        ["--ops=[a, b]", "--record=yes"],
+        ["--no-record", "--ops", "[a,b]", "--record", "on"],
+    ],
+    ids=" ".join,
+)
+def test_verify_reads_what_the_other_commands_read(arguments: list[str]) -> None:
+    """Without jsonargparse, and as jsonargparse reads the same arguments."""
+    standard = Parser("bert-fast verify", "")
+    verify.add_arguments(standard)
+    parsed = standard.parse(arguments)
+    assert (parsed.ops, parsed.impls, parsed.seed, parsed.record) == (["a", "b"], None, 0, True)
+    with_jsonargparse = make_parser("bert-fast verify", "")
+    verify.add_arguments(with_jsonargparse)
+    others = parse(with_jsonargparse, arguments, str)
+    assert (others.ops, others.impls, others.seed, others.record) == (["a", "b"], None, 0, True)
+    assert standard.parse(["--no-record"]).record is False
+    assert standard.parse([]).ops is None
 
 
 def test_ambiguous_names_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

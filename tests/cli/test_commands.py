@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bert_fast import kernels
+from bert_fast.cli import info
 from bert_fast.cli.main import main
 from bert_fast.kernels._common.dispatch import OPS, Implementation
 from bert_fast.kernels._common.library import simulated
@@ -162,6 +163,14 @@ def test_info_names_every_implementation_and_reason(capsys: pytest.CaptureFixtur
             assert report["operations"][op][impl]["reason"] == state.reason
             assert state.ok or state.reason in printed
         assert sum(state["chosen"] for state in report["operations"][op].values()) == 1
+
+
+def test_info_names_the_architectures_of_the_cuda_kernels_also_where_they_cannot_run() -> None:
+    report = {"built": True, "reason": "", "cuda": "13.0", "architectures": ["80", "90a"]}
+    assert info._cuda_state(report, "") == "built with CUDA 13.0 for sm_80, sm_90a"
+    reason = "no CUDA device was found"
+    assert info._cuda_state(report, reason) == f"built with CUDA 13.0 for sm_80, sm_90a; {reason}"
+    assert info._cuda_state({"built": False, "reason": "no nvcc"}, "not built: no nvcc") == "not built: no nvcc"
 
 
 def test_verify_covers_every_op_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
