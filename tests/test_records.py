@@ -60,6 +60,19 @@ def test_in_a_checkout_the_record_is_part_of_the_project(folders: tuple[Path, Pa
     assert not folders[1].exists()
 
 
+def test_without_a_checkout_the_environment_names_the_commit(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit() -> str:
+        record = json.loads(verification.record([result("bias_gelu", PASSED)]).read_text())
+        return str(record["ops"]["bias_gelu"]["triton"]["commit"])
+
+    monkeypatch.delenv("BERT_FAST_COMMIT", raising=False)
+    assert commit() == "release"
+    monkeypatch.setenv("BERT_FAST_COMMIT", "0123abc")
+    assert commit() == "0123abc"
+
+
 def test_a_failing_run_removes_the_record(folders: tuple[Path, Path]) -> None:
     verification.record([result("bias_gelu", PASSED), result("padding", PASSED)])
     verification.record([result("bias_gelu", PASSED), result("bias_gelu", FAILED)])

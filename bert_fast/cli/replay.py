@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,13 @@ def run(args: Any) -> int:
     from bert_fast.pretrain.divergence import replay
 
     step = replay(args.folder, device=args.device, weights=args.weights)
+    if args.weights is None and not step.is_exact:
+        print(
+            "bert-fast replay: warning: loss or gradient norm are not the recorded bits; products may round "
+            "differently on another device or number of threads or ranks, and on CUDA streams without "
+            "CUBLAS_WORKSPACE_CONFIG=:4096:8",
+            file=sys.stderr,
+        )
     if args.json:
         print(json.dumps(_finite(asdict(step)), indent=1))
         return 0

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -180,6 +181,13 @@ class ReplayResult:
     recorded_loss: float
     recorded_norm: float
     micro_losses: list[tuple[float, float]]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether loss and norm are the recorded bits. Products that torch computes may round differently on another
+        device, number of threads or ranks, or CUDA stream (CUBLAS_WORKSPACE_CONFIG=:4096:8 fixes cuBLAS's choice)."""
+        pairs = ((self.loss, self.recorded_loss), (self.norm, self.recorded_norm))
+        return all(now == then or (math.isnan(now) and math.isnan(then)) for now, then in pairs)
 
 
 def replay(folder: str | Path, device: str = "auto", weights: str | Path | None = None) -> ReplayResult:

@@ -108,9 +108,10 @@ def write(
 
 
 def _commit(checkout: Path) -> str:
-    """The commit of a checkout, with "+changes" where the kernels differ from it; "release" without a checkout."""
+    """The commit of a checkout, with "+changes" where the kernels differ from it; without one BERT_FAST_COMMIT, else
+    "release"."""
     if not (checkout / ".git").exists():
-        return "release"
+        return os.environ.get("BERT_FAST_COMMIT", "release")
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=False).stdout

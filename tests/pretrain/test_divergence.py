@@ -14,6 +14,7 @@ import torch
 
 from bert_fast.cli.main import main
 from bert_fast.optim.config import OptimizerOptions
+from bert_fast.pretrain import divergence
 from bert_fast.pretrain.config import PretrainConfig
 from bert_fast.pretrain.divergence import Guard, replay
 from bert_fast.pretrain.micro_batches import Position
@@ -107,8 +108,11 @@ def test_an_exploding_loss_stops_before_its_update_and_replays_to_the_bit(
     assert again.loss == again.recorded_loss
     assert again.norm == again.recorded_norm
     assert len(again.micro_losses) == 2
+    assert again.is_exact
     assert main(["replay", str(folder), "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    assert "warning" not in captured.err
+    printed = captured.out.splitlines()
     assert printed[0] == f"step 4: {again.reason}"
     assert printed[2].split() == ["loss", f"{again.loss:.6g}", f"{again.loss:.6g}"]
     assert printed[3].split() == ["gradient", "norm", f"{again.norm:.6g}", f"{again.norm:.6g}"]
@@ -117,6 +121,14 @@ def test_an_exploding_loss_stops_before_its_update_and_replays_to_the_bit(
     assert json.loads(capsys.readouterr().out)["micro_losses"] == [list(pair) for pair in again.micro_losses]
     healthy = replay(folder, device="cpu", weights=Path(config.output_dir) / "checkpoints" / "step-00000002")
     assert healthy.loss < again.loss / 3
+    assert not healthy.is_exact
+    another = replace(again, norm=math.nextafter(again.norm, math.inf))
+    with monkeypatch.context() as patched:
+        patched.setattr(divergence, "replay", lambda *_, **__: another)
+        assert main(["replay", str(folder)]) == 0
+        assert "warning: loss or gradient norm are not the recorded bits" in capsys.readouterr().err
+    nan = replace(again, loss=math.nan, recorded_loss=math.nan)
+    assert nan.is_exact
     (folder / "batch.safetensors").write_bytes(b"")
     with pytest.raises(checkpoint.CorruptCheckpointError, match=r"batch\.safetensors is corrupt"):
         replay(folder)
