@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from bert_fast import verification
-from bert_fast.kernels._common import records, triton_support
+from bert_fast.kernels._common import dispatch, records, triton_support
 from bert_fast.kernels._common.dispatch import AutoRule, Availability, Implementation, Op
+from bert_fast.kernels._common.times import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Size,
+    Time,
+    of_step,
+    size_of_rows,
+    size_of_sequences,
+    table,
+)
 from bert_fast.testing import Comparison
 
 PASSED = Comparison("out", 1e-7, 2e-7, 5e-7)
@@ -121,13 +133,122 @@ def test_auto_takes_no_kernel_without_a_record() -> None:
         impl: str = Op("unlisted", impls, (rule,)).select("auto", torch.zeros(1))()
         return impl
 
-    from bert_fast.kernels._common import dispatch
-
     try:
         assert op(Availability(True, False, "no passing run")) == "reference"
         assert op(Availability(True, True, "")) == "triton"
     finally:
         dispatch.OPS.pop("unlisted", None)
+
+
+BF16 = "bfloat16"
+H200 = "NVIDIA H200"
+
+
+def time_of(tokens: int, longest: int, ms: float, which: str = FORWARD, dim: int = 64, dropout_p: float = 0.0) -> Time:
+    return Time(BF16, which, size_of_sequences(tokens, longest, dim, dropout_p), ms)
+
+
+def automatic(
+    monkeypatch: pytest.MonkeyPatch, times: dict[str, list[Time]], dtype: torch.dtype = torch.bfloat16
+) -> Callable[..., str]:
+    """What `auto` takes of an op with verified Triton and CUDA kernels, whose record has these times; (size, x=...)."""
+    monkeypatch.setattr(dispatch, "device_name", lambda device: H200)
+    monkeypatch.setattr(records, "times", lambda device, op, impl: times.get(impl, []) if device == H200 else [])
+    monkeypatch.setattr(dispatch, "OPS", {})
+    impls = {
+        name: Implementation(lambda name=name: name, None if name == "reference" else "cpu", None)
+        for name in ("reference", "triton", "cuda")
+    }
+    rules = tuple(
+        AutoRule(impl, "cpu", (torch.bfloat16, torch.float16), "in this order") for impl in ("triton", "cuda")
+    )
+    op = Op("unlisted", impls, rules)
+
+    def chosen(size: Size | None, x: torch.Tensor | None = None) -> str:
+        x = torch.zeros(1, dtype=dtype) if x is None else x
+        return str(op.select("auto", x, size=size)())
+
+    return chosen
+
+
+def test_auto_takes_the_implementation_that_was_faster_at_the_nearest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {
+        "triton": [time_of(16384, 512, 3.0), time_of(16384, 128, 1.0), time_of(16384, 128, 9.0, BOTH)],
+        "cuda": [time_of(16384, 512, 2.0), time_of(16384, 128, 2.0), time_of(16384, 128, 8.0, BOTH)],
+    }
+    chosen = automatic(monkeypatch, times)
+    assert chosen(size_of_sequences(16384, 512, 64, 0.0)) == "cuda"
+    assert chosen(size_of_sequences(4096, 384, 64, 0.0)) == "cuda"
+    assert chosen(size_of_sequences(16384, 128, 64, 0.0)) == "triton"
+    assert chosen(size_of_sequences(9, 3, 64, 0.0)) == "triton"
+    training = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
+    assert chosen(size_of_sequences(9, 3, 64, 0.0), training) == "cuda"
+    with torch.no_grad():
+        assert chosen(size_of_sequences(9, 3, 64, 0.0), training) == "triton"
+    assert chosen(None) == "cuda"  # the largest
+
+
+def test_auto_keeps_the_order_of_its_rules_where_the_record_has_no_such_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    faster = [time_of(16384, 512, 1.0)]
+    size = size_of_sequences(16384, 512, 64, 0.0)
+    assert automatic(monkeypatch, {})(size) == "triton"
+    assert automatic(monkeypatch, {"cuda": faster})(size) == "triton"
+    both = {"cuda": faster, "triton": [time_of(16384, 512, 2.0)]}
+    assert automatic(monkeypatch, both)(size) == "cuda"
+    assert automatic(monkeypatch, both)(size_of_sequences(16384, 512, 128, 0.0)) == "triton"
+    assert automatic(monkeypatch, both)(size_of_sequences(16384, 512, 64, 0.1)) == "triton"
+    assert automatic(monkeypatch, both, torch.float16)(size) == "triton"
+    assert automatic(monkeypatch, both, torch.float32)(size) == "reference"  # no rule
+    chosen = automatic(monkeypatch, both)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert chosen(size) == "triton"
+
+
+def test_passes_that_were_timed_apart_count_together_in_training() -> None:
+    size = size_of_rows(16384, 1024)
+    times = [Time(BF16, FORWARD, size, 1.0), Time(BF16, BACKWARD, size, 2.5)]
+    assert of_step(times, BF16, training=False) == {size: 1.0}
+    assert of_step(times, BF16, training=True) == {size: 3.5}
+    assert of_step([*times, Time(BF16, BOTH, size, 3.0)], BF16, training=True) == {size: 3.0}
+    assert of_step(times[:1], BF16, training=True) == {}
+    assert of_step(times, "float16", training=False) == {}
+
+
+def test_times_are_kept_with_the_run_that_verified_the_same_sources(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = size_of_rows(16384, 4096)
+    slow, fast = Time(BF16, FORWARD, size, 2.0), Time(BF16, FORWARD, size, 1.0)
+    assert records.write_times(H200, "bias_gelu", "triton", [slow]) is None
+    path = verification.record([result("bias_gelu", PASSED)])
+    assert records.write_times(H200, "bias_gelu", "triton", [slow]) == path
+    assert records.write_times(H200, "bias_gelu", "triton", [fast]) == path
+    assert records.times(H200, "bias_gelu", "triton") == [fast]
+    assert records.times("NVIDIA A100", "bias_gelu", "triton") == []
+    assert records.times(H200, "bias_gelu", "cuda") == []
+    verification.record([result("bias_gelu", PASSED)])
+    assert records.times(H200, "bias_gelu", "triton") == [fast]
+    monkeypatch.setattr(records, "sources_hash", lambda op, impl="triton": "others")
+    assert records.times(H200, "bias_gelu", "triton") == []
+    assert records.write_times(H200, "bias_gelu", "triton", [fast]) is None
+    verification.record([result("bias_gelu", PASSED)])  # of the other sources
+    assert records.times(H200, "bias_gelu", "triton") == []
+    verification.record([result("bias_gelu", FAILED)])
+    assert "triton" not in json.loads(path.read_text())["ops"]["bias_gelu"]
+
+
+def test_times_are_shown_with_the_fastest_first() -> None:
+    times = {"triton": [time_of(16384, 512, 3.0, dropout_p=0.1)], "cuda": [time_of(16384, 512, 2.0, dropout_p=0.1)]}
+    (line,) = table(times)
+    assert line == "bfloat16 forward, 16384 tokens, up to 512 a sequence, D 64, dropout: cuda 2 ms, triton 3 ms"
+    assert table({"cuda": [Time(BF16, BACKWARD, size_of_rows(8, 9), 1.5)]}) == [
+        "bfloat16 backward, (8, 9): cuda 1.5 ms"
+    ]
+
+
+def test_linear_follows_the_times_of_bias_gelu() -> None:
+    assert {name for name, op in dispatch.OPS.items() if op.timed_as != name} == {"linear"}
+    assert dispatch.OPS["linear"].timed_as == "bias_gelu"
 
 
 def test_the_reasons_that_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,17 +8,20 @@ python -m benchmarks.ops <op> --warm     compile and compare every case, time no
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.runner.runner import OURS, Case, Variant, arguments, main, parse, passes
 from bert_fast.kernels import available_impls
-from bert_fast.kernels._common import cases
-from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan
+from bert_fast.kernels._common import cases, records
+from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, dtype_name
 from bert_fast.kernels._common.dispatch import IMPLS, OPS
 from bert_fast.kernels._common.library import simulated
+from bert_fast.kernels._common.times import Time, from_entry
 
 
 def implementations(op: str, device: torch.device, dtype: torch.dtype, impls: Sequence[str] = IMPLS) -> list[str]:
@@ -61,6 +64,7 @@ def case_of(op: str, device: torch.device, benchmark: Benchmark, impls: Sequence
         benchmark.flops,
         benchmark.dtype,
         benchmark.graph,
+        call=None if benchmark.size is None else Time(dtype_name(benchmark.dtype), which, benchmark.size, 0.0).call(),
     )
 
 
@@ -72,6 +76,20 @@ def plans(op: str, device: torch.device, quick: bool, impls: Sequence[str] = IMP
     ]
 
 
+def record_times(op: str, device: str, report: Mapping[str, Any]) -> dict[str, Path | None]:
+    """Add the times of our GPU implementations in a report to the record of `device`, for `impl="auto"`.
+
+    Returns:
+        The file by implementation; None where the record verifies other sources than these, or none.
+    """
+    times: dict[str, list[Time]] = {}
+    for row in report["rows"]:
+        impl = row["variant"].removeprefix(f"{OURS} ")
+        if row["call"] and row["ms"] and impl in records.RECORDED:
+            times.setdefault(impl, []).append(from_entry({**row["call"], "ms": row["ms"]}))
+    return {impl: records.write_times(device, op, impl, measured) for impl, measured in times.items()}
+
+
 if __name__ == "__main__":
     parser = arguments("implementations of an op compared with its peers")
     parser.prog = "python -m benchmarks.ops"
@@ -80,4 +98,6 @@ if __name__ == "__main__":
     options, machine = parse(parser)
     name = "_".join([options.op, *(options.impls or [])])
     selected = plans(options.op, machine.device, options.quick, options.impls or IMPLS)
-    sys.exit(main(name, selected, options, machine))
+    on_gpu = machine.device.type == "cuda"
+    keep = partial(record_times, options.op, torch.cuda.get_device_name()) if on_gpu else lambda report: {}
+    sys.exit(main(name, selected, options, machine, keep))

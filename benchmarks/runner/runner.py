@@ -67,6 +67,7 @@ class Case:
         dtype: chooses the matrix product that is the ceiling.
         graph: False where a variant waits for the device.
         tokens: real tokens of the batch, where the case is a whole model.
+        call: dtype, pass and size, as a record has them (`kernels/_common/times.py`); None where it has no times.
     """
 
     variants: Mapping[str, Variant]
@@ -77,6 +78,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     graph: bool = True
     tokens: int = 0
+    call: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Row:
     refused: str = ""
     precision: str = ""
     tokens_per_s: float | None = None
+    call: Mapping[str, Any] | None = None  # of the case
 
 
 @dataclass
@@ -205,6 +208,7 @@ def measure(name: str, case: Case, machine: Machine, limits: Mapping[str, float]
                     timing=timing.method if timing else "",
                     precision=precision,
                     tokens_per_s=case.tokens / median if case.tokens else None,
+                    call=case.call,
                 )
             )
     return rows
@@ -364,21 +368,36 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Machine]
         parser.error(str(error))
 
 
-def main(name: str, plans: Sequence[Plan], options: argparse.Namespace, machine: Machine) -> int:
-    """Measure the plans, print the table, and write the report if `--record` is given; 1 if one of ours failed."""
+def main(
+    name: str,
+    plans: Sequence[Plan],
+    options: argparse.Namespace,
+    machine: Machine,
+    recorded: Callable[[Mapping[str, Any]], None] = lambda report: None,
+) -> int:
+    """Measure the plans and print the table; 1 if one of ours failed. With `--record` the report is written, and given
+    to `recorded`, after every case."""
     on_gpu = machine.device.type == "cuda"
     seconds = (0.1 if on_gpu else 0.2) if options.quick else (0.3 if on_gpu else 2.0)
     with machine.active():
         if options.warm:
             return exit_code(warm(plans, machine))
-        report = run(name, plans, machine, seconds, options.budget, saving(name, options))
+        report = run(name, plans, machine, seconds, options.budget, saving(name, options, recorded))
     if options.record:
         write(report, name, options.results)
     return exit_code(report.get("failures", []))
 
 
-def saving(name: str, options: argparse.Namespace) -> Callable[[Mapping[str, Any]], None]:
-    """A function that writes a report where `--record` is given."""
-    if not options.record:
-        return lambda report: None
-    return lambda report: write_json(file_of(report, name, options.results), report)
+def saving(
+    name: str,
+    options: argparse.Namespace,
+    recorded: Callable[[Mapping[str, Any]], None] = lambda report: None,
+) -> Callable[[Mapping[str, Any]], None]:
+    """A function that writes a report where `--record` is given, and then gives it to `recorded`."""
+
+    def save(report: Mapping[str, Any]) -> None:
+        if options.record:
+            write_json(file_of(report, name, options.results), report)
+            recorded(report)
+
+    return save

@@ -27,6 +27,8 @@ def run(args: Any) -> int:
     print("operations (* is the choice of impl='auto' for float32 on this device)")
     for op, impls in report["operations"].items():
         print(f"  {op}")
+        for line in report["times"].get(op, []):
+            print(f"      recorded here: {line}")
         for impl, state in impls.items():
             mark = "*" if state["chosen"] else " "
             runs = "runs" if state["verified"] else f"runs, unverified: {state['reason']}"
@@ -40,6 +42,7 @@ def collect() -> dict[str, Any]:
 
     import bert_fast
     from bert_fast.kernels._common import dispatch, extensions
+    from bert_fast.kernels._common.times import table
 
     cuda = torch.cuda.is_available()
     versions = {"bert_fast": bert_fast.__version__, "python": platform.python_version()}
@@ -67,7 +70,14 @@ def collect() -> dict[str, Any]:
             impl: {**state._asdict(), "chosen": state.ok and op.impls[impl].call is chosen}
             for impl, state in impls.items()
         }
-    return {"versions": versions, "machine": machine, "native modules": modules, "operations": operations}
+    times = {name: table(op.times(dispatch.device_name(probe.device))) for name, op in dispatch.OPS.items()}
+    return {
+        "versions": versions,
+        "machine": machine,
+        "native modules": modules,
+        "operations": operations,
+        "times": {name: lines for name, lines in times.items() if lines},  # by which auto chooses, on this device
+    }
 
 
 def _version(package: str) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bert_fast.kernels._common.philox import new_rng_state
+from bert_fast.kernels._common.times import size_of_sequences
 from bert_fast.models.config import BertConfig
 from bert_fast.models.fast_path import LayerFastPath, LayerOps
 from bert_fast.models.inputs import Tokens
@@ -32,6 +33,7 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
+        self.head_size = config.hidden_size // config.num_attention_heads
 
     def forward(
         self,
@@ -55,7 +57,8 @@ class BertEncoder(nn.Module):
         """
         hidden_states, attentions = [hidden], []
         sequences = (tokens.cu_seqlens, tokens.max_seqlen)
-        ops = LayerOps.select(hidden) if rng_states is None and output_rows is None else None
+        size = size_of_sequences(hidden.shape[0], tokens.max_seqlen, self.head_size, 0.0)
+        ops = LayerOps.select(hidden, size) if rng_states is None and output_rows is None else None
         for index, layer in enumerate(self.layer):
             states = None if rng_states is None else rng_states[DROPOUTS_PER_LAYER * index :][:DROPOUTS_PER_LAYER]
             rows = output_rows if index == len(self.layer) - 1 else None

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from bert_fast.kernels._common.checks import autocast_dtype
 from bert_fast.kernels._common.dispatch import OPS
+from bert_fast.kernels._common.times import Size, size_of_rows
 from bert_fast.kernels.linear_int8.op import FEED_FORWARD
 from bert_fast.models.activations import GELU_ACTIVATIONS
 from bert_fast.models.int8 import Int8Linear
@@ -39,8 +40,8 @@ class LayerOps(NamedTuple):
     add_layer_norm: Callable[..., Tensor]
 
     @classmethod
-    def select(cls, hidden: Tensor) -> LayerOps | None:
-        """What impl="auto" selects for hidden (T, E).
+    def select(cls, hidden: Tensor, attention: Size | None = None) -> LayerOps | None:
+        """What impl="auto" selects for hidden (T, E), and attention of this size.
 
         None with gradients, under autocast, while tracing and with global module hooks: then the modules are called.
         """
@@ -48,7 +49,8 @@ class LayerOps(NamedTuple):
             return None
         if autocast_dtype(hidden) is not None:
             return None
-        return cls(*(OPS[op].select("auto", hidden) for op in cls._fields))
+        sizes = {"attention": attention, "add_layer_norm": size_of_rows(*hidden.shape)}
+        return cls(*(OPS[op].select("auto", hidden, size=sizes.get(op)) for op in cls._fields))
 
 
 class LinearParams(NamedTuple):

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bert_fast.kernels._common.times import Size
+
 Fn = Callable[..., Any]
 FULL = 0.23  # share of the sequences that have the full length in `half_filled`
 MEAN = 254 / 512  # mean length over the full length in `half_filled`
@@ -61,6 +63,7 @@ class Benchmark:
         result: maps the output, or the tuple of gradients, to the tensor that is compared; not timed.
         graph: False where `call` waits for the device, so that it cannot be captured in a CUDA graph.
         also: further inputs to time our implementations with, by the suffix of the variant's name.
+        size: that `call` gives to `Op.select`, in ops with several GPU implementations: what a record has the time of.
     """
 
     call: Fn
@@ -76,6 +79,7 @@ class Benchmark:
     result: Callable[[Any], Tensor] = first
     graph: bool = True
     also: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    size: Size | None = None
 
 
 class Plan(NamedTuple):

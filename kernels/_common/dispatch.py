@@ -1,12 +1,15 @@
 """Dispatch: which implementations an op has, which of them run here, and which one a call takes.
 
 `impl="auto"` walks the op's `auto_rules` (data, each with its measurement) and takes the first implementation that fits
-the device and dtype, is available and is verified; where none does, the reference. An explicit request never falls
-back: it runs or raises `ImplUnavailableError`.
+the device and dtype, is available and is verified; where none does, the reference. Where the record of a CUDA device
+has times of several of them, it takes the one that is faster at the nearest recorded size (times.py), except while
+torch.compile traces, which can't read them. An explicit request never falls back: it runs or raises
+`ImplUnavailableError`.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
+
+from bert_fast.kernels._common import records
+from bert_fast.kernels._common.times import Size, Time, fastest
 
 IMPLS = ("reference", "triton", "cuda", "cpu")
 _ENVIRONMENT = "BERT_FAST_IMPL"
@@ -65,10 +71,20 @@ class AutoRule:
 
 
 class Op:
-    """An op: the implementations that exist and the rules of `impl="auto"`. Creating one registers it in `OPS`."""
+    """An op: the implementations that exist and the rules of `impl="auto"`. Creating one registers it in `OPS`.
 
-    def __init__(self, name: str, impls: Mapping[str, Implementation], auto_rules: tuple[AutoRule, ...]) -> None:
+    `timed_as` is the op whose recorded times decide, where it is another one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        impls: Mapping[str, Implementation],
+        auto_rules: tuple[AutoRule, ...],
+        timed_as: str = "",
+    ) -> None:
         self.name = name
+        self.timed_as = timed_as or name
         self.impls = {impl: impls[impl] for impl in IMPLS if impl in impls}
         self.auto_rules = tuple(
             rule
@@ -77,13 +93,16 @@ class Op:
         )
         OPS[name] = self
 
-    def select(self, impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> Callable[..., Any]:
+    def select(
+        self, impl: str, x: torch.Tensor, dtype: torch.dtype | None = None, size: Size | None = None
+    ) -> Callable[..., Any]:
         """The `call` of an implementation.
 
         Args:
             impl: "auto" or a name from IMPLS.
             x: the tensor whose device and dtype decide.
             dtype: the dtype that the op computes in, where it is not that of `x`.
+            size: of the call, in ops with several GPU implementations; None for the largest recorded one.
 
         Raises:
             ValueError: `impl` is no such name.
@@ -94,10 +113,7 @@ class Op:
         if requested != "reference" and _transformed():
             return self._select_transformed(requested)
         if requested == "auto":
-            for rule in self.auto_rules:
-                if rule.device == x.device.type and dtype in rule.dtypes:
-                    return self.impls[rule.impl].call
-            return self.impls["reference"].call
+            return self.impls[self._automatic(x, dtype, size)].call
         if requested not in IMPLS:
             raise ValueError(f"impl is {requested!r}; expected one of {', '.join(('auto', *IMPLS))}")
         if requested not in self.impls:
@@ -111,6 +127,29 @@ class Op:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in implementation.dtypes)
             raise self._unavailable(requested, f"takes {supported}; the input is {dtype}")
         return implementation.call
+
+    def _automatic(self, x: torch.Tensor, dtype: torch.dtype, size: Size | None) -> str:
+        """The name of what `impl="auto"` takes."""
+        candidates = [rule.impl for rule in self.auto_rules if rule.device == x.device.type and dtype in rule.dtypes]
+        if len(candidates) > 1 and not torch.compiler.is_compiling():
+            training = torch.is_grad_enabled() and x.requires_grad
+            return self._fastest(tuple(candidates), device_name(x.device), dtype, training, size) or candidates[0]
+        return candidates[0] if candidates else "reference"
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  (ops live as long as the process)
+    def _fastest(
+        self, candidates: tuple[str, ...], device: str, dtype: torch.dtype, training: bool, size: Size | None
+    ) -> str | None:
+        """That of `candidates` which the record shows to be the fastest, or None."""
+        times = {impl: measured for impl, measured in self.times(device).items() if impl in candidates}
+        return fastest(times, str(dtype).removeprefix("torch."), training, size)
+
+    @functools.cache  # noqa: B019
+    def times(self, device: str) -> dict[str, list[Time]]:
+        """The recorded times on the device of this name, by implementation, where `auto` may take it."""
+        rules = {rule.impl for rule in self.auto_rules}
+        found = {impl: records.times(device, self.timed_as, impl) for impl in IMPLS if impl in rules}
+        return {impl: times for impl, times in found.items() if times}
 
     def _select_transformed(self, requested: str) -> Callable[..., Any]:
         if requested == "auto":
@@ -127,6 +166,12 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The name that records of a device have; "" for a CPU, which needs none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def _transformed() -> bool:

@@ -1,9 +1,10 @@
-"""Records of passing runs of `bert-fast verify --record`, which allow `impl="auto"` to choose GPU kernels.
+"""Records of passing runs of `bert-fast verify --record`, which allow `impl="auto"` to choose GPU kernels, and of their
+times, which let it choose the faster one.
 
 A record has the device, the versions, the commit, the errors of every case and the hash of the sources that ran. It is
 valid while the op's sources are the same: a changed kernel is unverified until it passes again. A record of any CUDA
-device is valid for all. Records are part of the package (`bert_fast/verified/<device>.json`); a user's own are in the
-user's cache, for that machine.
+device is valid for all; times count on the device that they were measured on alone. Records are part of the package
+(`bert_fast/verified/<device>.json`); a user's own are in the user's cache, for that machine.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import os
 import re
 import subprocess
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from bert_fast._io import write_json
 from bert_fast.kernels._common import extensions
+from bert_fast.kernels._common import times as recorded_times
+from bert_fast.kernels._common.times import Time
 
 RECORDED = ("triton", "cuda")  # the implementations that need a record; tests cover the others wherever they run
 _KERNELS = Path(__file__).resolve().parents[1]
@@ -93,18 +96,51 @@ def write(
         passed: the cases of each (op, impl), or None where one failed, which removes an older entry.
     """
     checkout = package_folder().parents[1]
-    folder = package_folder() if (checkout / ".git").exists() else user_folder()
-    path = folder / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+    path = _file(device, package_folder() if (checkout / ".git").exists() else user_folder())
     record = read(path) | {"device": device, "arch": f"sm_{capability[0]}{capability[1]}"}
     versions = {name: importlib.metadata.version(name) for name in ("bert_fast", "torch", "triton")}
     about = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "commit": _commit(checkout), **versions}
     for (op, impl), cases in passed.items():
         impls = record["ops"].setdefault(op, {})
-        impls.pop(impl, None)
+        old = impls.pop(impl, {})
         if cases is not None:
             impls[impl] = {"sources": sources_hash(op, impl), **about, "cases": cases}
+            if "times" in old and old["sources"] == impls[impl]["sources"]:
+                impls[impl]["times"] = old["times"]
     write_json(path, record, sort_keys=True)
     return path
+
+
+def write_times(device: str, op: str, impl: str, new: Sequence[Time]) -> Path | None:
+    """Add times to the record of `device`, atomically, beside the run that verified the same sources.
+
+    Returns:
+        The file; None where no record of this device verifies these sources.
+    """
+    for folder in (user_folder(), package_folder()):
+        path = _file(device, folder)
+        record = read(path)
+        entry = record["ops"].get(op, {}).get(impl)
+        if entry and entry["sources"] == sources_hash(op, impl):
+            old = [recorded_times.from_entry(time) for time in entry.get("times", [])]
+            entry["times"] = [time.entry() for time in recorded_times.merge(old, new)]
+            write_json(path, record, sort_keys=True)
+            return path
+    return None
+
+
+def times(device: str, op: str, impl: str) -> list[Time]:
+    """The times of exactly these sources on `device`; the user's own precede the package's."""
+    found: list[Time] = []
+    for folder in (package_folder(), user_folder()):
+        entry = read(_file(device, folder))["ops"].get(op, {}).get(impl, {})
+        if entry.get("sources") == sources_hash(op, impl):
+            found = recorded_times.merge(found, [recorded_times.from_entry(time) for time in entry.get("times", [])])
+    return found
+
+
+def _file(device: str, folder: Path) -> Path:
+    return folder / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
 
 
 def _commit(checkout: Path) -> str:

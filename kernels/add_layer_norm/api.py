@@ -11,6 +11,7 @@ from bert_fast.kernels._common.checks import (
     to_compute_dtype,
 )
 from bert_fast.kernels._common.philox import dropout_state
+from bert_fast.kernels._common.times import size_of_rows
 from bert_fast.kernels.add_layer_norm.op import OP
 
 
@@ -64,5 +65,6 @@ def add_layer_norm(
     rng_state = dropout_state(dropout_p, rng_state, x)
     x, residual = to_compute_dtype(x), to_compute_dtype(residual)
     check_same_dtype(x, residual=residual)
-    out: Tensor = OP.select(impl, x)(x, residual, weight, bias, x_bias, dropout_p, eps, rng_state)
+    call = OP.select(impl, x, size=size_of_rows(*x.shape, dropout_p))
+    out: Tensor = call(x, residual, weight, bias, x_bias, dropout_p, eps, rng_state)
     return out

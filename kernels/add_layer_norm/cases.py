@@ -35,6 +35,7 @@ from bert_fast.kernels._common.cases import (
     randn,
     with_dropout,
 )
+from bert_fast.kernels._common.times import size_of_rows
 from bert_fast.kernels.add_layer_norm import add_layer_norm
 
 
@@ -151,6 +152,7 @@ def _benchmark(
         which,
         dout,
         traffic=x.nbytes * tensors,
+        size=size_of_rows(rows, cols, dropout_p),
     )
 
 

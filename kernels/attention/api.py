@@ -15,6 +15,7 @@ from bert_fast.kernels._common.checks import (
     to_compute_dtype,
 )
 from bert_fast.kernels._common.philox import dropout_state
+from bert_fast.kernels._common.times import size_of_sequences
 from bert_fast.kernels.attention.op import OP
 
 
@@ -71,5 +72,6 @@ def attention(
         1.0 / math.sqrt(qkv.shape[3]) if softmax_scale is None else check_finite("softmax_scale", softmax_scale)
     )
     qkv = to_compute_dtype(qkv)
-    out: Tensor = OP.select(impl, qkv)(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
+    call = OP.select(impl, qkv, size=size_of_sequences(qkv.shape[0], max_seqlen, qkv.shape[3], dropout_p))
+    out: Tensor = call(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state)
     return out

@@ -37,6 +37,7 @@ from bert_fast.kernels._common.cases import (
     randn,
     with_dropout,
 )
+from bert_fast.kernels._common.times import size_of_sequences
 from bert_fast.kernels.attention import attention
 from bert_fast.kernels.attention.peers import Batch, packed_sdpa, peers
 
@@ -240,6 +241,7 @@ def gpu_benchmark(
         exact,
         flops=_flops(lengths, heads, dim, which),
         result=lambda out: first(out)[: len(exact)],
+        size=size_of_sequences(tokens, batch.seqlen, dim, dropout_p),
         also={", with bias": (qkv, qkv.new_zeros(qkv.shape[1:], dtype=torch.float32))},  # the result is the same
     )
 

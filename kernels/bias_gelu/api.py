@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bert_fast.kernels._common.checks import check_floating, to_compute_dtype
+from bert_fast.kernels._common.times import size_of_rows
 from bert_fast.kernels.bias_gelu.op import OP
 
 
@@ -34,5 +35,5 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str =
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate is {approximate!r}; expected 'none' or 'tanh'")
     x = to_compute_dtype(x)
-    out: Tensor = OP.select(impl, x)(x, bias, approximate == "tanh")
+    out: Tensor = OP.select(impl, x, size=size_of_rows(*x.shape))(x, bias, approximate == "tanh")
     return out

@@ -32,6 +32,7 @@ from bert_fast.kernels._common.cases import (
     meta,
     randn,
 )
+from bert_fast.kernels._common.times import size_of_rows
 from bert_fast.kernels.bias_gelu import bias_gelu
 
 
@@ -84,6 +85,7 @@ def _benchmark(device: torch.device, rows: int, cols: int, dtype: torch.dtype, w
         which,
         dout,
         traffic=x.nbytes * {"forward": 2, "backward": 3, "forward + backward": 5}[which],  # x, out; dout, x, dx
+        size=size_of_rows(rows, cols),
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bert_fast.kernels._common.activation import check_activation
 from bert_fast.kernels._common.checks import check_floating, to_compute_dtype
+from bert_fast.kernels._common.times import size_of_rows
 from bert_fast.kernels.linear.op import OP
 
 
@@ -52,5 +53,6 @@ def linear(
         check_floating("bias", bias, (sum(part.shape[0] for part in weights),), x)
     check_activation(activation)
     x = to_compute_dtype(x)
-    out: Tensor = OP.select(impl, x)(x, weights, bias, activation)
+    size = size_of_rows(x.shape[0], sum(part.shape[0] for part in weights))  # of bias_gelu
+    out: Tensor = OP.select(impl, x, size=size)(x, weights, bias, activation)
     return out

@@ -105,4 +105,5 @@ OP = Op(
             measured="no GPU figure yet (results/PENDING.md); bias_gelu's second choice: 2 passes of (T, N)",
         ),
     ),
+    timed_as="bias_gelu",
 )
