@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from bert_fast.kernels._common import cases
+from bert_fast.kernels._common import cases, extensions
 from bert_fast.kernels._common.dispatch import OPS
 from bert_fast.verification import compare_sample
 
@@ -48,7 +48,8 @@ def check(op: str, device: str) -> str:
         return f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
     is_hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
     if op == "attention" and is_hopper and not any(HOPPER in name.lower() for name in names):
-        return f"failed: none of Hopper's kernels was launched, but {', '.join(sorted(names))}"
+        reason = extensions.refused_tensor_map() or "no tensor map was refused"
+        return f"failed: none of Hopper's kernels was launched ({reason}), but {', '.join(sorted(names))}"
     return "ok"
 
 

@@ -31,7 +31,8 @@ def run(args: Any) -> int:
             print(f"      recorded here: {line}")
         for impl, state in impls.items():
             mark = "*" if state["chosen"] else " "
-            runs = "runs" if state["verified"] else f"runs, unverified: {state['reason']}"
+            runs = "runs" if state["verified"] else "runs, unverified"
+            runs += f": {state['reason']}" * bool(state["reason"])
             print(f"  {mark} {impl:<12} {runs if state['ok'] else state['reason']}")
     return 0
 

@@ -14,6 +14,14 @@ constexpr int kTileColumns = 64;
 constexpr int kBoxRows = 64;  // of the tensor that one tma_load_box copies
 constexpr int kTileAlignment = 1024;
 
+template <class T>
+inline TensorMap make_tensor_map(const T* x, const int64_t (&sizes)[4], const int64_t (&strides)[3]) {
+  TensorMap map;
+  const int error = encode_tensor_map(&map, x, sizes, strides);
+  STD_TORCH_CHECK(error == 0, "cuTensorMapEncodeTiled refuses a tensor: error ", error);
+  return map;
+}
+
 // The index of this thread's warpgroup; the shuffle tells the compiler that it is uniform in a warp.
 __device__ __forceinline__ int warpgroup() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);

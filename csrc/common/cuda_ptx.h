@@ -172,34 +172,31 @@ __device__ __forceinline__ void cp_async_wait() {
 
 using TensorMap = CUtensorMap;
 
-// The tensor map of x (T, P, N, D) of 16-bit numbers, for boxes of 64 tokens by 64 numbers of one part and head in the
-// 128-byte swizzle. Strides are in numbers, D is dense; all are multiples of 8, and the address is a multiple of 16.
+// Makes the tensor map of x (T, P, N, D) of 16-bit numbers, for boxes of 64 tokens by 64 numbers of one part and head
+// in the 128-byte swizzle. Strides are in numbers, D is dense; all are multiples of 8, and the address is a multiple
+// of 16. Returns 0, or the driver's error: that of a driver before 525, without the function, is CUDA_ERROR_NOT_FOUND.
 template <class T>
-inline TensorMap make_tensor_map(const T* x, const int64_t (&sizes)[4], const int64_t (&strides)[3]) {
+inline int encode_tensor_map(TensorMap* map, const T* x, const int64_t (&sizes)[4], const int64_t (&strides)[3]) {
   static const auto encode = [] {
     void* function = nullptr;  // looked up by name, so that nothing is linked against the driver
     cudaDriverEntryPointQueryResult result;
     check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result),
                "cuTensorMapEncodeTiled");
-    STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess,
-                    "the CUDA driver has no cuTensorMapEncodeTiled; Hopper's kernels need driver 525 or later");
+    if (result != cudaDriverEntryPointSuccess) function = nullptr;
     return reinterpret_cast<CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                          const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                          CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill)>(
         function);
   }();
-  TensorMap map;
+  if (encode == nullptr) return CUDA_ERROR_NOT_FOUND;
   cuuint64_t dims[4], bytes[3];
   const cuuint32_t box[4] = {64, 1, 1, 64}, steps[4] = {1, 1, 1, 1};
   for (int i = 0; i < 4; ++i) dims[i] = static_cast<cuuint64_t>(sizes[3 - i]);
   for (int i = 0; i < 3; ++i) bytes[i] = static_cast<cuuint64_t>(strides[2 - i]) * sizeof(T);
   const auto type =
       std::is_same<T, BFloat16>::value ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult error =
-      encode(&map, type, 4, const_cast<T*>(x), dims, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(error == CUDA_SUCCESS, "cuTensorMapEncodeTiled refuses a tensor: error ", static_cast<int>(error));
-  return map;
+  return encode(map, type, 4, const_cast<T*>(x), dims, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 // A barrier in shared memory whose phase completes after `count` arrivals and all expected bytes.

@@ -27,7 +27,8 @@ _ENVIRONMENT = "BERT_FAST_IMPL"
 
 
 class Availability(NamedTuple):
-    """Whether an implementation can run here (ok), whether a recorded run verified it, and the reason where not."""
+    """Whether an implementation can run here (ok), whether a recorded run verified it, and the reason where not; also
+    the reason why it has run without a part of its kernels."""
 
     ok: bool
     verified: bool
@@ -51,6 +52,7 @@ class Implementation:
         dtypes: the dtypes it takes; None for all that the public function takes.
         availability: whether it can run here.
         built_on: other kernels that it only calls, where it has none of its own.
+        limitation: returns why it has run without a part of its kernels in this process, or "".
     """
 
     call: Callable[..., Any]
@@ -58,6 +60,12 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] | None
     availability: Availability = AVAILABLE
     built_on: str = ""
+    limitation: Callable[[], str] = str
+
+    def state(self) -> Availability:
+        """`availability`, with what running it has shown."""
+        reasons = [reason for reason in (self.availability.reason, self.limitation()) if reason]
+        return self.availability._replace(reason="; ".join(reasons))
 
 
 @dataclass(frozen=True)
@@ -182,13 +190,14 @@ def _transformed() -> bool:
 
 
 def available_impls() -> dict[str, dict[str, Availability]]:
-    """Whether each implementation of each op can run here, whether it is verified, and the reason where it can't.
+    """Whether each implementation of each op can run here, whether it is verified, and the reason where it can't, or
+    where it ran without a part of its kernels.
 
     Returns:
         {op: {impl: Availability}}, with the implementations that exist.
     """
     return {
-        name: {impl: implementation.availability for impl, implementation in op.impls.items()}
+        name: {impl: implementation.state() for impl, implementation in op.impls.items()}
         for name, op in sorted(OPS.items())
     }
 

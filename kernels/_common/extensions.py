@@ -94,7 +94,16 @@ def fingerprint(address: int, size: int) -> int:
     return int(_extension.fingerprint(address, size))
 
 
+def refused_tensor_map() -> str:
+    """Why attention's kernels for Hopper were not launched in this process where they apply, or ""."""
+    error = int(_cuda_extension.refused_tensor_map()) if _cuda_extension is not None else 0
+    return f"without Hopper's kernels: the driver refuses a tensor map (cuTensorMapEncodeTiled, error {error})" * (
+        error != 0
+    )
+
+
 MISSING = _load()
 _extension: Any = sys.modules.get("bert_fast._C")
 CUDA_EMULATED = bool(os.environ.get(_CUDA_EMULATOR))
 CUDA_MISSING = _load_cuda()
+_cuda_extension: Any = sys.modules.get("bert_fast._CUDA")

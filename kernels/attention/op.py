@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
@@ -86,7 +88,9 @@ OP = Op(
     {
         "reference": Implementation(attention_reference, None, None),
         "triton": triton_kernels(_call, "attention", *_OPERATORS),
-        "cuda": cuda_kernels(_call_cuda, "attention", *_OPERATORS),
+        "cuda": dataclasses.replace(
+            cuda_kernels(_call_cuda, "attention", *_OPERATORS), limitation=extensions.refused_tensor_map
+        ),
         "cpu": native_cpu(_call, *_OPERATORS),
     },
     auto_rules=(

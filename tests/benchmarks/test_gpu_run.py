@@ -188,6 +188,7 @@ def test_every_command_of_the_steps_exists(rehearsal: bool, monkeypatch: pytest.
         return gpu.Outcome(name, "passed", 0.0)
 
     monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "PREBUILT", tmp_path / "none")  # else its modules replace those of this process
     (tmp_path / ("cpu-x" if rehearsal else "nvidia-x")).mkdir()
     for steps in gpu.COMMANDS.values():
         for step in steps:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bert_fast.kernels import attention
+from bert_fast.kernels import attention, available_impls
 from bert_fast.kernels._common.philox import dropout_multiplier
 from bert_fast.kernels.attention.reference import attention_reference
 from bert_fast.testing import assert_three_way, operators, outputs_and_gradients, targets, three_way
@@ -128,6 +128,32 @@ def test_path_is_chosen_by_the_device(impl: str, device: str, monkeypatch: pytes
     assert torch.equal(lse["80"], lse["100"])
     assert not torch.equal(lse["80"], lse["90"])
     assert torch.allclose(lse["80"], lse["90"], rtol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator's driver refuses on request")
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_the_kernels_for_every_gpu_run_where_the_driver_refuses_a_tensor_map(
+    impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cu_seqlens, dout = cumulative([70], device), torch.randn(70, 1, 64)
+
+    def both(qkv: Tensor, capability: str) -> tuple[Tensor, ...]:
+        monkeypatch.setenv("BERT_FAST_EMULATED_CAPABILITY", capability)
+        out, lse = operators(impl).attention_fwd(qkv, None, cu_seqlens, 70, 0.3, 0.0, None)
+        saved = (qkv, None, out, lse, cu_seqlens)
+        return out, lse, *operators(impl).attention_bwd(dout.to(qkv.dtype), *saved, 70, 0.3, 0.0, None)
+
+    qkv = [torch.randn(70, 3, 1, 64).to(dtype) for dtype in DTYPES]
+    expected = [both(x, "80") for x in qkv]
+    both(qkv[0], "90")
+    assert "tensor map" not in available_impls()["attention"][impl].reason
+    monkeypatch.setenv("BERT_FAST_EMULATED_TENSOR_MAP_ERROR", "1")
+    for x, results in zip(qkv, expected, strict=True):
+        assert all(map(torch.equal, both(x, "90"), results))
+    reason = "without Hopper's kernels: the driver refuses a tensor map (cuTensorMapEncodeTiled, error 1)"
+    state = available_impls()["attention"][impl]
+    assert state.ok
+    assert state.reason.endswith(reason)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

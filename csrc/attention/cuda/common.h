@@ -147,6 +147,10 @@ void attention_dq_hopper(const AttentionBatch& batch, const AttentionBackward<T>
 template <class T>
 void attention_dkv_hopper(const AttentionBatch& batch, const AttentionBackward<T>& tensors, const Tensor& on);
 
+// 0, or the driver's error for the tensor maps of qkv and of rows (T, N, D), where takes_hopper_path is true.
+template <class T>
+int tensor_map_error(const AttentionBatch& batch, const T* qkv);
+
 // Whether the TMA and wgmma kernels apply: a build for sm_90a on a device of capability 9.0, a 16-bit dtype, D of 64 or
 // 128, and the alignment and strides that TMA requires.
 inline bool takes_hopper_path(const AttentionBatch& batch, ScalarType dtype, const Tensor& on) {

@@ -1,12 +1,28 @@
 // The host side of attention on a GPU: checks, allocation, and the choice and order of the kernels. Nothing here
 // synchronizes with the device or reads cu_seqlens: the grid is sized for max_seqlen, and blocks without rows return at
 // once. Rows after the last sequence become 0.
+#include <atomic>
+
 #include "attention/checks.h"
 #include "attention/cuda/common.h"
 #include "common/cuda_reduce.h"
 
 namespace bert_fast {
+
+// The error of the last tensor map that the driver refused, or 0 (csrc/registration_cuda.cpp).
+std::atomic<int> refused_tensor_map{0};
+
 namespace {
+
+// Whether Hopper's kernels apply and the driver accepts their tensor maps. Where it doesn't, the kernels for every GPU
+// run, and available_impls() has the reason.
+bool uses_hopper(const AttentionBatch& batch, const Tensor& qkv) {
+  if (!takes_hopper_path(batch, qkv.scalar_type(), qkv)) return false;
+  const int error = qkv.scalar_type() == ScalarType::Half ? tensor_map_error(batch, data<Half>(qkv))
+                                                          : tensor_map_error(batch, data<BFloat16>(qkv));
+  if (error != 0) refused_tensor_map = error;
+  return error == 0;
+}
 
 // The checked arguments that both passes share, and the tensors that own their memory.
 struct Arguments {
@@ -75,7 +91,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, const std::optional<
     using T = decltype(element);
     const AttentionForward<T> tensors = {data<T>(arguments.qkv), mutable_data<T>(out), mutable_data<float>(lse)};
     if constexpr (!std::is_same<T, float>::value) {
-      if (takes_hopper_path(arguments.batch, qkv.scalar_type(), qkv)) {
+      if (uses_hopper(arguments.batch, arguments.qkv)) {
         return attention_forward_hopper<T>(arguments.batch, tensors, qkv);
       }
     }
@@ -106,7 +122,7 @@ std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, 
   arguments.align_to(out_in);
   arguments.align_to(dqkv);
   if (biased && rounded) arguments.align_to(biased_q);
-  const bool hopper = takes_hopper_path(batch, qkv.scalar_type(), qkv);
+  const bool hopper = uses_hopper(batch, arguments.qkv);
   // Hopper's kernels store the statistics of queries in full blocks.
   const int64_t statistics_rows =
       hopper ? batch.sequences * batch.blocks * attention_block_rows(qkv.scalar_type(), dim) : total;

@@ -132,6 +132,19 @@ void attention_forward_hopper(const AttentionBatch& arguments, const AttentionFo
   });
 }
 
+// The maps of map_qkv and map_rows; the rows may be at any address that is as aligned as that of qkv.
+template <class T>
+int tensor_map_error(const AttentionBatch& batch, const T* qkv) {
+  const int64_t width = int64_t{batch.heads} * batch.dim;
+  TensorMap map;
+  const int error = encode_tensor_map(&map, qkv, {batch.total, 3, batch.heads, batch.dim},
+                                      {batch.stride_t, batch.stride_part, batch.stride_n});
+  return error != 0 ? error
+                    : encode_tensor_map(&map, qkv, {batch.total, 1, batch.heads, batch.dim}, {width, width, batch.dim});
+}
+
+template int tensor_map_error(const AttentionBatch&, const BFloat16*);
+template int tensor_map_error(const AttentionBatch&, const Half*);
 template void attention_forward_hopper(const AttentionBatch&, const AttentionForward<BFloat16>&, const Tensor&);
 template void attention_forward_hopper(const AttentionBatch&, const AttentionForward<Half>&, const Tensor&);
 
