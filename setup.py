@@ -15,7 +15,6 @@ A module that can't be built is reported in one line and in `bert_fast/_build_in
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -87,22 +86,6 @@ def cuda_architectures() -> list[str]:
     return BUILD_FLAGS["cuda_architectures"](nvcc("--list-gpu-code"))
 
 
-def cuda_sources_hash(op: str) -> str:
-    """A hash of an op's CUDA sources and of the shared headers, which identifies what a verification record is for."""
-    digest = hashlib.sha256()
-    for path in sorted(
-        [
-            *ROOT.glob(f"csrc/{op}/cuda*.*"),
-            *ROOT.glob(f"csrc/{op}/cuda/*"),
-            *ROOT.glob(f"csrc/{op}/checks.h"),
-            *ROOT.glob("csrc/common/cuda*.h"),
-            *(ROOT / "csrc" / "common" / name for name in ("dropout.h", "tensor.h")),
-        ]
-    ):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def cuda_facts() -> dict[str, object]:
     """What `_build_info.json` records about the CUDA kernels."""
     version = nvcc("--version")
@@ -111,7 +94,7 @@ def cuda_facts() -> dict[str, object]:
     return {
         "cuda": release.group(1) if release else version.strip(),
         "architectures": cuda_architectures(),
-        "sources": {op: cuda_sources_hash(op) for op in ops},
+        "sources": {op: BUILD_FLAGS["cuda_sources_hash"](ROOT, op) for op in ops},
     }
 
 

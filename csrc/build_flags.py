@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import sysconfig
+from pathlib import Path
 
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the binaries have to load on
 CUDA_ARCHITECTURES = ("80", "90a", "100")
@@ -27,6 +29,22 @@ def cuda_architectures(gpu_code: str) -> list[str]:
     """
     supported = gpu_code.split()
     return [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.removesuffix('a')}" in supported]
+
+
+def cuda_sources_hash(root: Path, op: str) -> str:
+    """A hash of an op's CUDA sources and of the shared headers, which identifies what a verification record is for."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [
+            *root.glob(f"csrc/{op}/cuda*.*"),
+            *root.glob(f"csrc/{op}/cuda/*"),
+            *root.glob(f"csrc/{op}/checks.h"),
+            *root.glob("csrc/common/cuda*.h"),
+            *(root / "csrc" / "common" / name for name in ("dropout.h", "tensor.h")),
+        ]
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def gencode(architectures: list[str]) -> list[str]:

@@ -45,13 +45,18 @@ AFTERWARDS = {"targets": "benchmarks.gpu.targets", "plots": "benchmarks.reports.
 CUDA_OPS = ("attention", "add_layer_norm", "bias_gelu")  # ops with CUDA C++ kernels, timed in processes of their own
 FIRST_OPS = ("attention", "add_layer_norm", "bias_gelu", "embedding_layer_norm")
 LAST_OPS = ("masked_lm_loss", "lamb", "padding")
-# Whether `bert_fast._CUDA` imports here, and has code for this GPU (argv[1], e.g. "90"; "" for any).
+# Whether `bert_fast._CUDA` imports here, was built from these sources, and has code for this GPU (argv[1], e.g. "90"; ""
+# for any).
 IMPORTS = """
-import json, pathlib, sys, torch
+import json, pathlib, runpy, sys, torch
 info = pathlib.Path("bert_fast/_build_info.json")
 report = json.loads(info.read_text()).get("_CUDA", {}) if info.exists() else {}
 if not report.get("built"):
     raise SystemExit(f"bert_fast._CUDA is not built: {report.get('reason', 'no report of a build')}")
+sources_hash = runpy.run_path("csrc/build_flags.py")["cuda_sources_hash"]
+changed = [op for op, built in report["sources"].items() if built != sources_hash(pathlib.Path("."), op)]
+if changed:
+    raise SystemExit(f"bert_fast._CUDA was built from other sources of {', '.join(changed)}")
 import bert_fast._CUDA
 architectures = report.get("architectures", [])
 needed = {"90": "90a"}.get(sys.argv[1], sys.argv[1])
@@ -352,12 +357,13 @@ def run_steps(
     steps: list[Step], options: Options, seconds: float, after: Callable[[list[Outcome]], None] = lambda outcomes: None
 ) -> list[Outcome]:
     """Run the steps in order. Time that a step leaves goes to those after it, in proportion to their shares."""
-    end = time.perf_counter() + seconds
+    begin = time.perf_counter()
+    end = begin + seconds
     outcomes: list[Outcome] = []
     for index, step in enumerate(steps):
         left = end - time.perf_counter()
         limit = left * step.share / sum(later.share for later in steps[index:])
-        print(f"== gpu: {step.name}, at most {limit:.0f} s", flush=True)
+        print(f"== gpu: {step.name}, at {time.perf_counter() - begin:.0f} s, for at most {limit:.0f} s", flush=True)
         new = step.run(options, limit) if left > 0 else [Outcome(step.name, "not run", 0.0, "out of time")]
         for outcome in new:
             show(outcome)

@@ -6,9 +6,12 @@ import importlib.util
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,7 +133,12 @@ def test_the_cuda_kernels_are_kept_or_built_and_must_import(
     if carried:
         (tmp_path / "prebuilt").mkdir()
         (tmp_path / "prebuilt" / "_CUDA.abi3.so").touch()
+        (tmp_path / "bert_fast" / "_CUDA.abi3.so").write_text("old")
+        loaded = (tmp_path / "bert_fast" / "_CUDA.abi3.so").open()
     outcomes = gpu.build(gpu.Options(False, tmp_path, "90"), 90.0)
+    if carried:
+        assert loaded.read() == "old"  # as a process that has loaded the module still sees it
+        loaded.close()
     assert [outcome.name for outcome in outcomes] == names
     assert ("keep" in [e.get("BERT_FAST_NATIVE") for e in environments.values()]) == carried
     assert (tmp_path / "bert_fast" / "_CUDA.abi3.so").exists() == carried
@@ -145,22 +153,33 @@ def test_the_cuda_kernels_are_kept_or_built_and_must_import(
     [
         (None, "90", "no report of a build"),
         ({"_CUDA": {"built": False, "reason": "no nvcc"}}, "90", "bert_fast._CUDA is not built: no nvcc"),
-        ({"_CUDA": {"built": True, "architectures": ["80", "100"]}}, "90", "this device needs 90a"),
+        ({"_CUDA": {"built": True, "architectures": ["80", "100"], "sources": {}}}, "90", "this device needs 90a"),
+        (
+            {"_CUDA": {"built": True, "architectures": ["90a"], "sources": {"toy": "0" * 16}}},
+            "90",
+            "bert_fast._CUDA was built from other sources of toy",
+        ),
     ],
 )
-def test_a_build_without_code_for_the_device_is_a_failure(
+def test_a_build_without_code_for_the_device_or_of_other_sources_is_a_failure(
     report: dict[str, object] | None, capability: str, expected: str, tmp_path: Path
 ) -> None:
     (tmp_path / "bert_fast").mkdir()
     (tmp_path / "bert_fast" / "_CUDA.py").touch()  # an empty module in its place
     (tmp_path / "bert_fast" / "__init__.py").touch()
+    for folder in ("common", "toy"):
+        (tmp_path / "csrc" / folder).mkdir(parents=True)
+    for name in ("common/dropout.h", "common/tensor.h", "toy/cuda.cu"):
+        (tmp_path / "csrc" / name).write_text(name)
+    shutil.copy(gpu.ROOT / "csrc" / "build_flags.py", tmp_path / "csrc")
     if report is not None:
         (tmp_path / "bert_fast" / "_build_info.json").write_text(json.dumps(report))
     command = [sys.executable, "-c", gpu.IMPORTS, capability]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert expected in done.stderr
-    built = {"_CUDA": {"built": True, "architectures": ["80", "90a"]}}
+    sources = {"toy": runpy.run_path(str(tmp_path / "csrc" / "build_flags.py"))["cuda_sources_hash"](tmp_path, "toy")}
+    built = {"_CUDA": {"built": True, "architectures": ["80", "90a"], "sources": sources}}
     (tmp_path / "bert_fast" / "_build_info.json").write_text(json.dumps(built))
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "bert_fast._CUDA imports, with code for 80, 90a\n")
@@ -235,6 +254,59 @@ def test_a_planted_wrong_kernel_is_named_and_the_other_ops_still_run(
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines.pop("attention").startswith("failed: RuntimeError: out: error 1")
     assert lines == {"add_layer_norm": "ok", "bias_gelu": "ok"}
+
+
+# Python imports it at the start of every process: padding's kernel fails, and the pretraining benchmark hangs.
+PLANTED = """
+import sys
+if "benchmarks.ops" in sys.orig_argv and "padding" in sys.orig_argv:
+    import dataclasses
+    from bert_fast.kernels import available_impls
+    from bert_fast.kernels._common.dispatch import OPS
+    def fails():
+        raise RuntimeError("planted")
+    OPS["padding"].impls["cpu"] = dataclasses.replace(OPS["padding"].impls["cpu"], call=fails)
+elif "benchmarks.models.pretraining" in sys.orig_argv:
+    import time
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not available_impls()["padding"]["cpu"].ok, reason="needs the compiled CPU kernels")
+def test_a_planted_failing_kernel_and_a_planted_hang_lose_no_result(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rehearsal of `bench` end to end, with a failing step, a hanging one and a good one."""
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "sitecustomize.py").write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "planted"), prepend=os.pathsep)
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    steps = (
+        gpu.Step("failing", 100, True, partial(gpu.benchmarks, ("padding",))),
+        gpu.Step("hanging", 12, True, partial(gpu.whole_model, "pretraining")),
+        gpu.Step("good", 100, True, partial(gpu.benchmarks, ("lamb",))),
+        gpu.Step("targets", 100, False, partial(gpu.after_benchmarks, "targets")),
+    )
+    monkeypatch.setattr(gpu, "COMMANDS", {"bench": steps})
+    monkeypatch.setattr(gpu, "stand_ins", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpu", "bench", "--rehearse", "--out", str(tmp_path / "out")])
+    assert gpu.main() == 1
+    printed = capsys.readouterr().out
+    clock = [(name, float(at)) for name, at in re.findall(r"== gpu: (\w+), at (\d+) s, for at most", printed)]
+    assert [name for name, _ in clock] == ["failing", "hanging", "good", "targets"]
+    assert [at for _, at in clock] == sorted(at for _, at in clock)
+    results = {line.split("  ")[0]: line for line in printed.splitlines() if not line.startswith(("==", " "))}
+    assert re.search(r"failed .* s  exit code 1", results["benchmark padding cpu"])
+    assert re.search(r"stopped .* s  after", results["pretraining"])
+    with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as archive:
+        names = {Path(name).name: name for name in archive.getnames()}
+        report = json.load(archive.extractfile(names["padding_cpu.json"]))  # type: ignore[arg-type]
+        assert {"lamb_cpu.json", "targets.json", "summary_bench.txt", "pretraining.log"} <= names.keys()
+    peers = [row for row in report["rows"] if row["variant"] == "eager"]
+    assert peers
+    assert all(row["ms"] for row in peers)
+    assert report["failures"]
+    assert all("RuntimeError: planted" in failure for failure in report["failures"])
 
 
 def test_the_sanitizer_begins_with_what_matters_and_leaves_out_false_hazards() -> None:
