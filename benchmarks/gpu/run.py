@@ -45,8 +45,8 @@ AFTERWARDS = {"targets": "benchmarks.gpu.targets", "plots": "benchmarks.reports.
 CUDA_OPS = ("attention", "add_layer_norm", "bias_gelu")  # ops with CUDA C++ kernels, timed in processes of their own
 FIRST_OPS = ("attention", "add_layer_norm", "bias_gelu", "embedding_layer_norm")
 LAST_OPS = ("masked_lm_loss", "lamb", "padding")
-# Whether `bert_fast._CUDA` imports here, was built from these sources, and has code for this GPU (argv[1], e.g. "90"; ""
-# for any).
+# Whether `bert_fast._CUDA` was built from these sources, imports here and has code for this GPU (argv[1], e.g.
+# "90"; "" for any).
 IMPORTS = """
 import json, pathlib, runpy, sys, torch
 info = pathlib.Path("bert_fast/_build_info.json")
