@@ -37,6 +37,7 @@ PREBUILT = ROOT / "build" / "prebuilt"  # modules that `make gpu-twin` built els
 TAIL = 25  # lines shown of a failed step's output
 MARGIN = 8  # seconds before its limit after which a benchmark begins no case, so that it can still write
 GRACE = 5.0  # seconds between the interrupt, on which pytest and the benchmarks report what they have, and the kill
+SLOWER = 4  # times the seconds for a rehearsal: the emulator and two cores are slower than a device and sixteen
 PLAIN = 25.0  # seconds of the build's limit reserved for a build without the CUDA kernels
 # One compiler thread a process: eight processes compile at once in the warm-up, and the timed runs use their caches.
 COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -402,7 +403,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="what a lent GPU can show, in two commands")
     parser.add_argument("command", choices=list(COMMANDS))
     parser.add_argument("--steps", help="some of its steps, with commas; all by default")
-    parser.add_argument("--seconds", type=float, help="for all steps together (check 300, bench 390)")
+    parser.add_argument(
+        "--seconds", type=float, help="for all steps together (check 300, bench 390; a rehearsal 4 times as long)"
+    )
     parser.add_argument("--full", action="store_true", help="every case of the benchmarks; needs more seconds")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, help="a folder for gpu.tar.gz, which has everything that the run wrote")
@@ -426,7 +429,8 @@ def stand_ins() -> None:
 def main() -> int:
     parsed = arguments()
     steps = [step for step in COMMANDS[parsed.command] if step.name in parsed.steps]
-    seconds = parsed.seconds or sum(step.share for step in COMMANDS[parsed.command])
+    shares = sum(step.share for step in COMMANDS[parsed.command])
+    seconds = parsed.seconds or shares * (SLOWER if parsed.rehearse else 1)
     if parsed.rehearse:
         stand_ins()  # before the clock starts: a device needs none
     since = time.time() - 1  # file systems round
