@@ -7,8 +7,8 @@
 s) measures. Each step is a process with a time limit: its share of the time, plus what earlier steps left. A step that
 fails or exceeds its limit does not stop the next. The exit code is 0 if every requested step passed, 1 if one did not,
 2 without a CUDA device. Each step's output is build/gpu/<step>.log, the final table build/gpu/summary_<command>.txt.
-With `--out` everything that the run wrote is also packed into FOLDER/gpu.tar.gz after each step, for unpacking in
-another checkout. This file needs only Python, so that it can report a broken build.
+With `--out` everything that the run wrote is also packed into FOLDER/gpu_<command>.tar.gz after each step, for
+unpacking in another checkout. This file needs only Python, so that it can report a broken build.
 """
 
 from __future__ import annotations
@@ -381,8 +381,8 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join([*lines, f"{'total':<{width}}  {passed} of {len(outcomes)} passed, {seconds:.0f} s"])
 
 
-def pack(folder: Path, results: Path, since: float) -> Path:
-    """Pack the logs, results, plots and records written after `since` into folder/gpu.tar.gz.
+def pack(folder: Path, command: str, results: Path, since: float) -> Path:
+    """Pack the logs, results, plots and records written after `since` into folder/gpu_<command>.tar.gz.
 
     Its paths are those of a checkout, also of a record that was written to the user's cache.
     """
@@ -390,7 +390,7 @@ def pack(folder: Path, results: Path, since: float) -> Path:
     records = "bert_fast/verified"
     sources = ((LOGS, "build/gpu"), (results, "benchmarks/results"), (cache, records), (ROOT / records, records))
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "gpu.tar.gz"
+    file = folder / f"gpu_{command}.tar.gz"
     with tarfile.open(file, "w:gz") as archive:
         for source, name in sources:
             for path in sorted(source.rglob("*")):
@@ -408,7 +408,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--full", action="store_true", help="every case of the benchmarks; needs more seconds")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--out", type=Path, help="a folder for gpu.tar.gz, which has everything that the run wrote")
+    parser.add_argument(
+        "--out", type=Path, help="a folder for gpu_<command>.tar.gz, which has everything that the run wrote"
+    )
     parser.add_argument("--rehearse", action="store_true", help="every step on CPU tensors, without a GPU")
     parsed = parser.parse_args()
     known = [step.name for step in COMMANDS[parsed.command]]
@@ -447,7 +449,7 @@ def main() -> int:
         LOGS.mkdir(parents=True, exist_ok=True)
         (LOGS / f"summary_{parsed.command}.txt").write_text(table(outcomes) + "\n")
         if parsed.out:
-            pack(parsed.out, options.results, since)
+            pack(parsed.out, parsed.command, options.results, since)
 
     outcomes = run_steps(steps, options, seconds - (time.time() - since), keep)
     print(f"\n{table(outcomes)}\nlogs: {LOGS}")

@@ -94,7 +94,7 @@ def test_a_run_is_packed_after_each_step(logs: Path, monkeypatch: pytest.MonkeyP
     flags = ["--seconds", "60", "--results", str(results), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["gpu", "check", *flags])
     assert gpu.main() == 1
-    with tarfile.open(out / "gpu.tar.gz") as archive:
+    with tarfile.open(out / "gpu_check.tar.gz") as archive:
         names = archive.getnames()
         summary = archive.extractfile("build/gpu/summary_check.txt")
         assert summary is not None
@@ -298,7 +298,7 @@ def test_a_planted_failing_kernel_and_a_planted_hang_lose_no_result(
     results = {line.split("  ")[0]: line for line in printed.splitlines() if not line.startswith(("==", " "))}
     assert re.search(r"failed .* s  exit code 1", results["benchmark padding cpu"])
     assert re.search(r"stopped .* s  after", results["pretraining"])
-    with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as archive:
+    with tarfile.open(tmp_path / "out" / "gpu_bench.tar.gz") as archive:
         names = {Path(name).name: name for name in archive.getnames()}
         report = json.load(archive.extractfile(names["padding_cpu.json"]))  # type: ignore[arg-type]
         assert {"lamb_cpu.json", "targets.json", "summary_bench.txt", "pretraining.log"} <= names.keys()
