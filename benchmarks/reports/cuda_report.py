@@ -39,15 +39,8 @@ FLAGS = (
 )  # fmt: skip
 # The most bytes a kernel may spill, by the beginning and the end of its name; no other kernel may spill. Rows of
 # more than 4096 columns take 16 elements a thread, in float32 four packs, and 128 registers. No BERT is that wide.
-# dk and dv of 64 keys at D 128 take 128 registers, P and dP 64: with the dropout mask that exceeds 232.
-# attention's other kernels spill where ptxas saves registers for one more block per SM, nearly all on sm_100.
 KNOWN_SPILLS = {
     ("add_layer_norm_backward<float", ", 16>"): 324,
-    ("hopper_dkv<", ", 128, true>"): 100,
-    ("attention_dkv<", ", 32, false>"): 68,
-    ("attention_dkv<", ", 64, true>"): 16,
-    ("attention_forward<", ", 32, false>"): 8,
-    ("attention_forward<", ", true>"): 16,
 }
 COMPILING = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
