@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dout, const Tensor& x, co
     launch(kernel, grid_of(parts.count, cols, kPack<T>), kThreads, 0, x, data<T>(dout_in), data<T>(x_in),
            data<float>(bias_in), mutable_data<T>(dx), mutable_data<float>(partial), rows, cols, parts.size);
   });
-  return {dx, sum_parts_cuda(partial, 0, cols)};
+  return {dx, sum_parts_cuda(partial, cols, 1)[0]};
 }
 
 }  // namespace

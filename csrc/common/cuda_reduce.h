@@ -20,32 +20,51 @@ struct DeviceParts {
 // The warps of a block: each sums every eighth part, then their eight sums are added in order.
 constexpr int kSumGroups = 8;
 
-// A template, since several translation units use it.
+// The most sums that one launch computes.
+constexpr int kMostSums = 3;
+
+// Where the sums of each range of columns go.
+template <class T>
+struct SumsOfParts {
+  T* total[kMostSums];
+};
+
+// Block (x, y) sums columns [32 x, 32 x + 32) of range y, of `cols` columns. A template, since several translation
+// units use it.
 template <class T>
 __global__ void __launch_bounds__(kWarp* kSumGroups)
-    sum_parts_kernel(const T* partial, T* total, int64_t parts, int64_t stride, int64_t cols) {
+    sum_parts_kernel(const T* partial, const __grid_constant__ SumsOfParts<T> to, int64_t parts, int64_t stride,
+                     int64_t cols) {
   T* sums = dynamic_shared<T>();
   const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
   const int64_t col = int64_t{blockIdx.x} * kWarp + lane;
   T sum = 0;
   if (col < cols) {
-    for (int64_t part = group; part < parts; part += kSumGroups) sum += partial[part * stride + col];
+    const T* from = partial + blockIdx.y * cols + col;
+#pragma unroll 8
+    for (int64_t part = group; part < parts; part += kSumGroups) sum += from[part * stride];
   }
   sums[group * kWarp + lane] = sum;
   __syncthreads();
   if (group == 0 && col < cols) {
     for (int other = 1; other < kSumGroups; ++other) sum += sums[other * kWarp + lane];
-    total[col] = sum;
+    to.total[blockIdx.y][col] = sum;
   }
 }
 
-// The sums of columns [first, first + cols) of partial (parts, stride) float32 -> (cols,) float32.
-inline Tensor sum_parts_cuda(const Tensor& partial, int64_t first, int64_t cols) {
-  const Tensor total = empty_like_rows(partial, {cols}, ScalarType::Float);
-  launch(sum_parts_kernel<float>, dim3(static_cast<unsigned>(ceil_div(cols, kWarp))), kWarp * kSumGroups,
-         sizeof(float) * kWarp * kSumGroups, partial, data<float>(partial) + first, mutable_data<float>(total),
-         partial.size(0), partial.size(1), cols);
-  return total;
+// The sums over the parts of the first `count` ranges of `cols` columns of partial (parts, stride) float32, each
+// (cols,) float32, in one launch.
+inline std::vector<Tensor> sum_parts_cuda(const Tensor& partial, int64_t cols, int count) {
+  SumsOfParts<float> to = {};
+  std::vector<Tensor> totals;
+  for (int range = 0; range < count; ++range) {
+    totals.push_back(empty_like_rows(partial, {cols}, ScalarType::Float));
+    to.total[range] = mutable_data<float>(totals.back());
+  }
+  const dim3 grid(static_cast<unsigned>(ceil_div(cols, kWarp)), static_cast<unsigned>(count));
+  launch(sum_parts_kernel<float>, grid, kWarp * kSumGroups, sizeof(float) * kWarp * kSumGroups, partial,
+         data<float>(partial), to, partial.size(0), partial.size(1), cols);
+  return totals;
 }
 
 // The adjacent columns that a thread loads at once: 16 bytes.

@@ -72,12 +72,38 @@ def test_matches_reference(
     assert_three_way(three_way(ours, reference, inputs, dtype, (torch.randn(rows, cols, device=device),)))
 
 
-@pytest.mark.parametrize(("impl", "device"), targets(OP))
-def test_the_widest_rows(impl: str, device: str, poisoned_empty: None) -> None:
-    """Just below 8192 columns; in Triton dx_bias has a separate kernel here, and 9 rows are two partial sums."""
+@pytest.mark.parametrize(
+    ("impl", "device", "cols"), targets(OP, [(8190,), (8192,), (4097,)], interpreted=[(8190,), (8192,)])
+)
+def test_the_widest_rows(impl: str, device: str, cols: int, poisoned_empty: None) -> None:
+    """Up to 8192 columns. From 4097 on dx_bias has a separate kernel in Triton, and in CUDA a thread has twice the
+    elements, with the sums over rows in shared memory. 18 rows are two parts of them, in Triton three.
+    """
     ours, reference = functions(impl, 0.1)
-    inputs, dout = random_inputs(9, 8190, device), torch.randn(9, 8190, device=device)
+    inputs, dout = random_inputs(18, cols, device), torch.randn(18, cols, device=device)
     assert_three_way(three_way(ours, reference, inputs, torch.bfloat16, (dout,)))
+
+
+@pytest.mark.parametrize("cols", [768, 8192])
+@pytest.mark.parametrize(("impl", "device"), [target for target in targets(OP) if target[0] != "reference"])
+def test_the_gradient_of_x_bias_is_asked_for_by_passing_one(
+    impl: str, device: str, cols: int, poisoned_empty: None
+) -> None:
+    """Without x_bias its gradient is empty, and no other result changes by a bit compared with one of zeros."""
+    inputs = random_inputs(17, cols, device, x_bias=False)
+    x, residual, weight, bias = inputs.values()
+    dout, zeros = torch.randn(17, cols, device=device), torch.zeros(cols, device=device)
+    results = []
+    for x_bias in (None, zeros):
+        _, mean, rstd = operators(impl).add_layer_norm_fwd(x, residual, weight, bias, x_bias, 0.0, 1e-12, None)
+        results.append(operators(impl).add_layer_norm_bwd(dout, x, residual, weight, x_bias, mean, rstd, 0.0, None))
+    (*without, empty), (*with_zeros, dx_bias) = results
+    assert empty.numel() == 0
+    for one, other in zip(without, with_zeros, strict=True):
+        assert torch.equal(one, other)
+    dx = with_zeros[0]
+    rounding = 17 * 2**-24 * float(dx.abs().sum(0).max())  # of a sum of 17 rows in float32
+    assert torch.allclose(dx_bias.double(), dx.double().sum(0), rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize(

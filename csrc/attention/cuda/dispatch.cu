@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, 
     attention_dkv_cuda<T>(batch, tensors, qkv);
   });
   if (!biased) return {dqkv, torch::stable::zero_(dbias)};
-  return {dqkv, torch::stable::view(sum_parts_cuda(partial, 0, 3 * heads * dim), {3, heads, dim})};
+  return {dqkv, torch::stable::view(sum_parts_cuda(partial, 3 * heads * dim, 1)[0], {3, heads, dim})};
 }
 
 }  // namespace

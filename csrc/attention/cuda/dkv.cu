@@ -17,7 +17,7 @@ struct KeyPlan : TilePlan<D> {
 };
 
 template <class T, int D, bool DROPOUT>
-__global__ void __launch_bounds__(KeyPlan<D>::kThreads)
+__global__ void __launch_bounds__(KeyPlan<D>::kThreads, blocks_of_keys(D, DROPOUT))
     attention_dkv(AttentionBatch batch, AttentionBackward<T> tensors) {
   using Plan = KeyPlan<D>;
   constexpr int kStep = Plan::kStep, kColumns = Plan::kColumns;
@@ -64,7 +64,9 @@ __global__ void __launch_bounds__(KeyPlan<D>::kThreads)
   cp_async_wait<0>();
   __syncthreads();
 
-  const LeftRows<T, D, Plan::kLeftInRegisters> keys(k, warp_row * kWarpRows), values(v, warp_row * kWarpRows);
+  const LeftRows<T, D, Plan::kLeftInRegisters> keys(k, warp_row * kWarpRows);
+  // The mask needs the registers of one of the two.
+  const LeftRows<T, D, Plan::kLeftInRegisters && !(DROPOUT && D == 64)> values(v, warp_row * kWarpRows);
   float dk[kColumns / 8][4] = {}, dv[kColumns / 8][4] = {};
   const DropoutState drop = load_dropout(batch.dropout);
   const float scale2 = batch.scale * kLog2E;
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(KeyPlan<D>::kThreads)
         drop, owned.head, static_cast<uint32_t>(owned.first) + step * kStep, owned.row + warp_row * kWarpRows);
     accumulate<T, D, kStep, kColumns>(p, mask, dout, first_chunk, dv);
     multiply_transposed<T, D, kStep>(values, dout, dp);
-    queries.differentiate(p, dp, mask);
+    queries.template differentiate<DROPOUT>(p, dp);
     accumulate<T, D, kStep, kColumns>(p, KeepsAll(), q, first_chunk, dk);
     if (Plan::kStages == 1 && step + 1 < steps) {
       __syncthreads();

@@ -14,7 +14,7 @@ constexpr int forward_bytes() {
 }
 
 template <class T, int D, bool DROPOUT>
-__global__ void __launch_bounds__(kBlockWarps* kWarp)
+__global__ void __launch_bounds__(kBlockWarps* kWarp, blocks_of_queries(D, DROPOUT))
     attention_forward(AttentionBatch batch, AttentionForward<T> tensors, float sign) {
   using Plan = TilePlan<D>;
   constexpr int kStep = Plan::kStep;

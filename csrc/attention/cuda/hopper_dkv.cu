@@ -11,8 +11,8 @@ static_assert(kStep == kRows, "the statistics of queries are stored in blocks of
 template <class T, int D>
 using DkvMemory = HopperMemory<T, D, kStep, D == 64 ? 9 : 4, D == 64 ? 2 : 1, 2, kBlockWarps * D, 3 * kStep>;
 
-// dk and dv of 64 keys, summed over all queries, up to factors. The product for dP overlaps the computation of P where
-// the registers suffice for both.
+// dk and dv of 64 keys, summed over all queries, up to factors. Where the registers suffice, the product for the next
+// scores follows that for dk without a wait, and that for dP runs while P is computed.
 template <class T, int D, bool DROPOUT>
 __device__ __forceinline__ void sum_queries(float (&dk)[D / 8][4], float (&dv)[D / 8][4], const T* k, const T* v,
                                             const OwnedRows& owned, const AttentionBatch& batch,
@@ -21,20 +21,29 @@ __device__ __forceinline__ void sum_queries(float (&dk)[D / 8][4], float (&dv)[D
   constexpr bool kOverlap = D == 64;
   const int first_key = owned.row + threadIdx.x % kWarpgroup / kWarp * kWarpRows;
   const float scale2 = batch.scale * kLog2E;
-  for (int step = 0; step < steps; ++step) {
-    float p[kStep / 8][4], dp[kStep / 8][4];
-    uint32_t left[kStep / 16][4];
-    const T *q = consumer.wait(0, step), *dout = consumer.wait(1, step);
-    const auto start_dp = [&] {
-      wgmma_fence(dp);
-      start_scores<T, D, kStep>(dp, v, dout);
-      wgmma_commit();
-    };
-    wgmma_fence(p);
-    start_scores<T, D, kStep>(p, k, q);
+  float p[kStep / 8][4], dp[kStep / 8][4];
+  uint32_t left[kStep / 16][4];
+  const auto start = [&](float (&scores)[kStep / 8][4], const T* owned_rows, const T* rows) {
+    wgmma_fence(scores);
+    start_scores<T, D, kStep>(scores, owned_rows, rows);
     wgmma_commit();
-    if constexpr (kOverlap) start_dp();
-    wgmma_wait<kOverlap ? 1 : 0>(p);
+  };
+  const T* q = nullptr;
+  const auto start_step = [&](int step) {
+    q = consumer.wait(0, step);
+    start(p, k, q);
+  };
+  if constexpr (kOverlap) {
+    start_step(0);
+    wgmma_wait<0>(p);
+  }
+  for (int step = 0; step < steps; ++step) {
+    if constexpr (!kOverlap) {
+      start_step(step);
+      wgmma_wait<0>(p);
+    }
+    const T* dout = consumer.wait(1, step);
+    if constexpr (kOverlap) start(dp, v, dout);
     const QueryColumns<kStep> queries(consumer.memory.stage_extra(consumer.slot(step)));
     queries.exponentials(p, scale2);
     const std::conditional_t<DROPOUT, KeptQueries<kStep>, KeepsAll> mask(
@@ -45,21 +54,31 @@ __device__ __forceinline__ void sum_queries(float (&dk)[D / 8][4], float (&dv)[D
     wgmma_commit();
     if constexpr (kOverlap) {
       wgmma_wait<1>(dp);
-      queries.differentiate(p, dp, mask);
+      queries.template differentiate<DROPOUT>(p, dp);
       wgmma_wait<0>(dv, left);
     } else {
       wgmma_wait<0>(dv, left);
-      start_dp();
+      start(dp, v, dout);
       wgmma_wait<0>(dp);
-      queries.differentiate(p, dp, mask);
+      queries.template differentiate<DROPOUT>(p, dp);
     }
     consumer.release(1, step, last_pass);
     round_scores<T, kStep>(p, left);
     wgmma_fence(dk, left);
     start_sums<T, D, kStep>(dk, left, q);
     wgmma_commit();
-    wgmma_wait<0>(dk);
+    if constexpr (kOverlap) {
+      if (step + 1 == steps) break;
+      start_step(step + 1);
+      wgmma_wait<0>(p, dk, left);
+    } else {
+      wgmma_wait<0>(dk, left);
+    }
     consumer.release(0, step, last_pass);
+  }
+  if constexpr (kOverlap) {
+    wgmma_wait<0>(dk);
+    consumer.release(0, steps - 1, last_pass);
   }
 }
 

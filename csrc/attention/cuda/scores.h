@@ -50,6 +50,10 @@ struct KeptKeys {
   uint32_t words[4];
 };
 
+// The keys of one mask of STEP keys.
+template <int STEP>
+constexpr int kMaskedKeys = STEP < 64 ? STEP : 64;
+
 // The same for transposed scores: 16 keys by STEP queries.
 template <int STEP>
 struct KeptQueries {
@@ -81,23 +85,30 @@ struct KeepsAll {
   __device__ __forceinline__ bool keeps(int, int) const { return true; }
 };
 
-// Scores, rounded to T, as left operands of products; 0 where `mask` drops them.
+// P, rounded to T, as left operands of products; 0 where `mask` drops it. What it drops changes sign in s: P is not
+// negative, so the sign is the mask from here on, without registers of its own.
 template <class T, int STEP, class Mask>
-__device__ __forceinline__ void round_kept(const float (&s)[STEP / 8][4], const Mask& mask,
-                                           uint32_t (&p)[STEP / 16][4]) {
+__device__ __forceinline__ void round_kept(float (&s)[STEP / 8][4], const Mask& mask, uint32_t (&p)[STEP / 16][4]) {
 #pragma unroll
   for (int k = 0; k < STEP / 16; ++k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int j = 2 * k + i / 2, first = i % 2 * 2;
-      p[k][i] =
-          pack_pair<T>(mask.keeps(j, first) ? s[j][first] : 0.0f, mask.keeps(j, first + 1) ? s[j][first + 1] : 0.0f);
+      float kept[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float& x = s[j][first + n];
+        const bool keeps = mask.keeps(j, first + n);
+        kept[n] = keeps ? x : 0.0f;
+        x = keeps ? x : -x;
+      }
+      p[k][i] = pack_pair<T>(kept[0], kept[1]);
     }
   }
 }
 
 template <class T, int STEP>
-__device__ __forceinline__ void round_scores(const float (&s)[STEP / 8][4], uint32_t (&p)[STEP / 16][4]) {
+__device__ __forceinline__ void round_scores(float (&s)[STEP / 8][4], uint32_t (&p)[STEP / 16][4]) {
   round_kept<T, STEP>(s, KeepsAll(), p);
 }
 
@@ -154,12 +165,11 @@ struct OnlineSoftmax {
   template <int STEP>
   __device__ __forceinline__ void drop(float (&s)[STEP / 8][4], const DropoutState& state, int head,
                                        uint32_t first_query, int first_key) {
-    constexpr int kMasked = STEP < 64 ? STEP : 64;  // columns of one mask
 #pragma unroll
-    for (int from = 0; from < STEP; from += kMasked) {
-      const KeptKeys<kMasked> mask(state, head, first_query, first_key + from);
+    for (int from = 0; from < STEP; from += kMaskedKeys<STEP>) {
+      const KeptKeys<kMaskedKeys<STEP>> mask(state, head, first_query, first_key + from);
 #pragma unroll
-      for (int j = 0; j < kMasked / 8; ++j) {
+      for (int j = 0; j < kMaskedKeys<STEP> / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& x = s[from / 8 + j][i];
@@ -230,11 +240,18 @@ __device__ __forceinline__ void differentiate_queries(float (&s)[STEP / 8][4], c
     for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(s[j][i] * scale2 - rows.lse2[i / 2]);
   }
   mask_columns<STEP>(s, valid, 0.0f);
-  const std::conditional_t<DROPOUT, KeptKeys<STEP>, KeepsAll> mask(drop, head, first_query, first_key);
 #pragma unroll
-  for (int j = 0; j < STEP / 8; ++j) {
+  for (int from = 0; from < STEP; from += kMaskedKeys<STEP>) {
+    const std::conditional_t<DROPOUT, KeptKeys<kMaskedKeys<STEP>>, KeepsAll> mask(drop, head, first_query,
+                                                                                  first_key + from);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[j][i] *= mask.keeps(j, i) ? dp[j][i] + rows.shift[i / 2] : rows.dropped[i / 2];
+    for (int j = 0; j < kMaskedKeys<STEP> / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float of_kept = dp[from / 8 + j][i] + rows.shift[i / 2];
+        s[from / 8 + j][i] *= mask.keeps(j, i) ? of_kept : rows.dropped[i / 2];
+      }
+    }
   }
 }
 
@@ -252,16 +269,17 @@ struct QueryColumns {
     }
   }
 
-  // From P and dp to dZ up to a factor, in p.
-  template <class Mask>
-  __device__ __forceinline__ void differentiate(float (&p)[STEP / 8][4], const float (&dp)[STEP / 8][4],
-                                                const Mask& mask) const {
+  // From P and dp to dZ up to a factor, in p; with DROPOUT round_kept has negated the P that is dropped.
+  template <bool DROPOUT>
+  __device__ __forceinline__ void differentiate(float (&p)[STEP / 8][4], const float (&dp)[STEP / 8][4]) const {
     const float *shift = lse2 + STEP, *dropped = shift + STEP;
 #pragma unroll
     for (int j = 0; j < STEP / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        p[j][i] *= mask.keeps(j, i) ? dp[j][i] + shift[8 * j + i % 2] : dropped[8 * j + i % 2];
+        const bool drops = DROPOUT && p[j][i] < 0.0f;
+        const float factor = drops ? dropped[8 * j + i % 2] : dp[j][i] + shift[8 * j + i % 2];
+        p[j][i] = (DROPOUT ? fabsf(p[j][i]) : p[j][i]) * factor;
       }
     }
   }
