@@ -16,6 +16,7 @@ from bert_fast.models.family import ARCHITECTURES, COMMON_MODELS, NamePairs
 from bert_fast.models.files import HUB_OPTIONS, Source
 from bert_fast.models.loading import check_flags, check_save_keywords, parameter_dtype, read_config, single_device
 from bert_fast.models.outputs import ModelOutput
+from bert_fast.models.sentence import transformer_source
 from bert_fast.models.vocabulary import check_embedding, resize_rows, rows_after
 
 if TYPE_CHECKING:
@@ -250,6 +251,7 @@ class BertPreTrainedModel(nn.Module):
         device = single_device(device_map)
         source = Source(name_or_path, **{name: settings.pop(name) for name in HUB_OPTIONS if name in settings})
         init_arguments = {name: settings.pop(name) for name in cls.init_arguments if name in settings}
+        root, source = source, transformer_source(source)
         config = read_config(cls, config, source, settings)
         stored = storage.read(source, allow_pickle=allow_pickle)
         dtype = parameter_dtype(dtype, torch_dtype, stored)
@@ -260,6 +262,7 @@ class BertPreTrainedModel(nn.Module):
         model.tie_weights()
         model._set(tensors)
         model.base_model.source = source
+        model._read_beside(root, allow_pickle=allow_pickle)
         return model.eval()
 
     def load_hf(self, stored: Mapping[str, Tensor], **options: bool) -> None:
@@ -340,7 +343,14 @@ class BertPreTrainedModel(nn.Module):
         if is_main_process:
             dtype = next(str(x.dtype) for x in tensors.state.values()).removeprefix("torch.")
             config = self.config.replace(architectures=[self.hf_class], dtype=dtype)
-            storage.write(checkpoint.to_stored(tensors), config.to_json(), folder)
+            storage.write(checkpoint.to_stored(tensors), config.to_json(), folder, self._files_beside(folder))
+
+    def _read_beside(self, root: Source, *, allow_pickle: bool) -> None:
+        """Read what the class needs of the other files of a checkpoint."""
+
+    def _files_beside(self, folder: Path) -> dict[str, bytes]:
+        """The contents of the files that `save_pretrained` writes to `folder` beside the model's own, by name."""
+        return {}
 
     def _tensors(self) -> checkpoint.ModelTensors:
         return checkpoint.ModelTensors(

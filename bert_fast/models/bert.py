@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -16,8 +18,10 @@ from bert_fast.models.encoder import DROPOUTS_PER_LAYER, BertEncoder, draw_rng_s
 from bert_fast.models.files import Source
 from bert_fast.models.inputs import Tokens
 from bert_fast.models.layers import BertEmbeddings, BertPooler, linear_bias
-from bert_fast.models.loading import check_flags, sentence_length
+from bert_fast.models.loading import check_flags
 from bert_fast.models.outputs import BaseModelOutputWithPooling
+from bert_fast.models.sentence import SentenceModules, read_modules, task_modules
+from bert_fast.models.texts import lowercased
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,6 +72,7 @@ class BertModel(BertPreTrainedModel):
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer and config.architecture.pooler else None
         self.source: Source | None = None  # of the checkpoint, for the tokenizer
+        self.sentence_modules: SentenceModules | None = None  # of the checkpoint
         self._tokenizer: Tokenizer | None = None
         self.post_init()
 
@@ -153,29 +158,46 @@ class BertModel(BertPreTrainedModel):
         check_shape("rng_states", rng_states, (1 + DROPOUTS_PER_LAYER * self.config.num_hidden_layers, 2))
         return rng_states
 
+    @property
+    def modules_of_texts(self) -> SentenceModules:
+        """How `encode` embeds texts: as the folder's modules.json says, or the task that the model was fine-tuned for;
+        otherwise the mean of all tokens."""
+        return self.sentence_modules or task_modules(self.config) or SentenceModules()
+
     def encode(
-        self, texts: str | Iterable[str], *, tokenizer: Any = None, max_seqlen: int | None = None, **options: Any
+        self, texts: str | Iterable[str], *, tokenizer: Any = None, **options: Any
     ) -> Tensor | np.ndarray[Any, Any]:
-        """Embed texts: `bert_fast.models.embedding.encode` with this model.
+        """Embed texts: `bert_fast.models.embedding.encode` with this model, as the folder says it was loaded from.
+
+        For a folder of sentence-transformers, the vectors are those of its SentenceTransformer.
 
         Args:
             texts, options: see `bert_fast.models.embedding.encode`.
             tokenizer: None for the tokenizer of the folder or repository that the model was loaded from.
-            max_seqlen: longer texts are truncated to this number of tokens; None for the model's maximum, or less if
-                sentence-transformers uses less for the folder that the model was loaded from.
 
         Returns:
-            (len(texts), E) float32 on the CPU, in the order of `texts`; (E,) for a str.
+            (len(texts), D) float32 on the CPU, in the order of `texts`; (D,) for a str.
 
         Raises:
             TypeError, ValueError, ImportError: as `encode`; ValueError also where there is no tokenizer.
         """
-        tokenizer = self._source_tokenizer() if tokenizer is None else tokenizer
-        if max_seqlen is None and self.source is not None:
-            max_seqlen = sentence_length(self.source, self.config)
-        return encode(self, tokenizer, texts, max_seqlen=max_seqlen, **options)
+        tokenizer = self.source_tokenizer() if tokenizer is None else tokenizer
+        return encode(self, tokenizer, texts, **{"modules": self.modules_of_texts, **options})
 
-    def _source_tokenizer(self) -> Tokenizer:
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> Tensor | np.ndarray[Any, Any]:
+        """`encode` with the prompt "query" of the folder, and its maximum length for queries; see `encode`."""
+        return self.encode(texts, **{"task": "query", **options})
+
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> Tensor | np.ndarray[Any, Any]:
+        """`encode` with the prompt "document" of the folder, and its maximum length for documents; see `encode`."""
+        return self.encode(texts, **{"task": "document", **options})
+
+    def source_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder or repository that the model was loaded from.
+
+        Raises:
+            ValueError: the model was not loaded, or there is no tokenizer, or it has more tokens than the model rows.
+        """
         if self._tokenizer is None:
             if self.source is None:
                 raise ValueError("the model was not loaded by from_pretrained; pass a tokenizer to encode")
@@ -186,8 +208,27 @@ class BertModel(BertPreTrainedModel):
                 raise ValueError(f"{self.source} has no tokenizer ({', '.join(TOKENIZER_FILES)}); pass one to encode")
             tokenizer = load_tokenizer(files[0].parent)
             check_rows(tokenizer, self.config.vocab_size, str(self.source))
-            self._tokenizer = tokenizer
+            self._tokenizer = lowercased(tokenizer) if self.modules_of_texts.lowercase else tokenizer
         return self._tokenizer
+
+    def _read_beside(self, root: Source, *, allow_pickle: bool) -> None:
+        try:
+            self.sentence_modules = read_modules(root, self.config, allow_pickle=allow_pickle)
+        except FileNotFoundError as error:  # offline, and the hub's cache doesn't say whether there is such a file
+            self.sentence_modules = SentenceModules(problem=str(error))
+
+    def _files_beside(self, folder: Path) -> dict[str, bytes]:
+        """Those of sentence-transformers that the model was loaded with, and the tokenizer where `folder` has none."""
+        if self.sentence_modules is None or not self.sentence_modules.files:
+            return {}
+        from bert_fast.data.tokenizer import TOKENIZER_FILES
+
+        files = dict(self.sentence_modules.files)
+        if self.source is not None and not any((folder / name).exists() for name in TOKENIZER_FILES):
+            with suppress(FileNotFoundError):  # the folder is gone; the model is whole without it
+                found = {name: path for name in TOKENIZER_FILES if (path := self.source.find(name))}
+                files |= {name: path.read_bytes() for name, path in found.items()}
+        return files
 
     def _flag(self, name: str, **flags: Unpack[OutputFlags]) -> bool:
         unknown = flags.keys() - OutputFlags.__annotations__.keys()

@@ -67,6 +67,10 @@ class Source:
         """Another folder or repository, asked for in the same way."""
         return replace(self, name_or_path=name_or_path, subfolder="", revision=None)
 
+    def within(self, folder: str) -> Source:
+        """A folder in this one."""
+        return replace(self, subfolder=f"{self.subfolder}/{folder}" if self.subfolder else folder)
+
     def find(self, filename: str) -> Path | None:
         """The path of a file, which is downloaded to the hub's cache if necessary.
 
@@ -91,7 +95,7 @@ class Source:
 
     def _download(self, name: str, filename: str) -> Path | None:
         try:
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
             from huggingface_hub.errors import (
                 EntryNotFoundError,
                 GatedRepoError,
@@ -112,6 +116,9 @@ class Source:
         try:
             return Path(hf_hub_download(name, filename, **options))
         except LocalEntryNotFoundError as error:
+            known = try_to_load_from_cache(name, str(Path(self.subfolder) / filename), self.cache_dir, self.revision)
+            if known is _CACHED_NO_EXIST:  # the hub said so when it was asked last
+                return None
             why = "local_files_only is True" if self.local_files_only else "the hub can't be reached"
             raise FileNotFoundError(
                 f"{name!r} is no local folder; its {filename} is not in the hub's cache, and {why}"
