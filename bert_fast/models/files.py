@@ -95,7 +95,7 @@ class Source:
 
     def _download(self, name: str, filename: str) -> Path | None:
         try:
-            from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+            from huggingface_hub import hf_hub_download
             from huggingface_hub.errors import (
                 EntryNotFoundError,
                 GatedRepoError,
@@ -116,8 +116,7 @@ class Source:
         try:
             return Path(hf_hub_download(name, filename, **options))
         except LocalEntryNotFoundError as error:
-            known = try_to_load_from_cache(name, str(Path(self.subfolder) / filename), self.cache_dir, self.revision)
-            if known is _CACHED_NO_EXIST:  # the hub said so when it was asked last
+            if self._is_known_absent(name, filename):
                 return None
             why = "local_files_only is True" if self.local_files_only else "the hub can't be reached"
             raise FileNotFoundError(
@@ -135,3 +134,11 @@ class Source:
             raise FileNotFoundError(
                 f"{name!r} is no local folder, and the hub has no repository of that name"
             ) from error
+
+    def _is_known_absent(self, name: str, filename: str) -> bool:
+        """Whether the hub said, when it was asked last, that the repository has no such file."""
+        from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+        path = f"{self.subfolder}/{filename}" if self.subfolder else filename
+        found = try_to_load_from_cache(name, path, cache_dir=self.cache_dir, revision=self.revision)
+        return found is _CACHED_NO_EXIST
