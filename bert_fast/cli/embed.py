@@ -56,11 +56,8 @@ def add_arguments(parser: Any) -> None:
 def run(args: Any) -> int:
     check_output(args.output, FORMATS, inputs=[args.file])
     texts = read_texts(args.texts, args.file)
-    from bert_fast.models.texts import lowercased
 
     model, tokenizer = load("BertModel", args.model, args.device, add_pooling_layer=_uses_pooler(args))
-    if model.modules_of_texts.lowercase:
-        tokenizer = lowercased(tokenizer)
     vectors = model.encode(
         texts,
         tokenizer=tokenizer,

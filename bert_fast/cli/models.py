@@ -26,6 +26,7 @@ def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any
     from bert_fast.models.checkpoint import NOT_STORED
     from bert_fast.models.files import Source
     from bert_fast.models.sentence import transformer_source
+    from bert_fast.models.texts import lowercased
 
     target = resolve_device(device)
     local = model_folder(folder)
@@ -36,6 +37,8 @@ def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any
         if text.startswith(NOT_STORED):
             raise ValueError(f"{folder} can't be used as {kind}: {text}")
     check_rows(tokenizer, model.config.vocab_size, folder)
+    if model.modules_of_texts.lowercase:
+        tokenizer = lowercased(tokenizer)
     return model.to(target).eval(), tokenizer
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -15,17 +13,13 @@ from bert_fast.models.base import BertPreTrainedModel
 from bert_fast.models.config import BertConfig
 from bert_fast.models.embedding import encode
 from bert_fast.models.encoder import DROPOUTS_PER_LAYER, BertEncoder, draw_rng_states
-from bert_fast.models.files import Source
 from bert_fast.models.inputs import Tokens
 from bert_fast.models.layers import BertEmbeddings, BertPooler, linear_bias
 from bert_fast.models.loading import check_flags
 from bert_fast.models.outputs import BaseModelOutputWithPooling
-from bert_fast.models.sentence import SentenceModules, read_modules, task_modules
-from bert_fast.models.texts import lowercased
 
 if TYPE_CHECKING:
     import numpy as np
-    from tokenizers import Tokenizer
     from typing_extensions import Unpack
 
 
@@ -62,6 +56,7 @@ class BertModel(BertPreTrainedModel):
     """
 
     init_arguments = ("add_pooling_layer",)
+    modules_kind = "SentenceTransformer"
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -71,9 +66,6 @@ class BertModel(BertPreTrainedModel):
         self.embeddings_project = nn.Linear(config.input_size, config.hidden_size) if projected else None
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer and config.architecture.pooler else None
-        self.source: Source | None = None  # of the checkpoint, for the tokenizer
-        self.sentence_modules: SentenceModules | None = None  # of the checkpoint
-        self._tokenizer: Tokenizer | None = None
         self.post_init()
 
     def forward(
@@ -158,12 +150,6 @@ class BertModel(BertPreTrainedModel):
         check_shape("rng_states", rng_states, (1 + DROPOUTS_PER_LAYER * self.config.num_hidden_layers, 2))
         return rng_states
 
-    @property
-    def modules_of_texts(self) -> SentenceModules:
-        """How `encode` embeds texts: as the folder's modules.json says, or the task that the model was fine-tuned for;
-        otherwise the mean of all tokens."""
-        return self.sentence_modules or task_modules(self.config) or SentenceModules()
-
     def encode(
         self, texts: str | Iterable[str], *, tokenizer: Any = None, **options: Any
     ) -> Tensor | np.ndarray[Any, Any]:
@@ -191,44 +177,6 @@ class BertModel(BertPreTrainedModel):
     def encode_document(self, texts: str | Iterable[str], **options: Any) -> Tensor | np.ndarray[Any, Any]:
         """`encode` with the prompt "document" of the folder, and its maximum length for documents; see `encode`."""
         return self.encode(texts, **{"task": "document", **options})
-
-    def source_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the folder or repository that the model was loaded from.
-
-        Raises:
-            ValueError: the model was not loaded, or there is no tokenizer, or it has more tokens than the model rows.
-        """
-        if self._tokenizer is None:
-            if self.source is None:
-                raise ValueError("the model was not loaded by from_pretrained; pass a tokenizer to encode")
-            from bert_fast.data.tokenizer import TOKENIZER_FILES, check_rows, load_tokenizer  # tokenizers is optional
-
-            files = [path for file in TOKENIZER_FILES if (path := self.source.find(file))]
-            if not files:
-                raise ValueError(f"{self.source} has no tokenizer ({', '.join(TOKENIZER_FILES)}); pass one to encode")
-            tokenizer = load_tokenizer(files[0].parent)
-            check_rows(tokenizer, self.config.vocab_size, str(self.source))
-            self._tokenizer = lowercased(tokenizer) if self.modules_of_texts.lowercase else tokenizer
-        return self._tokenizer
-
-    def _read_beside(self, root: Source, *, allow_pickle: bool) -> None:
-        try:
-            self.sentence_modules = read_modules(root, self.config, allow_pickle=allow_pickle)
-        except FileNotFoundError as error:  # offline, and the hub's cache doesn't say whether there is such a file
-            self.sentence_modules = SentenceModules(problem=str(error))
-
-    def _files_beside(self, folder: Path) -> dict[str, bytes]:
-        """Those of sentence-transformers that the model was loaded with, and the tokenizer where `folder` has none."""
-        if self.sentence_modules is None or not self.sentence_modules.files:
-            return {}
-        from bert_fast.data.tokenizer import TOKENIZER_FILES
-
-        files = dict(self.sentence_modules.files)
-        if self.source is not None and not any((folder / name).exists() for name in TOKENIZER_FILES):
-            with suppress(FileNotFoundError):  # the folder is gone; the model is whole without it
-                found = {name: path for name in TOKENIZER_FILES if (path := self.source.find(name))}
-                files |= {name: path.read_bytes() for name, path in found.items()}
-        return files
 
     def _flag(self, name: str, **flags: Unpack[OutputFlags]) -> bool:
         unknown = flags.keys() - OutputFlags.__annotations__.keys()

@@ -68,7 +68,9 @@ class Source:
         return replace(self, name_or_path=name_or_path, subfolder="", revision=None)
 
     def within(self, folder: str) -> Source:
-        """A folder in this one."""
+        """The folder `folder` in this one; "" for itself."""
+        if not folder:
+            return self
         return replace(self, subfolder=f"{self.subfolder}/{folder}" if self.subfolder else folder)
 
     def find(self, filename: str) -> Path | None:

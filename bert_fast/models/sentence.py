@@ -38,7 +38,12 @@ _OLD_POOLINGS = {  # in the order in which their vectors are concatenated
     "pooling_mode_lasttoken": "lasttoken",
 }
 NO_PROMPTS = {"query": "", "document": ""}  # of every model
-_HIDDEN = ("last_hidden_state", ["last_hidden_state"])
+# The task of the Transformer module of each class, and the output that is used.
+_OUTPUTS = {
+    "SentenceTransformer": ("feature-extraction", "last_hidden_state"),
+    "CrossEncoder": ("sequence-classification", "logits"),
+    "SparseEncoder": ("fill-mask", "logits"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class SentenceModules:
         prompts: texts by their name, put before each text.
         default_prompt_name: the name of the prompt where none is requested.
         truncate_dim: the number of components that are returned; None for all.
+        activation: of a cross-encoder's score, by its name in torch; of a SPLADE vector, relu or log1p_relu.
+        max_active_dims: the number of components that a SPLADE vector keeps; None for all.
         problem: why the modules can't be applied; "" where they can.
         files: the files to write beside the model's own, by their path in the folder.
     """
@@ -72,6 +79,8 @@ class SentenceModules:
     prompts: Mapping[str, str] = field(default_factory=lambda: dict(NO_PROMPTS))
     default_prompt_name: str | None = None
     truncate_dim: int | None = None
+    activation: str = ""
+    max_active_dims: int | None = None
     problem: str = ""
     files: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -157,40 +166,69 @@ def task_modules(config: BertConfig) -> SentenceModules | None:
     return SentenceModules(pooling=pooling, max_seqlen=length, keep=text.get("long", "head"))
 
 
-def read_modules(source: Source, config: BertConfig, *, allow_pickle: bool = False) -> SentenceModules | None:
+def read_modules(
+    source: Source, config: BertConfig, kind: str = "SentenceTransformer", *, allow_pickle: bool = False
+) -> SentenceModules | None:
     """Read modules.json and the files that it names.
 
     Args:
         source: the folder or repository with modules.json.
         config: of the model in it.
+        kind: the class of sentence-transformers: SentenceTransformer, CrossEncoder or SparseEncoder.
         allow_pickle: read the weights of a module from pytorch_model.bin where there is no safetensors file.
 
     Returns:
         The modules; what can't be applied, or read, is in `problem`. None where there is no modules.json, or it
-        is that of another kind of model, such as a CrossEncoder.
+        is that of another kind of model.
     """
     if (path := source.find(MODULES_NAME)) is None:
         return None
     try:
-        reader = _Reader(source, config, allow_pickle)
-        if reader.settings.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        reader = _Reader(source, config, kind, allow_pickle)
+        if reader.settings.get("model_type", "SentenceTransformer") != kind:
             return None
-        return reader.read(_read_list(path), str(path))
+        return _READERS[kind](reader, _read_list(path), str(path))
     except (ValueError, FileNotFoundError) as error:
         return SentenceModules(problem=str(error))
 
 
 class _Reader:
-    def __init__(self, source: Source, config: BertConfig, allow_pickle: bool) -> None:
-        self.source, self.config, self.allow_pickle = source, config, allow_pickle
+    def __init__(self, source: Source, config: BertConfig, kind: str, allow_pickle: bool) -> None:
+        self.source, self.config, self.kind, self.allow_pickle = source, config, kind, allow_pickle
         self.files: dict[str, bytes] = {}
         self.settings = self._read_kept(SETTINGS_NAME)
 
-    def read(self, entries: list[Any], where: str) -> SentenceModules:
-        if not entries or _kind(entries[0]) != "Transformer":
+    def read_cross_encoder(self, entries: list[Any], where: str) -> SentenceModules:
+        modules = self._first(entries, where)
+        if len(entries) > 1:
+            raise ValueError(f"{where}: the module {entries[1].get('type')!r} is not supported after the Transformer")
+        activation = self.settings.get("activation_fn") or ""
+        return replace(modules, activation=activation, files=self.files)
+
+    def read_sparse_encoder(self, entries: list[Any], where: str) -> SentenceModules:
+        modules = self._first(entries, where)
+        if len(entries) != 2 or _kind(entries[1]) != "SpladePooling":
+            kinds = ", ".join(str(entry.get("type")) for entry in entries[1:]) or "no module"
+            raise ValueError(f"{where}: after the Transformer there is {kinds}; expected SpladePooling alone")
+        values = self._read_kept(f"{_field(entries[1], 'path')}/{MODULE_CONFIG}")
+        strategy, activation = values.get("pooling_strategy", "max"), values.get("activation_function", "relu")
+        if strategy not in ("max", "sum") or activation not in ("relu", "log1p_relu"):
+            raise ValueError(f"{where}: SpladePooling has {strategy!r} of {activation!r}; expected max or sum of relu")
+        dims = self.settings.get("max_active_dims")
+        return replace(modules, pooling=(strategy,), activation=activation, max_active_dims=dims, files=self.files)
+
+    def _first(self, entries: list[Any], where: str) -> SentenceModules:
+        """What the first module, the Transformer, says."""
+        if not entries or _kind(entries[0]) not in ("Transformer", "MLMTransformer"):
             first = repr(entries[0].get("type")) if entries else "no module"
             raise ValueError(f"{where}: the first module is {first}; expected sentence_transformers' Transformer")
-        modules = self._transformer(_field(entries[0], "path"))
+        # Where the Transformer had a folder of its own, what is saved has it at the top.
+        top = [{**entries[0], "path": ""}, *entries[1:]]
+        self.files[MODULES_NAME] = (json.dumps(top, indent=2) + "\n").encode()
+        return self._transformer(_field(entries[0], "path"))
+
+    def read(self, entries: list[Any], where: str) -> SentenceModules:
+        modules = self._first(entries, where)
         token_steps: list[nn.Module] = []
         steps: list[nn.Module] = []
         pooling: dict[str, Any] | None = None
@@ -216,9 +254,6 @@ class _Reader:
                     raise ValueError(f"{where}: the module {kind} in {folder} reads {name!r}, which is not there")
         if pooling is None:
             raise ValueError(f"{where}: there is no Pooling module; expected one after the Transformer")
-        # Where the Transformer had a folder of its own, what is saved has it at the top.
-        top = [{**entries[0], "path": ""}, *entries[1:]]
-        self.files[MODULES_NAME] = (json.dumps(top, indent=2) + "\n").encode()
         return replace(
             modules,
             pooling=_pooling_names(pooling),
@@ -234,17 +269,19 @@ class _Reader:
             if values := self._read_kept(f"{folder}/{name}" if folder else name, name):
                 break
         where = f"{self.source}: the Transformer module"
-        if values.get("transformer_task", "feature-extraction") != "feature-extraction":
-            raise ValueError(f"{where} is for {values['transformer_task']!r}; expected 'feature-extraction'")
+        task, output = _OUTPUTS[self.kind]
+        if values.get("transformer_task", task) != task:
+            raise ValueError(f"{where} is for {values['transformer_task']!r}; expected {task!r}")
         text = (values.get("modality_config") or {}).get("text", {})
-        if text.get("method", "forward") != "forward" or text.get("method_output_name", _HIDDEN[0]) not in _HIDDEN:
-            raise ValueError(f"{where} returns {text.get('method_output_name')!r}; expected {_HIDDEN[0]!r}")
+        if text.get("method", "forward") != "forward" or text.get("method_output_name", output) not in (
+            output,
+            [output],
+        ):
+            raise ValueError(f"{where} returns {text.get('method_output_name')!r}; expected {output!r}")
         if values.get("query_expansion"):
             raise ValueError(f"{where} has query_expansion, which is not supported")
-        path = self.source.find(f"{folder}/tokenizer_config.json" if folder else "tokenizer_config.json")
-        stored = None if path is None else read_json(path).get("model_max_length")
         arguments = values.get("processor_kwargs") or values.get("tokenizer_args") or {}
-        length = next((x for x in (arguments.get("model_max_length"), values.get("max_seq_length")) if x), stored)
+        length = arguments.get("model_max_length") or values.get("max_seq_length")
         prompts = NO_PROMPTS | self._prompts()
         default = self.settings.get("default_prompt_name")
         if default is not None and default not in prompts:
@@ -253,7 +290,7 @@ class _Reader:
         entry = self.config.extra.get(TASK_KEY)
         kept = entry.get("text", {}).get("long", "head") if isinstance(entry, Mapping) else "head"
         return SentenceModules(
-            max_seqlen=self._length(length),
+            max_seqlen=self._length(length) or stored_length(self.source.within(folder), self.config),
             task_lengths={task: value for task, value in lengths.items() if value is not None},
             keep=kept if kept in ("head", "tail", "head_tail") else "head",
             lowercase=bool(values.get("do_lower_case")),
@@ -329,6 +366,22 @@ _BUILDERS: dict[str, Callable[[_Reader, str, dict[str, Any]], nn.Module]] = {
     "LayerNorm": _Reader.layer_norm,
     "Normalize": _Reader.normalize,
 }
+
+
+_READERS = {
+    "SentenceTransformer": _Reader.read,
+    "CrossEncoder": _Reader.read_cross_encoder,
+    "SparseEncoder": _Reader.read_sparse_encoder,
+}
+
+
+def stored_length(source: Source, config: BertConfig) -> int | None:
+    """model_max_length of the tokenizer's settings, where it is a length that the model has; None elsewhere."""
+    path = source.find("tokenizer_config.json")
+    length = None if path is None else read_json(path).get("model_max_length")
+    if isinstance(length, bool) or not isinstance(length, (int, float)) or length < 2:
+        return None
+    return int(min(length, longest_input(config)))
 
 
 def activation_of(name: Any, where: str) -> nn.Module:
