@@ -14,6 +14,7 @@ from torch import Tensor
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
 LENGTHS = ("max_length_q", "max_length_k")
+REGISTERED_NAME = "bert_fast"  # of `bert_fast.register`
 FLATTENED_ARGUMENTS = {*BOUNDARIES, *LENGTHS, "seq_idx"}  # the last repeats the others
 
 
@@ -26,8 +27,9 @@ class Flattened(NamedTuple):
 
 
 def is_flash(config: Any) -> bool:
-    """Whether the attention implementation is a flash attention, of transformers or of the hub's kernels."""
-    return "flash" in (getattr(config, "_attn_implementation", None) or "")
+    """Whether the attention implementation is a flash attention, of transformers, of the hub's kernels or ours."""
+    name = getattr(config, "_attn_implementation", None) or ""
+    return "flash" in name or name == REGISTERED_NAME
 
 
 def why_not_flattened(arguments: Mapping[str, Any], shape: tuple[int, int], longest: int) -> str | None:
