@@ -221,7 +221,8 @@ def _embed(model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tokens, Tenso
     token_type = getattr(embeddings, "token_type_embeddings", None)  # DistilBERT has none
     ids, embeds, mask = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     types, positions = (_with_batch(arguments.get(name)) for name in ("token_type_ids", "position_ids"))
-    shape = tuple(ids.shape if embeds is None else embeds.shape[:2])
+    B, S = (ids if embeds is None else embeds).shape[:2]  # type: ignore[union-attr]
+    shape = (B, S)
     flattened = flattened_of(model.config, arguments, shape, first_position(embeddings))
     if flattened is not None:
         positions = flattened.position_ids
@@ -268,7 +269,7 @@ def _tokens(
         return Tokens.from_inputs(sizes, attention_mask=mask, **inputs)  # type: ignore[arg-type]
     rows = {name: None if x is None else x.reshape(-1, *x.shape[2:]) for name, x in inputs.items()}
     boundaries: Any = {"cu_seqlens": flattened.cu_seqlens, "max_seqlen": flattened.max_seqlen}
-    return replace(Tokens.from_inputs(sizes, **rows, **boundaries), shape=shape)
+    return replace(Tokens.from_inputs(sizes, **rows, **boundaries), shape=shape)  # type: ignore[arg-type]
 
 
 def _with_batch(ids: Tensor | None) -> Tensor | None:

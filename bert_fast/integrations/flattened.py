@@ -86,7 +86,7 @@ def flattened_of(config: Any, arguments: Mapping[str, Any], shape: tuple[int, in
         shape: of the ids, (1, T) where they are flattened.
         first: the position of a sequence's first token; position_ids that start at 0 are moved to it.
     """
-    positions = arguments.get("position_ids")
+    positions: Any = arguments.get("position_ids")
     cu_seqlens = arguments.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int32)

@@ -115,7 +115,7 @@ def _unknown_shapes(model: Any, arguments: Mapping[str, Any]) -> str | None:
     tokens = embeds if ids is None else ids
     if not isinstance(tokens, Tensor) or tokens.dim() != (3 if ids is None else 2) or tokens.device.type == "meta":
         return "input_ids or inputs_embeds is not a tensor (B, S) or (B, S, E) with values"
-    shape = tokens.shape[:2]
+    shape = (tokens.shape[0], tokens.shape[1])
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         return "attention_mask is not a tensor (B, S)"
     longest = model.config.max_position_embeddings - first_position(model.embeddings)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from bert_fast.models.texts import (
 
 if TYPE_CHECKING:
     import numpy as np
+    from tokenizers import Tokenizer
 
 WINDOW = 4096  # texts tokenized at once; bounds the memory
 
@@ -128,61 +130,171 @@ def encode(
             can't be applied, or the tokenizer pads or truncates.
         ImportError: `show_progress_bar` is True and tqdm is not installed.
     """
-    from bert_fast.data.tokenizer import check_rows  # tokenizers is optional
-
-    config: Any = model.config
-    modules = modules or SentenceModules()
-    modules = modules if pooling is None else modules.with_pooling(pooling)
-    modules.check()
-    longest = _check_arguments(config, modules, task, max_seqlen, batch_tokens, batch_size)
+    modules = _chosen(modules, pooling)
+    check_integer_argument("batch_tokens", batch_tokens, 1)
+    if batch_size is not None:
+        check_integer_argument("batch_size", batch_size, 1)
     flags = (normalize, normalize_embeddings, convert_to_numpy, convert_to_tensor, show_progress_bar or False)
     check_flags(**dict(zip(_FLAGS, flags, strict=True)))
     check_precision(precision)
-    prompt = modules.prompt_of(prompt, prompt_name, task)
-    width = modules.apply(torch.zeros(1, _pooled_width(model, modules))).shape[1]
-    truncate_dim = modules.truncate_dim if truncate_dim is None else truncate_dim
-    if truncate_dim is not None:
-        check_integer_argument("truncate_dim", truncate_dim, 1, width, ", the width of a vector")
-    tokenizer = as_tokenizer(tokenizer)
-    check_rows(tokenizer, config.vocab_size, "encode")
-    cut = Truncation.of(tokenizer, longest, modules.keep)
-    prompt_length = 0 if modules.include_prompt or not prompt else cut.prompt_length(tokenizer, prompt)
-    batches = (batch_tokens, batch_size)
+    options: Any = {"prompt": prompt, "prompt_name": prompt_name, "task": task, "max_seqlen": max_seqlen}
+    tokens = TextTokens.of(model, tokenizer, modules, **options)
+    width = embedding_width(model, modules, truncate_dim)
     texts = [texts] if (single := isinstance(texts, str)) else as_iterable(texts)
     count = len(texts) if isinstance(texts, Sized) else None
     parts: list[Tensor] = []
     with evaluating(model), ProgressBar(count, shown=bool(show_progress_bar), unit="text", required=True) as bar:
         for window in text_windows(texts, WINDOW):
-            prompted = [prompt + text for text in window] if prompt else window
-            ids = [cut(encoding.ids) for encoding in tokenizer.encode_batch_fast(prompted)]
-            _check_lengths(ids, window, prompt_length)
-            vectors = _embed(model, ids, modules, prompt_length, batches, bar)[:, :truncate_dim]
-            parts.append(nn.functional.normalize(vectors, dim=-1) if normalize or normalize_embeddings else vectors)
-    out = _concatenate(parts, width if truncate_dim is None else truncate_dim)
+            parts.append(
+                embed_ids(
+                    model,
+                    tokens(window),
+                    modules=modules,
+                    prompt_length=tokens.prompt_length,
+                    normalize=normalize or normalize_embeddings,
+                    truncate_dim=truncate_dim,
+                    batch_tokens=batch_tokens,
+                    batch_size=batch_size,
+                    progress=bar.update,
+                )
+            )
+    out = _concatenate(parts, width)
     if precision != "float32":
         out = torch.from_numpy(quantize_embeddings(out.numpy(), precision))
     out = out[0] if single else out
     return out.numpy() if convert_to_numpy and not convert_to_tensor else out
 
 
+def _chosen(modules: SentenceModules | None, pooling: Any) -> SentenceModules:
+    modules = modules or SentenceModules()
+    modules = modules if pooling is None else modules.with_pooling(pooling)
+    modules.check()
+    return modules
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """Texts to token ids, with a prompt before them and cut to a maximum length; threads may share it.
+
+    Attributes:
+        tokenizer: of the model.
+        cut: the truncation.
+        prompt: the text put before each text.
+        prompt_length: the number of a text's first tokens that are not pooled, for `embed_ids`.
+    """
+
+    tokenizer: Tokenizer
+    cut: Truncation
+    prompt: str
+    prompt_length: int
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        modules: SentenceModules,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        task: str | None = None,
+        max_seqlen: int | None = None,
+    ) -> TextTokens:
+        """The arguments are those of `encode`, and so are the errors."""
+        from bert_fast.data.tokenizer import check_rows  # tokenizers is optional
+
+        if task not in (None, "query", "document"):
+            raise ValueError(f"task is {task!r}; expected 'query', 'document' or None")
+        config: Any = model.config
+        longest = longest_input(config)
+        if max_seqlen is not None:
+            check_integer_argument("max_seqlen", max_seqlen, 2, longest, ", the model's maximum")
+        longest = int(max_seqlen or modules.task_lengths.get(task or "") or modules.max_seqlen or longest)
+        prompt = modules.prompt_of(prompt, prompt_name, task)
+        tokenizer = as_tokenizer(tokenizer)
+        check_rows(tokenizer, config.vocab_size, "encode")
+        cut = Truncation.of(tokenizer, longest, modules.keep)
+        length = 0 if modules.include_prompt or not prompt else cut.prompt_length(tokenizer, prompt)
+        return cls(tokenizer, cut, prompt, length)
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each text. ValueError for a text that has none beside those of the prompt."""
+        prompted = [self.prompt + text for text in texts] if self.prompt else texts
+        ids = [self.cut(encoding.ids) for encoding in self.tokenizer.encode_batch_fast(prompted)]
+        for sequence, text in zip(ids, texts, strict=True):
+            if not sequence:
+                raise ValueError(f"the text {text!r} has no tokens: the tokenizer adds no special tokens")
+            if len(sequence) <= self.prompt_length:
+                raise ValueError(
+                    f"the text {text!r} has no tokens beside the {self.prompt_length} of the prompt, which are not "
+                    "pooled; expected a shorter prompt"
+                )
+        return ids
+
+
+def embedding_width(model: nn.Module, modules: SentenceModules, truncate_dim: int | None = None) -> int:
+    """The number of components of a vector; ValueError where `truncate_dim` is more than there are."""
+    with torch.inference_mode():
+        width = modules.apply(torch.zeros(1, _pooled_width(model, modules))).shape[1]
+    truncate_dim = modules.truncate_dim if truncate_dim is None else truncate_dim
+    if truncate_dim is None:
+        return width
+    check_integer_argument("truncate_dim", truncate_dim, 1, width, ", the width of a vector")
+    return truncate_dim
+
+
 def _pooled_width(model: Any, modules: SentenceModules) -> int:
     size: int = model.config.hidden_size
-    with torch.no_grad():
+    with torch.inference_mode():
         tokens = torch.zeros(1, size)
         for step in modules.token_steps:
             tokens = step(tokens)
     return tokens.shape[1] * len(modules.pooling)
 
 
-def _check_lengths(ids: list[list[int]], texts: list[str], prompt_length: int) -> None:
-    for sequence, text in zip(ids, texts, strict=True):
-        if not sequence:
-            raise ValueError(f"the text {text!r} has no tokens: the tokenizer adds no special tokens")
-        if len(sequence) <= prompt_length:
-            raise ValueError(
-                f"the text {text!r} has no tokens beside the {prompt_length} of the prompt, which are not pooled; "
-                "expected a shorter prompt"
-            )
+def embed_ids(
+    model: nn.Module,
+    ids: Sequence[list[int]],
+    *,
+    modules: SentenceModules | None = None,
+    prompt_length: int | Sequence[int] = 0,
+    normalize: bool = False,
+    truncate_dim: int | None = None,
+    batch_tokens: int = 8192,
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Embed sequences of token ids, as `TextTokens` returns them; threads may share a model that is in eval mode.
+
+    Args:
+        model, modules, normalize, truncate_dim, batch_tokens, batch_size: see `encode`.
+        ids: B sequences of token ids, in any order; none is empty.
+        prompt_length: the number of first tokens that are not pooled, one for all or one for each sequence.
+        progress: called after each batch with its number of sequences.
+
+    Returns:
+        (B, D) float32 on the CPU, in the order of `ids`.
+    """
+    modules = modules or SentenceModules()
+    width = embedding_width(model, modules, truncate_dim)
+    prompts = torch.as_tensor(prompt_length, dtype=torch.int64).expand(len(ids))
+    pooled = torch.empty(len(ids), _pooled_width(model, modules))
+    with evaluating(model), torch.inference_mode():
+        for indices in batches_by_length([len(sequence) for sequence in ids], batch_tokens, batch_size):
+            rows = torch.tensor(indices)
+            hidden, cu_seqlens, pooler_output = _forward(model, [ids[index] for index in indices])
+            if modules.token_steps:  # small modules, on the CPU
+                hidden, cu_seqlens = hidden.float().cpu(), cu_seqlens.cpu()
+                for step in modules.token_steps:
+                    hidden = step(hidden)
+            left_out = prompts[rows].to(hidden.device) if prompts.any() else 0
+            pooled[rows] = pool(hidden, cu_seqlens, modules.pooling, pooler_output, prompt_length=left_out).cpu()
+            if progress is not None:
+                progress(len(indices))
+        vectors = modules.apply(pooled)[:, :width]
+        vectors = nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+    with torch.inference_mode(False):  # an ordinary tensor, which takes part in training
+        return torch.empty(vectors.shape).copy_(vectors)
 
 
 def _concatenate(parts: list[Tensor], width: int) -> Tensor:
@@ -198,50 +310,6 @@ def _concatenate(parts: list[Tensor], width: int) -> Tensor:
 
 
 _FLAGS = ("normalize", "normalize_embeddings", "convert_to_numpy", "convert_to_tensor", "show_progress_bar")
-
-
-def _embed(
-    model: nn.Module,
-    ids: list[list[int]],
-    modules: SentenceModules,
-    prompt_length: int,
-    batches: tuple[int, int | None],
-    bar: ProgressBar,
-) -> Tensor:
-    """The vectors of sequences of token ids: (B, D), after the last module."""
-    pooled = torch.empty(len(ids), _pooled_width(model, modules))
-    with torch.inference_mode():
-        for indices in batches_by_length([len(sequence) for sequence in ids], *batches):
-            hidden, cu_seqlens, pooler_output = _forward(model, [ids[index] for index in indices])
-            if modules.token_steps:  # small modules, on the CPU
-                hidden, cu_seqlens = hidden.float().cpu(), cu_seqlens.cpu()
-                for step in modules.token_steps:
-                    hidden = step(hidden)
-            vectors = pool(hidden, cu_seqlens, modules.pooling, pooler_output, prompt_length=prompt_length)
-            pooled[torch.tensor(indices)] = vectors.cpu()
-            bar.update(len(indices))
-        return modules.apply(pooled)
-
-
-def _check_arguments(
-    config: Any,
-    modules: SentenceModules,
-    task: str | None,
-    max_seqlen: int | None,
-    batch_tokens: int,
-    batch_size: int | None,
-) -> int:
-    """The maximum number of tokens of a text; raises where an argument of `encode` is wrong."""
-    check_integer_argument("batch_tokens", batch_tokens, 1)
-    if batch_size is not None:
-        check_integer_argument("batch_size", batch_size, 1)
-    if task not in (None, "query", "document"):
-        raise ValueError(f"task is {task!r}; expected 'query', 'document' or None")
-    longest = longest_input(config)
-    if max_seqlen is not None:
-        check_integer_argument("max_seqlen", max_seqlen, 2, longest, ", the model's maximum")
-        return int(max_seqlen)
-    return modules.task_lengths.get(task or "") or modules.max_seqlen or longest
 
 
 def _forward(model: nn.Module, sequences: list[list[int]]) -> tuple[Tensor, Tensor, Tensor | None]:

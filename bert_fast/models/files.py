@@ -142,5 +142,6 @@ class Source:
         from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
         path = f"{self.subfolder}/{filename}" if self.subfolder else filename
-        found = try_to_load_from_cache(name, path, cache_dir=self.cache_dir, revision=self.revision)
+        folder = None if self.cache_dir is None else Path(self.cache_dir)
+        found = try_to_load_from_cache(name, path, cache_dir=folder, revision=self.revision)
         return found is _CACHED_NO_EXIST

@@ -31,7 +31,7 @@ def pool(
     pooling: str | Sequence[str],
     pooler_output: Tensor | None = None,
     *,
-    prompt_length: int = 0,
+    prompt_length: int | Tensor = 0,
 ) -> Tensor:
     """Pool packed hidden states to one vector per sequence, in float32.
 
@@ -43,8 +43,8 @@ def pool(
         cu_seqlens: int32 (B+1,); no sequence is empty.
         pooling: one of `POOLINGS`, or several, whose vectors are concatenated; "pooler" takes `pooler_output`.
         pooler_output: (B, E), for "pooler".
-        prompt_length: leave out this number of tokens at the start of each sequence, all of which are longer. The
-            weights of "weightedmean" still count them.
+        prompt_length: leave out this number of tokens at the start of each sequence, all of which are longer: one for
+            all, or int64 (B,). The weights of "weightedmean" still count them.
 
     Returns:
         (B, E) float32; (B, n * E) for n names.
@@ -56,11 +56,13 @@ def pool(
     lengths = cu_seqlens.long().diff()
     tokens = hidden.float()
     positions: Tensor | None = None  # of a token in its sequence, from 0
-    if prompt_length or "weightedmean" in names:
+    without_prompt = isinstance(prompt_length, Tensor) or prompt_length > 0
+    if without_prompt or "weightedmean" in names:
         positions = torch.arange(tokens.shape[0], device=tokens.device) - starts.repeat_interleave(lengths)
-    if prompt_length:
+    if without_prompt:
         assert positions is not None
-        kept = positions >= prompt_length
+        first = prompt_length.repeat_interleave(lengths) if isinstance(prompt_length, Tensor) else prompt_length
+        kept = positions >= first
         tokens, positions, lengths = tokens[kept], positions[kept], lengths - prompt_length
         starts = lengths.cumsum(0) - lengths
     vectors = []

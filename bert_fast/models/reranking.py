@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
+Pair = tuple[list[int], list[int]]  # token ids and type ids
 _SIGMOID = "torch.nn.modules.activation.Sigmoid"
 
 
@@ -132,54 +134,116 @@ def rerank(
         TypeError: the model is another, or a text is no str, by its index; or an argument has another type.
         ValueError: the model has several labels, a number is out of range, or there is no such prompt or activation.
     """
-    from bert_fast.data.tokenizer import check_rows  # tokenizers is optional
-    from bert_fast.models.heads import BertForSequenceClassification
-
-    if not isinstance(model, BertForSequenceClassification):
-        raise TypeError(f"model is {type(model).__name__}; expected bert_fast's BertForSequenceClassification")
-    config = model.config
-    if model.num_labels != 1:
-        raise ValueError(f"the model has {model.num_labels} labels; expected one, the score of a pair")
     modules = modules or SentenceModules()
     modules.check()
-    longest = longest_input(config)
     check_flags(convert_to_numpy=convert_to_numpy, show_progress_bar=show_progress_bar or False)
     check_integer_argument("batch_tokens", batch_tokens, 1)
     if batch_size is not None:
         check_integer_argument("batch_size", batch_size, 1)
-    check_text(query, "query")
-    tokenizer = as_tokenizer(tokenizer)
-    check_rows(tokenizer, config.vocab_size, "rerank")
-    template = PairTemplate.of(tokenizer)
-    if max_seqlen is not None:
-        check_integer_argument("max_seqlen", max_seqlen, template.special + 2, longest, ", the model's maximum")
-    longest = max_seqlen or modules.max_seqlen or longest
-    score = activation_of(activation or activation_name(config.extra, modules), "rerank")
-    first = tokenizer.encode(modules.prompt_of(prompt, prompt_name) + query, add_special_tokens=False).ids
+    options: Any = {"prompt": prompt, "prompt_name": prompt_name, "max_seqlen": max_seqlen}
+    tokens = PairTokens.of(model, tokenizer, query, modules, **options)
+    activation_of(activation or activation_name(model.config.extra, modules), "rerank")  # type: ignore[union-attr]
     texts = [texts] if (single := isinstance(texts, str)) else as_iterable(texts)
-    count = len(texts) if hasattr(texts, "__len__") else None
+    count = len(texts) if isinstance(texts, Sized) else None
     parts = [torch.empty(0)]
     with evaluating(model), ProgressBar(count, shown=bool(show_progress_bar), unit="text", required=True) as bar:
         for window in text_windows(texts, WINDOW):
-            seconds = tokenizer.encode_batch_fast(window, add_special_tokens=False)
-            pairs = [template(first, second.ids, longest) for second in seconds]
-            logits = torch.empty(len(pairs))
-            with torch.inference_mode():
-                for indices in batches_by_length([len(ids) for ids, _ in pairs], batch_tokens, batch_size):
-                    logits[torch.tensor(indices)] = _logits(model, [pairs[index] for index in indices])
-                    bar.update(len(indices))
-            parts.append(score(logits))
+            parts.append(
+                score_pairs(
+                    model,
+                    tokens(window),
+                    modules=modules,
+                    activation=activation,
+                    batch_tokens=batch_tokens,
+                    batch_size=batch_size,
+                    progress=bar.update,
+                )
+            )
     out = torch.cat(parts)
     out = out[0] if single else out
     return out.numpy() if convert_to_numpy else out
 
 
-def _logits(model: Any, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
+@dataclass(frozen=True)
+class PairTokens:
+    """A query and texts to pairs of token ids and type ids, cut to a maximum length; threads may share it."""
+
+    tokenizer: Tokenizer
+    template: PairTemplate
+    query: list[int]
+    longest: int
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        query: str,
+        modules: SentenceModules,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        max_seqlen: int | None = None,
+    ) -> PairTokens:
+        """The arguments are those of `rerank`, and so are the errors."""
+        from bert_fast.data.tokenizer import check_rows  # tokenizers is optional
+        from bert_fast.models.heads import BertForSequenceClassification
+
+        if not isinstance(model, BertForSequenceClassification):
+            raise TypeError(f"model is {type(model).__name__}; expected bert_fast's BertForSequenceClassification")
+        if model.num_labels != 1:
+            raise ValueError(f"the model has {model.num_labels} labels; expected one, the score of a pair")
+        check_text(query, "query")
+        tokenizer = as_tokenizer(tokenizer)
+        check_rows(tokenizer, model.config.vocab_size, "rerank")
+        template, longest = PairTemplate.of(tokenizer), longest_input(model.config)
+        if max_seqlen is not None:
+            check_integer_argument("max_seqlen", max_seqlen, template.special + 2, longest, ", the model's maximum")
+        longest = max_seqlen or modules.max_seqlen or longest
+        prompted = modules.prompt_of(prompt, prompt_name) + query
+        return cls(tokenizer, template, tokenizer.encode(prompted, add_special_tokens=False).ids, longest)
+
+    def __call__(self, texts: list[str]) -> list[Pair]:
+        """The token ids and type ids of the query and each text."""
+        seconds = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [self.template(self.query, second.ids, self.longest) for second in seconds]
+
+
+def score_pairs(
+    model: Any,
+    pairs: Sequence[Pair],
+    *,
+    modules: SentenceModules | None = None,
+    activation: str | None = None,
+    batch_tokens: int = 8192,
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Score pairs, as `PairTokens` returns them; threads may share a model that is in eval mode.
+
+    Args:
+        model, modules, activation, batch_tokens, batch_size: see `rerank`.
+        pairs: the token ids and type ids of each pair, in any order.
+        progress: called after each batch with its number of pairs.
+
+    Returns:
+        (number of pairs,) float32 on the CPU, in the order of `pairs`.
+    """
+    score = activation_of(activation or activation_name(model.config.extra, modules or SentenceModules()), "rerank")
     device = next(model.parameters()).device
-    inputs = pack([ids for ids, _ in pairs], device)
-    inputs["token_type_ids"] = torch.tensor([kind for _, types in pairs for kind in types], device=device)
-    logits: Tensor = model(**inputs, return_dict=True).logits
-    return logits[:, 0].float().cpu()
+    with torch.inference_mode(False):
+        logits = torch.empty(len(pairs))
+    with evaluating(model), torch.inference_mode():
+        for indices in batches_by_length([len(ids) for ids, _ in pairs], batch_tokens, batch_size):
+            inputs = pack([pairs[index][0] for index in indices], device)
+            types = [kind for index in indices for kind in pairs[index][1]]
+            inputs["token_type_ids"] = torch.tensor(types, device=device)
+            logits[torch.tensor(indices)] = model(**inputs, return_dict=True).logits[:, 0].float().cpu()
+            if progress is not None:
+                progress(len(indices))
+    with torch.inference_mode(False):
+        scores: Tensor = score(logits)
+        return scores
 
 
 def activation_name(extra: dict[str, Any], modules: SentenceModules) -> str:

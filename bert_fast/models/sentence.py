@@ -155,6 +155,25 @@ def transformer_source(source: Source) -> Source:
     return source.within(where) if where else source
 
 
+def kind_of(source: Source, config: BertConfig) -> str:
+    """What a folder is for: SentenceTransformer, CrossEncoder or SparseEncoder, a task of ours, or "encoder".
+
+    That is what sentence-transformers wrote, or else the task that the model was fine-tuned for by its name, such as
+    "classification"; a plain sequence classifier of one label is a CrossEncoder; any other folder is an "encoder".
+    """
+    if (path := source.find(MODULES_NAME)) is not None:
+        settings = source.find(SETTINGS_NAME)
+        kind = {} if settings is None else read_json(settings)
+        if "SpladePooling" in map(_kind, _read_list(path)):
+            return "SparseEncoder"
+        return str(kind.get("model_type", "SentenceTransformer"))
+    entry = config.extra.get(TASK_KEY)
+    if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
+        return str(entry["name"])
+    head = (config.architectures or [""])[0]
+    return "CrossEncoder" if head.endswith("ForSequenceClassification") and config.num_labels == 1 else "encoder"
+
+
 def task_modules(config: BertConfig) -> SentenceModules | None:
     """How the task sentence-embedding embeds texts, where fine-tuning wrote it into `config`; None for other models."""
     entry = config.extra.get(TASK_KEY)
@@ -396,7 +415,7 @@ def activation_of(name: Any, where: str) -> nn.Module:
     is_activation = isinstance(kind, type) and (kind is nn.Identity or kind.__module__ == "torch.nn.modules.activation")
     if not names_it or not is_activation or kind is nn.MultiheadAttention or kind is nn.Threshold:
         raise ValueError(f"{where}: the activation function is {name!r}; expected one of torch.nn, such as Tanh")
-    activation: nn.Module = kind().eval()  # type: ignore[operator,misc]
+    activation: nn.Module = kind().eval()  # type: ignore[misc]
     return activation
 
 

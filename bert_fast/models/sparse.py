@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bert_fast.models.config import longest_input
-from bert_fast.models.embedding import WINDOW, batches_by_length, pack
+from bert_fast.models.embedding import WINDOW, TextTokens, batches_by_length, pack
 from bert_fast.models.sentence import SentenceModules
-from bert_fast.models.texts import (
-    Truncation,
-    as_iterable,
-    as_tokenizer,
-    check_integer_argument,
-    evaluating,
-    text_windows,
-)
+from bert_fast.models.texts import as_iterable, check_integer_argument, evaluating, text_windows
 
 LOGIT_ROWS = 512  # tokens whose logits are in memory at once; a longer text alone has more
 
@@ -61,52 +53,62 @@ def encode_sparse(
         TypeError: the model is another, or a text is no str, by its index; or an argument has another type.
         ValueError: a number is out of range, there is no such prompt, or `modules` can't be applied.
     """
-    from bert_fast.data.tokenizer import check_rows  # tokenizers is optional
     from bert_fast.models.pretraining import BertForMaskedLM
 
     if not isinstance(model, BertForMaskedLM):
         raise TypeError(f"model is {type(model).__name__}; expected bert_fast's BertForMaskedLM")
-    config = model.config
     modules = modules or SentenceModules(pooling=("max",))
     modules.check()
     check_integer_argument("batch_tokens", batch_tokens, 1)
     if batch_size is not None:
         check_integer_argument("batch_size", batch_size, 1)
-    longest = longest_input(config)
-    if max_seqlen is not None:
-        check_integer_argument("max_seqlen", max_seqlen, 2, longest, ", the model's maximum")
-    if task not in (None, "query", "document"):
-        raise ValueError(f"task is {task!r}; expected 'query', 'document' or None")
-    longest = max_seqlen or modules.task_lengths.get(task or "") or modules.max_seqlen or longest
-    dims = modules.max_active_dims if max_active_dims is None else max_active_dims
-    if dims is not None:
-        check_integer_argument("max_active_dims", dims, 1)
-    prefix = modules.prompt_of(prompt, prompt_name, task)
-    tokenizer = as_tokenizer(tokenizer)
-    check_rows(tokenizer, config.vocab_size, "encode_sparse")
-    cut = Truncation.of(tokenizer, longest)
+    if max_active_dims is not None:
+        check_integer_argument("max_active_dims", max_active_dims, 1)
+    options: Any = {"prompt": prompt, "prompt_name": prompt_name, "task": task, "max_seqlen": max_seqlen}
+    tokens = TextTokens.of(model, tokenizer, modules, **options)
     texts = [texts] if (single := isinstance(texts, str)) else as_iterable(texts)
+    limits: Any = {"batch_tokens": batch_tokens, "batch_size": batch_size, "max_active_dims": max_active_dims}
+    parts = [torch.sparse_coo_tensor(size=(0, model.config.vocab_size), check_invariants=True)]
+    with evaluating(model):
+        for window in text_windows(texts, WINDOW):
+            parts.append(sparse_ids(model, tokens(window), modules=modules, **limits))
+    out = torch.cat(parts).coalesce()
+    return out[0] if single else out
+
+
+def sparse_ids(
+    model: Any,
+    ids: Sequence[list[int]],
+    *,
+    modules: SentenceModules,
+    max_active_dims: int | None = None,
+    batch_tokens: int = 8192,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Embed sequences of token ids, as `TextTokens` returns them; threads may share a model that is in eval mode.
+
+    Args:
+        model, modules, max_active_dims, batch_tokens, batch_size: see `encode_sparse`.
+        ids: B sequences of token ids, in any order.
+
+    Returns:
+        (B, V) float32, sparse COO and coalesced, on the CPU, in the order of `ids`.
+    """
+    dims = modules.max_active_dims if max_active_dims is None else max_active_dims
     rows: list[Tensor] = [torch.empty(2, 0, dtype=torch.int64)]
     values: list[Tensor] = [torch.empty(0)]
-    count = 0
     with evaluating(model), torch.inference_mode():
-        for window in text_windows(texts, WINDOW):
-            prompted = [prefix + text for text in window] if prefix else window
-            ids = [cut(encoding.ids) for encoding in tokenizer.encode_batch_fast(prompted)]
-            for indices in batches_by_length([len(sequence) for sequence in ids], batch_tokens, batch_size):
-                for index, vector in zip(indices, _vectors(model, [ids[i] for i in indices], modules), strict=True):
-                    columns = vector.nonzero()[:, 0]
-                    if dims is not None and len(columns) > dims:
-                        columns = vector.topk(dims).indices
-                    rows.append(torch.stack([torch.full_like(columns, count + index), columns]).cpu())
-                    values.append(vector[columns].cpu())
-            count += len(window)
+        for indices in batches_by_length([len(sequence) for sequence in ids], batch_tokens, batch_size):
+            for index, vector in zip(indices, _vectors(model, [ids[i] for i in indices], modules), strict=True):
+                columns = vector.nonzero()[:, 0]
+                if dims is not None and len(columns) > dims:
+                    columns = vector.topk(dims).indices
+                rows.append(torch.stack([torch.full_like(columns, index), columns]).cpu())
+                values.append(vector[columns].cpu())
     with torch.inference_mode(False):
-        size = (count, config.vocab_size)
-        out = torch.sparse_coo_tensor(
-            torch.cat(rows, 1).clone(), torch.cat(values).clone(), size, check_invariants=True
-        ).coalesce()
-    return out[0] if single else out
+        size = (len(ids), model.config.vocab_size)
+        coordinates, components = torch.cat(rows, 1).clone(), torch.cat(values).clone()
+        return torch.sparse_coo_tensor(coordinates, components, size, check_invariants=True).coalesce()
 
 
 def _vectors(model: Any, ids: list[list[int]], modules: SentenceModules) -> Iterable[Tensor]:

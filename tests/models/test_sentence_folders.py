@@ -21,8 +21,10 @@ import bert_fast
 from bert_fast.data import load_tokenizer
 from bert_fast.data.tokenizer_saving import save_tokenizer
 from bert_fast.models import BertConfig, BertModel
-from bert_fast.models.embedding import encode
+from bert_fast.models.embedding import TextTokens, embed_ids, encode
+from bert_fast.models.files import Source
 from bert_fast.models.pooling import PRECISIONS, quantize_embeddings
+from bert_fast.models.sentence import kind_of
 
 st: Any = (
     pytest.importorskip("sentence_transformers")
@@ -230,6 +232,45 @@ def test_prompts(saved: Any, include_prompt: bool, default: str | None) -> None:
     plain = ours.encode(TEXTS, prompt="")
     assert float((ours.encode(TEXTS, prompt_name="query") - plain).abs().max()) > 0.1  # type: ignore[operator]
     assert (float((ours.encode(TEXTS) - plain).abs().max()) > 0.1) == (default is not None)  # type: ignore[operator]
+
+
+def test_ids_of_texts_with_several_prompts_in_one_batch(saved: Any) -> None:
+    """What a server does: token ids of many requests, each with a prompt of its own, and their vectors."""
+    parts = (pooling(*POOLINGS, include_prompt=False), modules.Normalize())
+    theirs, folder = saved(*parts, max_seq_length=17, prompts=PROMPTS)
+    ours = BertModel.from_pretrained(folder)
+    chosen = ours.modules_of_texts
+    expected, ids, lengths = [], [], []
+    for name in PROMPTS:
+        tokens = TextTokens.of(ours, ours.source_tokenizer(), chosen, prompt_name=name)
+        ids += tokens(TEXTS)
+        lengths += [tokens.prompt_length] * len(TEXTS)
+        expected.append(theirs.encode(TEXTS, prompt_name=name))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()
+    vectors = embed_ids(ours, [ids[i] for i in order], modules=chosen, prompt_length=[lengths[i] for i in order])
+    np.testing.assert_allclose(vectors, np.concatenate(expected)[order], **TOLERANCE)
+    cut = embed_ids(ours, ids[:3], modules=chosen, prompt_length=lengths[:3], truncate_dim=5, normalize=True)
+    np.testing.assert_allclose(torch.linalg.vector_norm(cut, dim=1), 1.0, rtol=1e-6)
+    assert cut.shape == (3, 5)
+    assert embed_ids(ours, [], modules=chosen).shape == (0, 6 * E)
+
+
+def test_the_kind_of_a_folder(saved: Any, plain: Path, tmp_path: Path) -> None:
+    _, folder = saved(pooling("mean"))
+
+    def kind(path: Path, **settings: Any) -> str:
+        return kind_of(Source(path), BertConfig.from_pretrained(path, **settings))
+
+    assert kind(folder) == "SentenceTransformer"
+    assert kind(plain) == "encoder"
+    edit(folder / "config_sentence_transformers.json", lambda c: {**c, "model_type": "CrossEncoder"})
+    assert kind(folder) == "CrossEncoder"
+    (folder / "modules.json").unlink()
+    assert kind(folder) == "encoder"
+    assert kind(plain, architectures=["BertForSequenceClassification"], num_labels=1) == "CrossEncoder"
+    assert kind(plain, architectures=["BertForSequenceClassification"], num_labels=2) == "encoder"
+    edit(folder / "config.json", lambda c: {**c, "bert_fast_task": {"name": "regression"}})
+    assert kind(folder) == "regression"
 
 
 def test_a_prompt_that_leaves_no_token_is_named(saved: Any) -> None:
