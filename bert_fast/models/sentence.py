@@ -7,6 +7,7 @@ inference) and Pooling. Any other is refused by its name when texts are embedded
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -167,22 +168,28 @@ def kind_of(source: Source, config: BertConfig) -> str:
         if "SpladePooling" in map(_kind, _read_list(path)):
             return "SparseEncoder"
         return str(kind.get("model_type", "SentenceTransformer"))
-    entry = config.extra.get(TASK_KEY)
-    if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
-        return str(entry["name"])
+    if isinstance(name := _mapping(config.extra, TASK_KEY).get("name"), str):
+        return name
     head = (config.architectures or [""])[0]
     return "CrossEncoder" if head.endswith("ForSequenceClassification") and config.num_labels == 1 else "encoder"
 
 
 def task_modules(config: BertConfig) -> SentenceModules | None:
     """How the task sentence-embedding embeds texts, where fine-tuning wrote it into `config`; None for other models."""
-    entry = config.extra.get(TASK_KEY)
-    if not isinstance(entry, Mapping) or entry.get("name") != "sentence-embedding":
+    entry = _mapping(config.extra, TASK_KEY)
+    if entry.get("name") != "sentence-embedding":
         return None
-    options, text = entry.get("options", {}), entry.get("text", {})
-    length = min(text.get("max_length", longest_input(config)), longest_input(config))
+    options, text = _mapping(entry, "options"), _mapping(entry, "text")
+    length, keep = text.get("max_length", longest_input(config)), text.get("long", "head")
+    if (
+        isinstance(length, bool)
+        or not isinstance(length, int)
+        or length < 2
+        or keep not in ("head", "tail", "head_tail")
+    ):
+        raise ValueError(f"{TASK_KEY}: text is {reprlib.repr(text)}; expected max_length of 2 or more, and long")
     pooling = check_pooling(options.get("pooling", "mean"))
-    return SentenceModules(pooling=pooling, max_seqlen=length, keep=text.get("long", "head"))
+    return SentenceModules(pooling=pooling, max_seqlen=min(length, longest_input(config)), keep=keep)
 
 
 def read_modules(
@@ -234,6 +241,8 @@ class _Reader:
         if strategy not in ("max", "sum") or activation not in ("relu", "log1p_relu"):
             raise ValueError(f"{where}: SpladePooling has {strategy!r} of {activation!r}; expected max or sum of relu")
         dims = self.settings.get("max_active_dims")
+        if dims is not None and (isinstance(dims, bool) or not isinstance(dims, int) or dims < 1):
+            raise ValueError(f"{self.source}/{SETTINGS_NAME}: max_active_dims is {dims!r}; expected 1 or more")
         return replace(modules, pooling=(strategy,), activation=activation, max_active_dims=dims, files=self.files)
 
     def _first(self, entries: list[Any], where: str) -> SentenceModules:
@@ -291,7 +300,7 @@ class _Reader:
         task, output = _OUTPUTS[self.kind]
         if values.get("transformer_task", task) != task:
             raise ValueError(f"{where} is for {values['transformer_task']!r}; expected {task!r}")
-        text = (values.get("modality_config") or {}).get("text", {})
+        text = _mapping(_mapping(values, "modality_config"), "text")
         if text.get("method", "forward") != "forward" or text.get("method_output_name", output) not in (
             output,
             [output],
@@ -299,15 +308,14 @@ class _Reader:
             raise ValueError(f"{where} returns {text.get('method_output_name')!r}; expected {output!r}")
         if values.get("query_expansion"):
             raise ValueError(f"{where} has query_expansion, which is not supported")
-        arguments = values.get("processor_kwargs") or values.get("tokenizer_args") or {}
+        arguments = _mapping(values, "processor_kwargs") or _mapping(values, "tokenizer_args")
         length = arguments.get("model_max_length") or values.get("max_seq_length")
         prompts = NO_PROMPTS | self._prompts()
         default = self.settings.get("default_prompt_name")
-        if default is not None and default not in prompts:
+        if default is not None and not (isinstance(default, str) and default in prompts):
             raise ValueError(f"{self.source}: default_prompt_name is {default!r}, and there is no prompt of this name")
         lengths = {task: self._length(values.get(f"{task}_length")) for task in ("query", "document")}
-        entry = self.config.extra.get(TASK_KEY)
-        kept = entry.get("text", {}).get("long", "head") if isinstance(entry, Mapping) else "head"
+        kept = _mapping(_mapping(self.config.extra, TASK_KEY), "text").get("long", "head")
         return SentenceModules(
             max_seqlen=self._length(length) or stored_length(self.source.within(folder), self.config),
             task_lengths={task: value for task, value in lengths.items() if value is not None},
@@ -448,6 +456,14 @@ def _read_list(path: Path) -> list[dict[str, Any]]:
         if folder := _field(entry, "path"):
             safe_name(path.parent, folder, str(path))
     return entries
+
+
+def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The mapping called `name`, empty where it is absent or None."""
+    value = values.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {reprlib.repr(value)}; expected a mapping")
+    return value or {}
 
 
 def _field(entry: Mapping[str, Any], name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -403,6 +404,40 @@ def test_what_is_wrong_is_named_when_texts_are_embedded(saved: Any, wrong: str) 
     with pytest.raises(ValueError, match=message):
         model.encode(TEXTS)
     assert model.encode(TEXTS, pooling="mean").shape == (len(TEXTS), E)
+
+
+JUNK = (None, True, -1, 0, 2**70, 1.5, float("inf"), "", "x", [], ["x", 1], {}, {"x": None})
+
+
+def test_any_value_in_any_file_is_read_or_refused(saved: Any) -> None:
+    """With ValueError or TypeError, by one sentence: never another error of ours, and never a crash."""
+    _, folder = saved(pooling("mean"), modules.Dense(E, 8), prompts=PROMPTS, max_seq_length=17)
+    names = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+    paths = [folder / name for name in (*names, "1_Pooling/config.json", "2_Dense/config.json")]
+    settings = ("max_seq_length", "processor_kwargs", "modality_config", "query_length", "query_expansion")
+    read, refused = 0, []
+    for path in paths:
+        text = path.read_text()
+        values = json.loads(text)
+        entries = values if isinstance(values, list) else [values]
+        extra = settings if path.name == names[1] else ("default_prompt_name", "truncate_dim", "model_type")
+        for entry in entries:
+            for key in {*entry, *(extra if path.parent == folder and entry is values else ())}:
+                before = entry.get(key)
+                for junk in JUNK:
+                    entry[key] = junk
+                    path.write_text(json.dumps(values))
+                    try:
+                        BertModel.from_pretrained(folder, add_pooling_layer=False).encode(TEXTS[:3])
+                        read += 1
+                    except (ValueError, TypeError) as error:
+                        refused.append(str(error))
+                entry[key] = before
+        path.write_text(text)
+    assert min(read, len(refused)) > 50
+    # Python's own messages, which name no file and no setting.
+    ours = [text for text in refused if not re.search(r"\n|' object|not supported between|unhashable|argument", text)]
+    assert sorted(set(refused) - set(ours)) == []
 
 
 def test_a_pickled_dense_needs_permission(saved: Any) -> None:
