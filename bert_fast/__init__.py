@@ -1,6 +1,6 @@
 """bert_fast: a BERT encoder on custom kernels, for inference, pretraining and fine-tuning, and `fuse` for transformers.
 
-The models and `fuse`, `unfuse`, `is_fused`, `quantize` and `freeze` are exported here; the kernels are in
+The models and `fuse`, `unfuse`, `is_fused`, `register`, `quantize` and `freeze` are exported here; the kernels are in
 `bert_fast.kernels`.
 """
 
@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bert_fast.integrations import freeze, fuse, is_fused, quantize, unfreeze, unfuse
+    from bert_fast.integrations import freeze, fuse, is_fused, quantize, register, unfreeze, unfuse
     from bert_fast.models import (
         BertConfig,
         BertForMaskedLM,
@@ -39,10 +39,11 @@ __all__ = [
     "fuse",
     "is_fused",
     "quantize",
+    "register",
     "unfreeze",
     "unfuse",
 ]
-_INTEGRATIONS = ("freeze", "fuse", "is_fused", "quantize", "unfreeze", "unfuse")
+_INTEGRATIONS = ("freeze", "fuse", "is_fused", "quantize", "register", "unfreeze", "unfuse")
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ COMMANDS = {
     "explain": "attribute a prediction to the words of its text, as an HTML page",
     "fill-mask": "predict the tokens at the [MASK] positions of a text",
     "embed": "convert texts to vectors",
+    "rerank": "order texts by their scores for a query",
     "info": "show versions, device, CPU features and available implementations",
     "verify": "compare every implementation that runs on this machine with float64",
 }

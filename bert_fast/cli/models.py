@@ -24,16 +24,21 @@ def load(kind: str, folder: str, device: str, **settings: Any) -> tuple[Any, Any
     from bert_fast._device import resolve_device
     from bert_fast.data.tokenizer import check_rows, load_tokenizer
     from bert_fast.models.checkpoint import NOT_STORED
+    from bert_fast.models.files import Source
+    from bert_fast.models.sentence import transformer_source
+    from bert_fast.models.texts import lowercased
 
     target = resolve_device(device)
     local = model_folder(folder)
-    tokenizer = load_tokenizer(local)
+    tokenizer = load_tokenizer(local / transformer_source(Source(local)).subfolder)
     with _collected_warnings() as warnings:
         model = getattr(bert_fast.models, kind).from_pretrained(local, **settings)
     for text in warnings:
         if text.startswith(NOT_STORED):
             raise ValueError(f"{folder} can't be used as {kind}: {text}")
     check_rows(tokenizer, model.config.vocab_size, folder)
+    if model.modules_of_texts.lowercase:
+        tokenizer = lowercased(tokenizer)
     return model.to(target).eval(), tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bert_fast.finetune.config import FinetuneConfig
-from bert_fast.models import BertConfig
+from bert_fast.models import BertConfig, BertPreTrainedModel
 from bert_fast.tasks.task import CONFIG_KEY, Task, task_entry
 
 _SHARED = ("embeddings", "embeddings_project", "encoder")
@@ -101,6 +101,8 @@ def describe_task(model: nn.Module, config: FinetuneConfig, task: Task) -> None:
     settings: Any = model.config
     if isinstance(settings, BertConfig):
         settings.extra = {**settings.extra, CONFIG_KEY: config_entry(config, task)}
+        if isinstance(model, BertPreTrainedModel):
+            model.sentence_modules = None  # of the checkpoint: the task has its own
     else:
         setattr(settings, CONFIG_KEY, config_entry(config, task))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
 )
 
+from bert_fast.integrations.flattened import Flattened, flattened_of
 from bert_fast.integrations.layouts import LayerParts, Layout, SublayerEnd, layout_of, layouts
 from bert_fast.integrations.reasons import first_position, is_supported_dropout, why_not_supported
 from bert_fast.kernels import attention, linear
@@ -194,7 +196,8 @@ def _forward(model: Any, arguments: dict[str, Any], *, named_return_dict: bool) 
         output = output_class(**fields)
         return output if returns_dict else output.to_tuple()
     pooled = None
-    if model.pooler is not None and is_plain(model.pooler, layout.pooler):
+    is_flattened = tokens.shape is not None and tokens.batch_size != tokens.shape[0]
+    if model.pooler is not None and (is_flattened or is_plain(model.pooler, layout.pooler)):
         pooled = model.pooler(tokens.first(hidden.to(dtype)).unsqueeze(1))
     elif model.pooler is not None:
         pooled = model.pooler(restored[-1])
@@ -218,6 +221,11 @@ def _embed(model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tokens, Tenso
     token_type = getattr(embeddings, "token_type_embeddings", None)  # DistilBERT has none
     ids, embeds, mask = (arguments.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     types, positions = (_with_batch(arguments.get(name)) for name in ("token_type_ids", "position_ids"))
+    B, S = (ids if embeds is None else embeds).shape[:2]  # type: ignore[union-attr]
+    shape = (B, S)
+    flattened = flattened_of(model.config, arguments, shape, first_position(embeddings))
+    if flattened is not None:
+        positions = flattened.position_ids
     if _plain_embeddings(embeddings, token_type, embeds, model.layout):
         word, position = embeddings.word_embeddings, embeddings.position_embeddings
         sizes = _Sizes(
@@ -227,14 +235,8 @@ def _embed(model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tokens, Tenso
             position.num_embeddings,
             first_position(embeddings),
         )
-        tokens = Tokens.from_inputs(
-            sizes,
-            input_ids=ids,
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            token_type_ids=types,
-            position_ids=positions,
-        )
+        inputs = {"input_ids": ids, "inputs_embeds": embeds, "token_type_ids": types, "position_ids": positions}
+        tokens = _tokens(sizes, mask, flattened, shape, **inputs)
         rng_states = _rng_states(model, tokens.cu_seqlens.device)
         hidden = embed(
             tokens,
@@ -252,12 +254,22 @@ def _embed(model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tokens, Tenso
         else:
             out = embeddings(input_ids=ids, token_type_ids=types, position_ids=positions, inputs_embeds=embeds)
         sizes = _Sizes(0, out.shape[2], 1, out.shape[1])
-        tokens = Tokens.from_inputs(sizes, inputs_embeds=out, attention_mask=mask)
+        tokens = _tokens(sizes, mask, flattened, shape, inputs_embeds=out)
         assert tokens.inputs_embeds is not None
         hidden, rng_states = tokens.inputs_embeds, _rng_states(model, out.device)
     if hasattr(model, "embeddings_project"):  # ELECTRA
         hidden = linear_bias(hidden, model.embeddings_project)
     return hidden, tokens, rng_states
+
+
+def _tokens(
+    sizes: _Sizes, mask: Tensor | None, flattened: Flattened | None, shape: tuple[int, int], **inputs: Tensor | None
+) -> Tokens:
+    if flattened is None:
+        return Tokens.from_inputs(sizes, attention_mask=mask, **inputs)  # type: ignore[arg-type]
+    rows = {name: None if x is None else x.reshape(-1, *x.shape[2:]) for name, x in inputs.items()}
+    boundaries: Any = {"cu_seqlens": flattened.cu_seqlens, "max_seqlen": flattened.max_seqlen}
+    return replace(Tokens.from_inputs(sizes, **rows, **boundaries), shape=shape)  # type: ignore[arg-type]
 
 
 def _with_batch(ids: Tensor | None) -> Tensor | None:

@@ -26,6 +26,11 @@ def fuse(model: M) -> M:
     3-D masks, a decoder, hooks on layers, export ...) runs transformers' own forward; a UserWarning names each reason
     once. A module whose parameters are tensor subclasses (a quantized weight) or not dense is called as it is.
 
+    Flattened inputs, as `DataCollatorWithFlattening` and sentence-transformers make them for flash attention, are one
+    row (1, T) with cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k, or, where the model's attention is a
+    flash attention, with position_ids that restart. The former are followed whatever the model's attention. The pooler
+    returns a row for each sequence, and RoBERTa's positions may start at 0 or at 1 + the padding token's id.
+
     Differences from transformers: last_hidden_state and hidden_states are zeros at padding, where transformers' values
     depend on the padding, and so are the gradients through them. A question answering head's logits at padding are the
     lowest finite value and take no part in its loss. In training, dropout draws other masks. Under autocast the

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bert_fast.integrations.flattened import FLATTENED_ARGUMENTS, is_flash, restarts, why_not_flattened
 from bert_fast.integrations.layouts import Layout
 from bert_fast.kernels._common.checks import is_mapped, values_are_checked
 from bert_fast.models.plain import has_hooks, is_plain
 
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"}
 _WITHOUT_EFFECT = {"use_cache", "cache_position", "num_items_in_batch", "return_dict", "output_hidden_states"}
-_SAME_FORMULA = {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
+_SAME_FORMULA = {None, "eager", "sdpa", "flex_attention"}  # and every flash attention
 
 
 def is_supported_dropout(module: object) -> bool:
@@ -85,10 +86,10 @@ def _unknown_arguments(config: Any, arguments: Mapping[str, Any]) -> str | None:
     if not (states is None or isinstance(states, bool)):
         return f"output_hidden_states is {states!r}; fuse supports True and False"
     for name, value in arguments.items():
-        if name not in _INPUTS and name not in _WITHOUT_EFFECT and value is not None and value is not False:
+        if name not in _INPUTS | _WITHOUT_EFFECT | FLATTENED_ARGUMENTS and value is not None and value is not False:
             return f"the argument {name} was passed"
     implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in _SAME_FORMULA:
+    if implementation not in _SAME_FORMULA and not is_flash(config):
         return f"the attention implementation is {implementation!r}"
     return None
 
@@ -114,12 +115,17 @@ def _unknown_shapes(model: Any, arguments: Mapping[str, Any]) -> str | None:
     tokens = embeds if ids is None else ids
     if not isinstance(tokens, Tensor) or tokens.dim() != (3 if ids is None else 2) or tokens.device.type == "meta":
         return "input_ids or inputs_embeds is not a tensor (B, S) or (B, S, E) with values"
-    shape = tokens.shape[:2]
+    shape = (tokens.shape[0], tokens.shape[1])
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
         return "attention_mask is not a tensor (B, S)"
-    if shape[1] > model.config.max_position_embeddings - first_position(model.embeddings):
+    longest = model.config.max_position_embeddings - first_position(model.embeddings)
+    if arguments.get("cu_seq_lens_q") is not None or restarts(model.config, arguments, shape):
+        if arguments.get("cu_seq_lens_q") is None and torch.compiler.is_compiling():
+            return "position_ids may separate sequences, and torch.compile can't read them: pass cu_seq_lens_q"
+        return why_not_flattened(arguments, shape, longest)
+    if shape[1] > longest:
         return "the sequences are longer than config.max_position_embeddings allows"
-    return None
+    return why_not_flattened(arguments, shape, longest)
 
 
 def _unknown_mask(model: Any, mask: Tensor | None) -> str | None:

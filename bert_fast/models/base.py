@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -16,9 +17,18 @@ from bert_fast.models.family import ARCHITECTURES, COMMON_MODELS, NamePairs
 from bert_fast.models.files import HUB_OPTIONS, Source
 from bert_fast.models.loading import check_flags, check_save_keywords, parameter_dtype, read_config, single_device
 from bert_fast.models.outputs import ModelOutput
+from bert_fast.models.sentence import (
+    SentenceModules,
+    read_modules,
+    stored_length,
+    task_modules,
+    transformer_source,
+)
+from bert_fast.models.texts import lowercased
 from bert_fast.models.vocabulary import check_embedding, resize_rows, rows_after
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from typing_extensions import Self
 
     from bert_fast.models.bert import BertModel
@@ -40,6 +50,7 @@ class BertPreTrainedModel(nn.Module):
     head: ClassVar[str] = "Model"  # suffix of transformers' class name
     model_types: ClassVar[tuple[str, ...]] = tuple(ARCHITECTURES)  # that have this head
     init_arguments: ClassVar[tuple[str, ...]] = ()  # of the constructor, besides `config`
+    modules_kind: ClassVar[str | None] = None  # the class of sentence-transformers, see `SentenceModules`
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -55,6 +66,10 @@ class BertPreTrainedModel(nn.Module):
                 f"model_type is {config.model_type!r}; expected one of {', '.join(COMMON_MODELS)}"
             )
         self.config = config
+        self.source: Source | None = None  # of the checkpoint, for the tokenizer
+        self.sentence_modules: SentenceModules | None = None  # of the checkpoint
+        self._tokenizer: Tokenizer | None = None
+        self._stored_length: int | None = None
 
     @property
     def base_model(self) -> BertModel:
@@ -250,6 +265,7 @@ class BertPreTrainedModel(nn.Module):
         device = single_device(device_map)
         source = Source(name_or_path, **{name: settings.pop(name) for name in HUB_OPTIONS if name in settings})
         init_arguments = {name: settings.pop(name) for name in cls.init_arguments if name in settings}
+        root, source = source, transformer_source(source)
         config = read_config(cls, config, source, settings)
         stored = storage.read(source, allow_pickle=allow_pickle)
         dtype = parameter_dtype(dtype, torch_dtype, stored)
@@ -259,7 +275,8 @@ class BertPreTrainedModel(nn.Module):
         model.to_empty(device=device)
         model.tie_weights()
         model._set(tensors)
-        model.base_model.source = source
+        model.source = model.base_model.source = source
+        model._read_modules(root, allow_pickle=allow_pickle)
         return model.eval()
 
     def load_hf(self, stored: Mapping[str, Tensor], **options: bool) -> None:
@@ -340,7 +357,59 @@ class BertPreTrainedModel(nn.Module):
         if is_main_process:
             dtype = next(str(x.dtype) for x in tensors.state.values()).removeprefix("torch.")
             config = self.config.replace(architectures=[self.hf_class], dtype=dtype)
-            storage.write(checkpoint.to_stored(tensors), config.to_json(), folder)
+            storage.write(checkpoint.to_stored(tensors), config.to_json(), folder, self._files_beside(folder))
+
+    @property
+    def modules_of_texts(self) -> SentenceModules:
+        """How texts are read: as the folder's modules.json says, or the task that the model was fine-tuned for;
+        otherwise with no prompt, and to the length that the folder's tokenizer names."""
+        modules = self.sentence_modules or task_modules(self.config)
+        if modules is not None:
+            return modules
+        if self._stored_length is None and self.source is not None:
+            with suppress(FileNotFoundError):  # a folder that is gone
+                self._stored_length = stored_length(self.source, self.config)
+        return SentenceModules(max_seqlen=self._stored_length)
+
+    def source_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder or repository that the model was loaded from.
+
+        Raises:
+            ValueError: the model was not loaded, or there is no tokenizer, or it has more tokens than the model rows.
+        """
+        if self._tokenizer is None:
+            if self.source is None:
+                raise ValueError("the model was not loaded by from_pretrained; pass a tokenizer to encode")
+            from bert_fast.data.tokenizer import TOKENIZER_FILES, check_rows, load_tokenizer  # tokenizers is optional
+
+            files = [path for file in TOKENIZER_FILES if (path := self.source.find(file))]
+            if not files:
+                raise ValueError(f"{self.source} has no tokenizer ({', '.join(TOKENIZER_FILES)}); pass one to encode")
+            tokenizer = load_tokenizer(files[0].parent)
+            check_rows(tokenizer, self.config.vocab_size, str(self.source))
+            self._tokenizer = lowercased(tokenizer) if self.modules_of_texts.lowercase else tokenizer
+        return self._tokenizer
+
+    def _read_modules(self, root: Source, *, allow_pickle: bool) -> None:
+        if self.modules_kind is None:
+            return
+        try:
+            self.sentence_modules = read_modules(root, self.config, self.modules_kind, allow_pickle=allow_pickle)
+        except FileNotFoundError as error:  # offline, and the hub's cache doesn't say whether there is such a file
+            self.sentence_modules = SentenceModules(problem=str(error))
+
+    def _files_beside(self, folder: Path) -> dict[str, bytes]:
+        """Those of sentence-transformers that the model was loaded with, and the tokenizer where `folder` has none."""
+        if self.sentence_modules is None or not self.sentence_modules.files:
+            return {}
+        from bert_fast.data.tokenizer import TOKENIZER_FILES
+
+        files = dict(self.sentence_modules.files)
+        if self.source is not None and not any((folder / name).exists() for name in TOKENIZER_FILES):
+            with suppress(FileNotFoundError):  # the folder is gone; the model is whole without it
+                found = {name: path for name in TOKENIZER_FILES if (path := self.source.find(name))}
+                files |= {name: path.read_bytes() for name, path in found.items()}
+        return files
 
     def _tensors(self) -> checkpoint.ModelTensors:
         return checkpoint.ModelTensors(

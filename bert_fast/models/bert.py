@@ -13,15 +13,13 @@ from bert_fast.models.base import BertPreTrainedModel
 from bert_fast.models.config import BertConfig
 from bert_fast.models.embedding import encode
 from bert_fast.models.encoder import DROPOUTS_PER_LAYER, BertEncoder, draw_rng_states
-from bert_fast.models.files import Source
 from bert_fast.models.inputs import Tokens
 from bert_fast.models.layers import BertEmbeddings, BertPooler, linear_bias
-from bert_fast.models.loading import check_flags, sentence_length
+from bert_fast.models.loading import check_flags
 from bert_fast.models.outputs import BaseModelOutputWithPooling
 
 if TYPE_CHECKING:
     import numpy as np
-    from tokenizers import Tokenizer
     from typing_extensions import Unpack
 
 
@@ -58,6 +56,7 @@ class BertModel(BertPreTrainedModel):
     """
 
     init_arguments = ("add_pooling_layer",)
+    modules_kind = "SentenceTransformer"
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -67,8 +66,6 @@ class BertModel(BertPreTrainedModel):
         self.embeddings_project = nn.Linear(config.input_size, config.hidden_size) if projected else None
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer and config.architecture.pooler else None
-        self.source: Source | None = None  # of the checkpoint, for the tokenizer
-        self._tokenizer: Tokenizer | None = None
         self.post_init()
 
     def forward(
@@ -154,40 +151,32 @@ class BertModel(BertPreTrainedModel):
         return rng_states
 
     def encode(
-        self, texts: str | Iterable[str], *, tokenizer: Any = None, max_seqlen: int | None = None, **options: Any
+        self, texts: str | Iterable[str], *, tokenizer: Any = None, **options: Any
     ) -> Tensor | np.ndarray[Any, Any]:
-        """Embed texts: `bert_fast.models.embedding.encode` with this model.
+        """Embed texts: `bert_fast.models.embedding.encode` with this model, as the folder says it was loaded from.
+
+        For a folder of sentence-transformers, the vectors are those of its SentenceTransformer.
 
         Args:
             texts, options: see `bert_fast.models.embedding.encode`.
             tokenizer: None for the tokenizer of the folder or repository that the model was loaded from.
-            max_seqlen: longer texts are truncated to this number of tokens; None for the model's maximum, or less if
-                sentence-transformers uses less for the folder that the model was loaded from.
 
         Returns:
-            (len(texts), E) float32 on the CPU, in the order of `texts`; (E,) for a str.
+            (len(texts), D) float32 on the CPU, in the order of `texts`; (D,) for a str.
 
         Raises:
             TypeError, ValueError, ImportError: as `encode`; ValueError also where there is no tokenizer.
         """
-        tokenizer = self._source_tokenizer() if tokenizer is None else tokenizer
-        if max_seqlen is None and self.source is not None:
-            max_seqlen = sentence_length(self.source, self.config)
-        return encode(self, tokenizer, texts, max_seqlen=max_seqlen, **options)
+        tokenizer = self.source_tokenizer() if tokenizer is None else tokenizer
+        return encode(self, tokenizer, texts, **{"modules": self.modules_of_texts, **options})
 
-    def _source_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            if self.source is None:
-                raise ValueError("the model was not loaded by from_pretrained; pass a tokenizer to encode")
-            from bert_fast.data.tokenizer import TOKENIZER_FILES, check_rows, load_tokenizer  # tokenizers is optional
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> Tensor | np.ndarray[Any, Any]:
+        """`encode` with the prompt "query" of the folder, and its maximum length for queries; see `encode`."""
+        return self.encode(texts, **{"task": "query", **options})
 
-            files = [path for file in TOKENIZER_FILES if (path := self.source.find(file))]
-            if not files:
-                raise ValueError(f"{self.source} has no tokenizer ({', '.join(TOKENIZER_FILES)}); pass one to encode")
-            tokenizer = load_tokenizer(files[0].parent)
-            check_rows(tokenizer, self.config.vocab_size, str(self.source))
-            self._tokenizer = tokenizer
-        return self._tokenizer
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> Tensor | np.ndarray[Any, Any]:
+        """`encode` with the prompt "document" of the folder, and its maximum length for documents; see `encode`."""
+        return self.encode(texts, **{"task": "document", **options})
 
     def _flag(self, name: str, **flags: Unpack[OutputFlags]) -> bool:
         unknown = flags.keys() - OutputFlags.__annotations__.keys()

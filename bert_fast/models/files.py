@@ -67,6 +67,12 @@ class Source:
         """Another folder or repository, asked for in the same way."""
         return replace(self, name_or_path=name_or_path, subfolder="", revision=None)
 
+    def within(self, folder: str) -> Source:
+        """The folder `folder` in this one; "" for itself."""
+        if not folder:
+            return self
+        return replace(self, subfolder=f"{self.subfolder}/{folder}" if self.subfolder else folder)
+
     def find(self, filename: str) -> Path | None:
         """The path of a file, which is downloaded to the hub's cache if necessary.
 
@@ -112,6 +118,8 @@ class Source:
         try:
             return Path(hf_hub_download(name, filename, **options))
         except LocalEntryNotFoundError as error:
+            if self._is_known_absent(name, filename):
+                return None
             why = "local_files_only is True" if self.local_files_only else "the hub can't be reached"
             raise FileNotFoundError(
                 f"{name!r} is no local folder; its {filename} is not in the hub's cache, and {why}"
@@ -128,3 +136,12 @@ class Source:
             raise FileNotFoundError(
                 f"{name!r} is no local folder, and the hub has no repository of that name"
             ) from error
+
+    def _is_known_absent(self, name: str, filename: str) -> bool:
+        """Whether the hub said, when it was asked last, that the repository has no such file."""
+        from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+        path = f"{self.subfolder}/{filename}" if self.subfolder else filename
+        folder = None if self.cache_dir is None else Path(self.cache_dir)
+        found = try_to_load_from_cache(name, path, cache_dir=folder, revision=self.revision)
+        return found is _CACHED_NO_EXIST

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,10 @@ from bert_fast.models.outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from bert_fast.models.reranking import rerank
 
 if TYPE_CHECKING:
+    import numpy as np
     from typing_extensions import Unpack
 
 
@@ -85,6 +88,7 @@ class BertForSequenceClassification(_SequenceHeadModel):
     """
 
     head = "ForSequenceClassification"
+    modules_kind = "CrossEncoder"
 
     def __init__(self, config: BertConfig) -> None:
         assert config.num_labels is not None
@@ -121,6 +125,26 @@ class BertForSequenceClassification(_SequenceHeadModel):
         logits = self.classify(encoded)
         loss = None if labels is None else self._loss(logits, labels)
         return self.format_output(SequenceClassifierOutput(loss=loss, logits=logits, **encoded.states), return_dict)
+
+    def rerank(
+        self, query: str, texts: str | Iterable[str], *, tokenizer: Any = None, **options: Any
+    ) -> Tensor | np.ndarray[Any, Any]:
+        """Score texts for a query: `bert_fast.models.reranking.rerank` with this model, which has one label.
+
+        The scores are those of sentence-transformers' CrossEncoder of the same folder.
+
+        Args:
+            query, texts, options: see `bert_fast.models.reranking.rerank`.
+            tokenizer: None for the tokenizer of the folder or repository that the model was loaded from.
+
+        Returns:
+            (len(texts),) float32 on the CPU, in the order of `texts`.
+
+        Raises:
+            TypeError, ValueError, ImportError: as `rerank`; ValueError also where there is no tokenizer.
+        """
+        tokenizer = self.source_tokenizer() if tokenizer is None else tokenizer
+        return rerank(self, tokenizer, query, texts, **{"modules": self.modules_of_texts, **options})
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         check_tensor("labels", labels)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from bert_fast._device import resolve_device
-from bert_fast._io import read_json
-from bert_fast.models.config import BertConfig, longest_input
+from bert_fast.models.config import BertConfig
 from bert_fast.models.files import HUB_OPTIONS, Source
 from bert_fast.models.settings import refuse_keywords
 
@@ -42,9 +41,6 @@ _FOREIGN_SAVE: dict[str, tuple[Any, ...]] = {
     "save_original_format": (True, None),
     "distributed_checkpoint": (False, None),
 }
-
-# Where sentence-transformers reads the number of tokens to which it truncates a text.
-_SENTENCE_LENGTHS = (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length"))
 
 
 def read_config(model: type[BertPreTrainedModel], config: Any, source: Source, settings: dict[str, Any]) -> BertConfig:
@@ -121,26 +117,6 @@ def single_device(device_map: Any) -> torch.device:
     if found.type == "meta":
         raise ValueError("device_map is 'meta', on which parameters have no values; expected 'cpu', for example")
     return found
-
-
-def sentence_length(source: Source, config: BertConfig) -> int | None:
-    """The number of tokens to which sentence-transformers truncates texts for a folder that it has written.
-
-    None for other folders. Full support of its modules is not part of this.
-    """
-    if source.find("modules.json") is None:
-        return None
-    lengths = [longest_input(config)]
-    for filename, name in (
-        ("sentence_bert_config.json", "max_seq_length"),
-        ("tokenizer_config.json", "model_max_length"),
-    ):
-        path = source.find(filename)
-        length = None if path is None else read_json(path).get(name)
-        if isinstance(length, (int, float)) and length >= 2:
-            lengths.append(int(min(length, lengths[0])))
-            break
-    return min(lengths)
 
 
 def check_save_keywords(model: BertPreTrainedModel, **keywords: Any) -> None:

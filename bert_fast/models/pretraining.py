@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,7 @@ from bert_fast.models.outputs import (
     NextSentencePredictorOutput,
 )
 from bert_fast.models.plain import is_plain, is_plain_norm
+from bert_fast.models.sparse import encode_sparse
 from bert_fast.models.vocabulary import resize_bias, resize_rows
 
 if TYPE_CHECKING:
@@ -272,6 +275,7 @@ class BertForMaskedLM(_MaskedLMModel):
     """BERT with a masked-LM head."""
 
     head = "ForMaskedLM"
+    modules_kind = "SparseEncoder"
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
@@ -313,6 +317,27 @@ class BertForMaskedLM(_MaskedLMModel):
             **encoded.states,
         )
         return self.format_output(output, return_dict)
+
+    def encode_sparse(self, texts: str | Iterable[str], *, tokenizer: Any = None, **options: Any) -> Tensor:
+        """Embed texts as sparse vectors over the vocabulary (SPLADE): `bert_fast.models.sparse.encode_sparse`.
+
+        The vectors are those of sentence-transformers' SparseEncoder of the same folder.
+
+        Args:
+            texts, options: see `bert_fast.models.sparse.encode_sparse`; task="query" or "document" for the prompt and
+                the maximum length of these.
+            tokenizer: None for the tokenizer of the folder or repository that the model was loaded from.
+
+        Returns:
+            (len(texts), V) float32, sparse COO, on the CPU, in the order of `texts`; (V,) for a str.
+
+        Raises:
+            TypeError, ValueError: as `encode_sparse`; ValueError also where there is no tokenizer.
+        """
+        tokenizer = self.source_tokenizer() if tokenizer is None else tokenizer
+        modules = self.modules_of_texts
+        modules = modules if self.sentence_modules is not None else replace(modules, pooling=("max",))
+        return encode_sparse(self, tokenizer, texts, **{"modules": modules, **options})
 
 
 class BertForNextSentencePrediction(BertHeadModel):

@@ -97,12 +97,13 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def write(tensors: Mapping[str, Tensor], config: str, folder: Path) -> None:
-    """Write model.safetensors and config.json, both or none; other files of `folder` stay.
+def write(tensors: Mapping[str, Tensor], config: str, folder: Path, others: Mapping[str, bytes] | None = None) -> None:
+    """Write model.safetensors, config.json and `others`, all or none; other files of `folder` stay.
 
     Args:
         tensors: on the CPU, contiguous, sharing no memory.
         config: the text of config.json.
+        others: the contents of more files, by their path in `folder`.
 
     Raises:
         OSError: a file can't be written; the old ones are unchanged.
@@ -111,4 +112,7 @@ def write(tensors: Mapping[str, Tensor], config: str, folder: Path) -> None:
 
     with atomic_folder(folder, overwrite=True, keep_others=True) as temporary:
         (temporary / CONFIG_NAME).write_text(config, encoding="utf-8")
+        for name, content in (others or {}).items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_bytes(content)
         save_file(dict(tensors), temporary / WEIGHTS_NAME, metadata={"format": "pt"})

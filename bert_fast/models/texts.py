@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +82,55 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
     if tokenizer.padding is not None or tokenizer.truncation is not None:
         raise ValueError("the tokenizer pads or truncates; call its no_padding() and no_truncation(), use max_seqlen")
     return tokenizer
+
+
+def lowercased(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer` with texts in lower case before its own normalization: sentence-transformers' do_lower_case."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    own = tokenizer.normalizer
+    state = {} if own is None else json.loads(own.__getstate__())
+    if any(part["type"] == "Lowercase" for part in (state, *state.get("normalizers", ())) if part):
+        return tokenizer
+    tokenizer.normalizer = Lowercase() if own is None else Sequence([Lowercase(), own])
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Truncates token ids. The tokenizer's own truncation is a state of the tokenizer, which threads share.
+
+    Attributes:
+        longest: the maximum number of tokens.
+        leading, trailing: the number of special tokens that the tokenizer puts before and after a text; they are kept.
+        keep: head, tail, or head_tail: a quarter from the head, the rest from the tail.
+    """
+
+    longest: int
+    leading: int
+    trailing: int
+    keep: str = "head"
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, longest: int, keep: str = "head") -> Truncation:
+        mask = tokenizer.encode("a").special_tokens_mask
+        if 0 not in mask:
+            return cls(longest, 1, 1, keep)
+        return cls(longest, mask.index(0), mask[::-1].index(0), keep)
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        if len(ids) <= self.longest:
+            return ids
+        end = len(ids) - self.trailing
+        if self.keep == "head":
+            return ids[: self.longest - self.trailing] + ids[end:]
+        size = self.longest - self.leading - self.trailing
+        head = size // 4 if self.keep == "head_tail" else 0
+        return ids[: self.leading + head] + ids[end - (size - head) :]
+
+    def prompt_length(self, tokenizer: Tokenizer, prompt: str) -> int:
+        """The number of tokens of a prompt alone, with the special tokens before it."""
+        return len(self(tokenizer.encode(prompt).ids)) - self.trailing
 
 
 @contextmanager

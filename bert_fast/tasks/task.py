@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast._config import did_you_mean
+from bert_fast.models.sentence import TASK_KEY
 from bert_fast.tasks.io.columns import Role
 from bert_fast.tasks.io.sources import read_table
 from bert_fast.tasks.io.table import Table
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MANY_ROWS = 10  # equal predictions for fewer rows may be right
-CONFIG_KEY = "bert_fast_task"  # of the entry in config.json, which transformers ignores
+CONFIG_KEY = TASK_KEY  # of the entry in config.json, which transformers ignores
 # name -> module:class, imported on first use.
 TASKS = {
     "classification": "bert_fast.tasks.classification:Classification",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,36 @@ def test_embed_writes_every_format_alike(
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts) + "\n"))
     assert main(["embed", str(trained), "--normalize"]) == 0
     assert [json.loads(line)["embedding"] for line in capsys.readouterr().out.splitlines()] == vectors["npy"]
+
+
+def test_embed_reads_a_folder_of_sentence_transformers(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its Transformer in a folder of its own, a prompt, a length and fewer bits; a module it lacks is refused."""
+    from bert_fast.models import BertModel
+
+    folder = tmp_path / "model"
+    shutil.copytree(trained, folder / "0_Transformer")
+    modules = {"0_Transformer": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    entries = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules.items()]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": ["max", "lasttoken"]}))
+    (folder / "0_Transformer" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7}))
+    prompts = {"prompts": {"query": "the cat: "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    texts = ["the cat sleeps.", "the old red bird sings quietly over the river and then again"]
+    options = ["--prompt-name", "query", "--truncate-dim", "11", "--precision", "ubinary"]
+    assert main(["embed", str(folder), *texts, *options]) == 0
+    bits = [json.loads(line)["embedding"] for line in capsys.readouterr().out.splitlines()]
+    vectors = BertModel.from_pretrained(trained).encode(
+        [prompts["prompts"]["query"] + text for text in texts], pooling=["max", "lasttoken"], max_seqlen=7
+    )
+    assert bits == np.packbits(vectors[:, :11].numpy() > 0, axis=1).tolist()  # type: ignore[union-attr]
+    entries[2]["type"] = "sentence_transformers.models.CNN"
+    (folder / "modules.json").write_text(json.dumps(entries))
+    assert main(["embed", str(folder), *texts]) == 2
+    assert "the module 'sentence_transformers.models.CNN' is not supported" in capsys.readouterr().err
 
 
 def test_embed_cuts_long_texts_and_checks_the_limit(

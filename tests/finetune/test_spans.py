@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 
 import bert_fast
 from bert_fast._config import from_mapping
+from bert_fast._io import write_json
 from bert_fast.cli.main import main
 from bert_fast.data import load_tokenizer
 from bert_fast.finetune import FinetuneConfig, FinetuneResult, finetune
@@ -213,6 +215,37 @@ def test_a_result_loads_in_sentence_transformers(pooling: str, base: Path, tmp_p
     vectors = theirs.encode(texts, show_progress_bar=False)
     # float32 in another order through two layers: the error is 7e-7, three eps of values of up to 2.6.
     np.testing.assert_allclose(vectors, [item["vector"] for item in ours], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "pooler"])
+@pytest.mark.parametrize("long", ["head", "tail", "head_tail"])
+def test_embed_reads_a_result_as_predict_does(
+    pooling: str, long: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a checkpoint of sentence-transformers, whose own modules the result does not keep."""
+    start = tmp_path / "start"
+    shutil.copytree(base, start)
+    modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    entries = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules.items()]
+    write_json(start / "modules.json", entries)
+    write_json(start / "config_sentence_transformers.json", {"prompts": {"x": "the "}, "default_prompt_name": "x"})
+    text = {"max_length": 11, "long": long}
+    result, _ = run("sentence-embedding", start, tmp_path, steps=2, options={"pooling": pooling}, text=text)
+    folder = Path(result.folder)
+    texts = ["the ada", "we saw rome in oslo", "to bonn", " ".join(words_of(8)) + " to bonn" * 9]
+    task = task_from_config(json.loads((folder / "config.json").read_text()))
+    model = BertModel.from_pretrained(folder)
+    predicted = predict(model, task, load_tokenizer(folder), Table({"text": texts}), {"text": "text"})
+    expected = [item["vector"] for item in predicted]
+    # float32 in other batches: an eps or two of values of up to 2.6.
+    np.testing.assert_allclose(model.encode(texts), expected, rtol=0.0, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    again = BertModel.from_pretrained(tmp_path / "again").encode(texts, tokenizer=load_tokenizer(folder))
+    np.testing.assert_allclose(again, expected, rtol=0.0, atol=1e-5)
+    capsys.readouterr()
+    assert main(["embed", str(folder), *texts]) == 0
+    lines = [json.loads(line)["embedding"] for line in capsys.readouterr().out.splitlines()]
+    np.testing.assert_allclose(lines, expected, rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["question-answering", "sentence-embedding"])

@@ -292,8 +292,16 @@ class FakeHub(types.ModuleType):
         self.errors.LocalEntryNotFoundError = type("LocalEntryNotFoundError", (self.errors.EntryNotFoundError,), {})  # type: ignore[attr-defined]
         self.folder = folder
 
+    _CACHED_NO_EXIST = object()
+
+    def try_to_load_from_cache(self, name: str, filename: str, **_: Any) -> Any:
+        """What the hub said before it went offline: "someone/cached" has no other files than the folder."""
+        return self._CACHED_NO_EXIST if name == "someone/cached" else None
+
     def hf_hub_download(self, name: str, filename: str, revision: str | None = None) -> str:
-        if name == "someone/offline":
+        if name == "someone/cached" and (self.folder / filename).exists():
+            return str(self.folder / filename)
+        if name in ("someone/offline", "someone/cached"):
             raise self.errors.LocalEntryNotFoundError
         if name != "someone/model" or revision not in (None, "v1"):
             raise self.errors.RepositoryNotFoundError
@@ -315,6 +323,12 @@ def test_hub_names(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         BertModel.from_pretrained("someone/else")
     with pytest.raises(FileNotFoundError, match="the hub can't be reached"):
         BertModel.from_pretrained("someone/offline")
+    assert BertModel.from_pretrained("someone/cached").sentence_modules is None
+    monkeypatch.setattr(hub, "_CACHED_NO_EXIST", None)  # it was never asked for modules.json
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: "unknown")
+    model = BertModel.from_pretrained("someone/cached")
+    with pytest.raises(ValueError, match=r"'someone/cached' is .*; its modules\.json is not in the hub's cache"):
+        model.encode("a", tokenizer=object())
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"someone/model has no config\.json"):
         BertModel.from_pretrained("someone/model")

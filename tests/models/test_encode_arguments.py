@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,7 +151,20 @@ def test_what_is_no_text_is_named_by_its_index(
         ({"batch_tokens": None}, TypeError, "batch_tokens is None; expected an int"),
         *(({"max_seqlen": value}, ValueError, f"max_seqlen is {value}; expected 2 to 32") for value in (0, 1, 33, -1)),
         *(({"max_seqlen": value}, TypeError, "max_seqlen is") for value in (8.0, "8", True)),
-        ({"pooling": None}, ValueError, "pooling is None; expected one of cls"),
+        ({"pooling": "median"}, ValueError, "pooling is .median.; expected one of cls"),
+        ({"pooling": []}, ValueError, r"pooling is \[\]; expected one of cls"),
+        ({"precision": "int4"}, ValueError, "precision is .int4.; expected one of float32"),
+        ({"truncate_dim": 0}, ValueError, "truncate_dim is 0; expected 1 to 32, the width of a vector"),
+        ({"truncate_dim": 33}, ValueError, "truncate_dim is 33; expected 1 to 32"),
+        ({"truncate_dim": 8.0}, TypeError, "truncate_dim is 8.0; expected an int"),
+        ({"prompt": 3}, TypeError, "prompt is of type int; expected a str"),
+        (
+            {"prompt_name": "passage"},
+            ValueError,
+            "prompt_name is .passage.; expected one of the model.s prompts, .query.",
+        ),
+        ({"prompt": "a", "prompt_name": "query"}, ValueError, "prompt and prompt_name were both given"),
+        ({"task": "search"}, ValueError, "task is .search.; expected .query."),
         ({"pooling": "pooler"}, ValueError, "has no pooler"),
         ({"normalize": "yes"}, TypeError, "normalize is 'yes'; expected True or False"),
         ({"normalize_embeddings": None}, TypeError, "normalize_embeddings is None"),
@@ -331,29 +343,6 @@ def test_vectors_are_those_of_sentence_transformers(minilm: Path) -> None:
     torch.testing.assert_close(one, expected_one, rtol=0.0, atol=1e-5)
     whole = ours.encode(SENTENCES[4], normalize=True, max_seqlen=512)
     assert (whole - torch.tensor(vectors[4])).abs().max() > 1e-3  # type: ignore[operator]
-
-
-def test_the_length_of_sentence_transformers_is_read_from_its_folders_only(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
-    def tokens(path: Path) -> int:
-        model = BertModel.from_pretrained(path, add_pooling_layer=False)
-        lengths: list[int] = []
-        model.register_forward_pre_hook(lambda _, __, inputs: lengths.append(inputs["max_seqlen"]), with_kwargs=True)
-        model.encode("w1 " * 50)
-        return lengths[0]
-
-    assert tokens(folder) == 32
-    path = Path(shutil.copytree(folder, tmp_path / "copy"))
-    (path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12}))
-    assert tokens(path) == 32
-    (path / "modules.json").write_text("[]")
-    assert tokens(path) == 12
-    (path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": None}))
-    (path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 14}))
-    assert tokens(path) == 14
-    (path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 10**30}))
-    assert tokens(path) == 32
 
 
 # fill_mask
