@@ -92,7 +92,9 @@ OP = Op(
             triton_implementation(functools.partial(cpu_backends.blas, torch.ops.bert_fast_triton), "bias_gelu")
         ),
         "cuda": _on_gpu(cuda_kernels(cpu_backends.blas, "bias_gelu", "bias_gelu_fwd", "bias_gelu_bwd")),
-        "cpu": native_cpu(cpu_backends.run, "linear_tiles", "linear_unpacked", "linear_dx", "linear_dweight", "bias_gelu_fwd"),
+        "cpu": native_cpu(
+            cpu_backends.run, "linear_tiles", "linear_unpacked", "linear_dx", "linear_dweight", "bias_gelu_fwd"
+        ),
     },
     auto_rules=(
         AutoRule(
