@@ -100,15 +100,14 @@ void forward(const Batch& batch, const Tensor& out, const Tensor& lse) {
 }
 
 template <class T>
-void backward(const Batch& batch, const Tensor& dout, const Tensor& lse, const Tensor& dqkv, const Tensor& partial) {
+void backward(const Batch& batch, const Tensor& dout, const Tensor& dqkv, const Tensor& partial) {
   const auto kernel = BF_DISPATCH_BF16_DOT(attention_backward<T>);
   const int64_t floats = BF_DISPATCH_BF16_DOT(attention_scratch_floats<T>(batch.longest, batch.dim, true));
   const int64_t width = batch.heads * batch.dim;
   for_each_head(batch, floats, [&](int64_t sequence, int64_t index, float* scratch) {
     const int64_t first = batch.starts[sequence], row = first * width + index * batch.dim;
     kernel(batch.head<T>(sequence, index),
-           {data<T>(dout) + row, data<float>(lse) + index * batch.total + first,
-            mutable_data<T>(dqkv) + 3 * first * width + index * batch.dim,
+           {data<T>(dout) + row, mutable_data<T>(dqkv) + 3 * first * width + index * batch.dim,
             mutable_data<float>(partial) + sequence * 3 * width + index * batch.dim, batch.heads},
            scratch);
   });
@@ -132,12 +131,12 @@ std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, 
                                          const std::optional<Tensor>& rng_state) {
   const Batch batch(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
   attention::check_saved(dout, out, lse, qkv);
-  const Tensor dout_in = as_contiguous(dout), lse_in = as_contiguous(lse);
+  const Tensor dout_in = as_contiguous(dout);
   const Tensor dqkv = empty({batch.total, 3, batch.heads, batch.dim}, qkv.scalar_type());
   const int64_t sequences = static_cast<int64_t>(batch.starts.size()) - 1, width = 3 * batch.heads * batch.dim;
   const Tensor partial = zeros({sequences, width}, ScalarType::Float);
   dispatch_float(qkv.scalar_type(), "attention",
-                 [&](auto element) { backward<decltype(element)>(batch, dout_in, lse_in, dqkv, partial); });
+                 [&](auto element) { backward<decltype(element)>(batch, dout_in, dqkv, partial); });
   const Tensor dbias = sum_parts(partial, sequences, width);
   return {dqkv, torch::stable::view(dbias, {3, batch.heads, batch.dim})};
 }

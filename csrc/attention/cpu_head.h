@@ -26,7 +26,6 @@ struct AttentionHead {
 template <class T>
 struct AttentionGrad {
   const T* dout;
-  const float* lse;
   T* dqkv;
   float* dbias;  // (3, ...) of this head and sequence, initialized to zero
   int64_t heads;

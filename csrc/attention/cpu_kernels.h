@@ -77,24 +77,36 @@ struct RowSum {
   float top, sum;
 };
 
+// The highest of scores[0, length); those up to a full vector are set to -inf.
+BF_INLINE float highest_score(float* scores, int64_t length) {
+  const int64_t padded = round_up(length, kWidth);
+  for (int64_t col = length; col < padded; ++col) scores[col] = -INFINITY;
+  vfloat highest = set1(-INFINITY);
+  for (int64_t col = 0; col < padded; col += kWidth) highest = vmax(load(scores + col), highest);
+  return reduce_max(highest);
+}
+
+// exp(scale (score - highest)): the difference is taken before the product, so that it is exactly 0 for the highest
+// score. A multiply-add of scale score and the rounded scale highest would be as large as the rounding error.
+BF_INLINE vfloat exp_score(const float* score, float highest, float scale) {
+  return vexp((load(score) - highest) * scale);
+}
+
 // Replaces scores[0, length) by exp(scale scores - top), with top the maximum of scale scores, and by 0 where dropout
 // drops, as factors of the next product. The sum is taken before dropout.
 template <class F>
 BF_INLINE RowSum exp_row(float* scores, int64_t length, float scale, const uint8_t* bytes, const Dropout& dropout) {
   const int64_t padded = round_up(length, kWidth);
-  for (int64_t col = length; col < padded; ++col) scores[col] = -INFINITY;
-  vfloat highest = set1(-INFINITY);
-  for (int64_t col = 0; col < padded; col += kWidth) highest = vmax(load(scores + col), highest);
-  const float top = reduce_max(highest) * scale;
+  const float highest = highest_score(scores, length);
   vfloat sum{};
   // In place: bfloat16 vectors are stored no further than the scores have been read.
   auto* to = reinterpret_cast<std::conditional_t<kPerFactor<F> == 1, float, bfloat16>*>(scores);
   for (int64_t col = 0; col < padded; col += kWidth) {
-    const vfloat p = vexp(load(scores + col) * scale - top);
+    const vfloat p = exp_score(scores + col, highest, scale);
     sum += p;
     store(to + col, dropout.threshold ? p * dropout_multiplier(dropout, bytes + col) : p);
   }
-  return {top, reduce_add(sum)};
+  return {highest * scale, reduce_add(sum)};
 }
 
 template <class T>
@@ -136,16 +148,16 @@ inline void attention_forward(const AttentionHead<T>& head, T* out, int64_t out_
 // Replaces scores by the probabilities after dropout and the gradient of those by the gradient of the scores,
 // zero-padded to full tiles.
 //
-// The probabilities are normalized again, since the rounding error of lse is up to eps |lse| of each. delta, the mean
-// of dp under p, is summed here and not computed from dout and out, which is equal in exact arithmetic only: so the
-// gradient of a single key is exactly 0.
-BF_INLINE void softmax_grad_row(float* scores, float* dscores, int64_t length, int64_t stride, float scale, float lse,
+// The softmax is computed again rather than from lse, whose rounding error of eps |lse| would be one of each
+// probability. delta, the mean of dp under p, is summed here and not computed from dout and out, which is equal in
+// exact arithmetic only: so the gradient of a single key is exactly 0.
+BF_INLINE void softmax_grad_row(float* scores, float* dscores, int64_t length, int64_t stride, float scale,
                                 const uint8_t* bytes, const Dropout& dropout) {
   const int64_t padded = round_up(length, kWidth);
-  for (int64_t col = length; col < padded; ++col) scores[col] = -INFINITY;
+  const float highest = highest_score(scores, length);
   vfloat sum{}, weighted{};
   for (int64_t col = 0; col < padded; col += kWidth) {
-    const vfloat p = vexp(load(scores + col) * scale - lse);
+    const vfloat p = exp_score(scores + col, highest, scale);
     vfloat dp = load(dscores + col);
     if (dropout.threshold) {
       dp *= dropout_multiplier(dropout, bytes + col);
@@ -265,8 +277,7 @@ inline void attention_backward(const AttentionHead<T>& head, const AttentionGrad
         dropout_bytes(dropout, head.plane, head.first_row + static_cast<uint32_t>(start + row), length, bytes);
       }
       float* row_scores = scores + 2 * row * stride;
-      softmax_grad_row(row_scores, row_scores + stride, length, stride, scale.size, grad.lse[start + row], bytes,
-                       dropout);
+      softmax_grad_row(row_scores, row_scores + stride, length, stride, scale.size, bytes, dropout);
     }
     const ScoreFactors<F> of_scores = score_factors(scores, rows, stride, static_cast<const F*>(nullptr));
     add_transposed_product(of_scores.p, of_scores.stride, join_rows(dout, rows, at.cols, joined), dvalues, at.cols,

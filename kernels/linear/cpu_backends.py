@@ -5,6 +5,8 @@
 "onednn"  oneDNN's product, with bias and GeLU in its epilogue.
 "float32" in training: the BLAS's float32 product of bfloat16 operands, where the CPU has no bfloat16 instructions.
 
+The gradients of "onednn" and "float32" are our kernels' (csrc/linear/cpu_gradient.cpp), but for bfloat16 with AMX.
+
 The weight of a call is read where it lies; in inference those that `bert_fast.freeze` was called for are packed once.
 
 The choice depends on the instruction set and the dtype alone, never on a timing, so that every process computes the
@@ -83,6 +85,7 @@ def _choose(dtype: torch.dtype) -> Backends:
     )
 
 
+_AMX = extensions.has_bf16_isa() and torch.cpu._is_amx_tile_supported()
 BACKENDS = {dtype: _choose(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
@@ -217,18 +220,21 @@ def _gradients(dout: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tu
         raise ValueError(f"linear_bwd: dout is {dout.dtype} {tuple(dout.shape)}; expected that of the product")
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     with torch.autocast("cpu", enabled=False):
-        if BACKENDS[x.dtype].training == "onednn" and x.numel() and weight.numel():
-            dout = pad_rows(dout.contiguous())  # zeros, which add nothing to dweight
+        if _AMX and x.dtype == torch.bfloat16:  # its rate is several times that of our kernels
+            dout = pad_rows(dout)  # zeros, which add nothing to dweight
             if needs[0]:
-                dx = _pointwise(dout, pack(weight.to(x.dtype).t()))[: x.shape[0]]
+                dx = torch.mm(dout, weight.to(x.dtype))[: x.shape[0]]
             if needs[1]:
-                dweight = _pointwise(dout.t().contiguous(), pad_rows(x.contiguous()).t().contiguous()).to(weight.dtype)
+                dweight = torch.mm(dout.t(), pad_rows(x)).to(weight.dtype)
             return dx, dweight
-        dout32 = dout.float()
         if needs[0]:
-            dx = torch.mm(dout32, weight.float()).to(x.dtype)
+            readable = weight.dtype in (torch.float32, x.dtype)
+            dx = torch.ops.bert_fast.linear_dx(dout, weight if readable else weight.to(x.dtype))
         if needs[1]:
-            dweight = torch.mm(dout32.t(), x.float()).to(weight.dtype)
+            dtype = weight.dtype if weight.dtype == x.dtype else torch.float32
+            dweight = weight.new_empty(weight.shape, dtype=dtype)
+            torch.ops.bert_fast.linear_dweight(dout, x, dweight, False)
+            dweight = dweight.to(weight.dtype)
     return dx, dweight
 
 

@@ -50,6 +50,14 @@ def _unpacked_fake(x: Tensor, weights: list[Tensor], bias: Tensor | None, activa
     return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
 
 
+def _dx_fake(dout: Tensor, weight: Tensor) -> Tensor:
+    return dout.new_empty(dout.shape[0], weight.shape[1])
+
+
+def _dweight_fake(dout: Tensor, x: Tensor, dweight: Tensor, accumulate: bool) -> None:
+    """dweight = dout^T x, or += if `accumulate`."""
+
+
 def _setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
     ctx.save_for_backward(inputs.x, inputs.weight)
 
@@ -63,6 +71,8 @@ def _backward(ops: Any, ctx: Any, dout: Tensor) -> dict[str, Tensor | None]:
 
 define("linear_bwd", _bwd_fake, triton=False)
 define("linear_fwd", _fwd_fake, setup_context=_setup_context, backward=_backward, triton=False)
+define("linear_dx", _dx_fake, triton=False)
+define("linear_dweight", _dweight_fake, mutated=("dweight",), triton=False)
 define("linear_pack", _pack_fake, triton=False)
 define("linear_tiles", _tiles_fake, triton=False)
 define("linear_unpacked", _unpacked_fake, triton=False)
@@ -82,7 +92,9 @@ OP = Op(
             triton_implementation(functools.partial(cpu_backends.blas, torch.ops.bert_fast_triton), "bias_gelu")
         ),
         "cuda": _on_gpu(cuda_kernels(cpu_backends.blas, "bias_gelu", "bias_gelu_fwd", "bias_gelu_bwd")),
-        "cpu": native_cpu(cpu_backends.run, "linear_tiles", "linear_unpacked", "bias_gelu_fwd"),
+        "cpu": native_cpu(
+            cpu_backends.run, "linear_tiles", "linear_unpacked", "linear_dx", "linear_dweight", "bias_gelu_fwd"
+        ),
     },
     auto_rules=(
         AutoRule(

@@ -1,4 +1,8 @@
-"""masked_lm_loss on the CPU: products by torch's BLAS, a chunk of labelled rows at a time; the rest is compiled."""
+"""masked_lm_loss on the CPU: products by the kernels of linear, a chunk of labelled rows at a time.
+
+torch computes the others: all on the baseline instruction set, the bfloat16 products of the forward pass, and those of
+the backward pass with AMX.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,9 @@ from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.library import INPUTS, implement
 
 CHUNK_BYTES = 32 << 20  # logits in memory at once; README.md has the measurement
+
+# MKL's products run at half of our kernels' rate on AMD processors with AVX-512; on the baseline ours are slower.
+_COMPILED = extensions.cpu_isa() != "generic"
 
 # bfloat16 products where the CPU has instructions for them; without, they run at a tenth of float32's rate (README.md).
 GEMM_DTYPE = {
@@ -31,7 +38,7 @@ def _fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         # Contiguous, because BLAS adds in another order for strided operands. (M, E), M labelled rows.
         x, dense = hidden[rows].to(dtype).contiguous(), args.dense_weight.to(dtype).contiguous()
         norm_weight, norm_bias = args.norm_weight.float(), args.norm_bias.float()
-        product = torch.mm(x, dense.T).float()
+        product = _product(x, dense).float()
         activations = torch.ops.bert_fast.bias_gelu_fwd(product, dense_bias, False)
         normed, mean, rstd = torch.native_layer_norm(activations, [width], norm_weight, norm_bias, args.eps)
         decoder = args.decoder_weight.to(dtype).contiguous(), args.decoder_bias
@@ -49,9 +56,10 @@ def _fwd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         dnorm_weight, dnorm_bias = (dnormed * (activations - mean) * rstd).sum(0), dnormed.sum(0)
         dproduct, ddense_bias = torch.ops.bert_fast.bias_gelu_bwd(dactivations, product, dense_bias, False)
         dproduct = dproduct.to(dtype)
-        ddense_weight = torch.mm(dproduct.T, x).float()
+        ddense_weight = torch.empty(dense.shape, dtype=torch.float32)
+        _add_dweight(ddense_weight, dproduct, x, first=True)
         dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype)
-        dhidden[rows] = torch.mm(dproduct, dense).to(hidden.dtype)
+        dhidden[rows] = _dx(dproduct, dense).to(hidden.dtype)
     gradients = [dhidden, ddense_weight, ddense_bias, dnorm_weight, dnorm_bias, ddecoder_weight, ddecoder_bias]
     return loss, correct, count, gradients
 
@@ -75,18 +83,17 @@ def _decode(
         return total.float(), correct, (dnormed, dweight.zero_(), dbias)
     most = max(1, CHUNK_BYTES // (vocabulary * weight.element_size()))
     step = _ceil_div(count, _ceil_div(count, most))  # chunks of equal size
-    buffer = weight.new_empty(step, vocabulary)
     for start in range(0, count, step):
         chunk = normed[start : start + step].to(weight.dtype)  # (C, E)
-        logits = torch.mm(chunk, weight.T, out=buffer[: chunk.shape[0]])  # (C, V)
+        logits = _product(chunk, weight)  # (C, V)
         chunk_loss, chunk_correct = torch.ops.bert_fast.masked_lm_loss_rows(
             logits, labels[start : start + step], bias, dbias, 1.0 / count, label_smoothing, z_loss, needs_grad
         )
         total += chunk_loss
         correct += chunk_correct
         if needs_grad:  # the logits hold their gradient now
-            dnormed[start : start + step] = torch.mm(logits, weight)
-            _accumulate(dweight, logits.T, chunk, first=start == 0)
+            dnormed[start : start + step] = _dx(logits, weight)
+            _add_dweight(dweight, logits, chunk, first=start == 0)
     return (total / count).float(), correct, (dnormed, dweight, dbias)
 
 
@@ -94,14 +101,36 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a b in float32; with `first` total = a b, which saves filling it with zeros."""
-    if a.dtype == torch.float32:
-        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T."""
+    if _COMPILED and x.dtype == torch.float32:
+        out: Tensor = torch.ops.bert_fast.linear_unpacked(x, [weight], None, 0)
+        return out
+    return torch.mm(x, weight.T)
+
+
+def _dx(dout: Tensor, weight: Tensor) -> Tensor:
+    """dout weight."""
+    if _takes_kernel(dout):
+        dx: Tensor = torch.ops.bert_fast.linear_dx(dout, weight)
+        return dx
+    return torch.mm(dout, weight)
+
+
+def _add_dweight(dweight: Tensor, dout: Tensor, x: Tensor, *, first: bool) -> None:
+    """dweight += dout^T x in float32; with `first` dweight = dout^T x, which saves filling it with zeros."""
+    if _takes_kernel(dout):
+        torch.ops.bert_fast.linear_dweight(dout, x, dweight, not first)
+    elif dout.dtype == torch.float32:
+        torch.addmm(dweight, dout.T, x, beta=0 if first else 1, out=dweight)
     elif first:
-        total.copy_(torch.mm(a, b))
+        dweight.copy_(torch.mm(dout.T, x))
     else:
-        total += torch.mm(a, b)
+        dweight += torch.mm(dout.T, x)
+
+
+def _takes_kernel(dout: Tensor) -> bool:
+    return _COMPILED and not (dout.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
 
 
 def _bwd(dloss: Tensor, gradients: list[Tensor]) -> list[Tensor]:

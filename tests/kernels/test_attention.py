@@ -164,6 +164,32 @@ def test_any_scale(impl: str, device: str, scale: float, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] == "cpu"])
+@pytest.mark.parametrize("magnitude", [1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 1.0, 1e4, 1e30, -1e30])
+def test_scores_of_any_magnitude(impl: str, device: str, scale: float, magnitude: float, dtype: torch.dtype) -> None:
+    """Between the mean of the values and that of the highest score's key. Equal keys share their weight: the rounding
+    error of scale q k, which is larger than any bound of exp, must not tell them apart."""
+    lengths, dim = [9, 4, 47], 8
+    cu_seqlens, total = cumulative(lengths, device), sum(lengths)
+    qkv = torch.randn(total, 3, 2, dim, device=device)
+    qkv[:, 0] *= magnitude
+    qkv[1:4, 1] = qkv[0, 1]  # the keys of tokens 0 to 3 are equal, and so are all of the second sequence
+    qkv[9:13, 1] = qkv[9, 1]
+
+    def ours(qkv: Tensor) -> Tensor:
+        return attention(qkv, cu_seqlens, 47, softmax_scale=scale, impl=impl)
+
+    def reference(qkv: Tensor) -> Tensor:
+        return attention_reference(qkv, None, cu_seqlens, 47, scale, 0.0, None)
+
+    inputs = {"qkv": qkv.to(dtype).float()}
+    results = outputs_and_gradients(ours, inputs, {"qkv": dtype}, (torch.ones(total, 2, dim, device=device),))
+    assert all(bool(x.isfinite().all()) for x in results.values()), results
+    assert_three_way(three_way(ours, reference, inputs, dtype, (torch.ones(total, 2, dim, device=device),)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("impl", "device"), [REFERENCE, *targets("attention")])
 @pytest.mark.parametrize("lengths", [[20, 0, 3, 32]], ids=str)
 def test_dropout_is_the_defined_mask_to_the_bit(impl: str, device: str, lengths: list[int], dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bert_fast.kernels import linear
+from bert_fast.kernels import available_impls, linear
 from bert_fast.kernels._common.row_buckets import bucket, pad_rows
 from bert_fast.kernels.linear import cpu_backends
 from bert_fast.kernels.linear.cpu_backends import Backends
@@ -159,6 +159,46 @@ def test_same_bits_whatever_the_other_rows(
             assert torch.equal(rows, out[first:last]), (first, last)
 
 
+# Terms, rows and columns: none, one, a pass of 256 or of 512 and a rest, odd ones (the last pair of bfloat16 has one
+# number); a group of 24 or 48 rows and a block of 252, a panel and a block of 256 columns, with tails.
+GRADIENT_SHAPES = [(0, 3, 5), (1, 1, 1), (5, 7, 9), (33, 50, 70), (257, 300, 200), (601, 97, 293), (1030, 64, 384)]
+
+
+@pytest.mark.skipif(not available_impls()["linear"]["cpu"].ok, reason="the compiled kernels are absent")
+@pytest.mark.parametrize("dtypes", list(product(DTYPES[:2], repeat=2))[0:1] + list(product(DTYPES[1:2], DTYPES[:2])))
+@pytest.mark.parametrize("shape", GRADIENT_SHAPES, ids=str)
+def test_products_of_the_gradients(shape: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """dx = dout W and dW = dout^T x, or added to dW: at most twice the error of torch's, and the rounding of a result.
+
+    Strided inputs, an output that was NaN, the same bits with another number of threads."""
+    terms, rows, columns = shape
+    dtype, weight_dtype = dtypes
+    dout = torch.randn(rows, terms).to(dtype).t()
+    x = torch.randn(terms, 2 * columns).to(dtype)[:, ::2]
+    weight = torch.randn(rows, columns).to(dtype).to(weight_dtype)
+    ops = torch.ops.bert_fast
+
+    def run() -> list[Tensor]:
+        dweight, total = torch.full((rows, columns), torch.nan, dtype=weight_dtype), torch.ones_like(weight)
+        ops.linear_dweight(dout, x, dweight, False)
+        ops.linear_dweight(dout, x, total, True)
+        return [ops.linear_dx(dout, weight), dweight, total]
+
+    wide_dout, wide_x, wide_weight = dout.double(), x.double(), weight.double()
+    exact = [wide_dout @ wide_weight, wide_dout.t() @ wide_x, 1 + wide_dout.t() @ wide_x]
+    theirs = [dout @ weight.to(dtype), (dout.t() @ x).to(weight_dtype), 1 + (dout.t() @ x).to(weight_dtype)]
+    threads = torch.get_num_threads()
+    results = run()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    again = run()
+    torch.set_num_threads(threads)
+    for ours, other, expected, repeated in zip(results, theirs, exact, again, strict=True):
+        assert torch.equal(ours, repeated)
+        bound = 2 * (other - expected).abs().amax() if expected.numel() else 0.0
+        floor = torch.finfo(ours.dtype).eps * expected.abs().amax() if expected.numel() else 0.0
+        assert ((ours - expected).abs() <= bound + floor).all()
+
+
 def test_row_buckets() -> None:
     sizes = [bucket(rows) for rows in range(1, 8193)]
     assert len(set(sizes)) == 32 + 6 * 16
@@ -208,6 +248,8 @@ def test_opcheck(backend: tuple[torch.dtype, Backends]) -> None:
     dout = torch.randn(5, 16).to(backend[0])
     for needs in ([True, True], [True, False], [False, True]):
         torch.library.opcheck(ops.linear_bwd.default, (dout, x.detach(), weight.detach(), needs))
+    torch.library.opcheck(ops.linear_dx.default, (dout, weight.detach()))
+    torch.library.opcheck(ops.linear_dweight.default, (dout, x.detach(), weight.detach().clone(), True))
     torch.library.opcheck(ops.linear_pack.default, (weight.detach(),))
     packed = ops.linear_pack(weight.detach())
     for activation, shift in ((0, None), (1, bias.detach()), (2, bias.detach().float())):
