@@ -6,9 +6,10 @@
     python -m benchmarks.reports.compile_report --ones     whether each kernel compiles where its integers are 1
 
 A row of `results/triton_compile.json` is one kernel in one configuration that dispatch can choose (dtypes, constexprs,
-warps, stages) on one architecture: registers per thread, bytes of stack (Triton's spills), bytes of shared memory, and
-the matrix instructions in the machine code. `sources` is the hash of the kernel and of the functions it calls: rows
-whose hash is current are not recompiled. The configurations are the `launches` of `kernels/<op>/cases.py`.
+warps, stages, the most registers where a launch limits them) on one architecture: registers per thread, bytes of stack
+(Triton's spills), bytes of shared memory, and the matrix instructions in the machine code. `sources` is the hash of the
+kernel and of the functions it calls: rows whose hash is current are not recompiled. The configurations are the
+`launches` of `kernels/<op>/cases.py`.
 """
 
 from __future__ import annotations
@@ -45,20 +46,14 @@ TABLE = Path(__file__).parents[1] / "results" / "triton_compile.json"
 ARCHITECTURES = (80, 90, 100, 120)
 # Shared memory available to one block, in bytes: CUDA C++ programming guide, compute capabilities.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-# The most bytes of stack a kernel may have on an architecture. All are attention's: its tiles are chosen for Hopper,
-# where BF16 and FP16 do not spill; with HMMA, accumulators take more registers. FP32's dQ spills at D 64 (8 bytes) and
-# 256 on Hopper too. Which rows: kernels/attention/README.md.
+# The most bytes of stack a kernel may have on an architecture. All are attention's: which rows, and why, is in
+# kernels/attention/README.md, "Tiles".
 KNOWN_SPILLS = {
     ("attention.bwd_one_kernel", "sm_120"): 16,
-    ("attention.dkv_kernel", "sm_80"): 16,
-    ("attention.dkv_kernel", "sm_100"): 56,
-    ("attention.dkv_kernel", "sm_120"): 144,
-    ("attention.dq_kernel", "sm_80"): 792,
     ("attention.dq_kernel", "sm_90"): 136,
     ("attention.dq_kernel", "sm_100"): 136,
-    ("attention.dq_kernel", "sm_120"): 816,
+    ("attention.dq_kernel", "sm_120"): 160,
     ("attention.fwd_kernel", "sm_80"): 288,
-    ("attention.fwd_kernel", "sm_100"): 48,
     ("attention.fwd_kernel", "sm_120"): 240,
 }
 MATRIX = re.compile(r"\b(HGMMA|HMMA|IMMA|UTC\w*MMA|QGMMA)\b")
@@ -110,7 +105,7 @@ def describe(launch: Launch, architecture: int) -> dict[str, Any]:
         "constexprs": " ".join(f"{name}={value}" for name, value in constexprs.items()),
         "warps": launch.num_warps,
         "stages": launch.num_stages,
-    }
+    } | ({} if launch.maxnreg is None else {"maxnreg": launch.maxnreg})
 
 
 def sources(kernel: Any) -> str:
@@ -124,11 +119,11 @@ def sources(kernel: Any) -> str:
 
 
 @functools.cache
-def launches() -> list[Launch]:
-    """Every launch of every op's cases, each configuration once."""
+def launches(architecture: int = 90) -> list[Launch]:
+    """Every launch of every op's cases on an architecture, each configuration once."""
     by_configuration: dict[str, Launch] = {}
     for op in available_impls():
-        with recording() as recorded:
+        with recording(architecture) as recorded:
             cases.load(op).launches()
         for launch in recorded:
             by_configuration.setdefault(json.dumps(describe(launch, 0)), launch)
@@ -141,6 +136,11 @@ def source_of(launch: Launch) -> ASTSource:
     names = list(signature)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return ASTSource(launch.kernel, signature, {(names.index(n),): v for n, v in constexprs.items()}, attributes)
+
+
+def options_of(launch: Launch) -> dict[str, Any]:
+    """The options of a launch for Triton's compiler."""
+    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
 
 
 def integers(launch: Launch) -> list[str]:
@@ -167,7 +167,7 @@ def with_ones() -> Iterator[tuple[Launch, list[str]]]:
 def refusal(launch: Launch, architecture: int = 90) -> str:
     """Why Triton's front end refuses a launch, or ""; takes a hundredth of a compilation."""
     backend = CUDABackend(GPUTarget("cuda", architecture, 32))
-    options = backend.parse_options({"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    options = backend.parse_options(options_of(launch))
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
@@ -192,7 +192,7 @@ def compiled(launch: Launch, architecture: int) -> dict[str, Any]:
     """The resources that the machine code of one configuration uses."""
     source = source_of(launch)
     target = GPUTarget("cuda", architecture, 32)
-    options = CUDABackend(target).parse_options({"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    options = CUDABackend(target).parse_options(options_of(launch))
     result = triton.compile(source, target=target, options=options.__dict__)
     usage = cuobjdump("--dump-resource-usage", result.asm["cubin"])
     registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
@@ -217,21 +217,21 @@ def cuobjdump(option: str, cubin: bytes) -> str:
 
 def _row(index_and_architecture: tuple[int, int]) -> dict[str, Any]:
     index, architecture = index_and_architecture
-    launch = launches()[index]  # kernels cannot be pickled: each process records its own
+    launch = launches(architecture)[index]  # kernels cannot be pickled: each process records its own
     return describe(launch, architecture) | {"sources": sources(launch.kernel)} | compiled(launch, architecture)
 
 
 def key(row: dict[str, Any]) -> str:
-    names = ("kernel", "arch", "arguments", "constexprs", "warps", "stages", "sources")
-    return json.dumps([row[name] for name in names])
+    names = ("kernel", "arch", "arguments", "constexprs", "warps", "stages", "maxnreg", "sources")
+    return json.dumps([row.get(name) for name in names])
 
 
 def required() -> dict[str, tuple[int, int]]:
     """The key of every row that the table must have, with the index of its launch and its architecture."""
     return {
         key(describe(launch, architecture) | {"sources": sources(launch.kernel)}): (index, architecture)
-        for index, launch in enumerate(launches())
         for architecture in ARCHITECTURES
+        for index, launch in enumerate(launches(architecture))
     }
 
 

@@ -6,6 +6,7 @@ with its arguments. So the report compiles exactly the configurations that the l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,24 +25,65 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 _recorded: list[Launch] | None = None
+# The architecture that launchers choose for while recording and on the CPU, in Triton's interpreter.
+_assumed = 90
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Within the block launches are appended to the list instead of being run."""
+def recording(architecture: int = 90) -> Iterator[list[Launch]]:
+    """Within the block launches are appended to the list instead of being run.
+
+    Args:
+        architecture: the compute capability that the launchers choose for, such as 90.
+    """
     global _recorded
     _recorded = []
     try:
-        yield _recorded
+        with assumed_architecture(architecture):
+            yield _recorded
     finally:
         _recorded = None
 
 
+@contextmanager
+def assumed_architecture(architecture: int) -> Iterator[None]:
+    """Within the block `family` answers for this compute capability where the device is not a GPU."""
+    global _assumed
+    before, _assumed = _assumed, architecture
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def family(device: torch.device) -> int:
+    """The matrix instructions of `device`, by the compute capability that introduced them.
+
+    Returns:
+        90: wgmma (Hopper); 100: tcgen05, with accumulators in a memory of their own (10.x and 11.x); 80: mma.sync, of
+        every other GPU: Ampere, Ada and the Blackwells of 12.x.
+    """
+    major = _major(device.index) if device.type == "cuda" else _assumed // 10
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
+
+
+@functools.cache
+def _major(index: int | None) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    maxnreg: int | None = None,
+    **constexprs: Any,
 ) -> None:
     """Run `kernel` over `grid` on the device of its first tensor argument; an empty grid runs nothing.
 
@@ -50,20 +92,22 @@ def launch(
         grid: one to three sizes; only the first may exceed 2^16.
         arguments: the kernel's arguments that are not constexpr, in order.
         num_warps, num_stages: warps of a program, stages of its software pipelining.
+        maxnreg: the most registers that a thread may take, so that more programs fit an SM; None for the compiler's.
         constexprs: by name.
     """
     if 0 in grid:
         return
     if _recorded is not None:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constexprs
-        _recorded.append(Launch(kernel, grid, named, num_warps, num_stages))
+        _recorded.append(Launch(kernel, grid, named, num_warps, num_stages, maxnreg))
         return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constexprs)
+            kernel[grid](*arguments, **options, **constexprs)
     else:
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        kernel[grid](*arguments, **options, **constexprs)
 
 
 def ceil_div(a: int, b: int) -> int:

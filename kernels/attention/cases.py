@@ -233,7 +233,7 @@ def gpu_benchmark(
     return Benchmark(
         call,
         (qkv,),  # no bias, as the peers
-        peers(batch, dropout_p, compiled),
+        peers(batch, dropout_p, compiled, which != "forward"),
         8 * torch.finfo(dtype).eps,  # P and dS are rounded to dtype once each, the result once
         dtype,
         which,

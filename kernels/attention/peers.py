@@ -1,8 +1,12 @@
-"""What attention is compared with on a GPU: PyTorch's own kernels, each in the layout that suits it best.
+"""What attention is compared with on a GPU: PyTorch's kernels, and those of other packages where they are installed,
+each in the layout that suits it best.
 
 The padded peers get Q, K and V as separate projections produce them, (B, S, N, D) viewed as (B, N, S, D), and a key
 mask where lengths differ. The peers of variable length get them packed, (T, N, D). A backend without support
-for masks or dropout raises, and the benchmark lists it as refused.
+for masks or dropout raises, as the import of a package that isn't there does, and the benchmark lists it as refused.
+
+Ours are bitwise deterministic. Peers whose backward pass is not, by default, are there a second time with it (their
+name ends in "deterministic"): the difference is what determinism costs them.
 """
 
 from __future__ import annotations
@@ -102,8 +106,97 @@ def _flash_varlen(ends: Tensor, seqlen: int, dropout_p: float, *qkv: Tensor) -> 
     return out
 
 
-def peers(batch: Batch, dropout_p: float, compiled: bool) -> dict[str, Peer]:
-    """Every peer; with `compiled` also eager attention through torch.compile."""
+def _cudnn_ragged(ends: Tensor, seqlen: int, dropout_p: float, *qkv: Tensor) -> Tensor:
+    """cuDNN's kernel on nested tensors: no padding in memory."""
+    offsets = ends.to(torch.int64)
+    nested = [
+        torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=1, max_seqlen=seqlen).transpose(1, 2) for x in qkv
+    ]
+    out: Tensor = _sdpa(SDPBackend.CUDNN_ATTENTION, None, dropout_p, *nested).transpose(1, 2).values()
+    return out
+
+
+def _flash_attn_4(ends: Tensor, seqlen: int, dropout_p: float, *qkv: Tensor, deterministic: bool = False) -> Tensor:
+    if dropout_p:
+        raise NotImplementedError("flash-attn 4 has no dropout")
+    from flash_attn.cute import flash_attn_varlen_func
+
+    options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen}
+    return first(flash_attn_varlen_func(*qkv, **options, deterministic=deterministic))
+
+
+def _flash_attn_3(ends: Tensor, seqlen: int, dropout_p: float, *qkv: Tensor, deterministic: bool = False) -> Tensor:
+    if dropout_p:
+        raise NotImplementedError("flash-attn 3 has no dropout")
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return first(flash_attn_varlen_func(*qkv, ends, ends, seqlen, seqlen, deterministic=deterministic))
+
+
+def _flash_attn_2(ends: Tensor, seqlen: int, dropout_p: float, *qkv: Tensor, deterministic: bool = False) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(*qkv, ends, ends, seqlen, seqlen, dropout_p=dropout_p, deterministic=deterministic)
+    return first(out)
+
+
+def _xformers(lengths: list[int], dropout_p: float, *qkv: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    mask = BlockDiagonalMask.from_seqlens(lengths, device=qkv[0].device)
+    out: Tensor = memory_efficient_attention(*(x.unsqueeze(0) for x in qkv), attn_bias=mask, p=dropout_p)[0]
+    return out
+
+
+class _DeterministicBackward(torch.autograd.Function):
+    """run(*inputs), whose backward pass is computed under torch.use_deterministic_algorithms."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        with torch.enable_grad():
+            ctx.leaves = [x.detach().requires_grad_() for x in inputs]
+            ctx.out = run(*ctx.leaves)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            return None, *torch.autograd.grad(ctx.out, ctx.leaves, dout, retain_graph=True)
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+def _deterministic(run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    out: Tensor = _DeterministicBackward.apply(run, *inputs)
+    return out
+
+
+def _packed(batch: Batch, dropout_p: float, backward: bool) -> dict[str, Callable[..., Tensor]]:
+    """The peers of variable length, of queries, keys and values (T, N, D)."""
+    settings = batch.cu_seqlens, batch.seqlen, dropout_p
+    flash_varlen = partial(_flash_varlen, *settings)
+    result: dict[str, Callable[..., Tensor]] = {
+        "varlen_attn": partial(_varlen_attn, *settings),
+        "flash varlen op": flash_varlen,
+        "cuDNN ragged": partial(_cudnn_ragged, *settings),
+        "xformers": partial(_xformers, batch.lengths, dropout_p),
+    }
+    if backward:
+        result["flash varlen op, deterministic"] = partial(_deterministic, flash_varlen)
+    packages = {"flash-attn 4": _flash_attn_4, "flash-attn 3": _flash_attn_3, "flash-attn 2": _flash_attn_2}
+    for name, run in packages.items():
+        result[name] = partial(run, *settings)
+        if backward:
+            result[f"{name}, deterministic"] = partial(run, *settings, deterministic=True)
+    return result
+
+
+def peers(batch: Batch, dropout_p: float, compiled: bool, backward: bool) -> dict[str, Peer]:
+    """Every peer; with `compiled` also eager attention through torch.compile, and for a `backward` pass those that are
+    deterministic on request."""
     keep, comparable = batch.keep, not dropout_p
     mask = None if len(set(batch.lengths)) == 1 else keep[:, None, None, :]
     functions: dict[str, Callable[..., Tensor]] = {
@@ -121,9 +214,9 @@ def peers(batch: Batch, dropout_p: float, compiled: bool) -> dict[str, Peer]:
 
     result = {name: Peer(run, inputs, dout, unpadded, comparable) for name, run in functions.items()}
     packed = [x.contiguous() for x in batch.qkv.unbind(1)]
-    for name, run in (("varlen_attn", _varlen_attn), ("flash varlen op", _flash_varlen)):
+    for name, run in _packed(batch, dropout_p, backward).items():
         result[name] = Peer(
-            partial(run, batch.cu_seqlens, batch.seqlen, dropout_p),
+            run,
             packed,
             batch.dout,
             lambda out: out if isinstance(out, Tensor) else torch.stack(out, dim=1),

@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bert_fast.kernels import attention
+from bert_fast.kernels._common import triton_launch
+from bert_fast.kernels._common.library import simulated
 from bert_fast.kernels._common.philox import dropout_multiplier, dropout_threshold
+from bert_fast.kernels._common.triton_launch import assumed_architecture
 from bert_fast.kernels.attention.reference import attention_reference
 from bert_fast.testing import assert_three_way, operators, outputs_and_gradients, targets, three_way
 
@@ -124,6 +127,74 @@ def test_matches_reference_at_512(
     impl: str, device: str, dtype: torch.dtype, lengths: list[int], heads: int, dim: int, poisoned_empty: None
 ) -> None:
     compare(impl, device, lengths, heads, dim, dtype, 0.1)
+
+
+@pytest.mark.parametrize("family", [80, 100])
+@pytest.mark.parametrize(
+    ("impl", "device", "dtype", "lengths", "dim"),
+    [
+        target
+        for target in targets(
+            "attention", interpreted=[([150, 3], 64), ([150, 3], 128), ([66, 3], 32)], dtypes=[torch.bfloat16]
+        )
+        if simulated(target[0]) and target[0] == "triton"
+    ],
+    ids=str,
+)
+def test_tiles_of_other_architectures_match_the_reference(
+    impl: str, device: str, dtype: torch.dtype, lengths: list[int], dim: int, family: int, poisoned_empty: None
+) -> None:
+    with assumed_architecture(family):
+        compare(impl, device, lengths, 1, dim, dtype, 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("impl", "device"), [target for target in OURS if target[0] == "triton"])
+@pytest.mark.parametrize("lengths", [[40], [150]], ids=["one block of keys", "several"])
+def test_equal_keys_share_the_weight_of_large_scores(
+    impl: str, device: str, lengths: list[int], dtype: torch.dtype
+) -> None:
+    """Scores of 1e12: where a GPU fuses s * scale - m * scale, its rounding error is beyond the bounds of exp."""
+    total = lengths[0]
+    qkv = torch.zeros(total, 3, 1, 16, dtype=dtype, device=device)
+    qkv[:, :2, :, 0] = 1e6
+    qkv[1::2, 1, :, 0] = 1.0  # every other key scores lower by far
+    qkv[:, 2] = torch.randn(total, 1, 16, device=device).to(dtype)
+    out = attention(qkv, cumulative(lengths, device), total, softmax_scale=1.1, impl=impl)
+    expected = qkv[::2, 2].double().mean(dim=0).expand(total, 1, 16)
+    # 75 weights and values of up to 4: a rounding of each weight and one of the result.
+    assert torch.allclose(out.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_two_programs_fit_an_sm_on_hopper() -> None:
+    """The forward kernel of BERT's D without dropout, by its limit of registers; padded D would spill."""
+    tiles = pytest.importorskip("bert_fast.kernels.attention.triton.tiles")
+    limits = {
+        (family, size, dim, dropout): tiles.long_launch(family, size, dim, 64, dropout).fwd.maxnreg
+        for family in (80, 90, 100)
+        for size in (2, 4)
+        for dim in (40, 64)
+        for dropout in (False, True)
+    }
+    assert limits.pop((90, 2, 64, False)) == 128
+    assert set(limits.values()) <= {None, 255}
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 5), 80), ((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 80)],
+    ids=str,
+)
+def test_a_device_belongs_to_the_family_of_its_matrix_instructions(
+    capability: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    triton_launch._major.cache_clear()
+    assert triton_launch.family(torch.device("cuda", 0)) == expected
+    triton_launch._major.cache_clear()
+    with triton_launch.assumed_architecture(capability[0] * 10 + capability[1]):
+        assert triton_launch.family(torch.device("cpu")) == expected
+    assert triton_launch.family(torch.device("cpu")) == 90
 
 
 # Several blocks of 64 rows and several steps over the other side in each D that the kernels are compiled for, whole and

@@ -142,7 +142,7 @@ def _fwd_step(
     if MASKED:
         scores = tl.where((columns < length - j)[None, :], scores, float("-inf"))
     new_m = tl.maximum(m, tl.max(scores, axis=1))
-    probs = tl.exp2(scores * scale2 - (new_m * scale2)[:, None])
+    probs = tl.exp2((scores - new_m[:, None]) * scale2)  # not s * scale2 - m * scale2, whose rounding error grows
     decay = tl.exp2((m - new_m) * scale2)
     total = total * decay + tl.sum(probs, axis=1)
     if rng_state is not None:

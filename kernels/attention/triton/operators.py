@@ -1,4 +1,4 @@
-"""attention in Triton: the launchers, with their choice of kernel and tiles.
+"""attention in Triton: the launchers, with their choice of kernel; tiles.py has the tiles.
 
 For sequences of up to 128 tokens the kernels of short.py take all keys at once, one kernel forward and one backward;
 for longer ones, and in float32, those of long.py iterate over blocks of keys: one kernel forward, two backward.
@@ -6,93 +6,20 @@ for longer ones, and in float32, those of long.py iterate over blocks of keys: o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.philox import dropout_threshold
-from bert_fast.kernels._common.triton_launch import ceil_div, launch, next_power_of_2
+from bert_fast.kernels._common.triton_launch import ceil_div, family, launch, next_power_of_2
 from bert_fast.kernels.attention.triton import long as triton_long
 from bert_fast.kernels.attention.triton import short as triton_short
+from bert_fast.kernels.attention.triton.tiles import long_launch, short_launch
 
 LARGEST_D = 256
 # Offsets within a tile are 32-bit: 128 rows of a stride below 2^24.
 LARGEST_STRIDE = 1 << 24
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """A kernel's tile of scores, queries by keys, its warps and its software pipelining stages."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class LongLaunch:
-    """The three kernels of the long regime."""
-
-    fwd: Tiles
-    dq: Tiles
-    dkv: Tiles
-
-
-# By (bytes of an element, padded D). Not measured on a GPU yet: chosen for Hopper, where 16-bit dtypes compile without
-# spills (float32's dq kernel spills 8 bytes at D 64, 136 at 256); 64 rows on 4 warps are the least that wgmma takes.
-LONG = {
-    (2, 16): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
-    (2, 32): LongLaunch(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
-    (2, 64): LongLaunch(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
-    (2, 128): LongLaunch(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
-    (2, 256): LongLaunch(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    (4, 16): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 16, 8, 1), Tiles(32, 32, 8, 1)),
-    (4, 32): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 16, 8, 1), Tiles(32, 32, 8, 1)),
-    (4, 64): LongLaunch(Tiles(32, 32, 4, 1), Tiles(32, 16, 8, 1), Tiles(32, 32, 8, 1)),
-    (4, 128): LongLaunch(Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(32, 32, 8, 1)),
-    (4, 256): LongLaunch(Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-}
-
-
-@dataclass(frozen=True)
-class ShortLaunch:
-    """A launch of the short regime.
-
-    largest_d: the largest padded D; block_s: rows of a tile for each sequence; tile: rows of the forward kernel's tile;
-    chunk: queries that the backward kernel of one sequence takes at a time, or 0 for the kernel of several sequences,
-    which uses `tile`.
-    """
-
-    largest_d: int
-    block_s: int
-    tile: int
-    fwd_warps: int
-    bwd_warps: int
-    chunk: int
-
-
-# Ordered by the longest sequence and the largest D. Not measured on a GPU yet: tiles of 64 rows are the least that
-# wgmma takes, so shorter sequences share one; 128 rows need twice the warps for the same registers per thread.
-SHORT = (
-    ShortLaunch(64, 16, 64, 4, 4, 0),
-    ShortLaunch(64, 32, 64, 4, 4, 32),
-    ShortLaunch(64, 64, 64, 4, 4, 32),
-    ShortLaunch(128, 64, 64, 4, 8, 32),
-    ShortLaunch(64, 128, 128, 8, 8, 32),
-)
-
-
-def short_launch(qkv: Tensor, block_d: int, max_seqlen: int) -> ShortLaunch | None:
-    """The first launch of SHORT that takes `max_seqlen` and D; None for the long regime.
-
-    float32 always takes the long regime: without tensor cores of its precision large tiles gain nothing.
-    """
-    if qkv.element_size() == 4:
-        return None
-    return next((s for s in SHORT if max_seqlen <= s.block_s and block_d <= s.largest_d), None)
 
 
 class _Call:
@@ -125,8 +52,9 @@ class _Call:
         self.multiplier = 256 / (256 - self.threshold)
         self.rng_state = None if rng_state is None or not self.threshold else rng_state.contiguous()
         self.block_d = max(16, next_power_of_2(self.D))
-        self.short = short_launch(qkv, self.block_d, self.max_seqlen)
-        self.long = LONG[qkv.element_size(), self.block_d]
+        kind = (family(qkv.device), qkv.element_size())
+        self.short = short_launch(*kind, self.block_d, self.max_seqlen)
+        self.long = long_launch(*kind, self.D, self.block_d, self.rng_state is not None)
 
     @property
     def empty(self) -> bool:
@@ -162,7 +90,7 @@ def attention_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     launch(
         triton_long.fwd_kernel, (blocks * c.N * c.B,), *tensors, *c.sizes(blocks), *scaling,
         D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.maxnreg,
     )  # fmt: skip
     return out, lse
 
@@ -212,7 +140,7 @@ def _long_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) ->
         dout, c.qkv, c.bias, out, lse, c.cu_seqlens, c.rng_state, dqkv, dq_partial, statistics, biased_q,
         *c.sizes(blocks), *scaling,
         D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.maxnreg,
     )  # fmt: skip
 
     tiles = c.long.dkv
@@ -223,7 +151,7 @@ def _long_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) ->
         dout, query, c.qkv, c.cu_seqlens, c.rng_state, dqkv, dkv_partial, statistics,
         *c.sizes(blocks), *query_strides, *scaling,
         D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.maxnreg,
     )  # fmt: skip
     if dq_partial is None or dkv_partial is None:
         return dqkv.new_zeros(dqkv.shape[1:], dtype=torch.float32)
