@@ -33,6 +33,7 @@ COMMANDS = {
     "explain": "attribute a prediction to the words of its text, as an HTML page",
     "fill-mask": "predict the tokens at the [MASK] positions of a text",
     "embed": "convert texts to vectors",
+    "serve": "serve models over HTTP: embeddings, reranking, classification",
     "info": "show versions, device, CPU features and available implementations",
     "verify": "compare every implementation that runs on this machine with float64",
 }
@@ -50,6 +51,7 @@ EXTRAS = {
     "rjieba": "chinese",
     "ray": "ray",
     "triton": "triton",
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
 }
 
 
