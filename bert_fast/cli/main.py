@@ -34,6 +34,7 @@ COMMANDS = {
     "fill-mask": "predict the tokens at the [MASK] positions of a text",
     "embed": "convert texts to vectors",
     "rerank": "order texts by their scores for a query",
+    "serve": "serve models over HTTP: embeddings, reranking, classification",
     "info": "show versions, device, CPU features and available implementations",
     "verify": "compare every implementation that runs on this machine with float64",
 }
@@ -51,6 +52,7 @@ EXTRAS = {
     "rjieba": "chinese",
     "ray": "ray",
     "triton": "triton",
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
 }
 STANDARD = ("info", "verify")  # they need nothing but torch: what is missing elsewhere is seen with them
 

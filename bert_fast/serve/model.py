@@ -1,0 +1,303 @@
+"""A model folder as the routes use it: what it computes, how its texts become tokens, and its batches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bert_fast._device import autocast
+from bert_fast._io import read_json
+from bert_fast.models.config import longest_input
+from bert_fast.models.embedding import pack
+from bert_fast.models.pooling import pool
+from bert_fast.models.sentence import SentenceModules
+from bert_fast.models.texts import Truncation, lowercased
+from bert_fast.serve.errors import InvalidInputError, UnknownModelError
+
+Compute = Callable[[Sequence["Tokens"]], list[Any]]
+# What a model does, by the class that its config.json names; "embedding" for every other.
+KINDS = {
+    "ForSequenceClassification": "classifier",  # "reranker" with one label
+    "ForTokenClassification": "token-classifier",
+    "ForMaskedLM": "masked-lm",
+    "ForPreTraining": "masked-lm",
+}
+_CLASSES = {
+    "embedding": "BertModel",
+    "classifier": "BertForSequenceClassification",
+    "reranker": "BertForSequenceClassification",
+    "token-classifier": "BertForTokenClassification",
+    "masked-lm": "BertForMaskedLM",
+}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a text or a pair.
+
+    Attributes:
+        ids, types: token ids and token types.
+        characters: the length of the text.
+    """
+
+    ids: list[int]
+    types: list[int] | None = None
+    characters: int = 0
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A loaded model.
+
+    Attributes:
+        name: in requests and answers.
+        kind: embedding, classifier, reranker, token-classifier or masked-lm.
+        model, tokenizer: in eval mode; the tokenizer is copied for each thread.
+        modules: of an embedding model.
+        precision: fp32, bf16 or int8.
+        auto_truncate: whether longer texts are cut where a request doesn't say.
+    """
+
+    name: str
+    kind: str
+    model: Any
+    tokenizer: Any
+    modules: SentenceModules
+    precision: str = "fp32"
+    auto_truncate: bool = True
+    _local: threading.local = field(default_factory=threading.local)
+    _vectors_of: dict[int, Compute] = field(default_factory=dict)
+
+    @property
+    def max_length(self) -> int:
+        """The maximum number of tokens of a text, special tokens included."""
+        return self.modules.max_seqlen or longest_input(self.model.config)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of a classifier, by class."""
+        config = self.model.config
+        return [str(config.id2label[index]) for index in range(config.num_labels)]
+
+    @property
+    def dtype(self) -> str:
+        """The name of what the matrix products are computed in, as TEI's /info says it."""
+        return {"fp32": "float32", "bf16": "bfloat16"}.get(self.precision, self.precision)
+
+    @property
+    def width(self) -> int:
+        """The number of components of a vector of an embedding model."""
+        with torch.no_grad():
+            tokens = torch.zeros(1, self.model.config.hidden_size)
+            for step in self.modules.token_steps:
+                tokens = step(tokens)
+            return int(self.modules.apply(tokens.repeat(1, len(self.modules.pooling))).shape[1])
+
+    def need(self, *kinds: str) -> None:
+        """UnknownModelError unless the model is of one of these kinds."""
+        if self.kind not in kinds:
+            raise UnknownModelError(
+                f"the model {self.name} is of kind {self.kind}; this route needs {' or '.join(kinds)}"
+            )
+
+    # Tokenization, in threads
+
+    def thread_tokenizer(self) -> Any:
+        """A copy of the tokenizer that belongs to this thread: truncation is a state of a tokenizer."""
+        copy = getattr(self._local, "tokenizer", None)
+        if copy is None:
+            copy = self._local.tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
+            copy.no_padding()
+            copy.no_truncation()
+        return copy
+
+    def tokenize(
+        self, texts: Sequence[str | list[int]], *, prompt: str = "", truncate: bool | None = None, side: str = "right"
+    ) -> list[Tokens]:
+        """The tokens of texts, or of ids as /tokenize returns them, with or without the special tokens around them.
+
+        Args:
+            truncate: cut what is longer than `max_length`; None for `auto_truncate`.
+            side: the side that is cut, right or left.
+
+        Raises:
+            InvalidInputError: a text is too long and not cut, or an id is none of the model's.
+        """
+        tokenizer = self.thread_tokenizer()
+        strings = [prompt + text for text in texts if isinstance(text, str)]
+        encodings = iter(tokenizer.encode_batch_fast(strings))
+        rows = [next(encodings).ids if isinstance(text, str) else self._wrap(tokenizer, text) for text in texts]
+        keep = "tail" if side == "left" else self.modules.keep
+        cut = Truncation.of(tokenizer, self.max_length, keep)
+        tokens = [Tokens(cut(ids), None, len(text)) for ids, text in zip(rows, texts, strict=True)]
+        for index, ids in enumerate(rows):
+            self._check_length(index, len(ids), truncate)
+            if not ids:
+                raise InvalidInputError(f"the text {index} has no tokens")
+        return tokens
+
+    def tokenize_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, truncate: bool | None = None, side: str = "right"
+    ) -> list[Tokens]:
+        """The tokens of pairs of texts; the longer text of a pair is cut first."""
+        tokenizer = self.thread_tokenizer()
+        if not (self.auto_truncate if truncate is None else truncate):
+            for index, encoding in enumerate(tokenizer.encode_batch_fast(list(pairs))):
+                self._check_length(index, len(encoding.ids), truncate)
+        tokenizer.enable_truncation(self.max_length, strategy="longest_first", direction=side)
+        try:
+            encodings = tokenizer.encode_batch(list(pairs))
+        finally:
+            tokenizer.no_truncation()
+        return [
+            Tokens(encoding.ids, encoding.type_ids, len(first) + len(second))
+            for encoding, (first, second) in zip(encodings, pairs, strict=True)
+        ]
+
+    def prompt_length(self, prompt: str) -> int:
+        """The number of tokens at the start of a text that are not pooled: those of the prompt, or 0."""
+        if not prompt or self.modules.include_prompt:
+            return 0
+        tokenizer = self.thread_tokenizer()
+        return Truncation.of(tokenizer, self.max_length, self.modules.keep).prompt_length(tokenizer, prompt)
+
+    def _check_length(self, index: int, length: int, truncate: bool | None) -> None:
+        if length > self.max_length and not (self.auto_truncate if truncate is None else truncate):
+            raise InvalidInputError(
+                f"the text {index} has {length} tokens; expected at most {self.max_length} (truncate: true cuts it)"
+            )
+
+    def _wrap(self, tokenizer: Any, ids: list[int]) -> list[int]:
+        rows = self.model.config.vocab_size
+        for value in ids:
+            if not 0 <= value < rows:
+                raise InvalidInputError(f"the token id {value} is none of the model's; expected 0 to {rows - 1}")
+        empty = tokenizer.encode("").ids
+        trailing = len(empty) // 2 if len(empty) > 1 else 0
+        leading = len(empty) - trailing
+        head, tail = empty[:leading], empty[leading:]
+        if ids[: len(head)] == head and (not tail or ids[-len(tail) :] == tail) and len(ids) >= len(empty):
+            return ids
+        return head + ids + tail
+
+    # Computation, in the thread of the queue
+
+    def vectors_of(self, prompt_length: int = 0) -> Compute:
+        """The computation of pooled vectors, of the tokens after the first `prompt_length`; cached: a batch has one."""
+        if prompt_length not in self._vectors_of:
+            self._vectors_of[prompt_length] = partial(_vectors, self, prompt_length)
+        return self._vectors_of[prompt_length]
+
+    @torch.inference_mode()
+    def token_vectors(self, batch: Sequence[Tokens]) -> list[np.ndarray[Any, Any]]:
+        """The last hidden state of each token: (n, E) float32 for each text."""
+        hidden = self._forward(batch).last_hidden_state.float().cpu()
+        return [part.numpy() for part in hidden.split([len(tokens.ids) for tokens in batch])]
+
+    @torch.inference_mode()
+    def logits(self, batch: Sequence[Tokens]) -> list[np.ndarray[Any, Any]]:
+        """The logits of each text, (labels,) float32."""
+        return list(self._forward(batch).logits.float().cpu().numpy())
+
+    @torch.inference_mode()
+    def token_logits(self, batch: Sequence[Tokens]) -> list[np.ndarray[Any, Any]]:
+        """The logits of each token, (n, labels) float32 for each text."""
+        logits = self._forward(batch).logits.float().cpu()
+        return [part.numpy() for part in logits.split([len(tokens.ids) for tokens in batch])]
+
+    @torch.inference_mode()
+    def sparse(self, batch: Sequence[Tokens]) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """SPLADE's weights max_i log(1 + relu(logits_i)): the ids above 0 and their weights, for each text."""
+        logits = self._forward(batch).logits
+        found = []
+        for part in logits.split([len(tokens.ids) for tokens in batch]):
+            weights = part.amax(0).float().relu().log1p()
+            indices = weights.nonzero().squeeze(1)
+            found.append((indices.cpu().numpy(), weights[indices].cpu().numpy()))
+        return found
+
+    def _forward(self, batch: Sequence[Tokens]) -> Any:
+        inputs = pack([tokens.ids for tokens in batch], next(self.model.parameters()).device)
+        if getattr(self.model.config, "type_vocab_size", 0) < 2:
+            del inputs["token_type_ids"]
+        elif any(tokens.types is not None for tokens in batch):
+            types = [kind for tokens in batch for kind in (tokens.types or [0] * len(tokens.ids))]
+            inputs["token_type_ids"] = torch.tensor(types, dtype=torch.int64).to(inputs["input_ids"].device)
+        with autocast(inputs["input_ids"].device, "bf16" if self.precision == "bf16" else "fp32"):
+            return self.model(**inputs, return_dict=True)
+
+
+@torch.inference_mode()
+def _vectors(served: ServedModel, prompt_length: int, batch: Sequence[Tokens]) -> list[np.ndarray[Any, Any]]:
+    out = served._forward(batch)
+    modules = served.modules
+    lengths = torch.tensor([len(tokens.ids) for tokens in batch])
+    cu_seqlens = torch.zeros(len(batch) + 1, dtype=torch.int64)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    hidden: Tensor = out.last_hidden_state.float().cpu()
+    for step in modules.token_steps:
+        hidden = step(hidden)
+    pooler = None if out.pooler_output is None else out.pooler_output.float().cpu()
+    pooled = pool(hidden, cu_seqlens, modules.pooling, pooler, prompt_length=prompt_length)
+    # One by one: a product of another number of rows may round otherwise, and an answer depends on its text alone.
+    return [modules.apply(vector.unsqueeze(0))[0].numpy() for vector in pooled]
+
+
+def load(folder: str, name: str | None = None, *, device: str, precision: str, auto_truncate: bool) -> ServedModel:
+    """Load a model folder or a hub repository for serving.
+
+    Args:
+        folder: the folder, or the repository's name.
+        name: in requests; None for the last part of `folder`.
+        device: auto, cpu, cuda ...
+        precision: fp32, bf16, int8, or auto: bf16 where the device has units for it, else fp32.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder can't be loaded, or its precision isn't supported.
+    """
+    from bert_fast.cli.models import load as load_model
+    from bert_fast.cli.models import model_folder
+
+    local = Path(model_folder(folder))
+    config = read_json(local / "config.json") if (local / "config.json").is_file() else {}
+    kind = _kind_of(config)
+    options = {"add_pooling_layer": False} if kind == "embedding" else {}
+    model, tokenizer = load_model(_CLASSES[kind], str(local), device, **options)
+    if kind == "classifier" and model.config.num_labels == 1:
+        kind = "reranker"
+    modules = model.modules_of_texts if kind == "embedding" else SentenceModules()
+    modules.check()
+    if modules.lowercase:
+        tokenizer = lowercased(tokenizer)
+    precision = _set_precision(model, precision)
+    return ServedModel(name or local.name, kind, model, tokenizer, modules, precision, auto_truncate)
+
+
+def _kind_of(config: dict[str, Any]) -> str:
+    names = config.get("architectures") or [""]
+    return next((kind for ending, kind in KINDS.items() if str(names[0]).endswith(ending)), "embedding")
+
+
+def _set_precision(model: nn.Module, precision: str) -> str:
+    from bert_fast.integrations.freeze import freeze
+    from bert_fast.integrations.quantize import quantize
+    from bert_fast.kernels._common.extensions import has_bf16_isa
+
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if precision == "auto":
+        precision = "bf16" if not on_cpu or has_bf16_isa() else "fp32"
+    if precision == "int8":
+        if not on_cpu:
+            raise ValueError("precision is int8 and the device is no CPU; expected fp32 or bf16")
+        quantize(model)
+    elif on_cpu:
+        freeze(model)
+    return precision
