@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bert_fast._device import autocast
 from bert_fast._io import read_json
 from bert_fast.models.config import longest_input
-from bert_fast.models.embedding import pack
-from bert_fast.models.pooling import pool
+from bert_fast.models.embedding import embed_ids, embedding_width, pack
 from bert_fast.models.sentence import SentenceModules
-from bert_fast.models.texts import Truncation, lowercased
+from bert_fast.models.sparse import sparse_ids
+from bert_fast.models.texts import Truncation
 from bert_fast.serve.errors import InvalidInputError, UnknownModelError
 
 Compute = Callable[[Sequence["Tokens"]], list[Any]]
@@ -46,11 +45,13 @@ class Tokens:
     Attributes:
         ids, types: token ids and token types.
         characters: the length of the text.
+        prompt_length: the number of tokens at the start that are not pooled.
     """
 
     ids: list[int]
     types: list[int] | None = None
     characters: int = 0
+    prompt_length: int = 0
 
 
 @dataclass(eq=False)
@@ -61,7 +62,7 @@ class ServedModel:
         name: in requests and answers.
         kind: embedding, classifier, reranker, token-classifier or masked-lm.
         model, tokenizer: in eval mode; the tokenizer is copied for each thread.
-        modules: of an embedding model.
+        modules: how texts become tokens, and tokens vectors, as the folder says.
         precision: fp32, bf16 or int8.
         auto_truncate: whether longer texts are cut where a request doesn't say.
     """
@@ -74,7 +75,6 @@ class ServedModel:
     precision: str = "fp32"
     auto_truncate: bool = True
     _local: threading.local = field(default_factory=threading.local)
-    _vectors_of: dict[int, Compute] = field(default_factory=dict)
 
     @property
     def max_length(self) -> int:
@@ -95,11 +95,7 @@ class ServedModel:
     @property
     def width(self) -> int:
         """The number of components of a vector of an embedding model."""
-        with torch.no_grad():
-            tokens = torch.zeros(1, self.model.config.hidden_size)
-            for step in self.modules.token_steps:
-                tokens = step(tokens)
-            return int(self.modules.apply(tokens.repeat(1, len(self.modules.pooling))).shape[1])
+        return embedding_width(self.model, self.modules)
 
     def need(self, *kinds: str) -> None:
         """UnknownModelError unless the model is of one of these kinds."""
@@ -137,11 +133,12 @@ class ServedModel:
         rows = [next(encodings).ids if isinstance(text, str) else self._wrap(tokenizer, text) for text in texts]
         keep = "tail" if side == "left" else self.modules.keep
         cut = Truncation.of(tokenizer, self.max_length, keep)
-        tokens = [Tokens(cut(ids), None, len(text)) for ids, text in zip(rows, texts, strict=True)]
+        left_out = 0 if self.modules.include_prompt or not prompt else cut.prompt_length(tokenizer, prompt)
+        tokens = [Tokens(cut(ids), None, len(text), left_out) for ids, text in zip(rows, texts, strict=True)]
         for index, ids in enumerate(rows):
             self._check_length(index, len(ids), truncate)
-            if not ids:
-                raise InvalidInputError(f"the text {index} has no tokens")
+            if len(ids) <= left_out:
+                raise InvalidInputError(f"the text {index} has no tokens beside those of the prompt")
         return tokens
 
     def tokenize_pairs(
@@ -161,13 +158,6 @@ class ServedModel:
             Tokens(encoding.ids, encoding.type_ids, len(first) + len(second))
             for encoding, (first, second) in zip(encodings, pairs, strict=True)
         ]
-
-    def prompt_length(self, prompt: str) -> int:
-        """The number of tokens at the start of a text that are not pooled: those of the prompt, or 0."""
-        if not prompt or self.modules.include_prompt:
-            return 0
-        tokenizer = self.thread_tokenizer()
-        return Truncation.of(tokenizer, self.max_length, self.modules.keep).prompt_length(tokenizer, prompt)
 
     def _check_length(self, index: int, length: int, truncate: bool | None) -> None:
         if length > self.max_length and not (self.auto_truncate if truncate is None else truncate):
@@ -190,11 +180,17 @@ class ServedModel:
 
     # Computation, in the thread of the queue
 
-    def vectors_of(self, prompt_length: int = 0) -> Compute:
-        """The computation of pooled vectors, of the tokens after the first `prompt_length`; cached: a batch has one."""
-        if prompt_length not in self._vectors_of:
-            self._vectors_of[prompt_length] = partial(_vectors, self, prompt_length)
-        return self._vectors_of[prompt_length]
+    def vectors(self, batch: Sequence[Tokens]) -> list[np.ndarray[Any, Any]]:
+        """The vector of each text, (D,) float32, after the folder's last module."""
+        modules = self.modules
+        vectors = self._in_precision(
+            embed_ids,
+            [tokens.ids for tokens in batch],
+            modules=modules,
+            prompt_length=[tokens.prompt_length for tokens in batch],
+            batch_tokens=sum(len(tokens.ids) for tokens in batch),
+        )
+        return list(vectors.numpy())
 
     @torch.inference_mode()
     def token_vectors(self, batch: Sequence[Tokens]) -> list[np.ndarray[Any, Any]]:
@@ -213,16 +209,16 @@ class ServedModel:
         logits = self._forward(batch).logits.float().cpu()
         return [part.numpy() for part in logits.split([len(tokens.ids) for tokens in batch])]
 
-    @torch.inference_mode()
     def sparse(self, batch: Sequence[Tokens]) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        """SPLADE's weights max_i log(1 + relu(logits_i)): the ids above 0 and their weights, for each text."""
-        logits = self._forward(batch).logits
-        found = []
-        for part in logits.split([len(tokens.ids) for tokens in batch]):
-            weights = part.amax(0).float().relu().log1p()
-            indices = weights.nonzero().squeeze(1)
-            found.append((indices.cpu().numpy(), weights[indices].cpu().numpy()))
-        return found
+        """SPLADE's sparse vectors: the ids of the components above 0 and their values, for each text."""
+        ids, size = [tokens.ids for tokens in batch], sum(len(tokens.ids) for tokens in batch)
+        rows = self._in_precision(sparse_ids, ids, modules=self.modules, batch_tokens=size)
+        return [(row.indices()[0].numpy(), row.values().numpy()) for row in (one.coalesce() for one in rows)]
+
+    def _in_precision(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        device = next(self.model.parameters()).device
+        with autocast(device, "bf16" if self.precision == "bf16" else "fp32"):
+            return function(self.model, *arguments, **options)
 
     def _forward(self, batch: Sequence[Tokens]) -> Any:
         inputs = pack([tokens.ids for tokens in batch], next(self.model.parameters()).device)
@@ -231,24 +227,7 @@ class ServedModel:
         elif any(tokens.types is not None for tokens in batch):
             types = [kind for tokens in batch for kind in (tokens.types or [0] * len(tokens.ids))]
             inputs["token_type_ids"] = torch.tensor(types, dtype=torch.int64).to(inputs["input_ids"].device)
-        with autocast(inputs["input_ids"].device, "bf16" if self.precision == "bf16" else "fp32"):
-            return self.model(**inputs, return_dict=True)
-
-
-@torch.inference_mode()
-def _vectors(served: ServedModel, prompt_length: int, batch: Sequence[Tokens]) -> list[np.ndarray[Any, Any]]:
-    out = served._forward(batch)
-    modules = served.modules
-    lengths = torch.tensor([len(tokens.ids) for tokens in batch])
-    cu_seqlens = torch.zeros(len(batch) + 1, dtype=torch.int64)
-    cu_seqlens[1:] = lengths.cumsum(0)
-    hidden: Tensor = out.last_hidden_state.float().cpu()
-    for step in modules.token_steps:
-        hidden = step(hidden)
-    pooler = None if out.pooler_output is None else out.pooler_output.float().cpu()
-    pooled = pool(hidden, cu_seqlens, modules.pooling, pooler, prompt_length=prompt_length)
-    # One by one: a product of another number of rows may round otherwise, and an answer depends on its text alone.
-    return [modules.apply(vector.unsqueeze(0))[0].numpy() for vector in pooled]
+        return self._in_precision(lambda model: model(**inputs, return_dict=True))
 
 
 def load(folder: str, name: str | None = None, *, device: str, precision: str, auto_truncate: bool) -> ServedModel:
@@ -270,13 +249,14 @@ def load(folder: str, name: str | None = None, *, device: str, precision: str, a
     config = read_json(local / "config.json") if (local / "config.json").is_file() else {}
     kind = _kind_of(config)
     options = {"add_pooling_layer": False} if kind == "embedding" else {}
-    model, tokenizer = load_model(_CLASSES[kind], str(local), device, **options)
+    model, _ = load_model(_CLASSES[kind], str(local), device, **options)
     if kind == "classifier" and model.config.num_labels == 1:
         kind = "reranker"
-    modules = model.modules_of_texts if kind == "embedding" else SentenceModules()
+    modules = model.modules_of_texts
     modules.check()
-    if modules.lowercase:
-        tokenizer = lowercased(tokenizer)
+    if kind == "masked-lm" and model.sentence_modules is None:
+        modules = replace(modules, pooling=("max",))  # SPLADE's, where the folder says nothing
+    tokenizer = model.source_tokenizer()
     precision = _set_precision(model, precision)
     return ServedModel(name or local.name, kind, model, tokenizer, modules, precision, auto_truncate)
 

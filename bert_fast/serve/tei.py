@@ -50,10 +50,8 @@ async def embed(
         return model.tokenize(texts, prompt=prompt, truncate=truncate, side=side.lower())
 
     tokens = await server.tokenize(request, tokenize, texts)
-    prompt_length = await server.in_thread(lambda: model.prompt_length(prompt))
-    compute = model.vectors_of(prompt_length)
-    vectors = finite(await server.compute(request, compute, tokens), "vector")
-    vectors = [vector[: dimensions or model.modules.truncate_dim] for vector in vectors]
+    vectors = finite(await server.compute(request, model.vectors, tokens), "vector")
+    vectors = [vector[:dimensions] for vector in vectors]
     return [normalized(vector) for vector in vectors] if normalize else vectors
 
 
@@ -139,6 +137,7 @@ async def rank(
 ) -> list[tuple[int, float]]:
     """(index, score) of texts for a query, the highest score first."""
     server.check_count(len(texts))
+    query = model.modules.prompt_of(None, None) + query
     pairs = [(query, text) for text in texts]
 
     def tokenize() -> list[Tokens]:
