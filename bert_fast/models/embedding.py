@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bert_fast._ahead import map_ahead
 from bert_fast._progress import ProgressBar
 from bert_fast.models.config import BertConfig, longest_input
 from bert_fast.models.loading import check_flags
@@ -104,9 +107,11 @@ def encode(
 ) -> Tensor | np.ndarray[Any, Any]:
     """Embed texts. `BertModel.encode` calls this with the model's tokenizer.
 
-    Texts are tokenized `WINDOW` at a time, sorted by length and packed: apart from the result, peak memory is
-    independent of their number. The model runs in eval mode; then every module has the mode again that it had. Several
-    threads may share one model that is in eval mode, and one tokenizer.
+    Texts are tokenized `WINDOW` at a time, in a thread while the model runs on the window before, sorted by length and
+    packed: apart from the result, peak memory is independent of their number. Of a text with more than `max_seqlen`
+    tokens only a part is tokenized, which has the same first tokens (`bert_fast.data.leading`). The model runs in eval
+    mode; then every module has the mode again that it had. Several threads may share one model that is in eval mode,
+    and one tokenizer.
 
     Args:
         model: a BertModel, or transformers' (fused or not) that returns last_hidden_state; runs on its device.
@@ -137,18 +142,14 @@ def encode(
     check_flags(**dict(zip(_FLAGS, flags, strict=True)))
     tokenizer = as_tokenizer(tokenizer)
     check_rows(tokenizer, config.vocab_size, "encode")
-    num_trailing = _num_trailing_special(tokenizer)
+    ids_of = partial(_leading_ids, tokenizer, longest, _num_trailing_special(tokenizer))
     batches = (batch_tokens, batch_size)
     texts = [texts] if (single := isinstance(texts, str)) else as_iterable(texts)
     count = len(texts) if isinstance(texts, Sized) else None
     vectors: list[Tensor] = []
-    with evaluating(model), ProgressBar(count, shown=bool(show_progress_bar), unit="text", required=True) as bar:
-        for window in text_windows(texts, WINDOW):
-            ids = [_truncate(encoding.ids, longest, num_trailing) for encoding in tokenizer.encode_batch_fast(window)]
-            if not all(ids):
-                raise ValueError(
-                    f"the text {window[ids.index([])]!r} has no tokens: the tokenizer adds no special tokens"
-                )
+    progress = ProgressBar(count, shown=bool(show_progress_bar), unit="text", required=True)
+    with evaluating(model), progress as bar, closing(map_ahead(ids_of, text_windows(texts, WINDOW))) as windows:
+        for ids in windows:
             vectors.append(_embed(model, ids, pooling, batches, bar, normalize=normalize or normalize_embeddings))
     out = _concatenate(vectors, config.hidden_size)
     out = out[0] if single else out
@@ -213,6 +214,23 @@ def _num_trailing_special(tokenizer: Tokenizer) -> int:
     """The number of special tokens that the tokenizer appends to a text."""
     mask = tokenizer.encode("a").special_tokens_mask
     return mask[::-1].index(0) if 0 in mask else 1
+
+
+def _leading_ids(tokenizer: Tokenizer, longest: int, num_trailing: int, texts: list[str]) -> list[list[int]]:
+    """The token ids of each text, truncated to `longest`; of a long text only a part is tokenized.
+
+    Raises:
+        ValueError: a text has none.
+    """
+    from bert_fast.data.leading import encode_leading
+
+    encodings = encode_leading(
+        tokenizer, texts, longest, tokenizer.encode_batch_fast, lambda encoding: len(encoding) > longest
+    )
+    ids = [_truncate(encoding.ids, longest, num_trailing) for encoding in encodings]
+    if not all(ids):
+        raise ValueError(f"the text {texts[ids.index([])]!r} has no tokens: the tokenizer adds no special tokens")
+    return ids
 
 
 def _truncate(ids: list[int], longest: int, num_trailing: int) -> list[int]:
