@@ -10,8 +10,8 @@ from torch import Tensor
 from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
-    NATIVE_CPU_DTYPES,
     TRITON_DTYPES,
+    WIDENED_CPU_DTYPES,
     call_operator,
     cuda_kernels,
     define,
@@ -87,13 +87,13 @@ OP = Op(
         "reference": Implementation(attention_reference, None, None),
         "triton": triton_kernels(_call, "attention", *_OPERATORS),
         "cuda": cuda_kernels(_call_cuda, "attention", *_OPERATORS),
-        "cpu": native_cpu(_call, *_OPERATORS),
+        "cpu": native_cpu(_call, *_OPERATORS, activations=1),
     },
     auto_rules=(
         AutoRule(
             "cpu",
             "cpu",
-            NATIVE_CPU_DTYPES,
+            WIDENED_CPU_DTYPES,
             measured="1 thread of 2 AVX2 cores, 2026-11-21, N 12, D 64, forward + backward, reference / cpu: "
             "fp32 1.6 at 8 x 128 and 2.0 at 2 x 512, bf16 9.8 and 16.7; README.md has the table",
         ),
