@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bert_fast._ahead import map_ahead
 from bert_fast._progress import ProgressBar
 from bert_fast.models.config import BertConfig, longest_input
 from bert_fast.models.loading import check_flags
@@ -25,7 +27,7 @@ from bert_fast.models.texts import (
 
 if TYPE_CHECKING:
     import numpy as np
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 WINDOW = 4096  # texts tokenized at once; bounds the memory
 
@@ -93,9 +95,11 @@ def encode(
 ) -> Tensor | np.ndarray[Any, Any]:
     """Embed texts. `BertModel.encode` calls this with the tokenizer and the modules of the model's folder.
 
-    Texts are tokenized `WINDOW` at a time, sorted by length and packed: apart from the result, peak memory is
-    independent of their number. The model runs in eval mode; then every module has the mode again that it had. Several
-    threads may share one model that is in eval mode, and one tokenizer.
+    Texts are tokenized `WINDOW` at a time, in a thread while the model runs on the window before, sorted by length and
+    packed: apart from the result, peak memory is independent of their number. Of a text with more than `max_seqlen`
+    tokens only a part is tokenized, which has the same first tokens (`bert_fast.data.leading`). The model runs in eval
+    mode; then every module has the mode again that it had. Several threads may share one model that is in eval mode,
+    and one tokenizer.
 
     Args:
         model: a BertModel, or transformers' (fused or not) that returns last_hidden_state; runs on its device.
@@ -143,12 +147,13 @@ def encode(
     texts = [texts] if (single := isinstance(texts, str)) else as_iterable(texts)
     count = len(texts) if isinstance(texts, Sized) else None
     parts: list[Tensor] = []
-    with evaluating(model), ProgressBar(count, shown=bool(show_progress_bar), unit="text", required=True) as bar:
-        for window in text_windows(texts, WINDOW):
+    progress = ProgressBar(count, shown=bool(show_progress_bar), unit="text", required=True)
+    with evaluating(model), progress as bar, closing(map_ahead(tokens, text_windows(texts, WINDOW))) as windows:
+        for ids in windows:
             parts.append(
                 embed_ids(
                     model,
-                    tokens(window),
+                    ids,
                     modules=modules,
                     prompt_length=tokens.prompt_length,
                     normalize=normalize or normalize_embeddings,
@@ -220,7 +225,7 @@ class TextTokens:
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """The token ids of each text. ValueError for a text that has none beside those of the prompt."""
         prompted = [self.prompt + text for text in texts] if self.prompt else texts
-        ids = [self.cut(encoding.ids) for encoding in self.tokenizer.encode_batch_fast(prompted)]
+        ids = [self.cut(encoding.ids) for encoding in self._encodings(prompted)]
         for sequence, text in zip(ids, texts, strict=True):
             if not sequence:
                 raise ValueError(f"the text {text!r} has no tokens: the tokenizer adds no special tokens")
@@ -230,6 +235,15 @@ class TextTokens:
                     "pooled; expected a shorter prompt"
                 )
         return ids
+
+    def _encodings(self, texts: list[str]) -> list[Encoding]:
+        """The encodings of texts; where the tail is cut off, of a long text only those of a part."""
+        from bert_fast.data.leading import encode_leading
+
+        encode_batch, longest = self.tokenizer.encode_batch_fast, self.cut.longest
+        if self.cut.keep != "head":
+            return list(encode_batch(texts))
+        return encode_leading(self.tokenizer, texts, longest, encode_batch, lambda encoding: len(encoding) > longest)
 
 
 def embedding_width(model: nn.Module, modules: SentenceModules, truncate_dim: int | None = None) -> int:

@@ -29,7 +29,7 @@ from bert_fast.models.layers import (
     BertSelfAttention,
     BertSelfOutput,
 )
-from bert_fast.models.plain import is_plain
+from bert_fast.models.plain import has_hooks, is_plain_tensor
 
 
 class LayerOps(NamedTuple):
@@ -63,13 +63,15 @@ class LinearParams(NamedTuple):
     @classmethod
     def from_module(cls, dense: nn.Linear | Int8Linear) -> LinearParams:
         """The tensors of a plain layer; LookupError where it has no bias, or where an Int8Linear would do more."""
-        if isinstance(dense, nn.Linear):
-            weight, bias = _tensors(dense._parameters, "weight", "bias")
+        if type(dense) is nn.Linear:
+            weight, bias = _parameters(dense, nn.Linear, "weight", "bias")
             return cls((weight,), bias, ())
-        if dense.training or dense.observed_range is not None:
+        state = _plain_state(dense, Int8Linear)
+        if state["training"] or state["observed_range"] is not None or state["_parameters"]:
             raise LookupError
-        *weights, bias = _tensors(dense._buffers, "values", "scale", "sums", "bias")
-        return cls(tuple(weights), bias, (dense._buffers["input_range"],))
+        buffers = state["_buffers"]
+        weights = (buffers["values"], buffers["scale"], buffers["sums"])
+        return cls(weights, buffers["bias"], (buffers["input_range"],))
 
 
 class LayerFastPath(NamedTuple):
@@ -85,16 +87,15 @@ class LayerFastPath(NamedTuple):
     def from_layer(cls, layer: nn.Module, hidden: Tensor) -> LayerFastPath | None:
         """None where a module of the layer is not plain, where the activation has no kernel, or where parameters don't
         fit hidden (T, E): the error of the op's public function says more."""
-        if not is_plain(layer, BertLayer):
-            return None
         try:
-            attention, intermediate, output = _plain_children(layer, "attention", "intermediate", "output")
-            self_attention, self_output = _plain_children(attention, "self", "output")
-            (qkv,), (up,) = _plain_children(self_attention, "qkv"), _plain_children(intermediate, "dense")
-            dense, attention_norm = _plain_children(self_output, "dense", "LayerNorm")
-            down, output_norm = _plain_children(output, "dense", "LayerNorm")
+            attention, intermediate, output = _children(layer, BertLayer, "attention", "intermediate", "output")
+            self_attention, self_output = _children(attention, BertAttention, "self", "output")
+            (qkv,) = _children(self_attention, BertSelfAttention, "qkv")
+            dense, attention_norm = _children(self_output, BertSelfOutput, "dense", "LayerNorm")
+            (up,) = _children(intermediate, BertIntermediate, "dense")
+            down, output_norm = _children(output, BertOutput, "dense", "LayerNorm")
             linears = [LinearParams.from_module(module) for module in (qkv, dense, up, down)]
-            norms = [(*_tensors(x._parameters, "weight", "bias"), x.eps) for x in (attention_norm, output_norm)]
+            norms = [(*_parameters(x, nn.LayerNorm, "weight", "bias"), x.eps) for x in (attention_norm, output_norm)]
             gelu = GELU_ACTIVATIONS[intermediate.hidden_act]
         except LookupError:
             return None
@@ -102,7 +103,7 @@ class LayerFastPath(NamedTuple):
         tensors += [x for weight, bias, _ in norms for x in (weight, bias)]
         E, F = hidden.shape[1], up.out_features
         shapes = [(3 * E, E), (3 * E,), (E, E), (E,), (F, E), (F,), (E, F), (E,), (E,), (E,), (E,), (E,)]
-        if [x.shape for x in tensors] != shapes or any(x.device != hidden.device for x in tensors):
+        if [x.shape for x in tensors] != shapes or {x.device for x in tensors} != {hidden.device}:
             return None
         if len({len(params.weight) for params in linears}) > 1:  # some INT8, some not
             return None
@@ -129,23 +130,38 @@ class LayerFastPath(NamedTuple):
         return ops.add_layer_norm(x, hidden, weight, bias, down.bias, 0.0, eps, None)
 
 
-_CONTAINERS = (BertAttention, BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput)
-_TYPES = (*_CONTAINERS, nn.Linear, Int8Linear, nn.LayerNorm)
-
-
-def _plain_children(module: nn.Module, *names: str) -> list[Any]:
-    """The children called `names`; LookupError unless all are plain."""
-    # An attribute of an nn.Module takes 1.3 us, an entry of its dictionaries a tenth of that.
-    children: list[Any] = [module._modules.get(name) for name in names]
-    for child in children:
-        if not is_plain(child, *_TYPES):
-            raise LookupError
-    return children
-
-
-def _tensors(tensors: dict[str, Any], *names: str) -> list[Tensor]:
-    """The tensors called `names`; LookupError where one is absent."""
-    values = [tensors[name] for name in names]
-    if any(x is None for x in values):
+def _plain_state(module: Any, kind: type[nn.Module]) -> dict[str, Any]:
+    """The attributes of a module that is plain but for its parameters; LookupError if it is not."""
+    # This is `is_plain` without a call for each of its conditions. An attribute of an nn.Module that is no entry of its
+    # __dict__ takes 1.3 us, an entry a tenth of that.
+    if type(module) is not kind:
         raise LookupError
+    state: dict[str, Any] = module.__dict__
+    if (
+        state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or (state["_forward_hooks"] and has_hooks(module))
+        or "forward" in state
+    ):
+        raise LookupError
+    return state
+
+
+def _children(module: Any, kind: type[nn.Module], *names: str) -> list[Any]:
+    """The children called `names` of a plain module without parameters; LookupError if it is not, or lacks one."""
+    state = _plain_state(module, kind)
+    modules = state["_modules"]
+    if state["_parameters"]:
+        raise LookupError
+    return [modules[name] for name in names]
+
+
+def _parameters(module: Any, kind: type[nn.Module], *names: str) -> list[Tensor]:
+    """The parameters called `names` of a plain module; LookupError if it is not, or lacks one."""
+    parameters = _plain_state(module, kind)["_parameters"]
+    values = [parameters[name] for name in names]
+    for x in values:
+        if x is None or not is_plain_tensor(x):
+            raise LookupError
     return values

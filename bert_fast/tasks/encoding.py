@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from bert_fast.data.leading import encode_leading
 from bert_fast.tasks.settings import TextSettings
 
 if TYPE_CHECKING:
@@ -53,8 +54,13 @@ def encode_windows(
         direction = "right" if text.long == "head" else "left"
         tokenizer.enable_truncation(text.max_length, strategy=strategy, direction=direction)
         try:
-            inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-            return [[encoding] for encoding in tokenizer.encode_batch(inputs)]
+            if pairs is not None:  # how a pair is truncated depends on the lengths of both texts
+                encodings = tokenizer.encode_batch(list(zip(texts, pairs, strict=True)))
+            elif direction == "left":
+                encodings = tokenizer.encode_batch(list(texts))
+            else:
+                encodings = encode_leading(tokenizer, texts, text.max_length, tokenizer.encode_batch, _has_overflow)
+            return [[encoding] for encoding in encodings]
         finally:
             tokenizer.no_truncation()
     firsts = _unprocessed(tokenizer, texts)
@@ -66,7 +72,11 @@ def encode_windows(
 
 def is_truncated(windows: Sequence[Encoding]) -> bool:
     """Whether tokens of a text, or of a pair, are in none of its encodings, which `encode_windows` returned."""
-    return len(windows[-1].overflowing) > 0
+    return _has_overflow(windows[-1])
+
+
+def _has_overflow(encoding: Encoding) -> bool:
+    return len(encoding.overflowing) > 0
 
 
 def _unprocessed(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from bert_fast._ahead import map_ahead
 from bert_fast._device import autocast
 from bert_fast.data.tokenizer import check_rows
 from bert_fast.models.config import longest_input
@@ -18,6 +21,8 @@ from bert_fast.models.texts import as_tokenizer, check_integer_argument, evaluat
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.settings import TextSettings
 from bert_fast.tasks.task import CONFIG_KEY, Batch, Example, LossOptions, Task
+
+WINDOW = 4096  # rows tokenized at once; bounds the memory
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Predict every row of `table`.
 
+    Rows are tokenized `WINDOW` at a time, in a thread while the model runs on the window before.
+
     Args:
         model: of the class `task.model_class`, from bert_fast or transformers (fused or not); runs on its own device.
         task: fitted, as `task_from_config` restores it.
@@ -137,6 +144,15 @@ def predict(
     tokenizer = as_tokenizer(tokenizer)
     settings: Any = model.config
     check_rows(tokenizer, settings.vocab_size, "predict")
-    examples = task.encode(table, inputs, tokenizer, text, training=False)
-    outputs = run_examples(model, task, examples, batch_tokens=batch_tokens, precision=precision, progress=progress)
-    return task.decode(outputs.arrays, examples, table, inputs)
+    run = partial(run_examples, model, task, batch_tokens=batch_tokens, precision=precision, progress=progress)
+
+    def encode(window: Table) -> tuple[Table, list[Example]]:
+        return window, task.encode(window, inputs, tokenizer, text, training=False)
+
+    starts = range(0, max(len(table), 1), WINDOW)
+    windows = (table.select(range(len(table))[start : start + WINDOW]) for start in starts)
+    predictions = []
+    with closing(map_ahead(encode, windows)) as encoded:
+        for window, examples in encoded:
+            predictions += task.decode(run(examples).arrays, examples, window, inputs)
+    return predictions

@@ -25,6 +25,7 @@ from bert_fast.kernels._common.dispatch import AVAILABLE, Availability, Implemen
 _NATIVE, _CUDA, _TRITON = "bert_fast", "bert_fast_cuda", "bert_fast_triton"
 _LIBRARIES = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in (_NATIVE, _CUDA, _TRITON)}
 NATIVE_CPU_DTYPES = (torch.float32, torch.bfloat16)
+WIDENED_CPU_DTYPES = (*NATIVE_CPU_DTYPES, torch.float16)  # float16 is computed in float32
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -149,10 +150,26 @@ def call_operator(name: str) -> Callable[..., Tensor]:
     return call
 
 
-def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
+def widened(call: Callable[..., Any], activations: int) -> Callable[..., Any]:
+    """`call(ops, *inputs)` for float16 too: in float32, and the output is rounded to float16.
+
+    Few CPUs multiply float16, and torch's own products of it run at a tenth of float32's rate there. `activations` is
+    the number of leading inputs that have the dtype of the output; the kernels read parameters of any.
+    """
+
+    def call_widened(ops: Any, *inputs: Any) -> Any:
+        if inputs[0].dtype is not torch.float16:
+            return call(ops, *inputs)
+        wide = [x.float() for x in inputs[:activations]]
+        return call(ops, *wide, *inputs[activations:]).half()
+
+    return call_widened
+
+
+def native_cpu(call: Callable[..., Any], *operators: str, activations: int = 0) -> Implementation:
     """The compiled CPU kernels: available where `bert_fast._C` registered all of `operators`.
 
-    `call(ops, *inputs)` gets the namespace of the operators.
+    `call(ops, *inputs)` gets the namespace of the operators. With `activations` float16 is taken too, see `widened`.
     """
     missing = [name for name in operators if not extensions.registered(f"{_NATIVE}::{name}", "CPU")]
     if not missing:
@@ -160,7 +177,9 @@ def native_cpu(call: Callable[..., Any], *operators: str) -> Implementation:
     else:
         reason = extensions.MISSING or f"the compiled module lacks {', '.join(missing)}: build it again"
         availability = Availability(False, False, reason)
-    return Implementation(functools.partial(call, torch.ops.bert_fast), "cpu", NATIVE_CPU_DTYPES, availability)
+    dtypes = WIDENED_CPU_DTYPES if activations else NATIVE_CPU_DTYPES
+    call = widened(call, activations) if activations else call
+    return Implementation(functools.partial(call, torch.ops.bert_fast), "cpu", dtypes, availability)
 
 
 def cuda_kernels(call: Callable[..., Any], op: str, *operators: str) -> Implementation:

@@ -10,8 +10,8 @@ from torch import Tensor
 from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
-    NATIVE_CPU_DTYPES,
     TRITON_DTYPES,
+    WIDENED_CPU_DTYPES,
     call_operator,
     cuda_kernels,
     define,
@@ -81,13 +81,13 @@ OP = Op(
         "reference": Implementation(add_layer_norm_reference, None, None),
         "triton": triton_kernels(_call, "add_layer_norm", *_OPERATORS),
         "cuda": cuda_kernels(_call, "add_layer_norm", *_OPERATORS),
-        "cpu": native_cpu(_call, *_OPERATORS),
+        "cpu": native_cpu(_call, *_OPERATORS, activations=2),
     },
     auto_rules=(
         AutoRule(
             "cpu",
             "cpu",
-            NATIVE_CPU_DTYPES,
+            WIDENED_CPU_DTYPES,
             # benchmarks/results/cpu-amd-epyc-2-threads-avx2/add_layer_norm.json
             measured="(1024, 768) and (2048, 1024), 2 AVX2 threads, 2026-11-21, against the better of eager and "
             "torch.compile: forward 1.3 to 1.7 times, forward + backward 1.1 to 1.4, with dropout 0.1 3.6 to 4.9; at "

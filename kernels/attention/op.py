@@ -12,8 +12,8 @@ from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
-    NATIVE_CPU_DTYPES,
     TRITON_DTYPES,
+    WIDENED_CPU_DTYPES,
     call_operator,
     cuda_kernels,
     define,
@@ -91,13 +91,13 @@ OP = Op(
         "cuda": dataclasses.replace(
             cuda_kernels(_call_cuda, "attention", *_OPERATORS), limitation=extensions.refused_tensor_map
         ),
-        "cpu": native_cpu(_call, *_OPERATORS),
+        "cpu": native_cpu(_call, *_OPERATORS, activations=1),
     },
     auto_rules=(
         AutoRule(
             "cpu",
             "cpu",
-            NATIVE_CPU_DTYPES,
+            WIDENED_CPU_DTYPES,
             measured="1 thread of 2 AVX2 cores, 2026-11-21, N 12, D 64, forward + backward, reference / cpu: "
             "fp32 1.6 at 8 x 128 and 2.0 at 2 x 512, bf16 9.8 and 16.7; README.md has the table",
         ),

@@ -10,8 +10,8 @@ from torch import Tensor
 from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
-    NATIVE_CPU_DTYPES,
     TRITON_DTYPES,
+    WIDENED_CPU_DTYPES,
     call_operator,
     cuda_kernels,
     define,
@@ -58,13 +58,13 @@ OP = Op(
         "reference": Implementation(bias_gelu_reference, None, None),
         "triton": triton_kernels(_call, "bias_gelu", *_OPERATORS),
         "cuda": cuda_kernels(_call, "bias_gelu", *_OPERATORS),
-        "cpu": native_cpu(_call, *_OPERATORS),
+        "cpu": native_cpu(_call, *_OPERATORS, activations=1),
     },
     auto_rules=(
         AutoRule(
             "cpu",
             "cpu",
-            NATIVE_CPU_DTYPES,
+            WIDENED_CPU_DTYPES,
             # benchmarks/results/cpu-amd-epyc-2-threads-avx2/bias_gelu.json
             measured="(128, 3072) to (1024, 3072), 2 AVX2 threads, 2026-11-21: 1.4 to 1.9 times the better of eager "
             "and torch.compile forward, 1.2 to 1.6 times forward + backward",

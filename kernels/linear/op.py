@@ -17,8 +17,8 @@ from torch import Tensor
 from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
-    NATIVE_CPU_DTYPES,
     TRITON_DTYPES,
+    WIDENED_CPU_DTYPES,
     cuda_kernels,
     define,
     native_cpu,
@@ -93,14 +93,20 @@ OP = Op(
         ),
         "cuda": _on_gpu(cuda_kernels(cpu_backends.blas, "bias_gelu", "bias_gelu_fwd", "bias_gelu_bwd")),
         "cpu": native_cpu(
-            cpu_backends.run, "linear_tiles", "linear_unpacked", "linear_dx", "linear_dweight", "bias_gelu_fwd"
+            cpu_backends.run,
+            "linear_tiles",
+            "linear_unpacked",
+            "linear_dx",
+            "linear_dweight",
+            "bias_gelu_fwd",
+            activations=1,
         ),
     },
     auto_rules=(
         AutoRule(
             "cpu",
             "cpu",
-            NATIVE_CPU_DTYPES,
+            WIDENED_CPU_DTYPES,
             measured="cpu_backends.py has the rules of its backends, with their measurements; T = 1024, "
             "(768) -> (3072) with GeLU: float32 as eager, bfloat16 6.7 times, an AVX2 EPYC thread, 2026-11-21",
         ),

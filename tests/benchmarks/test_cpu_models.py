@@ -47,8 +47,41 @@ def test_a_smoke_run_compares_every_precision_and_is_drawn(
         runtime = rows[case, "ONNX Runtime, fp32"]
         assert runtime["ms"] or "pip install onnx onnxscript onnxruntime" in runtime["refused"]
     assert {"load_average_at_start", "cores_busy_with_others", "busy", "openvino"} <= report["environment"].keys()
+    batches = cpu_inference.shapes_of("2x7-random", 2, 7)[1]
+    row = rows["2 x (1 to 4, 1 to 7) infer tiny", "bert_fast, fp32"]
+    assert row["tokens_per_s"] == pytest.approx(1e3 * sum(sum(lengths) for _, lengths in batches) / row["ms"])
+    assert row["error"] < 1e-6
     (drawn,) = plots.draw_folder(file.parent)
     assert "bert_fast, bf16" in drawn.read_text()
+
+
+def test_random_lengths_are_compared_batch_by_batch_and_a_compiled_peer_is_not(machine: Cpu) -> None:
+    title, shapes = cpu_inference.shapes_of("24x128-random", 24, 128)
+    assert (title, shapes) == cpu_inference.shapes_of("24x128-random", 24, 128)
+    lengths = [length for _, part in shapes for length in part]
+    assert len(shapes) == 24
+    assert len(set(lengths)) > 30
+    assert all(seqlen == max(part) for seqlen, part in shapes)
+    memory: list[Tensor] = []
+
+    def overwrites(forms: cpu_peers.ModelForms) -> cpu_peers.Encode:
+        right = cpu_peers.of_torch(forms.model)
+
+        def run(ids: Tensor, mask: Tensor) -> Tensor:
+            if not memory:
+                memory.append(torch.empty(4 * 128 * 64))
+            hidden = right(ids, mask)
+            return memory[0][: hidden.numel()].copy_(hidden.flatten()).view_as(hidden)
+
+        return run
+
+    peers = (PEERS[2], Peer("overwrites", "fp32", overwrites))
+    benchmark = ModelBenchmark("base", SMOKE, ("fp32",), peers)
+    case = cpu_inference.case(lambda: benchmark, shapes[:3])
+    rows = {row.variant: row for row in runner.measure("tiny", case, machine, LIMITS, 0.01)}
+    assert rows["overwrites, fp32"].error < 1e-6  # type: ignore[operator]
+    assert rows["bert_fast, fp32"].error < 1e-6  # type: ignore[operator]
+    assert "compiles for each length" in rows["transformers, torch.compile, fp32"].refused
 
 
 def test_a_smoke_run_of_training_compares_the_step_in_both_precisions(
@@ -99,7 +132,7 @@ def test_ours_outside_its_bound_is_refused_and_a_slow_or_absent_peer_is_named(ma
 
     peers = (PEERS[1], Peer("other", "fp32", absent))
     benchmark = ModelBenchmark("base", SMOKE, ("fp32",), peers)
-    case = partial(cpu_inference.case, lambda: benchmark, 9, [9, 4])
+    case = partial(cpu_inference.case, lambda: benchmark, [(9, [9, 4])])
     rows = {row.variant: row for row in runner.measure("tiny", case(), machine, LIMITS, 0.01)}
     assert rows["other, fp32"].refused == "AbsentError: not installed: pip install it"
     assert rows["transformers, fp32"].ms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,36 @@ def test_only_a_window_of_texts_is_tokenized_at_once(model: BertModel, monkeypat
     assert model.encode(Counted(texts_of(35))).shape == (35, 32)
     assert Counted.most == 10
     assert model.encode([]).shape == (0, 32)
+
+
+def test_long_texts_have_the_vectors_of_their_first_tokens(
+    folder: Path, model: BertModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that a thread tokenizes ahead, and texts of which only a part is tokenized."""
+    monkeypatch.setattr(embedding, "WINDOW", 4)
+    texts = [" ".join(texts_of(count)) for count in (3, 40, 200, 1, 90, 60, 2, 30, 1000)]
+    torch.testing.assert_close(model.encode(texts), one_by_one(folder, texts), rtol=0.0, atol=1e-5)  # as above
+    assert torch.equal(model.encode(texts), model.encode(iter(texts)))
+
+
+def test_errors_of_later_windows_are_raised_and_no_thread_stays(
+    model: BertModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "WINDOW", 2)
+    texts: list[Any] = ["w1"] * 5
+    with pytest.raises(TypeError, match=r"texts\[5\] is 7; expected a str"):
+        model.encode([*texts, 7, *texts])
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("_embed", "_leading_ids"):
+        with monkeypatch.context() as patch:
+            patch.setattr(embedding, place, fails)
+            with pytest.raises(KeyboardInterrupt):
+                model.encode(texts)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    assert not model.training
 
 
 def test_the_base_model_of_a_head_encodes(folder: Path, model: BertModel) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from bert_fast.data import leading
 from bert_fast.models import BertConfig, BertForSequenceClassification
 from bert_fast.tasks.encoding import encode_texts, encode_windows, is_truncated
 from bert_fast.tasks.io.table import Table
@@ -121,3 +122,28 @@ def test_truncation_is_noticed(long: Any, pair: str | None, text: str, tokenizer
     read = {span for window in windows for span in zip(window.sequence_ids, window.offsets, strict=True)}
     words = {(index, (at, at + 1)) for index, part in enumerate([text, pair or ""]) for at in range(0, len(part), 2)}
     assert is_truncated(windows) == bool(words - read)
+
+
+def test_of_a_long_text_only_a_part_is_tokenized(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encodings are those of the whole text, truncated by the tokenizer."""
+    monkeypatch.setattr(leading, "CHARACTERS", 1)
+    texts = ["a b", "", "c " * 5000, "d" * 5000, " " * 400 + "a b c d e f g h i", "a b c d e f g", "a b c d e f g h"]
+    read: list[int] = []
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def encode_batch(self, batch: list[str]) -> Any:
+            read.extend(map(len, batch))
+            return tokenizer.encode_batch(batch)
+
+    encodings = encode_texts(Counted(), texts, None, TextSettings(max_length=9))  # type: ignore[arg-type]
+    assert 10_000 > sum(read) > 5000, "the text without a place to cut is read whole, and no other"
+    tokenizer.enable_truncation(9)
+    expected = tokenizer.encode_batch(texts)
+    tokenizer.no_truncation()
+    for ours, theirs in zip(encodings, expected, strict=True):
+        for what in ("ids", "type_ids", "offsets", "tokens", "word_ids", "attention_mask", "special_tokens_mask"):
+            assert getattr(ours, what) == getattr(theirs, what), what
+        assert is_truncated([ours]) == is_truncated([theirs])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import bert_fast
 from bert_fast.models import BertConfig
+from bert_fast.tasks import prediction
 from bert_fast.tasks.io.table import Table
 from bert_fast.tasks.prediction import predict, run_examples
 from bert_fast.tasks.settings import TextSettings
@@ -71,3 +73,34 @@ def test_predict_of_every_task(name: str, tokenizer_of: Callable[..., Tokenizer]
     with pytest.raises(RuntimeError, match="no encoder"):
         run_examples(model, task, examples)
     assert modes(model) == before
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_a_thread_tokenizes_ahead_have_the_same_predictions(
+    name: str, tokenizer_of: Callable[..., Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, task, text = tokenizer_of("a b c"), make_task(name), TextSettings(max_length=16)
+    table = Table(ROWS[name]).select([0, 1, 1, 0, 1])
+    columns = {role.name: role.name for role in task.roles if role.name in table.columns}
+    task.fit(table, columns)
+    settings = {**SMALL, **task.model_config()}
+    model = getattr(bert_fast, task.model_class)(BertConfig(vocab_size=tokenizer.get_vocab_size(), **settings))
+    arguments = (model, task, tokenizer)
+    once = predict(*arguments, table, columns, text=text, batch_tokens=1)  # a row a batch, as below: the same bits
+    monkeypatch.setattr(prediction, "WINDOW", 2)
+    counted: list[int] = []
+    assert predict(*arguments, table, columns, text=text, batch_tokens=1, progress=counted.append) == once
+    examples = task.encode(table, columns, tokenizer, text, training=False)
+    assert sum(counted) == len(examples)
+    assert predict(*arguments, table.select([]), columns, text=text) == []
+    encode = task.encode
+
+    def fails(window: Table, *others: Any, **settings: Any) -> Any:
+        if len(window) == 1:
+            raise ValueError(window.where(0))
+        return encode(window, *others, **settings)
+
+    monkeypatch.setattr(task, "encode", fails)
+    with pytest.raises(ValueError, match=r"^table, row 2$"):  # the number of the fifth row, in the third window
+        predict(*arguments, table, columns, text=text)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
