@@ -11,25 +11,6 @@ namespace BF_ISA {
 constexpr int64_t kDepth = 128;
 constexpr int64_t kAhead = 6;  // rows that are prefetched: their stride is too large for the hardware prefetcher
 
-// A 32-bit factor of a product: a float or, with BF_BF16_DOT, two bfloat16 numbers that are adjacent in the summed
-// dimension, the first in the low half.
-#if BF_BF16_DOT
-template <class T>
-using Factor = std::conditional_t<std::is_same_v<T, bfloat16>, uint32_t, float>;
-#else
-template <class T>
-using Factor = float;
-#endif
-
-template <class F>
-constexpr int kPerFactor = std::is_same_v<F, float> ? 1 : 2;
-
-// The number of factors that hold n numbers.
-template <class F>
-BF_INLINE int64_t depth_of(int64_t n) {
-  return (n + kPerFactor<F> - 1) / kPerFactor<F>;
-}
-
 // A vector of factors from rows that are adjacent in the summed dimension.
 BF_INLINE vfloat join(const vfloat (&rows)[1]) {
   return rows[0];

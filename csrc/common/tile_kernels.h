@@ -14,6 +14,25 @@ BF_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+// A 32-bit factor of a product: a float or, with BF_BF16_DOT, two bfloat16 numbers that are adjacent in the summed
+// dimension, the first in the low half.
+#if BF_BF16_DOT
+template <class T>
+using Factor = std::conditional_t<std::is_same_v<T, bfloat16>, uint32_t, float>;
+#else
+template <class T>
+using Factor = float;
+#endif
+
+template <class F>
+constexpr int kPerFactor = std::is_same_v<F, float> ? 1 : 2;
+
+// The number of factors that hold n numbers.
+template <class F>
+BF_INLINE int64_t depth_of(int64_t n) {
+  return (n + kPerFactor<F> - 1) / kPerFactor<F>;
+}
+
 BF_INLINE vfloat multiply_add(vfloat sum, float a, vfloat b) {
   return sum + b * a;
 }

@@ -6,8 +6,9 @@
 namespace bert_fast {
 namespace BF_ISA {
 
-// 12 accumulators, a vector of b, a broadcast and a product: 15 of 16 registers.
-constexpr int kByteRows = 6;
+// kByteRows x 2 accumulators, 2 vectors of b, a broadcast and, without BF_INT8_DOT, a product and ones: 29 of 32
+// registers, or 15 of 16 with a vector of b at a time.
+constexpr int kByteRows = BF_REGISTERS >= 32 ? 12 : 6;
 constexpr int kBytePanel = 2 * kWidth;  // columns of a tile
 constexpr int64_t kByteColumns = 64;    // of a block
 static_assert(kByteColumns % kBytePanel == 0, "full panels");
@@ -38,7 +39,7 @@ inline void byte_tile(const uint8_t* u, int64_t u_stride, const int8_t* panel, f
     vuint b0, b1;
     std::memcpy(&b0, panel + 2 * step * sizeof(vuint), sizeof(vuint));
     std::memcpy(&b1, panel + (2 * step + 1) * sizeof(vuint), sizeof(vuint));
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int row = 0; row < ROWS; ++row) {
       uint32_t four;
       std::memcpy(&four, u + row * u_stride + 4 * step, sizeof(four));
@@ -46,7 +47,7 @@ inline void byte_tile(const uint8_t* u, int64_t u_stride, const int8_t* panel, f
       sum[row][1] = add_int8_dot(sum[row][1], vuint{} + four, b1);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int row = 0; row < ROWS; ++row) {
     store(c + row * c_stride, __builtin_convertvector(sum[row][0], vfloat));
     store(c + row * c_stride + kWidth, __builtin_convertvector(sum[row][1], vfloat));
@@ -62,8 +63,8 @@ inline int64_t byte_scratch_bytes(int64_t depth) {
 template <class T, int ACTIVATION>
 inline void linear_int8_block(const uint8_t* u, const int8_t* panels, const float* scale, const float* low,
                               const Int8Columns& columns, T* out, int64_t out_stride, int64_t rows, int64_t depth,
-                              int64_t cols, char* scratch) {
-  float* sums = reinterpret_cast<float*>(scratch);
+                              int64_t cols, float* scratch) {
+  float* sums = scratch;
   uint8_t* copy = reinterpret_cast<uint8_t*>(sums + kByteRows * kByteColumns);
   const int64_t steps = (depth + 3) / 4;
   for (int64_t row = 0; row < rows; row += kByteRows) {

@@ -23,7 +23,7 @@ from bert_fast.kernels._common.weight_cache import cached_weight
 _PACKED_ROWS = 256
 # GOP/s of two threads of an AMD EPYC with AVX2, 2026-11-22, with GeLU, tiles and oneDNN: 1,024 rows 270 to 320 and 241
 # to 282, 32 rows 229 to 314 and 106 to 205. Not timed on other instruction sets.
-BACKEND = "tiles" if extensions.cpu_isa() == "avx2" else "onednn"
+BACKEND = "tiles" if extensions.cpu_isa().startswith("avx") and not extensions.has_amx() else "onednn"
 
 
 def weight_limit() -> int:
@@ -31,7 +31,7 @@ def weight_limit() -> int:
 
     Without VNNI two products are added in INT16, where 2 * 255 * 64 = 32640 fits and 2 * 255 * 127 saturates.
     """
-    return 127 if extensions.cpu_isa().startswith("avx512") and torch.cpu._is_vnni_supported() else 64
+    return 127 if extensions.has_int8_dot() else 64
 
 
 def missing() -> str:
