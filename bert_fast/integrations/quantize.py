@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bert_fast.integrations.fuse import describe, is_fused_encoder
 from bert_fast.models.encoder import BertEncoder
-from bert_fast.models.int8 import Int8Linear
+from bert_fast.models.int8 import ENCODER_LINEARS, Int8Linear
 from bert_fast.models.plain import is_plain
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,10 +74,7 @@ def _linears(model: nn.Module) -> tuple[list[tuple[Any, ...]], list[nn.Module]]:
     encoders: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, BertEncoder):
-            layers: Any = module.layer
-            for layer in layers:
-                groups += [(layer.attention.self.qkv,), (layer.attention.output.dense,)]
-                groups += [(layer.intermediate.dense,), (layer.output.dense,)]
+            groups += [(layer.get_submodule(name),) for layer in module.layer for name in ENCODER_LINEARS]
         if any(isinstance(child, BertEncoder) for child in module.children()):
             encoders.append(module)
         elif is_fused_encoder(module):

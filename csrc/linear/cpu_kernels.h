@@ -99,7 +99,7 @@ inline PassPanels<F> pass_panels(const LinearWeight& weight, int64_t start, int6
 template <class T, class F>
 struct TileRows {
   TileRows(const T* x, int64_t x_stride, int64_t rows, int64_t terms, F* copy) : first(copy), stride(kPassDepth) {
-    const int64_t tile_rows = rows > kStep ? kRows : kStep;
+    const int64_t tile_rows = round_up(rows, kTail<kRows>);
     if constexpr (kPerFactor<F> * sizeof(T) == sizeof(F)) {
       const bool aligned = reinterpret_cast<uintptr_t>(x) % sizeof(F) == 0;
       if (rows == tile_rows && aligned && x_stride % kPerFactor<F> == 0 && terms % kPerFactor<F> == 0) {
@@ -127,17 +127,18 @@ inline int64_t linear_scratch_floats(int64_t rows, bool packed) {
   return (kRows + (packed ? 0 : kBlockColumns)) * kPassDepth + round_up(rows, kRows) * kBlockColumns;
 }
 
-// c (rows, kPanel) = a (rows, depth) times a panel, or += if `accumulate`. Prefetches the cache lines from `ahead` on
-// unless it is null.
-template <class F>
-inline void linear_panel(const F* a, int64_t lda, const F* panel, float* c, int64_t rows, int64_t depth,
-                         bool accumulate, const F* ahead) {
+// c (HEIGHT, kPanel) = a (HEIGHT, depth) times a panel, or += if `accumulate`. Prefetches the cache lines from `ahead`
+// on unless it is null.
+template <int HEIGHT, class F>
+inline void linear_panel(const F* a, int64_t lda, const F* panel, float* c, int64_t depth, bool accumulate,
+                         const F* ahead) {
   if (ahead == nullptr) {
-    const auto multiply = accumulate ? tiles<false, true, false, F> : tiles<false, false, false, F>;
-    multiply(a, lda, panel, kPanel, c, kBlockColumns, rows, depth, nullptr);
+    const auto multiply =
+        accumulate ? tile<HEIGHT, false, true, false, F> : tile<HEIGHT, false, false, false, F>;
+    multiply(a, lda, panel, kPanel, c, kBlockColumns, depth, nullptr);
   } else {
-    const auto multiply = accumulate ? tiles<false, true, true, F> : tiles<false, false, true, F>;
-    multiply(a, lda, panel, kPanel, c, kBlockColumns, rows, depth, ahead);
+    const auto multiply = accumulate ? tile<HEIGHT, false, true, true, F> : tile<HEIGHT, false, false, true, F>;
+    multiply(a, lda, panel, kPanel, c, kBlockColumns, depth, ahead);
   }
 }
 
@@ -154,7 +155,7 @@ inline void linear_block(const T* x, int64_t x_stride, const LinearWeight& weigh
     const PassPanels<F> panels = pass_panels<T>(weight, start, part, depth, cols, packed);
     const int64_t first = start * kPerFactor<F>, terms = std::min(part * kPerFactor<F>, weight.terms - first);
     for (int64_t row = 0; row < rows; row += kRows) {
-      const int64_t count = std::min<int64_t>(kRows, rows - row), padded = round_up(count, kStep);
+      const int64_t count = std::min<int64_t>(kRows, rows - row);
       const TileRows<T, F> a(x + row * x_stride + first, x_stride, count, terms, copy);
       float* c = sums + row * kBlockColumns;
       const bool prefetches = panels.next != nullptr && row < 4 * kRows;
@@ -166,8 +167,11 @@ inline void linear_block(const T* x, int64_t x_stride, const LinearWeight& weigh
           // pass.
           const int64_t quarter = (row / kRows * cols + col) / kPanel;
           const int64_t line = quarter / 4 * kPanel * depth + (quarter % 4 * part + k) * kPanel / 4;
-          linear_panel(a.first + k, a.stride, b + k * kPanel, c + col, padded, length, start + k > 0,
-                       prefetches ? panels.next + line : nullptr);
+          const F* ahead = prefetches ? panels.next + line : nullptr;
+          with_height<kRows>(count, [&](auto height) {
+            linear_panel<decltype(height)::value>(a.first + k, a.stride, b + k * kPanel, c + col, length, start + k > 0,
+                                                  ahead);
+          });
         }
       }
       if (start + part < depth) continue;

@@ -1,6 +1,7 @@
 // A block of an integer product and its epilogue: rows of u by panels of a packed weight. Compiled once for each
 // instruction set by foreach_isa.h.
 
+#include "common/tile_kernels.h"
 #include "linear_int8/cpu_kernels.h"
 
 namespace bert_fast {
@@ -71,7 +72,7 @@ inline void linear_int8_block(const uint8_t* u, const int8_t* panels, const floa
     const int64_t count = std::min<int64_t>(kByteRows, rows - row);
     const uint8_t* from = u + row * depth;
     int64_t stride = depth;
-    if (count < kByteRows || depth % 4 != 0) {
+    if (count % kTail<kByteRows> != 0 || depth % 4 != 0) {
       stride = 4 * steps;
       std::memset(copy, 0, kByteRows * stride);
       for (int64_t i = 0; i < count; ++i) std::memcpy(copy + i * stride, from + i * depth, depth);
@@ -79,11 +80,9 @@ inline void linear_int8_block(const uint8_t* u, const int8_t* panels, const floa
     }
     for (int64_t col = 0; col < cols; col += kBytePanel) {
       const int8_t* panel = panels + col * 4 * steps;
-      if (count > kByteRows / 2) {
-        byte_tile<kByteRows>(from, stride, panel, sums + col, kByteColumns, steps);
-      } else {
-        byte_tile<kByteRows / 2>(from, stride, panel, sums + col, kByteColumns, steps);
-      }
+      with_height<kByteRows>(count, [&](auto height) {
+        byte_tile<decltype(height)::value>(from, stride, panel, sums + col, kByteColumns, steps);
+      });
     }
     for (int64_t i = 0; i < count; ++i) {
       epilogue_row<T, ACTIVATION>(sums + i * kByteColumns, scale[row + i], low[row + i], columns,

@@ -120,7 +120,7 @@ def test_other_activations() -> None:
         assert float((int8 - expected).abs().max()) < 0.05 * float(expected.abs().max())
 
 
-def test_a_quantized_model_is_neither_saved_nor_trained(tmp_path: Path) -> None:
+def test_a_quantized_model_has_no_state_dict_and_is_not_trained(tmp_path: Path) -> None:
     model = bert_fast.BertForSequenceClassification(config()).eval()
     with pytest.raises(ValueError, match="dtype is 'int4'"):
         bert_fast.quantize(model, "int4")
@@ -128,9 +128,13 @@ def test_a_quantized_model_is_neither_saved_nor_trained(tmp_path: Path) -> None:
         bert_fast.quantize(copy.deepcopy(model).train())
     bert_fast.quantize(model)
     assert bert_fast.quantize(model) is model
-    with pytest.raises(ValueError, match="have no float weights"):
-        model.save_pretrained(tmp_path / "saved")
+    fused = bert_fast.quantize(bert_fast.fuse(transformers.BertModel(transformers.BertConfig(**HOOKED)).eval()))
+    for call in (model.state_dict, fused.state_dict, lambda: fused.save_pretrained(tmp_path / "saved")):
+        with pytest.raises(ValueError, match="have no float weights.*writes them by save_pretrained"):
+            call()
     assert not (tmp_path / "saved" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="limit is 128; expected 1 to 127"):
+        bert_fast.quantize(bert_fast.BertModel(config()).eval(), limit=128)
     assert not any(parameter.requires_grad for parameter in model.bert.parameters())
     model.train()
     with pytest.raises(ValueError, match="can't be trained"):
