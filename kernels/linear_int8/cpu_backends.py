@@ -152,9 +152,10 @@ def run(
     bias: Tensor | None,
     activation: str | None,
     input_range: Tensor | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`linear_int8_reference` of float32 or bfloat16 x. `ops` is torch.ops.bert_fast."""
-    return _layer(ops, ops.linear_int8_quantize(x, input_range), weight, bias, activation, x.dtype)
+    return _layer(ops, ops.linear_int8_quantize(x, input_range), weight, bias, activation, out_dtype or x.dtype)
 
 
 def run_feed_forward(
