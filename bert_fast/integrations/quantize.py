@@ -16,9 +16,7 @@ from bert_fast.models.plain import is_plain
 M = TypeVar("M", bound=nn.Module)
 
 
-def quantize(
-    model: M, dtype: str = "int8", *, calibration: Iterable[Any] | None = None, limit: int | None = None
-) -> M:
+def quantize(model: M, dtype: str = "int8", *, calibration: Iterable[Any] | None = None, limit: int | None = None) -> M:
     """Compute the matrix products of the encoder layers in INT8, in place, for inference on the CPU.
 
     Weights are quantized by output channel. Activations are quantized by token, within the token's minimum and maximum;

@@ -296,7 +296,9 @@ class BertPreTrainedModel(nn.Module):
         layers = int8.int8_layers(self)
         names = [f"{prefix}.{name}" for prefix, layer in layers.items() for name in layer.checkpoint_tensors()]
         if absent := [name for name in names if name not in tensors]:
-            raise ValueError(f"the checkpoint lacks {storage.shorten(absent)} of INT8 layers, which have no initial value")
+            raise ValueError(
+                f"the checkpoint lacks {storage.shorten(absent)} of INT8 layers, which have no initial value"
+            )
         return tensors
 
     def _set(self, tensors: Mapping[str, Tensor]) -> None:

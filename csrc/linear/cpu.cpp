@@ -111,8 +111,7 @@ Tensor pack_rows(const WeightRows& rows, bool bf16) {
   const int64_t panel = layout.tiles.panel, panels = parts(rows.count(), panel);
   const Tensor packed = layout.pairs ? empty({panels, layout.factors, panel, 2}, ScalarType::BFloat16)
                                      : empty({panels, layout.factors, panel}, ScalarType::Float);
-  const auto pack =
-      bf16 ? BF_DISPATCH_BF16_DOT(linear_pack_panel<bfloat16>) : BF_DISPATCH(linear_pack_panel<float>);
+  const auto pack = bf16 ? BF_DISPATCH_BF16_DOT(linear_pack_panel<bfloat16>) : BF_DISPATCH(linear_pack_panel<float>);
   char* to = mutable_data<char>(packed);
   parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -133,8 +133,7 @@ template <int HEIGHT, class F>
 inline void linear_panel(const F* a, int64_t lda, const F* panel, float* c, int64_t depth, bool accumulate,
                          const F* ahead) {
   if (ahead == nullptr) {
-    const auto multiply =
-        accumulate ? tile<HEIGHT, false, true, false, F> : tile<HEIGHT, false, false, false, F>;
+    const auto multiply = accumulate ? tile<HEIGHT, false, true, false, F> : tile<HEIGHT, false, false, false, F>;
     multiply(a, lda, panel, kPanel, c, kBlockColumns, depth, nullptr);
   } else {
     const auto multiply = accumulate ? tile<HEIGHT, false, true, true, F> : tile<HEIGHT, false, false, true, F>;

@@ -52,23 +52,32 @@ class BackendRule:
     measured: str
 
 
-# GFLOP/s at 1,024 rows. AVX-512: two threads of an AMD EPYC (Zen 5), 2026-11-30, not idle and not by the recorded
-# benchmark, which is pending. AVX2: two of an AMD EPYC, whose fused multiply-adds alone reach 192, 2026-11-22.
+# GFLOP/s at 1,024 rows. "Zen 5": one thread of an AMD EPYC (Zen 5) by its CPU time, tiles and packed oneDNN
+# interleaved, 2026-11-30, on a busy machine; "AVX2": two threads of an AMD EPYC, 2026-11-22, whose fused multiply-adds
+# alone reach 192.
 TABLE = (
     BackendRule(
         "avx512",
         torch.float32,
         "",
         Backends("tiles", "onednn"),
-        "435 to 480, oneDNN 449 to 486; few rows: README.md",
+        "Zen 5: 205 to 240, oneDNN 225 to 243; few rows: README",
     ),
-    BackendRule("avx512", torch.bfloat16, "amx", Backends("onednn", "onednn"), "not: AMX has 8 times AVX-512's rate"),
-    BackendRule("avx512", torch.bfloat16, "bf16", Backends("tiles", "onednn"), "TODO"),
     BackendRule(
-        "avx2", torch.float32, "", Backends("tiles", "blas"), "140 to 159, MKL 124 to 140; few rows: README.md"
+        "avx512", torch.bfloat16, "amx", Backends("onednn", "onednn"), "no: AMX has 8 times the rate of AVX-512 BF16"
     ),
-    BackendRule("", torch.float32, "", Backends("blas", "blas"), "70 to 79 per thread, by MKL on AVX2"),
-    BackendRule("", torch.bfloat16, "", Backends("tiles", "float32"), "134 to 143; torch's own bfloat16 product 14"),
+    BackendRule(
+        "avx512",
+        torch.bfloat16,
+        "bf16",
+        Backends("tiles", "onednn"),
+        "Zen 5: 451 to 494, oneDNN 445 to 495; few: README",
+    ),
+    BackendRule(
+        "avx2", torch.float32, "", Backends("tiles", "blas"), "AVX2: 140 to 159, MKL 124 to 140; few rows: README"
+    ),
+    BackendRule("", torch.float32, "", Backends("blas", "blas"), "AVX2: 70 to 79 per thread, by MKL"),
+    BackendRule("", torch.bfloat16, "", Backends("tiles", "float32"), "AVX2: 134 to 143; torch's own product 14"),
 )
 
 _ONEDNN = torch.backends.mkldnn.is_available() and extensions.registered("mkldnn::_linear_pointwise", "CPU")

@@ -1,7 +1,7 @@
 """Backends of linear_int8 on the CPU: products of uint8 rows and int8 weights; the quantization is ours in both.
 
-"tiles"  our product, with the epilogue inside (csrc/linear_int8).
-"onednn" oneDNN's product, which uses VNNI where the CPU has it; the epilogue is a pass of its own.
+"tiles"  our product, with the epilogue inside (csrc/linear_int8), by VNNI where the CPU has it.
+"onednn" oneDNN's product, by VNNI or AMX; the epilogue is a pass of its own.
 
 Both compute the same bits: the sums are integers.
 """
@@ -21,8 +21,9 @@ from bert_fast.kernels._common.weight_cache import cached_weight
 
 # oneDNN chooses a packed layout by the number of rows: a constant, so that bits don't depend on the first caller's.
 _PACKED_ROWS = 256
-# GOP/s of two threads of an AMD EPYC with AVX2, 2026-11-22, with GeLU, tiles and oneDNN: 1,024 rows 270 to 320 and 241
-# to 282, 32 rows 229 to 314 and 106 to 205. Not timed on other instruction sets.
+# GOP/s at 1,024 rows, with scales and GeLU, tiles and oneDNN interleaved: AVX2, two threads of an AMD EPYC, 2026-11-22,
+# 270 to 320 and 241 to 282; VNNI, one thread of an AMD EPYC (Zen 5) by its CPU time, 2026-11-30, on a busy machine, 828
+# to 913 and 721 to 846. Fewer rows gain more: README.md. AMX has 8 times VNNI's rate; it has not been timed.
 BACKEND = "tiles" if extensions.cpu_isa().startswith("avx") and not extensions.has_amx() else "onednn"
 
 

@@ -123,6 +123,7 @@ def test_attention_is_computed_in_bfloat16_where_the_cpu_multiplies_it(
         model = bert_fast.BertModel(bert_fast.BertConfig(**HOOKED)).eval()
     bert_fast.quantize(model)
     ids, dtypes = torch.arange(5, 16)[None], []
+
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if "attention_fwd" in str(func):
@@ -170,7 +171,7 @@ def test_a_quantized_model_has_no_state_dict_and_is_not_trained(tmp_path: Path) 
     assert bert_fast.quantize(model) is model
     fused = bert_fast.quantize(bert_fast.fuse(transformers.BertModel(transformers.BertConfig(**HOOKED)).eval()))
     for call in (model.state_dict, fused.state_dict, lambda: fused.save_pretrained(tmp_path / "saved")):
-        with pytest.raises(ValueError, match="have no float weights.*writes them by save_pretrained"):
+        with pytest.raises(ValueError, match=r"have no float weights.*writes them by save_pretrained"):
             call()
     assert not (tmp_path / "saved" / "model.safetensors").exists()
     with pytest.raises(ValueError, match="limit is 128; expected 1 to 127"):

@@ -95,7 +95,9 @@ def test_another_dtype_of_the_result(dtype: torch.dtype, out_dtype: torch.dtype)
     out = linear_int8(x, weight, bias, activation="gelu", out_dtype=out_dtype)
     precise = linear_int8(x if dtype == torch.float64 else x.float(), weight, bias, activation="gelu")
     assert torch.equal(out, precise.to(out_dtype))
-    with pytest.raises(TypeError, match=r"out_dtype is torch\.float16; expected torch\.float32, torch\.bfloat16 or None"):
+    with pytest.raises(
+        TypeError, match=r"out_dtype is torch\.float16; expected torch\.float32, torch\.bfloat16 or None"
+    ):
         linear_int8(x, weight, bias, out_dtype=torch.float16)
 
 

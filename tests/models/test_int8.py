@@ -76,7 +76,7 @@ def test_a_loaded_model_has_the_bits_of_the_saved_one(
 
 
 def test_the_files(tmp_path: Path) -> None:
-    """A layer's weight is a byte a value, with its scale; config.json says so; no float weight of the encoder is left."""
+    """A layer's weight is a byte a value, with its scale, and no float weight of it is left; config.json says so."""
     model = quantized("BertForSequenceClassification", limit=64)
     model.save_pretrained(tmp_path)
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -138,8 +138,11 @@ def test_weights_that_this_cpu_would_saturate_are_refused(tmp_path: Path, monkey
     monkeypatch.setattr(int8, "weight_limit", lambda: 64)
     expected = output(bert_fast.BertModel.from_pretrained(tmp_path / "64"))
     assert torch.equal(output(quantized(limit=64)), expected)
-    with pytest.raises(ValueError, match=r"127: the INT8 weight of encoder.layer.0.attention.self.qkv has values up to "
-                       r"127 in magnitude, and this CPU multiplies up to 64 exactly; .*quantize\(model, limit=64\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"127: the INT8 weight of encoder.layer.0.attention.self.qkv has values up to "
+        r"127 in magnitude, and this CPU multiplies up to 64 exactly; .*quantize\(model, limit=64\)",
+    ):
         bert_fast.BertModel.from_pretrained(tmp_path / "127")
 
 
@@ -170,15 +173,11 @@ DAMAGES = {
         r"self\.key\.weight|lacks .*weight",
     ),
     "float values": (
-        lambda stored: stored.update(
-            {f"encoder.layer.0.output.dense.weight_int8": torch.zeros(64, 128)}
-        ),
+        lambda stored: stored.update({"encoder.layer.0.output.dense.weight_int8": torch.zeros(64, 128)}),
         r"output\.dense\.weight_int8 is float32 in the checkpoint; expected int8",
     ),
     "other shape": (
-        lambda stored: stored.update(
-            {"encoder.layer.0.output.dense.weight_scale": torch.ones(63)}
-        ),
+        lambda stored: stored.update({"encoder.layer.0.output.dense.weight_scale": torch.ones(63)}),
         r"weight_scale is \(63,\), expected \(64,\)",
     ),
     "-128": (
@@ -213,7 +212,7 @@ def test_other_quantizations_are_refused(value: Any, tmp_path: Path) -> None:
     quantized().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "quantization_config": value}))
-    with pytest.raises(ValueError, match="quantization_config is .*not supported"):
+    with pytest.raises(ValueError, match=r"quantization_config is .*not supported"):
         bert_fast.BertModel.from_pretrained(tmp_path)
 
 
