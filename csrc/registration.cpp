@@ -17,6 +17,10 @@ PyObject* cpu_isa(PyObject*, PyObject*) {
   return PyUnicode_FromString(bert_fast::isa_name());
 }
 
+PyObject* has_int8_dot(PyObject*, PyObject*) {
+  return PyBool_FromLong(bert_fast::has_int8_dot());
+}
+
 // A hash of `size` bytes, eight of them a step in lanes of their own. Every step is a bijection of the lane's state and
 // of the word, so a changed word always changes the hash unless a later one in its lane makes up for it.
 uint64_t hash_part(const char* bytes, int64_t size) {
@@ -68,6 +72,7 @@ PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set of the CPU kernels: generic, avx2, avx512 or avx512bf16."},
+    {"has_int8_dot", has_int8_dot, METH_NOARGS, "Whether the CPU kernels add four products of bytes in INT32 (VNNI)."},
     {"fingerprint", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fingerprint)), METH_FASTCALL,
      "fingerprint(address, size): a 64-bit hash of `size` bytes of memory."},
     {nullptr, nullptr, 0, nullptr},

@@ -30,7 +30,7 @@ from bert_fast.integrations.flattened import Flattened, flattened_of
 from bert_fast.integrations.layouts import LayerParts, Layout, SublayerEnd, layout_of, layouts
 from bert_fast.integrations.reasons import first_position, is_supported_dropout, why_not_supported
 from bert_fast.kernels import attention, linear
-from bert_fast.kernels._common.checks import autocast_dtype
+from bert_fast.kernels._common.checks import autocast_dtype, compute_dtype
 from bert_fast.kernels._common.philox import new_rng_state
 from bert_fast.models.activations import GELU_ACTIVATIONS
 from bert_fast.models.encoder import DROPOUTS_PER_LAYER
@@ -331,7 +331,7 @@ def _layer(parts: LayerParts, cu_seqlens: Tensor, max_seqlen: int, rng_states: T
         dropout_p=p,
         rng_state=states[0] if p else None,
     )
-    hidden = _sublayer_end(parts.attention_output, out.flatten(1), hidden, states[1])
+    hidden = _sublayer_end(parts.attention_output, out.flatten(1).to(compute_dtype(hidden)), hidden, states[1])
     gelu = _GELU_CLASSES.get(type(parts.activation))
     up, down = parts.intermediate, parts.output.dense
     if gelu is not None and is_plain(up, Int8Linear) and is_plain(down, Int8Linear):
@@ -345,7 +345,7 @@ def _qkv(parts: LayerParts, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     linears, heads = parts.qkv, parts.heads
     concatenated = getattr(linears[0], "concatenated", None)
     if concatenated is not None and all(is_plain(dense, Int8Linear) for dense in linears):
-        qkv, bias = linear_defer_bias(hidden, concatenated)
+        qkv, bias = linear_defer_bias(hidden, concatenated, to_attention=True)
         return qkv.unflatten(1, (3, *heads)), None if bias is None else bias.view(3, *heads)
     if not all(is_plain(dense, nn.Linear) and dense.bias is not None for dense in linears):
         return torch.stack([dense(hidden) for dense in linears], dim=1).unflatten(2, heads), None

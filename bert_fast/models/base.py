@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bert_fast.models import checkpoint, storage
+from bert_fast.models import checkpoint, int8, storage
 from bert_fast.models.config import BertConfig
 from bert_fast.models.family import ARCHITECTURES, COMMON_MODELS, NamePairs
 from bert_fast.models.files import HUB_OPTIONS, Source
@@ -230,7 +230,7 @@ class BertPreTrainedModel(nn.Module):
         new_head: bool = False,
         **settings: Any,
     ) -> Self:
-        """Load a checkpoint in transformers' format.
+        """Load a checkpoint in transformers' format, or of a quantized model.
 
         A head or pooler that the checkpoint lacks is newly initialized, heads that the model lacks are not used; the
         logger "bert_fast" warns of both. Prefixes that wrappers put before every name (`module.`, `_orig_mod.`,
@@ -256,8 +256,8 @@ class BertPreTrainedModel(nn.Module):
         Raises:
             FileNotFoundError: there is no such folder or repository, or it has no weights.
             TypeError: a keyword is unknown, or has no meaning here; or an argument has another type.
-            ValueError: tensors are missing or unexpected, shapes differ, none of the encoder's is there, or a setting
-                is wrong.
+            ValueError: tensors are missing or unexpected, shapes differ, none of the encoder's is there, a setting is
+                wrong, or this CPU can't multiply the INT8 weights of a quantized model exactly.
             ImportError: `name_or_path` may be a repository, and huggingface_hub is not installed.
         """
         flags = {"strict": strict, "ignore_mismatched_sizes": ignore_mismatched_sizes, "new_head": new_head}
@@ -271,10 +271,15 @@ class BertPreTrainedModel(nn.Module):
         dtype = parameter_dtype(dtype, torch_dtype, stored)
         with torch.device("meta"):  # names and shapes are compared before memory is allocated
             model = cls(config, **init_arguments).to(dtype)
+            if int8.is_quantized(stored):
+                for layer in model.base_model.encoder.layer:
+                    int8.prepare(layer, stored)
+                model.base_model.requires_grad_(False)
         tensors = model._match(stored, **flags)
         model.to_empty(device=device)
         model.tie_weights()
         model._set(tensors)
+        int8.finish(model, source)
         model.source = model.base_model.source = source
         model._read_modules(root, allow_pickle=allow_pickle)
         return model.eval()
@@ -304,7 +309,14 @@ class BertPreTrainedModel(nn.Module):
             self.untie_weights()
         # What the checkpoint has once, because it is tied there, still belongs to both.
         model = self._tensors()._replace(ties_embeddings=tied.ties_embeddings)
-        return checkpoint.match_tensors(model, stored, **options)
+        tensors = checkpoint.match_tensors(model, stored, **options)
+        layers = int8.int8_layers(self)
+        names = [f"{prefix}.{name}" for prefix, layer in layers.items() for name in layer.checkpoint_tensors()]
+        if absent := [name for name in names if name not in tensors]:
+            raise ValueError(
+                f"the checkpoint lacks {storage.shorten(absent)} of INT8 layers, which have no initial value"
+            )
+        return tensors
 
     def _set(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy `tensors`, under our names, into the parameters, and initialize the others."""
@@ -328,6 +340,10 @@ class BertPreTrainedModel(nn.Module):
     ) -> None:
         """Write model.safetensors and config.json to `folder`, in transformers' format: both or none.
 
+        A quantized model is written with its INT8 weights, which transformers doesn't read: in place of a layer's
+        `weight` there are `weight_int8` (N, K) int8, `weight_scale` (N,) float32 and, if it was calibrated,
+        `input_range` (2,) float32, and config.json has a quantization_config of the method "bert_fast".
+
         Other files of `folder` stay. A process that is killed leaves the old checkpoint or the new one; only a folder
         that can't be replaced as a whole (a mount point, the working folder) gets the two files one after the other.
 
@@ -342,7 +358,7 @@ class BertPreTrainedModel(nn.Module):
             NotADirectoryError: `folder` is a file.
             OSError: a file can't be written; the old checkpoint is unchanged.
             TypeError: a keyword is unknown or not supported.
-            ValueError: the model is quantized, or `state_dict` has other names than the model's.
+            ValueError: `state_dict` has other names than the model's.
         """
         check_save_keywords(self, safe_serialization=safe_serialization, **unsupported)
         check_flags(is_main_process=is_main_process)
@@ -357,6 +373,8 @@ class BertPreTrainedModel(nn.Module):
         if is_main_process:
             dtype = next(str(x.dtype) for x in tensors.state.values()).removeprefix("torch.")
             config = self.config.replace(architectures=[self.hf_class], dtype=dtype)
+            if quantization := int8.describe(self):
+                config = config.replace(extra={**config.extra, "quantization_config": quantization})
             storage.write(checkpoint.to_stored(tensors), config.to_json(), folder, self._files_beside(folder))
 
     @property
@@ -413,7 +431,7 @@ class BertPreTrainedModel(nn.Module):
 
     def _tensors(self) -> checkpoint.ModelTensors:
         return checkpoint.ModelTensors(
-            self.state_dict(),
+            self.state_dict(destination=int8.CheckpointState()),
             self.tied_names,
             self.hf_names,
             base=self.config.architecture.base,

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from bert_fast.models.family import NamePairs, from_hf_name, rename_keys, to_hf_name
+from bert_fast.models.int8 import RANGE
 from bert_fast.models.storage import shorten
 
 _logger = logging.getLogger("bert_fast")
 
 _QKV = ("query", "key", "value")
-_PACKED = re.compile(r"(.*\battention\.self\.)qkv\.(weight|bias)")
-_SPLIT = re.compile(r"(.*\battention\.self\.)(query|key|value)\.(weight|bias)")
+_KINDS = "weight|bias|weight_int8|weight_scale|input_range"
+_PACKED = re.compile(rf"(.*\battention\.self\.)qkv\.({_KINDS})")
+_SPLIT = re.compile(rf"(.*\battention\.self\.)(query|key|value)\.({_KINDS})")
 # Names of the first TensorFlow release, and buffers that older versions of transformers stored.
 _OLD_NAMES = (
     (re.compile(r"\bLayerNorm\.gamma$"), "LayerNorm.weight"),
@@ -64,7 +66,8 @@ def to_hf(state_dict: Mapping[str, Tensor], names: NamePairs = ()) -> dict[str, 
     for name, x in state_dict.items():
         if match := _PACKED.fullmatch(name):
             prefix, kind = match.groups()
-            tensors.update({f"{prefix}{part}.{kind}": third for part, third in zip(_QKV, x.chunk(3), strict=True)})
+            thirds = (x,) * 3 if kind == RANGE else x.chunk(3)  # all three read the same input
+            tensors.update({f"{prefix}{part}.{kind}": third for part, third in zip(_QKV, thirds, strict=True)})
         else:
             tensors[name] = x
     return {to_hf_name(name, names): x for name, x in tensors.items()}
@@ -98,7 +101,12 @@ def from_hf(state_dict: Mapping[str, Tensor], names: NamePairs = ()) -> dict[str
         shapes = {part: tuple(parts[part].shape) for part in _QKV}
         if len(set(shapes.values())) != 1:
             raise ValueError(f"{name.replace('qkv', '{query, key, value}')} differ in shape: {shapes}")
-        tensors[name] = torch.cat([parts[part] for part in _QKV])
+        if not name.endswith(f".{RANGE}"):
+            tensors[name] = torch.cat([parts[part] for part in _QKV])
+        elif all(torch.equal(parts[part], parts["query"]) for part in _QKV):
+            tensors[name] = parts["query"]
+        else:
+            raise ValueError(f"{name.replace('qkv', '{query, key, value}')} differ; expected the range of one input")
     return tensors
 
 
@@ -152,7 +160,7 @@ def match_tensors(
     resized = _resized(model, tensors, ignore_mismatched_sizes=ignore_mismatched_sizes)
     missing = expected - tensors.keys() - resized
     _check_any(model, expected - missing, given)
-    _check_dtypes(tensors, expected - missing)
+    _check_dtypes(model, tensors, expected - missing)
     new_heads = _absent_heads(missing | resized, expected) - resized
     unexpected = foreign | set(_hf_names(tensors.keys() - model.state.keys(), names))
     _report(_hf_names(missing - new_heads, names), _hf_names(new_heads, names), sorted(unexpected), strict)
@@ -222,13 +230,15 @@ def _adapter_hint(names: Iterable[str]) -> str:
     return ""
 
 
-def _check_dtypes(tensors: Mapping[str, Tensor], matched: set[str]) -> None:
+def _check_dtypes(model: ModelTensors, tensors: Mapping[str, Tensor], matched: set[str]) -> None:
     for name in sorted(matched):
-        if (dtype := tensors[name].dtype) not in _FLOATS:
-            expected = ", ".join(str(x).removeprefix("torch.") for x in _FLOATS)
+        accepted = (torch.int8,) if model.state[name].dtype == torch.int8 else _FLOATS
+        if (dtype := tensors[name].dtype) not in accepted:
+            expected = ", ".join(str(x).removeprefix("torch.") for x in accepted)
+            expected = f"one of {expected}" if len(accepted) > 1 else expected
             raise ValueError(
-                f"{name} is {str(dtype).removeprefix('torch.')} in the checkpoint; expected one of {expected} "
-                "(quantized checkpoints are not supported)"
+                f"{name} is {str(dtype).removeprefix('torch.')} in the checkpoint; expected {expected} "
+                "(of quantized checkpoints, those of bert_fast.quantize are supported)"
             )
 
 

@@ -35,7 +35,6 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("is_encoder_decoder", (False, None)),
     ("position_embedding_type", ("absolute", None)),
     ("pruned_heads", ({}, None)),
-    ("quantization_config", (None,)),
 )
 _SIZE_NAMES = (
     "vocab_size",
@@ -45,7 +44,8 @@ _SIZE_NAMES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-_DROPPED = ("transformers_version", "_name_or_path", "torch_dtype")
+# Not kept. save_pretrained describes the quantization that a model has.
+_DROPPED = ("transformers_version", "_name_or_path", "torch_dtype", "quantization_config")
 
 
 def longest_input(config: Any) -> int:
@@ -271,7 +271,7 @@ class BertConfig:
         Raises:
             TypeError: an override is no setting of this model.
             ValueError: a setting is out of range, or it describes an unsupported model (a decoder, relative positions,
-                pruned heads, a quantized model, another model type).
+                pruned heads, a model that others quantized, another model type).
         """
         return cls.with_overrides(settings, overrides, caller=f"{cls.__name__}.from_dict")
 
@@ -295,6 +295,7 @@ class BertConfig:
             if name in merged and merged[name] not in accepted:
                 value = reprlib.repr(merged[name])
                 raise ValueError(f"{name} is {value}, which is not supported; expected {accepted[0]!r}")
+        checks.check_quantization(merged.get("quantization_config"))
         if merged.get("dtype") is None:
             merged["dtype"] = merged.get("torch_dtype")
         names = {item.name for item in fields(cls)} - {"extra"}

@@ -20,7 +20,7 @@ from bert_fast.kernels._common.dispatch import OPS
 from bert_fast.kernels._common.times import Size, size_of_rows
 from bert_fast.kernels.linear_int8.op import FEED_FORWARD
 from bert_fast.models.activations import GELU_ACTIVATIONS
-from bert_fast.models.int8 import Int8Linear
+from bert_fast.models.int8 import Int8Linear, attention_dtype
 from bert_fast.models.layers import (
     BertAttention,
     BertIntermediate,
@@ -115,9 +115,15 @@ class LayerFastPath(NamedTuple):
         int8 = len(qkv.weight) > 1
         linear = OPS["linear_int8"].select("auto", hidden) if int8 else ops.linear
         heads, scale = (3, self.heads, self.head_size), 1.0 / math.sqrt(self.head_size)
-        x = linear(hidden, qkv.weight, None, None, *qkv.input_range).view(-1, *heads)
+        if int8:
+            x = linear(hidden, qkv.weight, None, None, *qkv.input_range, attention_dtype(hidden)).view(-1, *heads)
+        else:
+            x = linear(hidden, qkv.weight, None, None).view(-1, *heads)
         x = ops.attention(x, qkv.bias.view(heads), cu_seqlens, max_seqlen, scale, 0.0, None).flatten(1)
-        x = linear(x, dense.weight, None, None, *dense.input_range)
+        if int8:
+            x = linear(x, dense.weight, None, None, *dense.input_range, hidden.dtype)
+        else:
+            x = linear(x, dense.weight, None, None)
         weight, bias, eps = attention_norm
         hidden = ops.add_layer_norm(x, hidden, weight, bias, dense.bias, 0.0, eps, None)
         del x  # its memory is reused by the next products

@@ -15,23 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast.kernels import add_layer_norm, attention, embedding_layer_norm, linear
-from bert_fast.kernels._common.checks import to_compute_dtype
+from bert_fast.kernels._common.checks import compute_dtype
 from bert_fast.kernels._common.philox import dropout_multiplier
 from bert_fast.models.activations import ACTIVATIONS, GELU_ACTIVATIONS
 from bert_fast.models.config import BertConfig
 from bert_fast.models.inputs import Tokens
-from bert_fast.models.int8 import Int8Linear
+from bert_fast.models.int8 import Int8Linear, attention_dtype
 from bert_fast.models.plain import is_plain, is_plain_embedding, is_plain_norm, requires_input_gradient
 
 _logger = logging.getLogger("bert_fast")
 
 
-def linear_defer_bias(x: Tensor, dense: nn.Module) -> tuple[Tensor, Tensor | None]:
+def linear_defer_bias(x: Tensor, dense: nn.Module, *, to_attention: bool = False) -> tuple[Tensor, Tensor | None]:
     """A linear layer whose bias the next kernel adds.
 
     Args:
         x: (T, K).
         dense: an nn.Linear or Int8Linear, or any module in the place of one.
+        to_attention: the result is queries, keys and values, which an Int8Linear returns in `attention_dtype`.
 
     Returns:
         x weight^T (T, N) and the bias (N,); or dense(x) and None where `dense` is not plain.
@@ -39,7 +40,7 @@ def linear_defer_bias(x: Tensor, dense: nn.Module) -> tuple[Tensor, Tensor | Non
     if is_plain(dense, nn.Linear):
         return linear(x, dense.weight), dense.bias
     if is_plain(dense, Int8Linear):
-        return dense.run(x, None), dense.bias
+        return dense.run(x, None, dtype=attention_dtype(x) if to_attention else None), dense.bias
     return _call(dense, x), None
 
 
@@ -156,7 +157,7 @@ def _without_gradient_at_padding(table: nn.Embedding) -> Tensor:
 def _call(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) in the dtype that a kernel would return."""
     out: Tensor = module(x)
-    return out.to(to_compute_dtype(x).dtype)
+    return out.to(compute_dtype(x))
 
 
 def _dropout(x: Tensor, dropout_p: float, rng_state: Tensor | None) -> Tensor:
@@ -204,7 +205,7 @@ class BertSelfAttention(nn.Module):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, E) -> queries, keys and values (T, 3, N, D), and the bias (3, N, D) that is still to be added."""
-        qkv, bias = linear_defer_bias(hidden, self.qkv)
+        qkv, bias = linear_defer_bias(hidden, self.qkv, to_attention=True)
         shape = (3, self.heads, self.head_size)
         return qkv.view(-1, *shape), None if bias is None else bias.view(shape)
 
@@ -219,12 +220,13 @@ class BertSelfAttention(nn.Module):
             dropout_p=0.0 if rng_state is None else self.dropout_p,
             rng_state=rng_state,
         )
-        return out.flatten(1)
+        return out.flatten(1).to(compute_dtype(hidden))
 
     def probabilities(self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """The attention probabilities before dropout, dense: (B, N, max_seqlen, max_seqlen), zeros past a length."""
         _warn_dense_attentions()
         qkv, bias = self.project(hidden)
+        qkv = qkv.to(compute_dtype(hidden))
         qkv = qkv if bias is None else qkv + bias.to(qkv.dtype)
         B, N = cu_seqlens.shape[0] - 1, self.heads
         out = qkv.new_zeros(B, N, max_seqlen, max_seqlen)

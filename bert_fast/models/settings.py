@@ -187,6 +187,16 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {reprlib.repr(value)}; expected a list of str, or None")
 
 
+def check_quantization(value: Any) -> None:
+    """ValueError unless the quantization_config of a config.json is None or what save_pretrained writes."""
+    accepted = isinstance(value, Mapping) and value.get("quant_method") == "bert_fast" and value.get("bits") == 8
+    if value is not None and not accepted:
+        raise ValueError(
+            f"quantization_config is {reprlib.repr(value)}, which is not supported; expected None, or that of a model "
+            "that bert_fast.quantize made"
+        )
+
+
 def check_count(name: str, value: Any, minimum: int, maximum: int) -> None:
     """ValueError unless `value` is an int (no bool) in [minimum, maximum]."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

@@ -42,6 +42,17 @@ inline Isa cpu_isa() {
   return isa;
 }
 
+// Whether the kernels add four products of bytes in INT32 (VNNI), which is exact for all of them. A lower instruction
+// set by BERT_FAST_CPU_ISA does without, so that the code for older CPUs can be tested.
+inline bool has_int8_dot() {
+#if defined(__x86_64__) && !defined(BERT_FAST_EMULATED_AVX512)
+  static const bool has = cpu_isa() >= Isa::kAvx512 && cpu_isa() == best_isa() && __builtin_cpu_supports("avx512vnni");
+  return has;
+#else
+  return false;
+#endif
+}
+
 inline const char* isa_name() {
   return kIsaNames[static_cast<int>(cpu_isa())];
 }

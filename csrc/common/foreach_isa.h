@@ -3,7 +3,8 @@
 // csrc/<op>/cpu.cpp defines BF_KERNELS as its kernel file and includes this one. A kernel f then exists as
 // bert_fast::generic::f, bert_fast::avx2::f and bert_fast::avx512::f, and BF_DISPATCH(f) is the one for this CPU. With
 // BF_KERNELS_BF16_DOT there is also bert_fast::avx512bf16::f, which multiplies pairs of bfloat16, and
-// BF_DISPATCH_BF16_DOT(f). The kernel file includes only files of its own kind (common/*_kernels.h): everything else is
+// BF_DISPATCH_BF16_DOT(f); with BF_KERNELS_INT8_DOT bert_fast::avx512vnni::f, which multiplies four bytes a lane, and
+// BF_DISPATCH_INT8_DOT(f). The kernel file includes only files of its own kind (common/*_kernels.h): everything else is
 // included before, outside the target pragmas, so that no inline function of the standard library is compiled for a
 // newer CPU than the one that runs it.
 //
@@ -44,6 +45,7 @@
 #define BF_REGISTERS 32
 #endif
 #define BF_BF16_DOT 0
+#define BF_INT8_DOT 0
 #include "common/isa_pass.h"
 #endif
 
@@ -52,6 +54,7 @@
 #define BF_VECTOR_BYTES 32
 #define BF_REGISTERS 16
 #define BF_BF16_DOT 0
+#define BF_INT8_DOT 0
 BF_PUSH_TARGET("avx2,fma")
 #include "common/isa_pass.h"
 BF_POP_TARGET
@@ -62,6 +65,7 @@ BF_POP_TARGET
 #define BF_VECTOR_BYTES 64
 #define BF_REGISTERS 32
 #define BF_BF16_DOT 0
+#define BF_INT8_DOT 0
 BF_PUSH_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #include "common/isa_pass.h"
 BF_POP_TARGET
@@ -71,7 +75,19 @@ BF_POP_TARGET
 #define BF_VECTOR_BYTES 64
 #define BF_REGISTERS 32
 #define BF_BF16_DOT 1
+#define BF_INT8_DOT 0
 BF_PUSH_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#include "common/isa_pass.h"
+BF_POP_TARGET
+#endif
+
+#if defined(BF_KERNELS_INT8_DOT) && BF_INTRINSICS
+#define BF_ISA avx512vnni
+#define BF_VECTOR_BYTES 64
+#define BF_REGISTERS 32
+#define BF_BF16_DOT 0
+#define BF_INT8_DOT 1
+BF_PUSH_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
 #include "common/isa_pass.h"
 BF_POP_TARGET
 #endif
@@ -92,4 +108,11 @@ BF_POP_TARGET
                                                        : ::bert_fast::generic::__VA_ARGS__)
 #else
 #define BF_DISPATCH(...) (::bert_fast::generic::__VA_ARGS__)
+#endif
+
+#if BF_INTRINSICS
+#define BF_DISPATCH_INT8_DOT(...) \
+  (::bert_fast::has_int8_dot() ? ::bert_fast::avx512vnni::__VA_ARGS__ : BF_DISPATCH(__VA_ARGS__))
+#else
+#define BF_DISPATCH_INT8_DOT(...) BF_DISPATCH(__VA_ARGS__)
 #endif

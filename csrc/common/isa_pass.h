@@ -7,3 +7,4 @@
 #undef BF_VECTOR_BYTES
 #undef BF_REGISTERS
 #undef BF_BF16_DOT
+#undef BF_INT8_DOT

@@ -197,10 +197,15 @@ BF_INLINE vfloat add_bf16_dot(vfloat sum, vuint a, vuint b) {
 #endif
 }
 
-// sum + a.0 b.0 + ... + a.3 b.3 in each lane, for four bytes, unsigned in a and signed in b. Exact if
-// a.0 b.0 + a.1 b.1 and a.2 b.2 + a.3 b.3 fit in 16 bits, as with b from -64 to 64.
+// sum + a.0 b.0 + ... + a.3 b.3 in each lane, for four bytes, unsigned in a and signed in b. Without BF_INT8_DOT, exact
+// if a.0 b.0 + a.1 b.1 and a.2 b.2 + a.3 b.3 fit in 16 bits, as with b from -64 to 64.
 BF_INLINE vint add_int8_dot(vint sum, vuint a, vuint b) {
-#if BF_INTRINSICS && BF_VECTOR_BYTES == 32
+#if BF_INT8_DOT && BF_INTRINSICS
+  return (vint)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif BF_INTRINSICS && BF_VECTOR_BYTES == 64
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+  return sum + (vint)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif BF_INTRINSICS && BF_VECTOR_BYTES == 32
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
   return sum + (vint)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else

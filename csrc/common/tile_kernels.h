@@ -85,5 +85,21 @@ BF_INLINE void tiles(const F* a, int64_t lda, const F* b, int64_t ldb, float* c,
   }
 }
 
+// The heights of the tiles of a product's last rows: quarters of ROWS where they are whole, else halves.
+template <int ROWS>
+constexpr int kTail = ROWS % 4 == 0 ? ROWS / 4 : ROWS / 2;
+
+// Calls body(constant) with the lowest tile that holds `count` <= ROWS rows.
+template <int ROWS, int HEIGHT = kTail<ROWS>, class Body>
+BF_INLINE void with_height(int64_t count, const Body& body) {
+  if constexpr (HEIGHT >= ROWS) {
+    body(std::integral_constant<int, ROWS>{});
+  } else if (count <= HEIGHT) {
+    body(std::integral_constant<int, HEIGHT>{});
+  } else {
+    with_height<ROWS, HEIGHT + kTail<ROWS>>(count, body);
+  }
+}
+
 }  // namespace BF_ISA
 }  // namespace bert_fast

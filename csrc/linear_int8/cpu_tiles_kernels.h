@@ -1,13 +1,15 @@
 // A block of an integer product and its epilogue: rows of u by panels of a packed weight. Compiled once for each
 // instruction set by foreach_isa.h.
 
+#include "common/tile_kernels.h"
 #include "linear_int8/cpu_kernels.h"
 
 namespace bert_fast {
 namespace BF_ISA {
 
-// 12 accumulators, a vector of b, a broadcast and a product: 15 of 16 registers.
-constexpr int kByteRows = 6;
+// kByteRows x 2 accumulators, 2 vectors of b, a broadcast and, without BF_INT8_DOT, a product and ones: 29 of 32
+// registers, or 15 of 16 with a vector of b at a time.
+constexpr int kByteRows = BF_REGISTERS >= 32 ? 12 : 6;
 constexpr int kBytePanel = 2 * kWidth;  // columns of a tile
 constexpr int64_t kByteColumns = 64;    // of a block
 static_assert(kByteColumns % kBytePanel == 0, "full panels");
@@ -38,7 +40,7 @@ inline void byte_tile(const uint8_t* u, int64_t u_stride, const int8_t* panel, f
     vuint b0, b1;
     std::memcpy(&b0, panel + 2 * step * sizeof(vuint), sizeof(vuint));
     std::memcpy(&b1, panel + (2 * step + 1) * sizeof(vuint), sizeof(vuint));
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int row = 0; row < ROWS; ++row) {
       uint32_t four;
       std::memcpy(&four, u + row * u_stride + 4 * step, sizeof(four));
@@ -46,7 +48,7 @@ inline void byte_tile(const uint8_t* u, int64_t u_stride, const int8_t* panel, f
       sum[row][1] = add_int8_dot(sum[row][1], vuint{} + four, b1);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int row = 0; row < ROWS; ++row) {
     store(c + row * c_stride, __builtin_convertvector(sum[row][0], vfloat));
     store(c + row * c_stride + kWidth, __builtin_convertvector(sum[row][1], vfloat));
@@ -62,15 +64,15 @@ inline int64_t byte_scratch_bytes(int64_t depth) {
 template <class T, int ACTIVATION>
 inline void linear_int8_block(const uint8_t* u, const int8_t* panels, const float* scale, const float* low,
                               const Int8Columns& columns, T* out, int64_t out_stride, int64_t rows, int64_t depth,
-                              int64_t cols, char* scratch) {
-  float* sums = reinterpret_cast<float*>(scratch);
+                              int64_t cols, float* scratch) {
+  float* sums = scratch;
   uint8_t* copy = reinterpret_cast<uint8_t*>(sums + kByteRows * kByteColumns);
   const int64_t steps = (depth + 3) / 4;
   for (int64_t row = 0; row < rows; row += kByteRows) {
     const int64_t count = std::min<int64_t>(kByteRows, rows - row);
     const uint8_t* from = u + row * depth;
     int64_t stride = depth;
-    if (count < kByteRows || depth % 4 != 0) {
+    if (count % kTail<kByteRows> != 0 || depth % 4 != 0) {
       stride = 4 * steps;
       std::memset(copy, 0, kByteRows * stride);
       for (int64_t i = 0; i < count; ++i) std::memcpy(copy + i * stride, from + i * depth, depth);
@@ -78,11 +80,9 @@ inline void linear_int8_block(const uint8_t* u, const int8_t* panels, const floa
     }
     for (int64_t col = 0; col < cols; col += kBytePanel) {
       const int8_t* panel = panels + col * 4 * steps;
-      if (count > kByteRows / 2) {
-        byte_tile<kByteRows>(from, stride, panel, sums + col, kByteColumns, steps);
-      } else {
-        byte_tile<kByteRows / 2>(from, stride, panel, sums + col, kByteColumns, steps);
-      }
+      with_height<kByteRows>(count, [&](auto height) {
+        byte_tile<decltype(height)::value>(from, stride, panel, sums + col, kByteColumns, steps);
+      });
     }
     for (int64_t i = 0; i < count; ++i) {
       epilogue_row<T, ACTIVATION>(sums + i * kByteColumns, scale[row + i], low[row + i], columns,

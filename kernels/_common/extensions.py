@@ -89,6 +89,16 @@ def has_bf16_isa() -> bool:
     return cpu_isa() == "avx512bf16" and torch.cpu._is_avx512_bf16_supported()
 
 
+def has_amx() -> bool:
+    """Whether this CPU has Intel's matrix units, which oneDNN uses and our kernels don't."""
+    return has_bf16_isa() and torch.cpu._is_amx_tile_supported()
+
+
+def has_int8_dot() -> bool:
+    """Whether the compiled CPU kernels add four products of bytes in INT32 (VNNI), which is exact for all bytes."""
+    return not MISSING and bool(_extension.has_int8_dot())
+
+
 def fingerprint(address: int, size: int) -> int:
     """A 64-bit hash of the `size` bytes at `address`, which must be readable memory."""
     return int(_extension.fingerprint(address, size))

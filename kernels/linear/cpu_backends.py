@@ -1,6 +1,7 @@
 """Backends of linear on the CPU: which library or kernel computes the product of a dtype on an instruction set.
 
-"tiles"   in inference: our float32 product, with bias and GeLU in its epilogue (csrc/linear).
+"tiles"   in inference: our product, with bias and GeLU in its epilogue (csrc/linear); of bfloat16 by dot products of
+          pairs where the CPU has them, else in float32.
 "blas"    torch's own product (MKL on x86-64), then our bias_gelu.
 "onednn"  oneDNN's product, with bias and GeLU in its epilogue.
 "float32" in training: the BLAS's float32 product of bfloat16 operands, where the CPU has no bfloat16 instructions.
@@ -31,7 +32,8 @@ from bert_fast.kernels._common.weight_cache import are_frozen, cacheable, cached
 
 # oneDNN chooses a packed layout by the number of rows: a constant, so that bits don't depend on the first caller's.
 _PACKED_ROWS = 256
-_CACHE_KINDS = {torch.float32: "onednn float32", torch.bfloat16: "onednn bfloat16"}
+_ONEDNN_KINDS = {torch.float32: "onednn float32", torch.bfloat16: "onednn bfloat16"}
+_TILES_KINDS = {torch.float32: "tiles float32", torch.bfloat16: "tiles bfloat16"}
 
 
 class Backends(NamedTuple):
@@ -47,40 +49,51 @@ class BackendRule:
 
     isa: str
     dtype: torch.dtype
-    needs_bf16_isa: bool  # only on CPUs with bfloat16 instructions
+    needs: str  # "bf16" or "amx": only on CPUs with such instructions; "" for any
     backends: Backends
     measured: str
 
 
-# GFLOP/s at 1,024 rows. AVX-512: two threads of an AMD EPYC (Zen 5), 2026-11-30, not idle and not by the recorded
-# benchmark, which is pending. AVX2: two of an AMD EPYC, whose fused multiply-adds alone reach 192, 2026-11-22.
+# GFLOP/s at 1,024 rows. "Zen 5": one thread of an AMD EPYC (Zen 5) by its CPU time, tiles and packed oneDNN
+# interleaved, 2026-11-30, on a busy machine; "AVX2": two threads of an AMD EPYC, 2026-11-22, whose fused multiply-adds
+# alone reach 192.
 TABLE = (
     BackendRule(
         "avx512",
         torch.float32,
-        False,
+        "",
         Backends("tiles", "onednn"),
-        "435 to 480, oneDNN 449 to 486; few rows: README.md",
+        "Zen 5: 205 to 240, oneDNN 225 to 243; few rows: README",
     ),
-    BackendRule("avx512", torch.bfloat16, True, Backends("onednn", "onednn"), "746 to 987 packed, tiles 354 to 461"),
     BackendRule(
-        "avx2", torch.float32, False, Backends("tiles", "blas"), "140 to 159, MKL 124 to 140; few rows: README.md"
+        "avx512", torch.bfloat16, "amx", Backends("onednn", "onednn"), "no: AMX has 8 times the rate of AVX-512 BF16"
     ),
-    BackendRule("", torch.float32, False, Backends("blas", "blas"), "70 to 79 per thread, by MKL on AVX2"),
-    BackendRule("", torch.bfloat16, False, Backends("tiles", "float32"), "134 to 143; torch's own bfloat16 product 14"),
+    BackendRule(
+        "avx512",
+        torch.bfloat16,
+        "bf16",
+        Backends("tiles", "onednn"),
+        "Zen 5: 451 to 494, oneDNN 445 to 495; few: README",
+    ),
+    BackendRule(
+        "avx2", torch.float32, "", Backends("tiles", "blas"), "AVX2: 140 to 159, MKL 124 to 140; few rows: README"
+    ),
+    BackendRule("", torch.float32, "", Backends("blas", "blas"), "AVX2: 70 to 79 per thread, by MKL"),
+    BackendRule("", torch.bfloat16, "", Backends("tiles", "float32"), "AVX2: 134 to 143; torch's own product 14"),
 )
 
 _ONEDNN = torch.backends.mkldnn.is_available() and extensions.registered("mkldnn::_linear_pointwise", "CPU")
 
 
 def _choose(dtype: torch.dtype) -> Backends:
-    isa, bf16_isa = extensions.cpu_isa(), extensions.has_bf16_isa()
+    isa = extensions.cpu_isa()
+    has = {"": True, "bf16": extensions.has_bf16_isa(), "amx": extensions.has_amx()}
     return next(
         rule.backends
         for rule in TABLE
         if rule.dtype == dtype
         and isa.startswith(rule.isa)
-        and (bf16_isa or not rule.needs_bf16_isa)
+        and has[rule.needs]
         and (_ONEDNN or "onednn" not in rule.backends)
     )
 
@@ -155,7 +168,12 @@ def _tiles(call: LinearArguments) -> Tensor:
     code = ACTIVATIONS[call.activation].code
     out: Tensor
     if are_frozen(call.weights):
-        packed = cached_weight("tiles", call.weights, torch.ops.bert_fast.linear_pack)
+        dtype = call.x.dtype
+        packed = cached_weight(
+            _TILES_KINDS[dtype],
+            call.weights,
+            lambda weight: torch.ops.bert_fast.linear_pack(weight, dtype == torch.bfloat16),
+        )
         columns = sum([weight.shape[0] for weight in call.weights])
         out = torch.ops.bert_fast.linear_tiles(call.x, packed, columns, call.bias, code)
     else:
@@ -182,7 +200,7 @@ def _onednn(call: LinearArguments) -> Tensor:
     if not x.shape[0]:
         return x.new_empty(0, sum(weight.shape[0] for weight in weights))
     if are_frozen(weights):
-        weight = cached_weight(_CACHE_KINDS[x.dtype], weights, lambda weight: pack(weight.to(x.dtype)))
+        weight = cached_weight(_ONEDNN_KINDS[x.dtype], weights, lambda weight: pack(weight.to(x.dtype)))
     else:
         weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(x.dtype)
     return _pointwise(pad_rows(x), weight, None if bias is None else bias.to(x.dtype), activation)[: x.shape[0]]

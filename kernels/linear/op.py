@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
@@ -37,8 +38,10 @@ def _bwd_fake(dout: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tup
     return x.new_empty(x.shape if needs[0] else 0), weight.new_empty(weight.shape if needs[1] else 0)
 
 
-def _pack_fake(weight: Tensor) -> Tensor:
+def _pack_fake(weight: Tensor, bf16: bool) -> Tensor:
     panels, panel = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))  # depend on the instruction set
+    if bf16 and extensions.cpu_isa() == "avx512bf16":
+        return weight.new_empty(panels, (weight.shape[1] + 1) // 2, panel, 2, dtype=torch.bfloat16)
     return weight.new_empty(panels, weight.shape[1], panel, dtype=torch.float32)
 
 

@@ -69,6 +69,7 @@ def linear_int8(
     *,
     activation: str | None = None,
     input_range: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Linear layer on INT8 operands, for inference: out = act(x' weight'^T + bias).
@@ -83,13 +84,14 @@ def linear_int8(
         bias: (N,) floating point, or None.
         activation: None, "gelu" (erf) or "gelu_tanh", its tanh approximation.
         input_range: (2,) float32, the smallest and the largest value of x, which is clipped to them; None for by token.
+        out_dtype: float32 or bfloat16; None for the dtype of `x`, under autocast for autocast's.
         impl: "auto", "reference" or "cpu".
 
     Returns:
-        (T, N) in the dtype of `x`, under autocast in autocast's.
+        (T, N) in `out_dtype`.
 
     Raises:
-        TypeError: a tensor has another dtype.
+        TypeError: a tensor has another dtype, or `out_dtype` is another.
         ValueError: a shape or a device does not fit, `activation` or `impl` has another value, x.requires_grad is True
             while gradients are enabled, or the weight was quantized for a CPU with VNNI and this one has none.
         ImplUnavailableError: the requested `impl` can't run here.
@@ -100,8 +102,10 @@ def linear_int8(
     _check_input(x, input_range)
     _check_weight(weight, bias, x.shape[1], x)
     check_activation(activation)
+    if out_dtype not in (None, torch.float32, torch.bfloat16):
+        raise TypeError(f"out_dtype is {out_dtype!r}; expected torch.float32, torch.bfloat16 or None")
     x = to_compute_dtype(x)
-    out: Tensor = OP.select(impl, x)(x, tuple(weight), bias, activation, input_range)
+    out: Tensor = OP.select(impl, x)(x, tuple(weight), bias, activation, input_range, out_dtype)
     return out
 
 

@@ -1,7 +1,7 @@
 """Backends of linear_int8 on the CPU: products of uint8 rows and int8 weights; the quantization is ours in both.
 
-"tiles"  our product, with the epilogue inside (csrc/linear_int8).
-"onednn" oneDNN's product, which uses VNNI where the CPU has it; the epilogue is a pass of its own.
+"tiles"  our product, with the epilogue inside (csrc/linear_int8), by VNNI where the CPU has it.
+"onednn" oneDNN's product, by VNNI or AMX; the epilogue is a pass of its own.
 
 Both compute the same bits: the sums are integers.
 """
@@ -21,9 +21,10 @@ from bert_fast.kernels._common.weight_cache import cached_weight
 
 # oneDNN chooses a packed layout by the number of rows: a constant, so that bits don't depend on the first caller's.
 _PACKED_ROWS = 256
-# GOP/s of two threads of an AMD EPYC with AVX2, 2026-11-22, with GeLU, tiles and oneDNN: 1,024 rows 270 to 320 and 241
-# to 282, 32 rows 229 to 314 and 106 to 205. Not timed on other instruction sets.
-BACKEND = "tiles" if extensions.cpu_isa() == "avx2" else "onednn"
+# GOP/s at 1,024 rows, with scales and GeLU, tiles and oneDNN interleaved: AVX2, two threads of an AMD EPYC, 2026-11-22,
+# 270 to 320 and 241 to 282; VNNI, one thread of an AMD EPYC (Zen 5) by its CPU time, 2026-11-30, on a busy machine, 828
+# to 913 and 721 to 846. Fewer rows gain more: README.md. AMX has 8 times VNNI's rate; it has not been timed.
+BACKEND = "tiles" if extensions.cpu_isa().startswith("avx") and not extensions.has_amx() else "onednn"
 
 
 def weight_limit() -> int:
@@ -31,7 +32,7 @@ def weight_limit() -> int:
 
     Without VNNI two products are added in INT16, where 2 * 255 * 64 = 32640 fits and 2 * 255 * 127 saturates.
     """
-    return 127 if extensions.cpu_isa().startswith("avx512") and torch.cpu._is_vnni_supported() else 64
+    return 127 if extensions.has_int8_dot() else 64
 
 
 def missing() -> str:
@@ -152,9 +153,10 @@ def run(
     bias: Tensor | None,
     activation: str | None,
     input_range: Tensor | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`linear_int8_reference` of float32 or bfloat16 x. `ops` is torch.ops.bert_fast."""
-    return _layer(ops, ops.linear_int8_quantize(x, input_range), weight, bias, activation, x.dtype)
+    return _layer(ops, ops.linear_int8_quantize(x, input_range), weight, bias, activation, out_dtype or x.dtype)
 
 
 def run_feed_forward(

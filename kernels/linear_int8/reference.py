@@ -38,6 +38,7 @@ def linear_int8_reference(
     bias: Tensor | None,
     activation: str | None,
     input_range: Tensor | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """out = act(x' weight'^T + bias), of the quantized x' = scale u + low and weight' = weight_scale values.
 
@@ -51,9 +52,10 @@ def linear_int8_reference(
         bias: (N,) floating point, or None.
         activation: None, "gelu" or "gelu_tanh".
         input_range: see `quantize_rows_reference`.
+        out_dtype: None for the dtype of `x`.
 
     Returns:
-        (T, N) in the dtype of `x`.
+        (T, N) in `out_dtype`.
     """
     values, weight_scale = weight[:2]
     u, scale, low = quantize_rows_reference(x, input_range)
@@ -61,7 +63,7 @@ def linear_int8_reference(
     out = (scale * products + low * values.double().sum(1).to(scale.dtype)) * weight_scale.to(scale.dtype)
     if bias is not None:
         out = out + bias.to(scale.dtype)
-    return activate(out, activation).to(x.dtype)
+    return activate(out, activation).to(x.dtype if out_dtype is None else out_dtype)
 
 
 def feed_forward_int8_reference(

@@ -13,9 +13,11 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bert_fast
 from bert_fast.kernels import use_impl
+from bert_fast.kernels._common import extensions
 from bert_fast.models.int8 import Int8Linear
 
 HEADS = [name for name in bert_fast.__all__ if name.startswith("BertFor")] + ["BertModel"]
@@ -110,6 +112,45 @@ def test_bfloat16_models_return_bfloat16() -> None:
         assert first(model(**inputs())).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_is_computed_in_bfloat16_where_the_cpu_multiplies_it(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise in the model's dtype; the modules and the fast path (which a hook on another module ends) agree."""
+    if fused:
+        model: Any = bert_fast.fuse(transformers.BertModel(transformers.BertConfig(**HOOKED)).eval())
+    else:
+        model = bert_fast.BertModel(bert_fast.BertConfig(**HOOKED)).eval()
+    bert_fast.quantize(model)
+    ids, dtypes = torch.arange(5, 16)[None], []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "attention_fwd" in str(func):
+                dtypes.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    def run() -> Tensor:
+        with torch.no_grad(), Recorder():
+            out: Tensor = model(ids)[0]
+        assert out.dtype == torch.float32
+        return out
+
+    out = run()
+    expected = torch.bfloat16 if extensions.cpu_isa() == "avx512bf16" else torch.float32
+    assert set(dtypes) == {expected}
+    if not fused:
+        handle = model.encoder.layer[0].register_forward_hook(lambda *_: None)
+        assert torch.equal(run(), out)
+        handle.remove()
+    monkeypatch.setattr(extensions, "cpu_isa", lambda: "avx2")
+    precise = run()
+    assert dtypes[-1] == torch.float32
+    # A value of u, 1/255 of a token's range, may round the other way after a bfloat16 rounding of 2^-9.
+    assert float((out - precise).abs().max()) < 0.02 * float(precise.abs().max())
+    assert torch.equal(out, precise) == (expected == torch.float32)
+
+
 def test_other_activations() -> None:
     for act in ("gelu_new", "relu"):
         model = bert_fast.BertModel(config(hidden_act=act)).eval()
@@ -120,7 +161,7 @@ def test_other_activations() -> None:
         assert float((int8 - expected).abs().max()) < 0.05 * float(expected.abs().max())
 
 
-def test_a_quantized_model_is_neither_saved_nor_trained(tmp_path: Path) -> None:
+def test_a_quantized_model_has_no_state_dict_and_is_not_trained(tmp_path: Path) -> None:
     model = bert_fast.BertForSequenceClassification(config()).eval()
     with pytest.raises(ValueError, match="dtype is 'int4'"):
         bert_fast.quantize(model, "int4")
@@ -128,9 +169,13 @@ def test_a_quantized_model_is_neither_saved_nor_trained(tmp_path: Path) -> None:
         bert_fast.quantize(copy.deepcopy(model).train())
     bert_fast.quantize(model)
     assert bert_fast.quantize(model) is model
-    with pytest.raises(ValueError, match="have no float weights"):
-        model.save_pretrained(tmp_path / "saved")
+    fused = bert_fast.quantize(bert_fast.fuse(transformers.BertModel(transformers.BertConfig(**HOOKED)).eval()))
+    for call in (model.state_dict, fused.state_dict, lambda: fused.save_pretrained(tmp_path / "saved")):
+        with pytest.raises(ValueError, match=r"have no float weights.*writes them by save_pretrained"):
+            call()
     assert not (tmp_path / "saved" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="limit is 128; expected 1 to 127"):
+        bert_fast.quantize(bert_fast.BertModel(config()).eval(), limit=128)
     assert not any(parameter.requires_grad for parameter in model.bert.parameters())
     model.train()
     with pytest.raises(ValueError, match="can't be trained"):

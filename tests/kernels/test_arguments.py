@@ -163,7 +163,7 @@ def test_the_operators_check_ranks_sizes_and_dtypes() -> None:
     if not OPS["linear"].impls["cpu"].availability.ok:
         return
     u, weight, none = torch.zeros(5, 8, dtype=torch.uint8), torch.randn(16, 8), torch.randn(16, 0)
-    packed, bytes_packed, ones = ops.linear_pack(weight), ops.linear_int8_pack(WEIGHT.values), torch.ones(5)
+    packed, bytes_packed, ones = ops.linear_pack(weight, False), ops.linear_int8_pack(WEIGHT.values), torch.ones(5)
     wrong: list[Callable[[], Tensor]] = [
         lambda: ops.bias_gelu_fwd(X, torch.randn(8, 0), False),
         lambda: ops.bias_gelu_bwd(X[..., None], X, E, False),
@@ -181,6 +181,7 @@ def test_the_operators_check_ranks_sizes_and_dtypes() -> None:
         lambda: ops.linear_bwd(X, X, weight, [True, True]),
         lambda: ops.linear_tiles(X, packed, 16, none, 0),
         lambda: ops.linear_tiles(X, packed, -1, None, 0),
+        lambda: ops.linear_tiles(X, packed.bfloat16(), 16, None, 0),
         lambda: ops.linear_tiles(X, packed[..., None], 16, None, 0),
         lambda: ops.linear_tiles(X, packed, 16, None, 7),
         lambda: ops.linear_unpacked(X, [weight[..., None]], None, 0),

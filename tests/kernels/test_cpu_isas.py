@@ -64,7 +64,13 @@ def test_avx512(emulator: str) -> None:
 
 
 def test_avx512_with_bfloat16_dot_products(emulator: str) -> None:
-    run("avx512bf16", ("attention",), "not float32", BERT_FAST_AVX512_EMULATOR=emulator)
+    run("avx512bf16", ("attention", "linear"), "not float32", BERT_FAST_AVX512_EMULATOR=emulator)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_products_of_lower_instruction_sets(isa: str) -> None:
+    """Compiled, not emulated, where this CPU has them: AVX2, and AVX-512 without dot products (VNNI, BF16)."""
+    run(isa, ("linear", "linear_int8"), "")
 
 
 def flushed(x: Fraction) -> Fraction:

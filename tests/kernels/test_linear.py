@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels import available_impls, linear
+from bert_fast.kernels._common import extensions
 from bert_fast.kernels._common.row_buckets import bucket, pad_rows
 from bert_fast.kernels.linear import cpu_backends
 from bert_fast.kernels.linear.cpu_backends import Backends
@@ -20,14 +21,15 @@ from bert_fast.testing import assert_three_way, targets, three_way
 SHAPES = [(0, 8, 16), (1, 1, 40), (3, 7, 33), (65, 96, 50), (130, 128, 512), (13, 1601, 131)]
 INTERPRETED_SHAPES = [(0, 8, 16), (3, 7, 33)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# The backends that run on this CPU, whatever the table chooses; oneDNN's bfloat16 needs BF16 instructions.
+# The backends that run on this CPU, whatever the table chooses; oneDNN's bfloat16 needs BF16 instructions, for which
+# it is the choice in training.
 BACKENDS = [
     (torch.float32, Backends("tiles", "blas")),
     (torch.float32, Backends("blas", "blas")),
     (torch.float32, Backends("onednn", "onednn")),
     (torch.bfloat16, Backends("tiles", "float32")),
 ]
-if cpu_backends.BACKENDS[torch.bfloat16].inference == "onednn":
+if cpu_backends.BACKENDS[torch.bfloat16].training == "onednn":
     BACKENDS.append((torch.bfloat16, Backends("onednn", "onednn")))
 
 
@@ -126,10 +128,16 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cpu_backends.BACKENDS, torch.bfloat16, Backends("tiles", "float32"))
 
 
+def has_bf16_dot() -> bool:
+    """Whether the tiles multiply pairs of bfloat16, so that a float32 weight is rounded."""
+    return extensions.cpu_isa() == "avx512bf16"
+
+
 def test_bfloat16_by_tiles_rounds_once(tiles: None) -> None:
-    """The products are float32's and the result is the exact one, rounded: closer than bfloat16 products come."""
+    """The sums are float32's and the result is the exact one, rounded; a float32 weight is rounded to pairs only."""
     inputs = {name: x.bfloat16() for name, x in random_inputs(33, 700, 40).items()}
-    for weight in (inputs["weight"], inputs["weight"].float()):
+    precise = inputs["weight"].float() + (0 if has_bf16_dot() else 1e-3)
+    for weight in (inputs["weight"], precise):
         out = linear(inputs["x"], weight, inputs["bias"], activation="gelu", impl="cpu")
         exact = linear_reference(inputs["x"].double(), (weight.double(),), inputs["bias"], "gelu")
         unit = 2.0 ** (exact.abs().clamp(min=2**-20).log2().floor() - 7)
@@ -210,15 +218,50 @@ def test_row_buckets() -> None:
     assert pad_rows(padded) is padded
 
 
-def test_packed_panels_hold_the_weight() -> None:
-    weight = torch.randn(70, 9)
-    packed = torch.ops.bert_fast.linear_pack(weight)
-    panels, width, panel = packed.shape
-    assert (width, panels) == (9, -(-70 // panel))
-    rows = packed.transpose(1, 2).reshape(-1, 9)
+@pytest.mark.parametrize("width", [1, 9, 32, 33, 47, 64, 801])
+def test_packed_panels_hold_the_weight(width: int) -> None:
+    weight, pack = torch.randn(70, width), torch.ops.bert_fast.linear_pack
+    packed = pack(weight, False)
+    panels, depth, panel = packed.shape
+    assert (depth, panels) == (width, -(-70 // panel))
+    rows = packed.transpose(1, 2).reshape(-1, width)
     assert torch.equal(rows[:70], weight)
     assert not rows[70:].any()
-    assert torch.equal(torch.ops.bert_fast.linear_pack(weight.T.contiguous().T.bfloat16()), packed.bfloat16().float())
+    assert torch.equal(pack(weight.T.contiguous().T.bfloat16(), False), packed.bfloat16().float())
+    for_bf16 = pack(weight, True)
+    assert torch.equal(pack(weight.bfloat16(), True), for_bf16.bfloat16().to(for_bf16.dtype))
+    if not has_bf16_dot():
+        assert torch.equal(for_bf16, packed)
+        return
+    assert for_bf16.shape == (panels, -(-width // 2), panel, 2)
+    rows = for_bf16.transpose(1, 2).reshape(panels * panel, -1)
+    assert torch.equal(rows[:70, :width], weight.bfloat16())
+    assert not rows[70:].any()
+    assert not rows[:, width:].any()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12, 37, 600])
+@pytest.mark.parametrize("width", [1, 33, 64, 1601])
+def test_every_layout_of_bfloat16_rows(tiles: None, rows: int, width: int, poisoned_empty: None) -> None:
+    """Rows at odd addresses and with odd strides, and weights packed ahead and in the call: the same bits."""
+    weight = torch.randn(70, width).bfloat16()
+    x = torch.randn(rows, width).bfloat16()
+    expected = (x.double() @ weight.double().T).float()
+    packed = torch.ops.bert_fast.linear_pack(weight, True)
+    views = [x]
+    for start, stride in ((1, width + 3), (2, width + 4), (3, width + 6)):
+        views.append(torch.zeros(rows * stride + start, dtype=x.dtype).as_strided((rows, width), (stride, 1), start))
+        views[-1].copy_(x)
+    views.append(x.T.contiguous().T)
+    outs = [torch.ops.bert_fast.linear_unpacked(view, [weight], None, 0) for view in views]
+    outs += [torch.ops.bert_fast.linear_tiles(view, packed, 70, None, 0) for view in views]
+    outs += [torch.ops.bert_fast.linear_unpacked(x, [weight[:33].clone(), weight[33:].float().bfloat16()], None, 0)]
+    if has_bf16_dot():
+        outs.append(torch.ops.bert_fast.linear_unpacked(x, [weight.float()], None, 0))
+    assert all(torch.equal(out, outs[0]) for out in outs[1:])
+    # Rounded once to bfloat16, after a float32 sum of `width` terms.
+    scale = float(expected.abs().max())
+    assert torch.allclose(outs[0].float(), expected, rtol=2**-8, atol=scale * width**0.5 * 2**-23)
 
 
 def test_same_bits_again_and_with_other_thread_counts(backend: tuple[torch.dtype, Backends]) -> None:
@@ -250,14 +293,15 @@ def test_opcheck(backend: tuple[torch.dtype, Backends]) -> None:
         torch.library.opcheck(ops.linear_bwd.default, (dout, x.detach(), weight.detach(), needs))
     torch.library.opcheck(ops.linear_dx.default, (dout, weight.detach()))
     torch.library.opcheck(ops.linear_dweight.default, (dout, x.detach(), weight.detach().clone(), True))
-    torch.library.opcheck(ops.linear_pack.default, (weight.detach(),))
-    packed = ops.linear_pack(weight.detach())
+    of_bf16 = backend[0] == torch.bfloat16
+    torch.library.opcheck(ops.linear_pack.default, (weight.detach(), of_bf16))
+    packed = ops.linear_pack(weight.detach(), of_bf16)
     for activation, shift in ((0, None), (1, bias.detach()), (2, bias.detach().float())):
         torch.library.opcheck(ops.linear_tiles.default, (x.detach(), packed, 16, shift, activation))
 
 
 def test_the_table_has_a_rule_for_every_cpu() -> None:
-    assert {row.dtype for row in cpu_backends.TABLE if not row.isa and not row.needs_bf16_isa} == {
+    assert {row.dtype for row in cpu_backends.TABLE if not row.isa and not row.needs} == {
         torch.float32,
         torch.bfloat16,
     }

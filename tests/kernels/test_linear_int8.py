@@ -88,9 +88,22 @@ def test_tiles_have_the_bits_of_onednn(rows: int, width: int, columns: int) -> N
     assert all(torch.equal(tiles, onednn) for tiles, onednn in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=["fp32", "bf16", "fp64"])
+def test_another_dtype_of_the_result(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(7, 40).to(dtype), random_weight(24, 40), torch.randn(24)
+    out = linear_int8(x, weight, bias, activation="gelu", out_dtype=out_dtype)
+    precise = linear_int8(x if dtype == torch.float64 else x.float(), weight, bias, activation="gelu")
+    assert torch.equal(out, precise.to(out_dtype))
+    with pytest.raises(
+        TypeError, match=r"out_dtype is torch\.float16; expected torch\.float32, torch\.bfloat16 or None"
+    ):
+        linear_int8(x, weight, bias, out_dtype=torch.float16)
+
+
 @pytest.mark.parametrize("corner", ["all largest", "all lowest", "alternating"])
 def test_extreme_values_are_exact(corner: str, backend: str) -> None:
-    """The largest possible sums of each pair of neighbours, which saturate 16 bits without VNNI."""
+    """The largest possible sums of each pair of neighbours, which saturate 16 bits without VNNI: 127 with it."""
     width, columns, limit = 3072, 64, cpu_backends.weight_limit()
     u = torch.full((17, width), 255, dtype=torch.uint8)
     values = torch.full((columns, width), -limit if corner == "all lowest" else limit, dtype=torch.int8)

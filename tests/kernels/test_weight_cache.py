@@ -154,7 +154,7 @@ def in_another_process(weight: Tensor) -> None:
 UNCOUNTED = [clamp, one_column, last_value, swap, negate, in_inference_mode, in_another_process]
 IN_FLOAT32 = [through_numpy, through_dlpack]  # NumPy has no bfloat16
 BACKENDS = [(torch.float32, name) for name in ("tiles", "onednn", "blas")] + [(torch.bfloat16, "tiles")]
-if cpu_backends.BACKENDS[torch.bfloat16].inference == "onednn":
+if cpu_backends.BACKENDS[torch.bfloat16].training == "onednn":
     BACKENDS.append((torch.bfloat16, "onednn"))
 
 

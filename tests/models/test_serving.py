@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bert_fast.kernels.linear import cpu_backends
+from bert_fast.kernels.linear_int8 import cpu_backends as int8_backends
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.models.embedding import pack
 
@@ -36,7 +38,8 @@ def resident():
     gc.collect()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
+"""
+BATCHES = """
 draw = random.Random(0)
 models = model_of(0), model_of(1)
 for model in models:
@@ -45,14 +48,24 @@ def batches(count):
     for number in range(count):
         run(models[number % 2], [draw.randint(1, 24) for _ in range(draw.randint(1, 6))])
 
-# The row buckets (_common/row_buckets.py), which random batches meet one by one for a long time. One
-# number in four: were anything kept for each, the other three would show (with oneDNN's primitives, 17 MB: tried).
+# The row buckets (_common/row_buckets.py) of oneDNN's products, which random batches meet one by one for a long time.
+# One number in four: were anything kept for each, the other three would show (with oneDNN's primitives, 17 MB: tried).
 for tokens in range(4, 6 * 24 + 1, 4):
     for model in models:
         run(model, [24] * (tokens // 24) + [tokens % 24] * (tokens % 24 > 0))
 batches(2000)
 before = resident()
 batches(8000)
+print(resident() - before)
+"""
+NEW_LENGTHS = """
+model = model_of(0)
+bert_fast.quantize(model, "int8") if sys.argv[1] == "int8" else model.to(getattr(torch, sys.argv[1]))
+for tokens in (1, 4, 48, 500, 2048, 3000):
+    run(model, [24] * (tokens // 24) + [tokens % 24] * (tokens % 24 > 0))
+before = resident()
+for tokens in random.Random(0).sample(range(1, 3000), 2000):
+    run(model, [24] * (tokens // 24) + [tokens % 24] * (tokens % 24 > 0))
 print(resident() - before)
 """
 PROCESSES = """
@@ -95,8 +108,18 @@ def python(code: str, tmp_path: Path, *arguments: str, threads: int) -> subproce
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the resident memory is read from /proc")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_ten_thousand_batches_of_random_lengths_do_not_grow_the_memory(kind: str, tmp_path: Path) -> None:
-    growth = float(python(MEMORY, tmp_path, kind, threads=1).stdout)
+    growth = float(python(MEMORY + BATCHES, tmp_path, kind, threads=1).stdout)
     assert growth < GROWTH, f"{growth:.2f} MB"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the resident memory is read from /proc")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_number_of_tokens_that_is_new_takes_no_memory(kind: str, tmp_path: Path) -> None:
+    """Nothing is made for a number of rows, where the products are ours; oneDNN's primitives take a few MB here."""
+    backend = int8_backends.BACKEND if kind == "int8" else cpu_backends.BACKENDS[getattr(torch, kind)].inference
+    if backend == "tiles":
+        growth = float(python(MEMORY + NEW_LENGTHS, tmp_path, kind, threads=1).stdout)
+        assert growth < GROWTH, f"{growth:.2f} MB"
 
 
 @pytest.mark.parametrize(("method", "threads"), [("fork", 1), ("spawn", 2)])
