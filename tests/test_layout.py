@@ -15,6 +15,8 @@ from bert_fast.kernels._common import dispatch
 from bert_fast.kernels._common.dispatch import IMPLS
 
 ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / ".git").exists():
+    pytest.skip("the sources have no .git, which lists their files", allow_module_level=True)
 OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/api.py"))
 
 

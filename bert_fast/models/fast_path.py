@@ -49,7 +49,7 @@ class LayerOps(NamedTuple):
             return None
         if autocast_dtype(hidden) is not None:
             return None
-        sizes = {"attention": attention, "add_layer_norm": size_of_rows(*hidden.shape)}
+        sizes = {"attention": attention, "add_layer_norm": size_of_rows(hidden.shape[0], hidden.shape[1])}
         return cls(*(OPS[op].select("auto", hidden, size=sizes.get(op)) for op in cls._fields))
 
 

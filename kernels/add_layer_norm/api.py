@@ -65,6 +65,6 @@ def add_layer_norm(
     rng_state = dropout_state(dropout_p, rng_state, x)
     x, residual = to_compute_dtype(x), to_compute_dtype(residual)
     check_same_dtype(x, residual=residual)
-    call = OP.select(impl, x, size=size_of_rows(*x.shape, dropout_p))
+    call = OP.select(impl, x, size=size_of_rows(x.shape[0], x.shape[1], dropout_p))
     out: Tensor = call(x, residual, weight, bias, x_bias, dropout_p, eps, rng_state)
     return out

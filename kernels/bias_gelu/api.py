@@ -35,5 +35,5 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str =
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate is {approximate!r}; expected 'none' or 'tanh'")
     x = to_compute_dtype(x)
-    out: Tensor = OP.select(impl, x, size=size_of_rows(*x.shape))(x, bias, approximate == "tanh")
+    out: Tensor = OP.select(impl, x, size=size_of_rows(x.shape[0], x.shape[1]))(x, bias, approximate == "tanh")
     return out

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+pytest.importorskip("jsonargparse")
 from bert_fast.cli import verify
 from bert_fast.cli.arguments import make_parser, parse, readable
 from bert_fast.cli.main import COMMANDS, RECIPES, main

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytest.importorskip("jsonargparse")
 from bert_fast.cli import settings
 from bert_fast.cli.main import main
 
