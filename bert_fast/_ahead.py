@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import TypeVar
@@ -11,7 +11,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-def map_ahead(function: Callable[[A], R], items: Iterable[A]) -> Iterator[R]:
+def map_ahead(function: Callable[[A], R], items: Iterable[A]) -> Generator[R, None, None]:
     """`map`, whose next result a thread computes while the caller works on the last one.
 
     One result is computed ahead. `items` is read by the caller's thread, one item ahead, and what it raises is raised

@@ -58,9 +58,10 @@ def encode_leading(
     """
     limit = CHARACTERS * max(count, 1)
     parts = list(texts)
-    cut: list[int] = []
-    if any(len(text) > limit for text in texts) and (places := cuts_of(tokenizer)) is not None:
-        cut = [index for index, text in enumerate(texts) if _shorten(parts, index, text, limit, places)]
+    places = cuts_of(tokenizer) if any(len(text) > limit for text in texts) else None
+    if places is None:
+        return encode(parts)
+    cut = [index for index, text in enumerate(texts) if _shorten(parts, index, text, limit, places)]
     encodings = encode(parts)
     while cut := [index for index in cut if not has_more(encodings[index])]:
         limit *= GROWTH

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bert_fast
-from bert_fast.models import BertConfig, BertModel
+from bert_fast.models import BertConfig, BertForMaskedLM, BertModel
 from bert_fast.models.embedding import pack
 from bert_fast.testing import assert_three_way, compare
 
@@ -65,6 +65,19 @@ def test_inference(model: BertModel, frozen: bool) -> None:
         eager = hidden_of(half)
     assert products.count > 0
     assert_three_way([compare("hidden", ours, eager, exact)])
+
+
+def test_logits_of_the_vocabulary() -> None:
+    torch.manual_seed(0)
+    config = BertConfig.size("tiny", vocab_size=60).replace(num_hidden_layers=1)
+    half = BertForMaskedLM(config).eval().half()
+    exact = copy.deepcopy(half).double()(**batch()).logits.detach()
+    with torch.inference_mode(), Products() as products:
+        ours = half(**batch()).logits
+    assert products.count == 0
+    with torch.inference_mode(), bert_fast.kernels.use_impl("reference"):
+        eager = half(**batch()).logits
+    assert_three_way([compare("logits", ours, eager, exact)])
 
 
 def test_gradients(model: BertModel) -> None:
