@@ -226,6 +226,8 @@ def _embed(model: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tokens, Tenso
     flattened = flattened_of(model.config, arguments, shape, first_position(embeddings))
     if flattened is not None:
         positions = flattened.position_ids
+        # transformers 4.57 has default types for max_position_embeddings tokens only.
+        types = torch.zeros_like(positions) if types is None else types
     if _plain_embeddings(embeddings, token_type, embeds, model.layout):
         word, position = embeddings.word_embeddings, embeddings.position_embeddings
         sizes = _Sizes(

@@ -69,7 +69,7 @@ class BertPreTrainedModel(nn.Module):
         self.source: Source | None = None  # of the checkpoint, for the tokenizer
         self.sentence_modules: SentenceModules | None = None  # of the checkpoint
         self._tokenizer: Tokenizer | None = None
-        self._stored_length: int | None = None
+        self._plain_modules: SentenceModules | None = None
 
     @property
     def base_model(self) -> BertModel:
@@ -384,10 +384,13 @@ class BertPreTrainedModel(nn.Module):
         modules = self.sentence_modules or task_modules(self.config)
         if modules is not None:
             return modules
-        if self._stored_length is None and self.source is not None:
-            with suppress(FileNotFoundError):  # a folder that is gone
-                self._stored_length = stored_length(self.source, self.config)
-        return SentenceModules(max_seqlen=self._stored_length)
+        if self._plain_modules is None:
+            length = None
+            if self.source is not None:
+                with suppress(FileNotFoundError):  # a folder that is gone
+                    length = stored_length(self.source, self.config)
+            self._plain_modules = SentenceModules(max_seqlen=length)
+        return self._plain_modules
 
     def source_tokenizer(self) -> Tokenizer:
         """The tokenizer of the folder or repository that the model was loaded from.

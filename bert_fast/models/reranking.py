@@ -142,7 +142,8 @@ def rerank(
         check_integer_argument("batch_size", batch_size, 1)
     options: Any = {"prompt": prompt, "prompt_name": prompt_name, "max_seqlen": max_seqlen}
     tokens = PairTokens.of(model, tokenizer, query, modules, **options)
-    activation_of(activation or activation_name(model.config.extra, modules), "rerank")  # type: ignore[union-attr]
+    config: Any = model.config
+    activation_of(activation or activation_name(config.extra, modules), "rerank")
     texts = [texts] if (single := isinstance(texts, str)) else as_iterable(texts)
     count = len(texts) if isinstance(texts, Sized) else None
     parts = [torch.empty(0)]

@@ -68,7 +68,8 @@ def encode_sparse(
     tokens = TextTokens.of(model, tokenizer, modules, **options)
     texts = [texts] if (single := isinstance(texts, str)) else as_iterable(texts)
     limits: Any = {"batch_tokens": batch_tokens, "batch_size": batch_size, "max_active_dims": max_active_dims}
-    parts = [torch.sparse_coo_tensor(size=(0, model.config.vocab_size), check_invariants=True)]
+    none = torch.empty(2, 0, dtype=torch.int64), torch.empty(0), (0, model.config.vocab_size)
+    parts = [torch.sparse_coo_tensor(*none, check_invariants=True)]
     with evaluating(model):
         for window in text_windows(texts, WINDOW):
             parts.append(sparse_ids(model, tokens(window), modules=modules, **limits))

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import huggingface_hub.errors
 import numpy as np
 import pytest
 import torch
@@ -486,6 +488,34 @@ def test_a_folder_without_modules_is_the_mean(plain: Path) -> None:
     np.testing.assert_allclose(BertModel.from_pretrained(plain).encode(TEXTS), theirs.encode(TEXTS), **TOLERANCE)
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Roberta": {"pad_token_id": 1},
+    "XLMRoberta": {"pad_token_id": 1},
+    "Camembert": {"pad_token_id": 1},
+    "Electra": {"embedding_size": 16},
+    "DistilBert": {"dim": E, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_family(family: str, plain: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 47, "max_position_embeddings": 50, "initializer_range": 0.3}
+    layers = {"hidden_size": E, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    settings = {**sizes, **(layers if family != "DistilBert" else {}), **FAMILIES[family]}
+    config = getattr(transformers, f"{family}Config")(**settings)
+    getattr(transformers, f"{family}Model")(config).save_pretrained(tmp_path / "start")
+    save_tokenizer(load_tokenizer(plain), tmp_path / "start", model_max_length=48)
+    parts = [modules.Transformer(str(tmp_path / "start")), pooling(*POOLINGS), modules.Normalize()]
+    theirs = st.SentenceTransformer(modules=parts, device="cpu", prompts=PROMPTS)
+    theirs.save_pretrained(str(tmp_path / "saved"))
+    ours = BertModel.from_pretrained(tmp_path / "saved")
+    # Their tokenizer's [UNK] has the id of these models' padding token, whose positions differ in a padded batch.
+    texts = [text for text in TEXTS if "zz" not in text]
+    np.testing.assert_allclose(ours.encode(texts), theirs.encode(texts), **TOLERANCE)
+    np.testing.assert_allclose(ours.encode_query(texts), theirs.encode_query(texts), **TOLERANCE)
+
+
 @pytest.mark.parametrize("chain", ["all poolings", "dense", "dense of tokens"])
 def test_fused_sentence_transformers(saved: Any, chain: str) -> None:
     torch.manual_seed(1)
@@ -519,3 +549,34 @@ def test_threads_share_the_modules(saved: Any) -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("subfolder", ["", "models/one"])
+@pytest.mark.parametrize("transformer", ["", "0_Transformer"])
+def test_a_repository_of_the_hub(
+    saved: Any, tmp_path: Path, subfolder: str, transformer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, folder = saved(pooling("cls"), modules.Dense(E, 8), max_seq_length=17, prompts=PROMPTS)
+    if transformer:
+        (folder / transformer).mkdir()
+        for path in [path for path in folder.iterdir() if path.is_file()]:
+            if path.name not in ("modules.json", "config_sentence_transformers.json"):
+                path.rename(folder / transformer / path.name)
+        edit(folder / "modules.json", lambda m: [{**m[0], "path": transformer}, *m[1:]])
+    root = tmp_path / "hub"
+    shutil.move(folder, root / subfolder)
+    asked: list[str] = []
+
+    def download(name: str, filename: str, subfolder: str = "", revision: str | None = None) -> str:
+        assert (name, revision) == ("someone/model", "v1")
+        asked.append(f"{subfolder}/{filename}" if subfolder else filename)
+        if not (path := root / subfolder / filename).is_file():
+            raise huggingface_hub.errors.EntryNotFoundError(filename)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    ours = BertModel.from_pretrained("someone/model", revision="v1", subfolder=subfolder)
+    np.testing.assert_allclose(ours.encode(TEXTS), theirs.encode(TEXTS), **TOLERANCE)
+    assert all(name.startswith(subfolder) for name in asked)
+    ours.save_pretrained(tmp_path / "copy")
+    np.testing.assert_allclose(BertModel.from_pretrained(tmp_path / "copy").encode(TEXTS), ours.encode(TEXTS))
