@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
     NATIVE_CPU_DTYPES,
@@ -81,6 +81,11 @@ def _call_cuda(ops: Any, qkv: Tensor, *inputs: Any) -> Tensor:
     return _call(ops, qkv, *inputs)
 
 
+def _outputs(qkv: Tensor, *_: Any) -> Outputs:
+    total, _three, heads, dim = qkv.shape
+    return (((total, heads, dim), qkv.dtype),)
+
+
 OP = Op(
     "attention",
     {
@@ -112,4 +117,5 @@ OP = Op(
             "Hopper's wgmma for D 64 and 128 alone: so triton comes first",
         ),
     ),
+    functions={"attention": FunctionSpec(attention_reference, _outputs)},
 )

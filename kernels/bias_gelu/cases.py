@@ -33,6 +33,7 @@ from bert_fast.kernels._common.cases import (
     randn,
 )
 from bert_fast.kernels.bias_gelu import bias_gelu
+from bert_fast.kernels.bias_gelu.mistakes import MISTAKES
 
 
 def samples(lengths: Lengths = None) -> list[Sample]:
@@ -103,4 +104,4 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     ]
 
 
-CASES = OpCases("bias_gelu", samples, malformed, launches=launches, benchmarks=benchmarks)
+CASES = OpCases("bias_gelu", samples, malformed, launches=launches, mistakes=MISTAKES, benchmarks=benchmarks)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
     NATIVE_CPU_DTYPES,
@@ -73,6 +73,14 @@ def _on_gpu(implementation: Implementation) -> Implementation:
     return dataclasses.replace(implementation, built_on="cuBLAS, bias_gelu")
 
 
+def _outputs(x: Tensor, weights: tuple[Tensor, ...], *_: Any) -> Outputs:
+    return (((x.shape[0], sum(weight.shape[0] for weight in weights)), x.dtype),)
+
+
+def _one_weight(weights: tuple[Tensor, ...]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
 OP = Op(
     "linear",
     {
@@ -105,4 +113,5 @@ OP = Op(
             measured="no GPU figure yet (results/PENDING.md); bias_gelu's second choice: 2 passes of (T, N)",
         ),
     ),
+    functions={"linear": FunctionSpec(linear_reference, _outputs, {"weights": ("weight", _one_weight)})},
 )
