@@ -22,9 +22,7 @@ from bert_fast.kernels._common.dispatch import OPS, known_impls
 from bert_fast.kernels._common.library import simulated
 
 
-def implementations(
-    op: str, device: torch.device, dtype: torch.dtype, impls: Sequence[str] | None = None
-) -> list[str]:
+def implementations(op: str, device: torch.device, dtype: torch.dtype, impls: Sequence[str] | None = None) -> list[str]:
     """Those of `impls`, None for all, that run there; not the reference, which is what the peers are."""
     return [
         impl

@@ -78,7 +78,7 @@ class _Padded(ModelSubject):
 
     model: Any
     reference: Reference
-    layouts = ("alone", "right padding", "left padding")
+    layouts: tuple[str, ...] = ("alone", "right padding", "left padding")
 
     def hidden(self, ids: Sequence[list[int]], layout: str) -> list[Tensor]:
         length = max(map(len, ids))

@@ -167,8 +167,8 @@ def check_layouts(target: Target, dtype: torch.dtype) -> Iterator[tuple[str, str
             case = f"{argument}: {layout}"
             try:
                 expected, results = (run(sample, target.impl, {**inputs, argument: value}) for value in (dense, view))
-            except Exception as error:
-                yield case, f"raised {type(error).__name__}: {error}", None
+            except Exception as refusal:
+                yield case, f"raised {type(refusal).__name__}: {refusal}", None
                 continue
             different = [name for name in expected if _beyond_rounding(results[name], expected[name])]
             if different:

@@ -72,15 +72,14 @@ def threads(count: int) -> Iterator[None]:
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """NaN in every uninitialised tensor of the block, so that an output which a kernel forgot to write can't pass."""
-    deterministic, warn_only, fill = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def normalize(
     return (x - mean) / deviation * (weight.to(x.dtype) + offset) + bias.to(x.dtype)
 
 
-NORM_MISTAKES = {
+NORM_MISTAKES: dict[str, dict[str, Any]] = {
     "the variance divides by E - 1 (biased variance expected: by E)": {"unbiased": True},
     "eps is added outside the square root": {"eps_outside": True},
     "the mean is not subtracted (RMSNorm)": {"centered": False},

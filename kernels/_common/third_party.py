@@ -282,7 +282,7 @@ class _WithBackward(torch.autograd.Function):
         return outs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
         saved, tensors = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         values = list(ctx.values)

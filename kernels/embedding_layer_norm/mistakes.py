@@ -71,9 +71,13 @@ MISTAKES = {
 def _probe(impl: str, rng_state: Tensor, device: str) -> Tensor:
     """Without dropout every element is 1: the weight is 0, the bias 1."""
     ids = torch.zeros(200, dtype=torch.int64, device=device)
-    tables = (torch.randn(1, 96, device=device) for _ in range(3))
-    norm = torch.zeros(96, device=device), torch.ones(96, device=device)
-    return embedding_layer_norm(ids, ids, ids, *tables, *norm, dropout_p=0.25, rng_state=rng_state, impl=impl)
+    table, weight, bias = (
+        torch.randn(1, 96, device=device),
+        torch.zeros(96, device=device),
+        torch.ones(96, device=device),
+    )
+    tensors = (ids, ids, ids, table, table, table, weight, bias)
+    return embedding_layer_norm(*tensors, dropout_p=0.25, rng_state=rng_state, impl=impl)
 
 
 MASK_PROBE = MaskProbe(_probe, lambda out: out != 0, 0.25, expected=1.0)
