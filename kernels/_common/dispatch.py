@@ -7,6 +7,7 @@ back: it runs or raises `ImplUnavailableError`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -88,19 +89,24 @@ class FunctionSpec:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the kernel's arguments."""
-        names = [name for name in inspect.signature(self.reference).parameters if name not in self.left_out]
+        names = [name for name in _parameters(self.reference) if name not in self.left_out]
         return tuple(self.renamed[name][0] if name in self.renamed else name for name in names)
 
     def arguments(self, *inputs: Any) -> dict[str, Any]:
         """The kernel's arguments, from the reference's."""
         result = {}
-        for name, value in zip(inspect.signature(self.reference).parameters, inputs, strict=True):
+        for name, value in zip(_parameters(self.reference), inputs, strict=True):
             if name in self.renamed:
                 public, convert = self.renamed[name]
                 result[public] = convert(value)
             elif name not in self.left_out:
                 result[name] = value
         return result
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 class Op:

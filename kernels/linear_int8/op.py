@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,9 +95,15 @@ def _outputs(x: Tensor, weight: tuple[Tensor, ...], *_: Any) -> Outputs:
     return (((x.shape[0], weight[0].shape[0]), x.dtype),)
 
 
-def _int8_weight(weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    from bert_fast.kernels.linear_int8.api import Int8Weight  # which imports this module
+class Int8Weight(NamedTuple):
+    """An INT8 weight, quantized symmetrically by output channel: row n is scale[n] values[n]."""
 
+    values: Tensor  # (N, K) int8
+    scale: Tensor  # (N,) float32
+    sums: Tensor  # (N,) float32, the sum of each row of values
+
+
+def _int8_weight(weight: tuple[Tensor, ...]) -> Int8Weight:
     return Int8Weight(*weight)
 
 

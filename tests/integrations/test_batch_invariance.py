@@ -31,7 +31,7 @@ def check(folder: Path) -> list[str]:
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]) + "\n")
     tokenizer = load_tokenizer(folder)
     generator = torch.Generator().manual_seed(0)
-    counts = torch.tensor([1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 62, 64, 90, 120, 126, 1, 40])
+    counts = torch.tensor([1, 2, 3, 7, 8, 15, 17, 31, 33, 62, 64, 126, 1, 40])
     words = WORDS.split()
     texts = [
         " ".join(words[i] for i in torch.randint(len(words), (int(count),), generator=generator)) for count in counts
@@ -54,13 +54,13 @@ def check(folder: Path) -> list[str]:
             )
             model = BertModel(config).eval().to(dtype)
             model = bert_fast.quantize(model) if kind == "int8" else model
-            for pooling in POOLINGS:
+            for pooling in POOLINGS if width == 60 else ("mean", "pooler"):
                 options = {"tokenizer": tokenizer, "pooling": pooling, "normalize": pooling == "mean"}
                 with threads(1):
                     alone = torch.stack([model.encode(text, **options) for text in texts])
                 assert alone.isfinite().all()
                 for count, batch_tokens in ((1, 64), (2, 8192), (3, 300), (2, 150)):
-                    order = torch.randperm(len(texts), generator=generator)[: 5 + 4 * count].tolist()
+                    order = torch.randperm(len(texts), generator=generator)[: 5 + 3 * count].tolist()
                     with threads(count):
                         vectors = model.encode([texts[i] for i in order], batch_tokens=batch_tokens, **options)
                     same = (vectors == alone[order]).all(1)
