@@ -6,20 +6,18 @@ gradient against the reference in float64. It takes seconds wherever the package
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import bert_fast.kernels  # noqa: F401  (fills OPS)
 from bert_fast.kernels._common import cases, records
 from bert_fast.kernels._common.cases import Sample
-from bert_fast.kernels._common.dispatch import IMPLS, OPS
-from bert_fast.testing import FLOOR_ULPS, Comparison, compare, three_way
+from bert_fast.kernels._common.dispatch import OPS, known_impls
+from bert_fast.testing.three_way import Comparison, sample_triples
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,7 +63,7 @@ def parts(ops: list[str] | None = None, impls: list[str] | None = None) -> list[
     Raises:
         ValueError: a name is unknown.
     """
-    for name, requested, known in (("ops", ops, sorted(OPS)), ("impls", impls, IMPLS)):
+    for name, requested, known in (("ops", ops, sorted(OPS)), ("impls", impls, known_impls())):
         unknown = sorted(set(requested or []) - set(known))
         if unknown:
             raise ValueError(f"{name} has {', '.join(unknown)}; expected some of {', '.join(known)}")
@@ -143,30 +141,4 @@ def verify_part(part: Part, seed: int = 0) -> Iterator[Result]:
 
 def compare_sample(sample: Sample, impl: str, device: str, dtype: torch.dtype) -> list[Comparison]:
     """The three-way test of `impl` on `sample` in `dtype`: each output and gradient."""
-    inputs = sample.cast(dtype, device)
-    ours = functools.partial(sample.call, impl=impl)
-    reference = functools.partial(sample.call, impl="reference")
-    if not sample.gradients:
-        exact = reference(**{name: x.double() if x.is_floating_point() else x for name, x in inputs.items()})
-        outputs = zip(*map(_as_tuple, (ours(**inputs), reference(**inputs), exact)), strict=True)
-        return [compare(f"out{index}", *triple) for index, triple in enumerate(outputs)]
-    outs = reference(**inputs)
-    douts = tuple(map(torch.randn_like, _as_tuple(outs)))
-    rows = three_way(
-        ours,
-        reference,
-        inputs,
-        dtype,
-        douts,
-        parameter_dtype=torch.float32,
-        parameters=sample.parameters,
-        floor_ulps=sample.float32_ulps if dtype == torch.float32 else FLOOR_ULPS,
-    )
-    if sample.mean_of:
-        floor = torch.finfo(dtype).eps * float(outs) / sample.mean_of**0.5
-        rows[0] = rows[0]._replace(bound=rows[0].bound + floor)
-    return rows
-
-
-def _as_tuple(outs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return outs if isinstance(outs, tuple) else (outs,)
+    return [comparison for _, comparison in sample_triples(sample, impl, device, dtype).values()]

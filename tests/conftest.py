@@ -99,12 +99,10 @@ def compile_backend() -> str:
 @pytest.fixture
 def poisoned_empty() -> Iterator[None]:
     """Fill every uninitialised tensor with NaN, so that an output which a kernel forgot to write can't pass."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    from bert_fast.testing.runs import poisoned_memory  # after BERT_FAST_CUDA_EMULATOR is set
+
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -113,6 +113,8 @@ print([name for name in {OPTIONAL!r} if name in sys.modules and name not in befo
 
 # What a package must not import: the packages above it.
 ABOVE = {
+    "invariants": ["cli", "finetune", "pretrain", "runtime", "optim", "tasks"],
+    "testing": ["cli", "finetune", "pretrain", "runtime", "optim", "tasks", "integrations", "models", "data"],
     "integrations": ["cli", "finetune", "pretrain", "runtime", "optim", "tasks"],
     "tasks": ["cli", "finetune", "pretrain", "runtime", "optim", "integrations"],
     "finetune": ["cli", "integrations"],

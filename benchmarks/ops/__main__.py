@@ -2,6 +2,7 @@
 
 python -m benchmarks.ops <op> [--device cpu|cuda] [--quick] [--record] [--budget SECONDS] [--results FOLDER]
 python -m benchmarks.ops <op> --impls cuda      only this implementation and the peers; the report is <op>_cuda.json
+python -m benchmarks.ops <op> --kernels FILE.py  kernels that the file registers, beside ours
 python -m benchmarks.ops <op> --warm     compile and compare every case, time nothing
 """
 
@@ -17,27 +18,28 @@ import torch
 
 from benchmarks.runner.runner import OURS, Case, Variant, arguments, main, parse, passes
 from bert_fast.kernels import available_impls
-from bert_fast.kernels._common import cases, records
+from bert_fast.kernels._common import cases, records, third_party
 from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, dtype_name
-from bert_fast.kernels._common.dispatch import IMPLS, OPS
+from bert_fast.kernels._common.dispatch import OPS, known_impls
 from bert_fast.kernels._common.library import simulated
 from bert_fast.kernels._common.times import Time, from_entry
 
 
-def implementations(op: str, device: torch.device, dtype: torch.dtype, impls: Sequence[str] = IMPLS) -> list[str]:
-    """Those of `impls` that run there; not the reference, which is what the peers are."""
+def implementations(op: str, device: torch.device, dtype: torch.dtype, impls: Sequence[str] | None = None) -> list[str]:
+    """Those of `impls`, None for all, that run there; not the reference, which is what the peers are."""
     return [
         impl
         for impl, slot in OPS[op].impls.items()
-        if impl in impls
+        if impl in (known_impls() if impls is None else impls)
+        and impl != "reference"
         and slot.availability.ok
-        and slot.device == device.type
+        and slot.device in (None, device.type)
         and (slot.dtypes is None or dtype in slot.dtypes)
         and not simulated(impl)
     ]
 
 
-def case_of(op: str, device: torch.device, benchmark: Benchmark, impls: Sequence[str] = IMPLS) -> Case:
+def case_of(op: str, device: torch.device, benchmark: Benchmark, impls: Sequence[str] | None = None) -> Case:
     """The peers, then ours, and the exact result."""
     which = benchmark.which
 
@@ -68,7 +70,7 @@ def case_of(op: str, device: torch.device, benchmark: Benchmark, impls: Sequence
     )
 
 
-def plans(op: str, device: torch.device, quick: bool, impls: Sequence[str] = IMPLS) -> list[Plan]:
+def plans(op: str, device: torch.device, quick: bool, impls: Sequence[str] | None = None) -> list[Plan]:
     """The op's benchmarks there, as cases of the runner."""
     return [
         Plan(name, lambda make=make: case_of(op, device, make(), impls))  # type: ignore[misc]
@@ -94,10 +96,15 @@ if __name__ == "__main__":
     parser = arguments("implementations of an op compared with its peers")
     parser.prog = "python -m benchmarks.ops"
     parser.add_argument("op", choices=list(available_impls()))
-    parser.add_argument("--impls", nargs="+", choices=IMPLS, help="implementations of ours to time; all by default")
+    parser.add_argument("--impls", nargs="+", help="implementations to time beside the peers; all by default")
+    parser.add_argument("--kernels", metavar="FILE", help="a Python file that registers kernels")
     options, machine = parse(parser)
+    if options.kernels:
+        third_party.load_file(options.kernels)
+    if unknown := sorted(set(options.impls or []) - set(known_impls())):
+        parser.error(f"--impls has {', '.join(unknown)}; expected some of {', '.join(known_impls())}")
     name = "_".join([options.op, *(options.impls or [])])
-    selected = plans(options.op, machine.device, options.quick, options.impls or IMPLS)
+    selected = plans(options.op, machine.device, options.quick, options.impls)
     on_gpu = machine.device.type == "cuda"
     keep = partial(record_times, options.op, torch.cuda.get_device_name()) if on_gpu else lambda report: {}
     sys.exit(main(name, selected, options, machine, keep))

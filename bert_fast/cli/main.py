@@ -36,7 +36,7 @@ COMMANDS = {
     "rerank": "order texts by their scores for a query",
     "serve": "serve models over HTTP: embeddings, reranking, classification",
     "info": "show versions, device, CPU features and available implementations",
-    "verify": "compare every implementation that runs on this machine with float64",
+    "verify": "verify kernels, a model or an embeddings server against float64",
 }
 _BROKEN_PIPE = 128 + 13
 LONGEST_MESSAGE = 2000  # characters of an error; a name in a file can have any length

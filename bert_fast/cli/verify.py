@@ -1,14 +1,22 @@
-"""Compare every implementation that runs on this machine with float64 and eager PyTorch; exit code 1 on failure."""
+"""Verify kernels, a model or an embeddings server against float64; exit code 1 where something is wrong.
+
+Without --model and --endpoint every implementation of every op that runs on this machine is compared with float64 and
+eager PyTorch. With --model the encoder of a folder is checked, with --endpoint an embeddings server: padding, packing,
+positions, the composition and order of batches, truncation, empty texts and dtypes, against the weights in float64.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Literal
 
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument("--ops", type=list[str] | None, default=None, help="ops to test; all by default")
     parser.add_argument("--impls", type=list[str] | None, default=None, help="implementations to test; all by default")
+    parser.add_argument(
+        "--kernels", type=str | None, default=None, help="a Python file that registers kernels, to test beside ours"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
     parser.add_argument(
         "--record",
@@ -16,6 +24,52 @@ def add_arguments(parser: Any) -> None:
         default=False,
         help="record the GPU kernels that pass, so that impl='auto' may choose them",
     )
+    parser.add_argument("--model", type=str | None, default=None, help="folder of a model, or a hub name, to check")
+    parser.add_argument(
+        "--endpoint", type=str | None, default=None, help="URL of an embeddings server to check (needs --against)"
+    )
+    parser.add_argument(
+        "--against",
+        type=str | None,
+        default=None,
+        help="folder of the right weights, or transformers; by default the model's own, in float64",
+    )
+    parser.add_argument(
+        "--library",
+        type=Literal["auto", "bert_fast", "fused", "transformers", "sentence-transformers"],
+        default="auto",
+        help="what runs the model",
+    )
+    parser.add_argument(
+        "--dtypes",
+        type=list[Literal["float32", "bfloat16", "float16"]] | None,
+        default=None,
+        help="dtypes of the model, or the one of the server; float32 by default",
+    )
+    parser.add_argument("--pooling", type=str | None, default=None, help="pooling of the reference; the folder's own")
+    parser.add_argument("--normalize", type=bool | None, default=None, help="normalize the reference; the folder's own")
+    parser.add_argument(
+        "--max_seqlen", type=int | None, default=None, help="maximum length of the reference; the folder's own"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float | None,
+        default=None,
+        help="largest distance from float64, relative; by default three times that of eager PyTorch",
+    )
+    parser.add_argument(
+        "--dialect", type=Literal["auto", "openai", "tei"], default="auto", help="the server's interface"
+    )
+    parser.add_argument("--served_model", type=str, default="", help="the model's name in requests to the server")
+    parser.add_argument("--device", type=str, default="cpu", help="the model's device")
+
+
+def run(args: Any) -> int:
+    if args.model is None and args.endpoint is None:
+        return _verify_kernels(args)
+    from bert_fast.cli.verify_model import verify_model
+
+    return verify_model(args)
 
 
 def _row(op: str, impl: str, device: str, dtype: str, case: str, rest: str) -> str:
@@ -38,9 +92,15 @@ def _print_header() -> None:
     print("-" * (len(header) + 8))
 
 
-def run(args: Any) -> int:
+def _verify_kernels(args: Any) -> int:
+    from bert_fast.kernels._common.third_party import load_file
     from bert_fast.verification import record, verify
 
+    for name in ("against", "pooling", "tolerance", "max_seqlen", "normalize", "dtypes"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} was given without --model or --endpoint, which it is for")
+    if args.kernels is not None:
+        load_file(args.kernels)
     results: list[Any] = []
     for result in verify(args.ops, args.impls, args.seed):
         if not results:

@@ -1,6 +1,13 @@
 """The ops: their public functions, and which implementations can run here."""
 
-from bert_fast.kernels._common.dispatch import Availability, ImplUnavailableError, available_impls, use_impl
+from bert_fast.kernels._common.dispatch import (
+    Availability,
+    ImplUnavailableError,
+    available_impls,
+    check_environment,
+    use_impl,
+)
+from bert_fast.kernels._common.third_party import register, unregister
 from bert_fast.kernels.add_layer_norm import add_layer_norm
 from bert_fast.kernels.attention import attention
 from bert_fast.kernels.bias_gelu import bias_gelu
@@ -32,6 +39,10 @@ __all__ = [
     "masked_lm_loss",
     "pad",
     "quantize_weight",
+    "register",
     "unpad",
+    "unregister",
     "use_impl",
 ]
+
+check_environment()

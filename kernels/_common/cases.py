@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bert_fast.kernels._common.benchmarks import Plan
+from bert_fast.kernels._common.mistakes import MaskProbe
 
 Fn = Callable[..., Any]
 Lengths = Sequence[int] | None
@@ -94,6 +95,8 @@ class OpCases:
         launches: calls the op's Triton launchers on meta tensors in every configuration that dispatch can choose; the
             compile report records what they launch.
         extra: (impl, device): launches that the samples are too small for; the sanitizer runs it.
+        mistakes: what wrong kernels compute, by the mistake (`mistakes.py`), each as `register` takes a kernel.
+        mask_probe: a call that shows the dropout mask; None without dropout.
         benchmarks: (device, quick) -> what `python -m benchmarks.ops` times there, the most important first; fewer
             sizes if quick is True.
     """
@@ -104,6 +107,8 @@ class OpCases:
     hostile: Callable[[Any, str], list[Callable[[], Any]]] = lambda operators, device: []
     launches: Callable[[], None] = lambda: None
     extra: Callable[[str, str], None] = lambda impl, device: None
+    mistakes: Mapping[str, Any] = field(default_factory=dict)
+    mask_probe: MaskProbe | None = None
     benchmarks: Callable[[torch.device, bool], list[Plan]] = lambda device, quick: []
 
 

@@ -10,10 +10,11 @@ torch.compile traces, which can't read them. An explicit request never falls bac
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from bert_fast.kernels._common.times import Size, Time, fastest
 
 IMPLS = ("reference", "triton", "cuda", "cpu")
 _ENVIRONMENT = "BERT_FAST_IMPL"
+Outputs = tuple[tuple[tuple["int | None", ...], torch.dtype], ...]  # shape and dtype of each output
 
 
 class Availability(NamedTuple):
@@ -78,10 +80,58 @@ class AutoRule:
     measured: str  # the measurement that justifies the rule, with hardware and date
 
 
+@dataclass(frozen=True)
+class FunctionSpec:
+    """How a kernel of others is called for a function of an op, and what it returns (`third_party.py`).
+
+    Args:
+        reference: the definition; its arguments by name, but for those renamed and left out, are the kernel's.
+        outputs: called as `reference`; returns the shape and dtype of each output, an unknown size being None; none of
+            a function that changes its tensors in place.
+        renamed: arguments of the reference that the public function calls otherwise: {name: (public name, conversion)}.
+        left_out: arguments of the reference that the public function does not have.
+        gradient: whether the output has a gradient.
+    """
+
+    reference: Callable[..., Any]
+    outputs: Callable[..., Outputs]
+    renamed: Mapping[str, tuple[str, Callable[[Any], Any]]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    gradient: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the kernel's arguments."""
+        names = [name for name in _parameters(self.reference) if name not in self.left_out]
+        return tuple(self.renamed[name][0] if name in self.renamed else name for name in names)
+
+    def arguments(self, *inputs: Any) -> dict[str, Any]:
+        """The kernel's arguments, from the reference's."""
+        result = {}
+        for name, value in zip(_parameters(self.reference), inputs, strict=True):
+            if name in self.renamed:
+                public, convert = self.renamed[name]
+                result[public] = convert(value)
+            elif name not in self.left_out:
+                result[name] = value
+        return result
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
 class Op:
     """An op: the implementations that exist and the rules of `impl="auto"`. Creating one registers it in `OPS`.
 
-    `timed_as` is the op whose recorded times decide, where it is another one.
+    Args:
+        name: the op's name.
+        impls: its implementations, by name.
+        auto_rules: the rules of `impl="auto"`, first match first.
+        functions: what kernels of others compute, by the name of the function.
+        timed_as: the op whose recorded times decide, where it is another one.
+        group: of an op of several functions: the class of an implementation's functions, in the order of `functions`.
     """
 
     def __init__(
@@ -89,9 +139,12 @@ class Op:
         name: str,
         impls: Mapping[str, Implementation],
         auto_rules: tuple[AutoRule, ...],
+        functions: Mapping[str, FunctionSpec],
+        group: Callable[..., Any] | None = None,
         timed_as: str = "",
     ) -> None:
         self.name = name
+        self.functions, self.group = functions, group
         self.timed_as = timed_as or name
         self.impls = {impl: impls[impl] for impl in IMPLS if impl in impls}
         self.auto_rules = tuple(
@@ -107,7 +160,7 @@ class Op:
         """The `call` of an implementation.
 
         Args:
-            impl: "auto" or a name from IMPLS.
+            impl: "auto", a name from IMPLS, or a registered one.
             x: the tensor whose device and dtype decide.
             dtype: the dtype that the op computes in, where it is not that of `x`.
             size: of the call, in ops with several GPU implementations; None for the largest recorded one.
@@ -122,8 +175,8 @@ class Op:
             return self._select_transformed(requested)
         if requested == "auto":
             return self.impls[self._automatic(x, dtype, size)].call
-        if requested not in IMPLS:
-            raise ValueError(f"impl is {requested!r}; expected one of {', '.join(('auto', *IMPLS))}")
+        if requested not in self.impls:
+            check_impl("impl", requested)
         if requested not in self.impls:
             raise self._unavailable(requested, f"does not exist; this op has {', '.join(self.impls)}")
         implementation = self.impls[requested]
@@ -189,13 +242,33 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
+def known_impls() -> tuple[str, ...]:
+    """The names of all implementations: IMPLS, then those that were registered, of installed packages too."""
+    from bert_fast.kernels._common import third_party  # which imports this module
+
+    third_party.load_entry_points()
+    registered = {name for op in OPS.values() for name in op.impls} - set(IMPLS)
+    return (*IMPLS, *sorted(registered))
+
+
+def check_impl(what: str, impl: str) -> None:
+    """ValueError unless `impl` is "auto" or the name of an implementation of some op."""
+    if impl in ("auto", *IMPLS) or impl in (known := known_impls()):
+        return
+    from bert_fast.kernels._common import third_party
+
+    failed = "".join(f" (entry point {name}: {why})" for name, why in third_party.load_entry_points().items())
+    raise ValueError(f"{what} is {impl!r}; expected one of {', '.join(('auto', *known))}{failed}")
+
+
 def available_impls() -> dict[str, dict[str, Availability]]:
     """Whether each implementation of each op can run here, whether it is verified, and the reason where it can't, or
     where it ran without a part of its kernels.
 
     Returns:
-        {op: {impl: Availability}}, with the implementations that exist.
+        {op: {impl: Availability}}, with the implementations that exist, and those that were registered.
     """
+    known_impls()
     return {
         name: {impl: implementation.state() for impl, implementation in op.impls.items()}
         for name, op in sorted(OPS.items())
@@ -220,15 +293,13 @@ def implementations_table() -> str:
     return "\n".join(lines)
 
 
-def _initial_default() -> str:
-    value = os.environ.get(_ENVIRONMENT, "auto")
-    if value not in ("auto", *IMPLS):
-        raise ValueError(f"{_ENVIRONMENT} is {value!r}; expected one of {', '.join(('auto', *IMPLS))}")
-    return value
-
-
 _OTHERS = ""  # the key for the ops that are not named
-_default = [{_OTHERS: _initial_default()}]
+_default = [{_OTHERS: os.environ.get(_ENVIRONMENT, "auto")}]
+
+
+def check_environment() -> None:
+    """ValueError unless BERT_FAST_IMPL names an implementation; called when all ops exist."""
+    check_impl(_ENVIRONMENT, _default[0][_OTHERS])
 
 
 @contextmanager
@@ -239,8 +310,8 @@ def use_impl(impl: str | Mapping[str, str]) -> Iterator[None]:
     is not thread-local: enter it from one thread.
 
     Args:
-        impl: "auto", "reference", "triton", "cuda" or "cpu"; or {op: one of these}, which leaves the other ops as they
-            are: `with use_impl("triton"), use_impl({"attention": "cuda"}): ...`.
+        impl: "auto", "reference", "triton", "cuda", "cpu" or a registered name; or {op: one of these}, which leaves
+            the other ops as they are: `with use_impl("triton"), use_impl({"attention": "cuda"}): ...`.
 
     Returns:
         A context manager. Within it a call of an op that lacks its `impl` raises `ImplUnavailableError`.
@@ -252,8 +323,7 @@ def use_impl(impl: str | Mapping[str, str]) -> Iterator[None]:
     for op, name in chosen.items():
         if op not in (_OTHERS, *OPS) or (op == _OTHERS and isinstance(impl, Mapping)):
             raise ValueError(f"impl names the op {op!r}; expected some of {', '.join(sorted(OPS))}")
-        if name not in ("auto", *IMPLS):
-            raise ValueError(f"impl is {name!r}; expected one of {', '.join(('auto', *IMPLS))}")
+        check_impl("impl", name)
     _default.append({**_default[-1], **chosen} if isinstance(impl, Mapping) else chosen)
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -37,10 +38,11 @@ from bert_fast.kernels._common.cases import (
 )
 from bert_fast.kernels._common.times import size_of_rows
 from bert_fast.kernels.add_layer_norm import add_layer_norm
+from bert_fast.kernels.add_layer_norm.mistakes import MASK_PROBE, MISTAKES
 
 
 def samples(lengths: Lengths = None) -> list[Sample]:
-    """With every optional argument, without and with dropout."""
+    """With every optional argument, without and with dropout, and with an eps that shows where it is added."""
     T = sum(LENGTHS if lengths is None else lengths)
     inputs = {
         "x": randn(T, E),
@@ -49,7 +51,9 @@ def samples(lengths: Lengths = None) -> list[Sample]:
         "bias": randn(E, scale=0.1),
         "x_bias": randn(E, scale=0.1),
     }
-    return with_dropout(Sample("", add_layer_norm, inputs, parameters=("weight", "bias", "x_bias")))
+    sample = Sample("", add_layer_norm, inputs, parameters=("weight", "bias", "x_bias"))
+    large_eps = replace(sample, name="eps 0.5", call=partial(add_layer_norm, eps=0.5))
+    return [*with_dropout(sample), large_eps]
 
 
 def malformed() -> list[Malformed]:
@@ -175,4 +179,13 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     ]
 
 
-CASES = OpCases("add_layer_norm", samples, malformed, launches=launches, extra=extra, benchmarks=benchmarks)
+CASES = OpCases(
+    "add_layer_norm",
+    samples,
+    malformed,
+    launches=launches,
+    extra=extra,
+    mistakes=MISTAKES,
+    mask_probe=MASK_PROBE,
+    benchmarks=benchmarks,
+)

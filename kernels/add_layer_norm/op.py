@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
     TRITON_DTYPES,
@@ -75,6 +75,12 @@ define(
 )
 _OPERATORS = ("add_layer_norm_fwd", "add_layer_norm_bwd")
 _call = call_operator("add_layer_norm_fwd")
+
+
+def _outputs(x: Tensor, *_: Any) -> Outputs:
+    return ((tuple(x.shape), x.dtype),)
+
+
 OP = Op(
     "add_layer_norm",
     {
@@ -108,4 +114,5 @@ OP = Op(
             "forward, 5 backward",
         ),
     ),
+    functions={"add_layer_norm": FunctionSpec(add_layer_norm_reference, _outputs)},
 )

@@ -39,6 +39,7 @@ from bert_fast.kernels._common.cases import (
 )
 from bert_fast.kernels._common.times import size_of_sequences
 from bert_fast.kernels.attention import attention
+from bert_fast.kernels.attention.mistakes import MASK_PROBE, MISTAKES
 from bert_fast.kernels.attention.peers import Batch, packed_sdpa, peers
 
 
@@ -293,4 +294,14 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     return plans
 
 
-CASES = OpCases("attention", samples, malformed, hostile=hostile, launches=launches, extra=extra, benchmarks=benchmarks)
+CASES = OpCases(
+    "attention",
+    samples,
+    malformed,
+    hostile=hostile,
+    launches=launches,
+    extra=extra,
+    mistakes=MISTAKES,
+    mask_probe=MASK_PROBE,
+    benchmarks=benchmarks,
+)

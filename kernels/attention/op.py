@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common import extensions
-from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
     TRITON_DTYPES,
@@ -83,6 +83,11 @@ def _call_cuda(ops: Any, qkv: Tensor, *inputs: Any) -> Tensor:
     return _call(ops, qkv, *inputs)
 
 
+def _outputs(qkv: Tensor, *_: Any) -> Outputs:
+    total, _three, heads, dim = qkv.shape
+    return (((total, heads, dim), qkv.dtype),)
+
+
 OP = Op(
     "attention",
     {
@@ -116,4 +121,5 @@ OP = Op(
             "Hopper's wgmma for D 64 and 128 alone: so triton comes first",
         ),
     ),
+    functions={"attention": FunctionSpec(attention_reference, _outputs)},
 )

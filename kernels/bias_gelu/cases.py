@@ -34,6 +34,7 @@ from bert_fast.kernels._common.cases import (
 )
 from bert_fast.kernels._common.times import size_of_rows
 from bert_fast.kernels.bias_gelu import bias_gelu
+from bert_fast.kernels.bias_gelu.mistakes import MISTAKES
 
 
 def samples(lengths: Lengths = None) -> list[Sample]:
@@ -105,4 +106,4 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     ]
 
 
-CASES = OpCases("bias_gelu", samples, malformed, launches=launches, benchmarks=benchmarks)
+CASES = OpCases("bias_gelu", samples, malformed, launches=launches, mistakes=MISTAKES, benchmarks=benchmarks)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
     TRITON_DTYPES,
@@ -52,6 +52,16 @@ define(
 )
 _OPERATORS = ("bias_gelu_fwd", "bias_gelu_bwd")
 _call = call_operator("bias_gelu_fwd")
+
+
+def _outputs(x: Tensor, *_: Any) -> Outputs:
+    return ((tuple(x.shape), x.dtype),)
+
+
+def _approximate(tanh: bool) -> str:
+    return "tanh" if tanh else "none"
+
+
 OP = Op(
     "bias_gelu",
     {
@@ -84,4 +94,5 @@ OP = Op(
             "forward, 3 backward",
         ),
     ),
+    functions={"bias_gelu": FunctionSpec(bias_gelu_reference, _outputs, {"tanh": ("approximate", _approximate)})},
 )

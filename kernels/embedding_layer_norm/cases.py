@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -31,10 +32,14 @@ from bert_fast.kernels._common.cases import (
     with_dropout,
 )
 from bert_fast.kernels.embedding_layer_norm import embedding_layer_norm
+from bert_fast.kernels.embedding_layer_norm.mistakes import MASK_PROBE, MISTAKES
 
 
 def samples(lengths: Lengths = None) -> list[Sample]:
-    """Without and with dropout; ids repeat, so that rows of the tables' gradients are sums."""
+    """Without and with dropout, and with an eps that shows where it is added.
+
+    Ids repeat, so that rows of the tables' gradients are sums.
+    """
     sizes = LENGTHS[:4] if lengths is None else lengths  # a sequence's end only sets positions
     T, vocabulary = sum(sizes), V if lengths is None else 70
     inputs = {
@@ -47,7 +52,9 @@ def samples(lengths: Lengths = None) -> list[Sample]:
         "weight": 1 + randn(E, scale=0.1),
         "bias": randn(E, scale=0.1),
     }
-    return with_dropout(Sample("", embedding_layer_norm, inputs, parameters=("weight", "bias")))
+    sample = Sample("", embedding_layer_norm, inputs, parameters=("weight", "bias"))
+    large_eps = replace(sample, name="eps 0.5", call=partial(embedding_layer_norm, eps=0.5))
+    return [*with_dropout(sample), large_eps]
 
 
 def malformed() -> list[Malformed]:
@@ -218,4 +225,13 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     ]
 
 
-CASES = OpCases("embedding_layer_norm", samples, malformed, hostile=hostile, launches=launches, benchmarks=benchmarks)
+CASES = OpCases(
+    "embedding_layer_norm",
+    samples,
+    malformed,
+    hostile=hostile,
+    launches=launches,
+    mistakes=MISTAKES,
+    mask_probe=MASK_PROBE,
+    benchmarks=benchmarks,
+)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import (
     NATIVE_CPU_DTYPES,
     TRITON_DTYPES,
@@ -83,6 +83,12 @@ define(
 )
 _OPERATORS = ("embedding_layer_norm_fwd", "embedding_layer_norm_bwd")
 _call = call_operator("embedding_layer_norm_fwd")
+
+
+def _outputs(input_ids: Tensor, _types: Tensor, _positions: Tensor, word: Tensor, *_: Any) -> Outputs:
+    return (((input_ids.shape[0], word.shape[1]), word.dtype),)  # the public function casts it to autocast's
+
+
 OP = Op(
     "embedding_layer_norm",
     {
@@ -108,4 +114,5 @@ OP = Op(
             "forward where the reference makes 10, 12 with dropout, and a backward pass without atomics",
         ),
     ),
+    functions={"embedding_layer_norm": FunctionSpec(embedding_layer_norm_reference, _outputs, left_out=("out_dtype",))},
 )

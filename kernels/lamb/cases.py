@@ -25,6 +25,7 @@ from bert_fast.kernels._common.cases import (
     randn,
 )
 from bert_fast.kernels.lamb import clip_scale, lamb_step
+from bert_fast.kernels.lamb.mistakes import MISTAKES
 
 
 def _step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, impl: str) -> tuple[Tensor, ...]:
@@ -154,4 +155,4 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     return [Plan(name, partial(_benchmark, device, layers))]
 
 
-CASES = OpCases("lamb", samples, malformed, launches=launches, extra=extra, benchmarks=benchmarks)
+CASES = OpCases("lamb", samples, malformed, launches=launches, extra=extra, mistakes=MISTAKES, benchmarks=benchmarks)

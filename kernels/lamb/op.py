@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import TRITON_DTYPES, triton_function, triton_implementation
 from bert_fast.kernels.lamb.reference import clip_scale_reference, lamb_step_reference
 
@@ -30,6 +31,12 @@ def _triton() -> Functions:
     return _TRITON
 
 
+def _clip_outputs(grads: list[Tensor], max_norm: float) -> Outputs:
+    """norm, scale."""
+    dtype = torch.float64 if all(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    return ((), dtype), ((), dtype)
+
+
 OP = Op(
     "lamb",
     {"reference": Implementation(_reference, None, None), "triton": triton_implementation(_triton, "lamb")},
@@ -42,4 +49,9 @@ OP = Op(
             "parameters where the reference makes about 20, in 3 launches",
         ),
     ),
+    functions={
+        "clip_scale": FunctionSpec(clip_scale_reference, _clip_outputs, gradient=False),
+        "lamb_step": FunctionSpec(lamb_step_reference, lambda *_: (), gradient=False),
+    },
+    group=Functions,
 )

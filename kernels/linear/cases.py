@@ -13,6 +13,7 @@ from torch.nn import functional
 from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, dtype_name, normal
 from bert_fast.kernels._common.cases import LENGTHS, E, F, Lengths, Malformed, OpCases, Sample, malformed_calls, randn
 from bert_fast.kernels.linear import linear
+from bert_fast.kernels.linear.mistakes import MISTAKES
 
 
 def _two_weights(x: Tensor, weight: Tensor, impl: str) -> Tensor:
@@ -108,4 +109,4 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     ]
 
 
-CASES = OpCases("linear", samples, malformed, benchmarks=benchmarks)
+CASES = OpCases("linear", samples, malformed, mistakes=MISTAKES, benchmarks=benchmarks)

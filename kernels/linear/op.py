@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common import extensions
-from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import (
     CUDA_DTYPES,
     TRITON_DTYPES,
@@ -86,6 +86,14 @@ def _on_gpu(implementation: Implementation) -> Implementation:
     return dataclasses.replace(implementation, built_on="cuBLAS, bias_gelu")
 
 
+def _outputs(x: Tensor, weights: tuple[Tensor, ...], *_: Any) -> Outputs:
+    return (((x.shape[0], sum(weight.shape[0] for weight in weights)), x.dtype),)
+
+
+def _one_weight(weights: tuple[Tensor, ...]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
 OP = Op(
     "linear",
     {
@@ -127,4 +135,5 @@ OP = Op(
         ),
     ),
     timed_as="bias_gelu",
+    functions={"linear": FunctionSpec(linear_reference, _outputs, {"weights": ("weight", _one_weight)})},
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -17,15 +15,7 @@ from bert_fast.kernels._common.checks import (
     to_compute_dtype,
 )
 from bert_fast.kernels.linear_int8 import cpu_backends
-from bert_fast.kernels.linear_int8.op import FEED_FORWARD, OP
-
-
-class Int8Weight(NamedTuple):
-    """An INT8 weight, quantized symmetrically by output channel: row n is scale[n] values[n]."""
-
-    values: Tensor  # (N, K) int8
-    scale: Tensor  # (N,) float32
-    sums: Tensor  # (N,) float32, the sum of each row of values
+from bert_fast.kernels.linear_int8.op import FEED_FORWARD, OP, Int8Weight
 
 
 def quantize_weight(weight: Tensor, *, limit: int | None = None) -> Int8Weight:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, normal
 from bert_fast.kernels._common.cases import LENGTHS, E, F, Lengths, Malformed, OpCases, Sample, malformed_calls, randn
 from bert_fast.kernels.linear_int8 import Int8Weight, feed_forward_int8, linear_int8, quantize_weight
+from bert_fast.kernels.linear_int8.mistakes import MISTAKES
 
 
 def _call(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor, **options: Any) -> Tensor:
@@ -31,7 +32,8 @@ def samples(lengths: Lengths = None) -> list[Sample]:
         "bias": randn(F),
     }
     gelu = functools.partial(_call, activation="gelu")
-    return [Sample(name, call, inputs, ("scale", "bias"), False) for name, call in (("bias", _call), ("GeLU", gelu))]
+    result = [Sample(name, call, inputs, ("scale", "bias"), False) for name, call in (("bias", _call), ("GeLU", gelu))]
+    return [*result, Sample("negative inputs", _call, {**inputs, "x": x - 4}, ("scale", "bias"), False)]
 
 
 def malformed() -> list[Malformed]:
@@ -101,4 +103,4 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     ]
 
 
-CASES = OpCases("linear_int8", samples, malformed, benchmarks=benchmarks)
+CASES = OpCases("linear_int8", samples, malformed, mistakes=MISTAKES, benchmarks=benchmarks)

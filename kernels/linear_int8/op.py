@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.dispatch import AutoRule, Availability, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, Availability, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import WIDENED_CPU_DTYPES, define, native_cpu, widened
 from bert_fast.kernels.linear_int8 import cpu_backends
 from bert_fast.kernels.linear_int8.reference import feed_forward_int8_reference, linear_int8_reference
@@ -91,6 +91,22 @@ def _cpu() -> Implementation:
     return implementation
 
 
+def _outputs(x: Tensor, weight: tuple[Tensor, ...], *_: Any) -> Outputs:
+    return (((x.shape[0], weight[0].shape[0]), x.dtype),)
+
+
+class Int8Weight(NamedTuple):
+    """An INT8 weight, quantized symmetrically by output channel: row n is scale[n] values[n]."""
+
+    values: Tensor  # (N, K) int8
+    scale: Tensor  # (N,) float32
+    sums: Tensor  # (N,) float32, the sum of each row of values
+
+
+def _int8_weight(weight: tuple[Tensor, ...]) -> Int8Weight:
+    return Int8Weight(*weight)
+
+
 OP = Op(
     "linear_int8",
     {"reference": Implementation(linear_int8_reference, None, None), "cpu": _cpu()},
@@ -103,9 +119,39 @@ OP = Op(
             "thread of an EPYC (Zen 5), 828 to 913, fp32's 205 to 240, 2026-11-30",
         ),
     ),
+    functions={
+        "linear_int8": FunctionSpec(
+            linear_int8_reference, _outputs, {"weight": ("weight", _int8_weight)}, gradient=False
+        )
+    },
 )
-# The implementation of feed_forward_int8 that goes with each of linear_int8.
-FEED_FORWARD: dict[Callable[..., Any], Callable[..., Any]] = {
-    OP.impls["reference"].call: feed_forward_int8_reference,
-    OP.impls["cpu"].call: functools.partial(widened(cpu_backends.run_feed_forward, 1), torch.ops.bert_fast),
-}
+
+
+class _FeedForward(dict[Callable[..., Any], Callable[..., Any]]):
+    """The implementation of feed_forward_int8 for each of linear_int8: a kernel of others runs twice."""
+
+    def __missing__(self, linear: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(_two_products, linear)
+
+
+def _two_products(
+    linear: Callable[..., Tensor],
+    x: Tensor,
+    up: tuple[Tensor, ...],
+    up_bias: Tensor | None,
+    down: tuple[Tensor, ...],
+    activation: str,
+    up_range: Tensor | None,
+    down_range: Tensor | None,
+) -> Tensor:
+    """As `feed_forward_int8_reference`: what is between the products is not rounded to the dtype of `x`."""
+    precise = x if x.dtype == torch.float64 else x.float()
+    return linear(linear(precise, up, up_bias, activation, up_range), down, None, None, down_range).to(x.dtype)
+
+
+FEED_FORWARD = _FeedForward(
+    {
+        OP.impls["reference"].call: feed_forward_int8_reference,
+        OP.impls["cpu"].call: functools.partial(widened(cpu_backends.run_feed_forward, 1), torch.ops.bert_fast),
+    }
+)

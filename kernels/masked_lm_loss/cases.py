@@ -31,6 +31,7 @@ from bert_fast.kernels._common.cases import (
     randn,
 )
 from bert_fast.kernels.masked_lm_loss import masked_lm_loss
+from bert_fast.kernels.masked_lm_loss.mistakes import MISTAKES
 
 # A gradient has four matrix products in sequence: dense, decoder, decoder transposed, and dense transposed or sums in
 # LayerNorm. Each adds about one unit: sqrt(K / 24) is 2.3 for the 130 terms of an interpreted case, and the largest
@@ -65,7 +66,7 @@ def samples(lengths: Lengths = None) -> list[Sample]:
     )
     return [
         sample("15 % masked", _loss),
-        sample("label smoothing, z-loss", functools.partial(_loss, label_smoothing=0.1, z_loss=1e-3)),
+        sample("label smoothing, z-loss", functools.partial(_loss, label_smoothing=0.1, z_loss=1e-3, eps=0.1)),
     ]
 
 
@@ -232,4 +233,6 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     ]
 
 
-CASES = OpCases("masked_lm_loss", samples, malformed, hostile=hostile, launches=launches, benchmarks=benchmarks)
+CASES = OpCases(
+    "masked_lm_loss", samples, malformed, hostile=hostile, launches=launches, mistakes=MISTAKES, benchmarks=benchmarks
+)

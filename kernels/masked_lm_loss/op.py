@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, TRITON_DTYPES, define, native_cpu, triton_kernels
 from bert_fast.kernels.masked_lm_loss import cpu_backends
 from bert_fast.kernels.masked_lm_loss.reference import masked_lm_loss_reference
@@ -96,6 +96,12 @@ def _call(ops: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return loss, correct, count
 
 
+def _outputs(hidden: Tensor, *_: Any) -> Outputs:
+    """loss, correct, count."""
+    loss = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return ((), loss), ((), torch.int64), ((), torch.int64)
+
+
 OP = Op(
     "masked_lm_loss",
     {
@@ -119,4 +125,5 @@ OP = Op(
             "the reference, M known on the device alone, no (M, V) tensor beyond 256 MiB",
         ),
     ),
+    functions={"masked_lm_loss": FunctionSpec(masked_lm_loss_reference, _outputs)},
 )

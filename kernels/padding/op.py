@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.dispatch import AutoRule, Implementation, Op
+from bert_fast.kernels._common.dispatch import AutoRule, FunctionSpec, Implementation, Op, Outputs
 from bert_fast.kernels._common.library import define, native_cpu, triton_kernels
 from bert_fast.kernels.padding.reference import (
     gather_rows_reference,
@@ -92,6 +92,20 @@ _ANY_DTYPE = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
+
+
+def _unpad_outputs(mask: Tensor) -> Outputs:
+    return ((None,), torch.int64), ((mask.shape[0] + 1,), torch.int32)
+
+
+def _gather_outputs(x: Tensor, indices: Tensor) -> Outputs:
+    return (((indices.shape[0], *x.shape[1:]), x.dtype),)
+
+
+def _scatter_outputs(x: Tensor, indices: Tensor, rows: int) -> Outputs:
+    return (((rows, *x.shape[1:]), x.dtype),)
+
+
 OP = Op(
     "padding",
     {
@@ -115,4 +129,10 @@ OP = Op(
             "where the reference fills it with zeros first, 1.5 B S rows at half fill where that moves 2",
         ),
     ),
+    functions={
+        "unpad_indices": FunctionSpec(unpad_indices_reference, _unpad_outputs, gradient=False),
+        "gather_rows": FunctionSpec(gather_rows_reference, _gather_outputs),
+        "scatter_rows": FunctionSpec(scatter_rows_reference, _scatter_outputs),
+    },
+    group=Functions,
 )

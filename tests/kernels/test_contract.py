@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,15 +20,15 @@ from bert_fast.kernels._common.cases import Sample
 from bert_fast.kernels._common.dispatch import IMPLS, OPS
 from bert_fast.kernels._common.library import simulated
 from bert_fast.testing import assert_three_way, compare, max_error, targets
+from bert_fast.testing.checks import FEW
+from bert_fast.testing.runs import Tensors, layouts, run, threads
+from bert_fast.testing.three_way import as_tuple
 from bert_fast.verification import compare_sample
 
-FEW = (3, 0, 2)  # tokens of two sequences and of an empty one between them
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = [(op, impl, device) for op in sorted(OPS) for impl, device in targets(op)]
 KERNELS = [target for target in TARGETS if target[1] != "reference"]
 DIFFERENTIABLE = [target for target in KERNELS if cases.load(target[0]).samples(FEW)[0].gradients]
-
-Tensors = dict[str, Tensor]
 
 
 def samples(op: str, impl: str, lengths: cases.Lengths = FEW) -> list[Sample]:
@@ -49,25 +48,6 @@ def attempt(call: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception |
         return call(*arguments), None
     except RuntimeError as error:  # ImplUnavailableError and NotImplementedError are such errors
         return None, error
-
-
-def as_tuple(outs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return outs if isinstance(outs, tuple) else (outs,)
-
-
-def run(sample: Sample, impl: str, inputs: Tensors, call: Callable[..., Any] | None = None) -> Tensors:
-    """The outputs and, for a differentiable op, the gradients of all inputs; the gradient of each output is noise."""
-    if sample.gradients:
-        inputs = {name: x.detach().requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
-    outs = as_tuple((call or functools.partial(sample.call, impl=impl))(**inputs))
-    results = {f"out{index}": out.detach() for index, out in enumerate(outs)}
-    leaves = {name: x for name, x in inputs.items() if x.requires_grad}
-    if leaves:
-        generator = torch.Generator().manual_seed(1)
-        douts = [torch.randn(out.shape, generator=generator).to(out) for out in outs]
-        gradients = torch.autograd.grad(outs, list(leaves.values()), douts)
-        results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return results
 
 
 def assert_same_bits(results: Tensors, expected: Tensors, what: str) -> None:
@@ -137,33 +117,6 @@ def test_opcheck(op: str, impl: str, device: str) -> None:
         torch.library.opcheck(operator, arguments)
 
 
-def transposed(x: Tensor) -> Tensor:
-    return x.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def strided(x: Tensor) -> Tensor:
-    return torch.stack([x, x], -1)[..., 0]
-
-
-def wide_rows(x: Tensor) -> Tensor:
-    return torch.cat([x, x], -1)[..., : x.shape[-1]]
-
-
-def offset(x: Tensor) -> Tensor:
-    """`x` one element into its memory: aligned for one element only."""
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-
-
-def layouts(x: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(layout, view, contiguous tensor of the same values)."""
-    if x.dim() and x.numel():
-        for layout in (strided, offset) if x.dim() < 2 else (strided, offset, transposed, wide_rows):
-            yield layout.__name__, layout(x), x
-        if x.is_floating_point():
-            for name, part in (("expanded rows", x[:1]), ("expanded columns", x[..., :1])):
-                yield name, part.expand(x.shape), part.expand(x.shape).contiguous()
-
-
 def assert_layout_is_ignored(op: str, results: Any, expected: Any, what: str) -> None:
     """The same bits; of linear, whose products are a BLAS's that may sum in another order, the same but for rounding.
 
@@ -228,14 +181,6 @@ def test_draws_the_dropout_mask_from_torchs_generator(op: str, impl: str, device
     torch.manual_seed(1)
     assert torch.equal(sample.call(impl=impl, **inputs), first)
     assert not torch.equal(first, second)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

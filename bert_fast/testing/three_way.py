@@ -9,6 +9,7 @@ eager PyTorch happens to hit exactly.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,11 +17,20 @@ import torch
 from torch import Tensor
 
 import bert_fast.kernels  # noqa: F401  (fills OPS)
+from bert_fast.kernels._common.cases import Sample
 from bert_fast.kernels._common.dispatch import OPS
 from bert_fast.kernels._common.library import simulated
 
 FLOOR_ULPS = 1.0  # of the largest magnitude: the rounding of the output and the order of additions
 FACTOR = 2.0
+
+
+class Triple(NamedTuple):
+    """One output or gradient: of the implementation, of eager PyTorch in the same dtype, and in float64."""
+
+    ours: Tensor
+    eager: Tensor
+    truth: Tensor
 
 
 class Comparison(NamedTuple):
@@ -138,6 +148,23 @@ def three_way(
         factor: the allowed ratio of our error to eager PyTorch's: 2 for an op, 3 for a model.
         floor_ulps: the floor, in units in the last place of the largest value.
     """
+    triples = run_three_ways(
+        ours, reference, inputs, dtype, douts, parameter_dtype=parameter_dtype, parameters=parameters
+    )
+    return [compare(name, *triple, factor, floor_ulps) for name, triple in triples.items()]
+
+
+def run_three_ways(
+    ours: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    douts: tuple[Tensor, ...],
+    *,
+    parameter_dtype: torch.dtype | None = None,
+    parameters: tuple[str, ...] = (),
+) -> dict[str, Triple]:
+    """The outputs and gradients that `three_way` compares; its arguments."""
     low = {name: dtype for name, x in inputs.items() if x.is_floating_point()}
     low.update({name: parameter_dtype for name in parameters if parameter_dtype is not None})
     rounded = {name: x.to(low[name]) if name in low else x for name, x in inputs.items()}
@@ -145,7 +172,7 @@ def three_way(
     truth = outputs_and_gradients(reference, rounded, dict.fromkeys(low, torch.float64), rounded_douts)
     results = outputs_and_gradients(ours, rounded, low, rounded_douts)
     eager = outputs_and_gradients(reference, rounded, low, rounded_douts)
-    return [compare(name, results[name], eager[name], truth[name], factor, floor_ulps) for name in truth]
+    return {name: Triple(results[name], eager[name], truth[name]) for name in truth}
 
 
 def compare(
@@ -161,6 +188,42 @@ def compare(
     floor = floor_ulps * torch.finfo(eager.dtype).eps * scale
     eager_error = max_error(eager, truth)
     return Comparison(name, max_error(ours, truth), eager_error, factor * eager_error + floor)
+
+
+def sample_triples(
+    sample: Sample, impl: str, device: str, dtype: torch.dtype, factor: float = FACTOR, floor_ulps: float = FLOOR_ULPS
+) -> dict[str, tuple[Triple, Comparison]]:
+    """The three-way test of `impl` on `sample` in `dtype`: each output and gradient, and its comparison."""
+    inputs = sample.cast(dtype, device)
+    ours = functools.partial(sample.call, impl=impl)
+    reference = functools.partial(sample.call, impl="reference")
+    if not sample.gradients:
+        exact = reference(**{name: x.double() if x.is_floating_point() else x for name, x in inputs.items()})
+        outputs = zip(*map(as_tuple, (ours(**inputs), reference(**inputs), exact)), strict=True)
+        triples = {f"out{index}": Triple(*triple) for index, triple in enumerate(outputs)}
+        return {name: (triple, compare(name, *triple, factor, floor_ulps)) for name, triple in triples.items()}
+    outs = reference(**inputs)
+    triples = run_three_ways(
+        ours,
+        reference,
+        inputs,
+        dtype,
+        tuple(map(torch.randn_like, as_tuple(outs))),
+        parameter_dtype=torch.float32,
+        parameters=sample.parameters,
+    )
+    floor_ulps = max(floor_ulps, sample.float32_ulps if dtype == torch.float32 else FLOOR_ULPS)
+    rows = {name: (triple, compare(name, *triple, factor, floor_ulps)) for name, triple in triples.items()}
+    if sample.mean_of:
+        floor = torch.finfo(dtype).eps * float(outs) / sample.mean_of**0.5
+        triple, comparison = rows["out"]
+        rows["out"] = triple, comparison._replace(bound=comparison.bound + floor)
+    return rows
+
+
+def as_tuple(outs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs of an op of one or of several."""
+    return outs if isinstance(outs, tuple) else (outs,)
 
 
 def assert_three_way(comparisons: list[Comparison]) -> None:
