@@ -55,7 +55,8 @@ class BertEncoder(nn.Module):
         """
         hidden_states, attentions = [hidden], []
         sequences = (tokens.cu_seqlens, tokens.max_seqlen)
-        ops = LayerOps.select(hidden) if rng_states is None and output_rows is None else None
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        ops = None if checkpointing else LayerOps.select(hidden)
         for index, layer in enumerate(self.layer):
             states = None if rng_states is None else rng_states[DROPOUTS_PER_LAYER * index :][:DROPOUTS_PER_LAYER]
             rows = output_rows if index == len(self.layer) - 1 else None
@@ -64,8 +65,8 @@ class BertEncoder(nn.Module):
                 assert isinstance(layer, BertLayer)
                 attentions.append(layer.attention.self.probabilities(hidden, *sequences))
             if ops is not None and fast_path is not None:
-                hidden = fast_path.run(ops, hidden, *sequences)
-            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = fast_path.run(ops, hidden, *sequences, states, rows)
+            elif checkpointing:
                 # The second run drops what the first dropped: that depends on `states` only.
                 hidden = checkpoint(
                     layer, hidden, *sequences, states, rows, use_reentrant=False, preserve_rng_state=False
