@@ -1,8 +1,9 @@
 """A layer computed from its parameters without a call of its modules or of the ops' public functions.
 
 Those check their arguments, and modules look up their attributes: for a layer on a short text that takes a sixth of
-MiniLM's time, and in training a fifth of the host's time for a forward pass. Here everything is looked up and checked
-at once, and the result is the same to the bit. A layer in which a module is not plain has no fast path, and is called.
+MiniLM's time, and in training a third of the host's time for a forward pass (`benchmarks.models.host_time`: 548 and
+359 us on a busy AMD EPYC, Zen 5). Here everything is looked up and checked at once, and the result is the same to the
+bit. A layer in which a module is not plain has no fast path, and is called.
 """
 
 from __future__ import annotations
