@@ -34,6 +34,7 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
         self.head_size = config.hidden_size // config.num_attention_heads
+        self.attention_dropout_p = config.attention_probs_dropout_prob
 
     def forward(
         self,
@@ -57,8 +58,10 @@ class BertEncoder(nn.Module):
         """
         hidden_states, attentions = [hidden], []
         sequences = (tokens.cu_seqlens, tokens.max_seqlen)
-        size = size_of_sequences(hidden.shape[0], tokens.max_seqlen, self.head_size, 0.0)
-        ops = LayerOps.select(hidden, size) if rng_states is None and output_rows is None else None
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        dropout_p = 0.0 if rng_states is None else self.attention_dropout_p
+        size = size_of_sequences(hidden.shape[0], tokens.max_seqlen, self.head_size, dropout_p)
+        ops = None if checkpointing else LayerOps.select(hidden, size)
         for index, layer in enumerate(self.layer):
             states = None if rng_states is None else rng_states[DROPOUTS_PER_LAYER * index :][:DROPOUTS_PER_LAYER]
             rows = output_rows if index == len(self.layer) - 1 else None
@@ -67,8 +70,8 @@ class BertEncoder(nn.Module):
                 assert isinstance(layer, BertLayer)
                 attentions.append(layer.attention.self.probabilities(hidden, *sequences))
             if ops is not None and fast_path is not None:
-                hidden = fast_path.run(ops, hidden, *sequences)
-            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = fast_path.run(ops, hidden, *sequences, states, rows)
+            elif checkpointing:
                 # The second run drops what the first dropped: that depends on `states` only.
                 hidden = checkpoint(
                     layer, hidden, *sequences, states, rows, use_reentrant=False, preserve_rng_state=False

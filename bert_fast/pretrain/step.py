@@ -6,6 +6,7 @@ The same functions therefore run eagerly or as a CUDA graph (`cuda_graph.py`).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +70,24 @@ class TrainStep:
         self.step_totals = Totals(self.device)
         self.verdict = torch.zeros(3, dtype=torch.float64, device=self.device)
 
+    def one_cast(self, micro_batches: int) -> AbstractContextManager[Any]:
+        """A block in which `accumulate` casts the weights to bfloat16 once, not once a micro-batch.
+
+        The casts are torch.autocast's, made by the first micro-batch and dropped at the block's end: so every write to
+        a weight is seen by the next step, also one that torch does not count, and nothing may write within the block.
+        For a single micro-batch the block does nothing, because it keeps the casts in memory until it ends.
+        """
+        return autocast(self.device, self._precision) if micro_batches > 1 else nullcontext()
+
     def accumulate(self, inputs: Inputs) -> None:
         """Add the gradient of a micro-batch, and its sums to `step_totals`."""
         batch = inputs.batch
         with autocast(self.device, self._precision):
             out = forward(self.model, batch, inputs.rng_states)
         mlm_weight, nsp_weight = inputs.weights.unbind()
-        (mlm_weight * out.mlm_loss + nsp_weight * out.next_sentence_loss).backward()
+        loss = mlm_weight * out.mlm_loss + nsp_weight * out.next_sentence_loss
+        with torch.autocast(self.device.type, enabled=False):  # a backward pass casts nothing, also within `one_cast`
+            loss.backward()
         labels = batch.next_sentence_label
         self.step_totals.add(out.mlm_loss, out.mlm_correct, out.mlm_count, out.seq_relationship_logits, labels)
 

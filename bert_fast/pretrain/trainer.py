@@ -216,10 +216,13 @@ class Trainer:
     def _backward(self, batches: StepBatches, weights: Tensor) -> None:
         """Accumulate the gradients and sums of this rank's micro-batches."""
         on_device = [micro.batch.to(self.device, non_blocking=True) for micro in batches.micro]
-        for index, (micro, batch, weight) in enumerate(zip(batches.micro, on_device, weights.unbind(), strict=True)):
-            states = dropout_states(self.model.config, self.device, self.config.seed, self.step + 1, micro.number)
-            with self.parallel.accumulating(last=index == len(on_device) - 1):
-                self.device_step.accumulate(Inputs(batch, weight, states))
+        with self.device_step.one_cast(len(on_device)):
+            for index, (micro, batch, weight) in enumerate(
+                zip(batches.micro, on_device, weights.unbind(), strict=True)
+            ):
+                states = dropout_states(self.model.config, self.device, self.config.seed, self.step + 1, micro.number)
+                with self.parallel.accumulating(last=index == len(on_device) - 1):
+                    self.device_step.accumulate(Inputs(batch, weight, states))
 
     def _update(self, batches: StepBatches) -> None:
         self._begin_update()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bert_fast.kernels._common import extensions, records, triton_support
+from bert_fast.kernels._common.autograd import register_gradient
 from bert_fast.kernels._common.dispatch import AVAILABLE, Availability, Implementation
 
 _NATIVE, _CUDA, _TRITON = "bert_fast", "bert_fast_cuda", "bert_fast_triton"
@@ -94,7 +95,7 @@ def define(
             gradient = functools.partial(backward_by_name, getattr(torch.ops, namespace))
             if not higher_order:
                 gradient = functools.partial(_first_order, qualified, gradient)
-            torch.library.register_autograd(qualified, gradient, setup_context=setup_context_by_name, lib=library)
+            register_gradient(qualified, library, setup_context_by_name, gradient)
 
 
 def _prototype(fake: Callable[..., Any], arguments_of: Callable[..., Any] | None) -> Any:

@@ -1,4 +1,4 @@
-"""The fast path of inference: the bits of the modules that it bypasses, and nothing that a user changed is ignored."""
+"""The fast path: the bits of the modules that it bypasses, and nothing that a user changed is ignored."""
 
 from __future__ import annotations
 
@@ -103,16 +103,78 @@ def test_the_chosen_implementation_runs(model: Any, calls: list[str]) -> None:
     assert torch.equal(fast, expected)
 
 
-def test_gradients_autocast_and_other_activations_disable_it(model: Any, pair: Pair, calls: list[str]) -> None:
+PRECISIONS = {  # dtype of the parameters, whether under autocast
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "float64": (torch.float64, False),
+    "autocast": (torch.float32, True),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("label_rows", [False, True], ids=["all rows", "label rows"])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_training_has_the_bits_of_the_modules(
+    pair: Pair, calls: list[str], precision: str, label_rows: bool, impl: str
+) -> None:
+    """Loss and every gradient, with dropout."""
+    dtype, autocast = PRECISIONS[precision]
+    model, _ = pair("BertForPreTraining", dtype, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2)
+    model.train()
+    T = sum(LENGTHS)
+    labels = torch.full((T,), -100)
+    labels[[1, 4, 9]] = torch.tensor([7, 3, 11])
+    inputs = {
+        "input_ids": torch.arange(T) % 50 + 5,
+        "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32),
+        "max_seqlen": max(LENGTHS),
+        "labels": labels,
+        "next_sentence_label": torch.tensor([0, 1, 0]),
+        "label_rows": torch.tensor([1, 4, 9]) if label_rows else None,
+    }
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        torch.manual_seed(5)
+        with use_impl(impl), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**inputs).loss
+        loss.backward()
+        return [loss.detach(), *(x.grad.clone() for x in model.parameters() if x.grad is not None)]
+
+    fast = gradients()
+    assert calls == []
+    layers_ = model.bert.encoder.layer
+    hooks = [layer.attention.register_forward_hook(lambda *_: None) for layer in layers_]
+    expected = gradients()
+    for hook in hooks:
+        hook.remove()
+    assert calls.count("attention") == len(layers_)
+    assert len(fast) == len(expected)
+    assert all(torch.equal(x, y) for x, y in zip(fast, expected, strict=True))
+    model.eval()
+    assert not torch.equal(gradients()[0], fast[0])  # without dropout
+
+
+def test_checkpointing_casts_and_other_activations_disable_it(model: Any, pair: Pair, calls: list[str]) -> None:
+    model.encoder.gradient_checkpointing = True
     encode(model).sum().backward()
-    assert calls.count("attention") == 2
+    assert calls.count("attention") == 4  # each layer once more in the backward pass
     assert model.encoder.layer[0].attention.self.qkv.weight.grad.any()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert encode(model).dtype == torch.bfloat16
-    assert calls.count("attention") == 4
+    hidden = torch.zeros(2, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert LayerOps.select(hidden) is None
+        assert LayerOps.select(hidden.bfloat16()) is not None
+    calls.clear()
     with torch.no_grad():
         encode(pair("BertModel", torch.float32, hidden_act="relu")[0])
-    assert calls.count("attention") == 6
+    assert calls.count("attention") == 2
+
+
+def test_a_dropout_out_of_range_is_named(pair: Pair) -> None:
+    model, _ = pair("BertModel", torch.float32, hidden_dropout_prob=0.1)
+    model.train().encoder.layer[1].output.dropout_p = 1.0
+    with pytest.raises(ValueError, match=r"dropout_p is 1\.0; expected 0 or a probability"):
+        encode(model)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])

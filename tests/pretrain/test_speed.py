@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bert_fast.kernels import use_impl
 from bert_fast.kernels._common import checks
 from bert_fast.models import BertConfig
 from bert_fast.optim.config import OptimizerOptions
@@ -189,3 +192,42 @@ def test_a_trace_has_the_requested_steps(config: PretrainConfig) -> None:
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
     assert steps == {"ProfilerStep#10", "ProfilerStep#11"}
     assert any("attention" in str(event.get("name")) for event in events)
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts the casts of each matrix of `model` to bfloat16, by name."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self._names = {p.data_ptr(): name for name, p in model.named_parameters() if p.dim() == 2}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and options.get("dtype") == torch.bfloat16:
+            self.counts.update(self._names[p] for p in [args[0].data_ptr()] if p in self._names)
+        return function(*args, **options)
+
+
+def test_a_step_casts_each_weight_once_for_all_micro_batches(
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients are those of a block for each micro-batch; a write between two steps is seen, counted or not."""
+    trainers = [Trainer(replace(config, precision="bf16", accumulation=3), print) for _ in range(2)]
+    monkeypatch.setattr(trainers[1].device_step, "one_cast", lambda _: nullcontext())
+    counts, weights = [], []
+    with use_impl("reference"):  # which casts through autocast, as the products on a GPU do
+        for trainer in trainers:
+            trainer.train_step()
+            with torch.no_grad():
+                trainer.model.bert.encoder.layer[0].output.dense.weight.numpy()[:] *= 1.5  # not counted
+            with WeightCasts(trainer.model) as casts:
+                trainer.train_step()
+            counts.append(casts.counts)
+            weights.append(list(trainer.model.parameters()))
+    # masked_lm_loss reads its two weights as float32 and casts them by itself.
+    by_itself = {"bert.embeddings.word_embeddings.weight", "cls.predictions.transform.dense.weight"}
+    assert len(counts[0]) == 4 * len(trainers[0].model.bert.encoder.layer) + 4
+    assert counts[0] == {name: 3 if name in by_itself else 1 for name in counts[1]}
+    assert counts[1] == dict.fromkeys(counts[0], 3)
+    assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
