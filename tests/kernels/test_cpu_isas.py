@@ -23,6 +23,7 @@ OPS = (
     "attention",
     "bias_gelu",
     "embedding_layer_norm",
+    "lamb",
     "linear",
     "linear_int8",
     "masked_lm_loss",
@@ -64,7 +65,7 @@ def test_avx512(emulator: str) -> None:
 
 
 def test_avx512_with_bfloat16_dot_products(emulator: str) -> None:
-    run("avx512bf16", ("attention",), "not float32", BERT_FAST_AVX512_EMULATOR=emulator)
+    run("avx512bf16", ("attention", "linear"), "not float32", BERT_FAST_AVX512_EMULATOR=emulator)
 
 
 def flushed(x: Fraction) -> Fraction:
