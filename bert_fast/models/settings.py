@@ -171,9 +171,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             if not optional and not (_is_number(value) and 0.0 <= value < 1.0):
                 raise ValueError(f"{name} is {reprlib.repr(value)}; expected a probability in [0, 1)")
         elif name in ("layer_norm_eps", "initializer_range"):
-            low = "more than 0" if name == "layer_norm_eps" else "0 or more"
-            if not _is_number(value) or value < 0 or (name == "layer_norm_eps" and not value) or value > 1e6:
-                raise ValueError(f"{name} is {reprlib.repr(value)}; expected a number, {low}")
+            # The kernels add eps to a variance in float32, whose smallest normal number is 2^-126.
+            low = 2.0**-126 if name == "layer_norm_eps" else 0
+            if not _is_number(value) or not low <= value <= 1e6:
+                raise ValueError(f"{name} is {reprlib.repr(value)}; expected a number in [{low:.3g}, 1e6]")
         elif name in _FLAGS:
             if not isinstance(value, bool):
                 raise ValueError(f"{name} is {reprlib.repr(value)}; expected True or False")

@@ -42,7 +42,7 @@ SETTINGS: list[dict[str, Any]] = [
     *({"hidden_size": value} for value in (True, None, [48], {}, float("nan"), float("inf"), 10**400)),
     *({"num_attention_heads": value} for value in (0, 5, -3, "3", None)),
     *({"hidden_act": value} for value in (3, None, ["gelu"], "gleu")),
-    *({"layer_norm_eps": value} for value in (0, -1e-12, float("nan"), float("inf"), "1e-12", True, 10**400)),
+    *({"layer_norm_eps": value} for value in (0, 1e-50, -1e-12, float("nan"), float("inf"), "1e-12", True, 10**400)),
     *({"initializer_range": value} for value in (-1, float("nan"), None)),
     *({"hidden_dropout_prob": value} for value in (1.0, -0.1, float("nan"), "0.1", [0.1], True)),
     *({name: "x"} for name in ("attention_probs_dropout_prob", "classifier_dropout", "qa_dropout")),
