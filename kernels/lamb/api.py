@@ -18,7 +18,7 @@ from bert_fast.kernels._common.checks import (
     check_number,
     check_same_device,
 )
-from bert_fast.kernels._common.library import TRITON_DTYPES
+from bert_fast.kernels._common.library import NATIVE_CPU_DTYPES, TRITON_DTYPES
 from bert_fast.kernels.lamb.op import OP
 
 
@@ -39,7 +39,7 @@ def clip_scale(grads: Sequence[Tensor], max_norm: float, *, impl: str = "auto") 
     Args:
         grads: at least one floating-point tensor, of any shapes, dtypes and devices.
         max_norm: the largest norm allowed, above 0.
-        impl: "auto", "reference" or "triton"; "auto" takes the reference for gradients on several devices.
+        impl: "auto", "reference", "triton" or "cpu"; "auto" takes the reference for gradients on several devices.
 
     Returns:
         norm and scale, () float32 (float64 for float64 gradients), on the device of the first gradient. A norm that is
@@ -48,7 +48,7 @@ def clip_scale(grads: Sequence[Tensor], max_norm: float, *, impl: str = "auto") 
     Raises:
         TypeError: a gradient is not a floating-point tensor.
         ValueError: there is no gradient, `max_norm` is not above 0, `impl` is none of the above, or with
-            impl="triton" the gradients are on several devices.
+            impl="triton" or "cpu" the gradients are on several devices.
         ImplUnavailableError: the requested `impl` does not exist or can't run here.
 
     Source: Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, section 3.2.
@@ -66,7 +66,7 @@ def clip_scale(grads: Sequence[Tensor], max_norm: float, *, impl: str = "auto") 
             raise ValueError(f"grads[{index}] is on meta; expected a tensor with values, as grads[0]")
     if impl == "auto" and any(grad.device != grads[0].device for grad in grads):
         impl = "reference"
-    for index, grad in enumerate(grads) if impl == "triton" else ():
+    for index, grad in enumerate(grads) if impl in ("triton", "cpu") else ():
         check_same_device(grads[0], **{f"grads[{index}]": grad})
     return ClipScale(*OP.select(impl, grads[0], _deciding_dtype(grads))().clip_scale(list(grads), max_norm))
 
@@ -98,14 +98,14 @@ def lamb_step(
         params: floating-point tensors on one device.
         grads: one for each parameter, of its shape; left as they are.
         exp_avgs, exp_avg_sqs: the moments m and v, one for each parameter, of its shape. The reference computes in
-            their dtype, the Triton kernels in float32.
+            their dtype, the kernels in float32.
         step: t, the number of steps including this one; an int, or a () tensor on the device.
         lr: learning rate; a float, or a () tensor on the device.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of v, at least 0.
         weight_decay: weight decay, at least 0; part of u and so of the trust ratio r.
         grad_scale: factor of the gradients, e.g. `clip_scale(...).scale`; a float, or a () tensor on the device.
-        impl: "auto", "reference" or "triton".
+        impl: "auto", "reference", "triton" or "cpu".
 
     Raises:
         TypeError: a tensor is not floating point.
@@ -150,8 +150,12 @@ def lamb_step(
 
 
 def _deciding_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype to select an implementation by: the first that only the reference takes, or that of `tensors[0]`."""
-    return next((x.dtype for x in tensors if x.dtype not in TRITON_DTYPES), tensors[0].dtype)
+    """The dtype to select an implementation by: the first that only the reference takes, the first that only Triton
+    takes as well, or that of `tensors[0]`."""
+    dtypes = [x.dtype for x in tensors]
+    return next(
+        (dtype for known in (TRITON_DTYPES, NATIVE_CPU_DTYPES) for dtype in dtypes if dtype not in known), dtypes[0]
+    )
 
 
 def _check_not_negative_view(name: str, x: Tensor) -> None:

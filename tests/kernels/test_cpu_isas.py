@@ -23,6 +23,7 @@ OPS = (
     "attention",
     "bias_gelu",
     "embedding_layer_norm",
+    "lamb",
     "linear",
     "linear_int8",
     "masked_lm_loss",

@@ -13,14 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_fast.kernels._common.triton_launch import launch
-from bert_fast.kernels.lamb.triton.tables import CHUNK, Tables, groups, same_dense_memory
+from bert_fast.kernels.lamb.memory import dense, same_dense_memory
+from bert_fast.kernels.lamb.triton.tables import CHUNK, Tables, groups
 
 # Elements of a step: 8 per thread on 4 warps, two 16-byte loads from each of four float32 tensors. Chosen by counting
 # bytes and registers, not measured on a GPU yet.
 BLOCK = 1024
 # Not specialized: Triton would compile again where they are 1 or a multiple of 16.
 _COUNTS = ["tensors", "chunks"]
-_GRADS = 1  # the list that is read only
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -243,7 +243,7 @@ def lamb_step(
     correction, correction_sq = (_argument(1 - beta**steps, device) for beta in betas)
     rates = [float(x) for beta in betas for x in (beta, 1 - beta)]
     lr, grad_scale = _argument(lr, device), _argument(grad_scale, device)
-    lists, copied = _dense([params, grads, exp_avgs, exp_avg_sqs])
+    lists, copied = dense([params, grads, exp_avgs, exp_avg_sqs])
     for group in groups(lists):
         layout, pointers, tensors, chunks, aligned = Tables.of(group.lists)
         types = dict(zip("WGMV", (_TYPES[dtype] for dtype in group.dtypes), strict=True))
@@ -267,16 +267,3 @@ def lamb_step(
 def _argument(number: float | Tensor, device: torch.device) -> float | Tensor:
     """A number for the kernels: on the host a scalar argument, on the device a tensor that they read."""
     return number if isinstance(number, Tensor) and number.device == device else float(number)
-
-
-def _dense(lists: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """The lists, with copies of tensors whose strides differ or have gaps; (original, copy) of those written."""
-    lists = [list(tensors) for tensors in lists]
-    copied = []
-    for index, tensors in enumerate(zip(*lists, strict=True)):
-        if not same_dense_memory(tensors):
-            for number, x in enumerate(tensors):
-                lists[number][index] = x.contiguous()
-                if number != _GRADS and not x.is_contiguous():
-                    copied.append((x, lists[number][index]))
-    return lists, copied

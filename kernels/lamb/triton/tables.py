@@ -110,13 +110,3 @@ def groups(lists: Sequence[Sequence[Tensor]]) -> Iterator[Group]:
             by_dtypes.setdefault(tuple(x.dtype for x in tensors), []).append(tensors)
     for rows in by_dtypes.values():
         yield Group(tuple(zip(*rows, strict=True)))
-
-
-def same_dense_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether all have the same strides and no gaps between elements."""
-    if all(x.is_contiguous() for x in tensors):
-        return True
-    first = tensors[0]
-    return all(x.stride() == first.stride() for x in tensors) and bool(
-        torch.ops.aten.is_non_overlapping_and_dense(first)
-    )
