@@ -37,6 +37,25 @@ void half_of_the_threads_wait(float*) {
   if (threadIdx.x % 2) emulator::barrier(1, 64);
 }
 
+// The second warp waits for what the first one writes; that arrives, `times` times, and goes on.
+void arrive_and_wait(float* out, int times) {
+  if (threadIdx.x < 32) {
+    shared()[threadIdx.x] = threadIdx.x;
+    for (int i = 0; i < times; ++i) bert_fast::named_barrier_arrive(1, 64);
+  } else {
+    bert_fast::named_barrier(1, 64);
+    out[threadIdx.x] = shared()[threadIdx.x - 32];
+  }
+}
+
+void nobody_waits(float*) {
+  if (threadIdx.x < 32) bert_fast::named_barrier_arrive(1, 64);
+}
+
+void counts_disagree(float*) {
+  bert_fast::named_barrier(1, threadIdx.x < 32 ? 64 : 32);
+}
+
 void lanes_disagree(float* out) {
   out[threadIdx.x] = threadIdx.x < 3 ? __shfl_sync(~0u, 1.0f, 0) : __shfl_xor_sync(~0u, 1.0f, 1);
 }
@@ -118,6 +137,10 @@ int main(int, char** arguments) {
     if (name == "copied") run([&] { copied(out, in, 0); });
     if (name == "waited_for_one") run([&] { copied(out, in, 1); });
     if (name == "half_wait") run([&] { half_of_the_threads_wait(out); });
+    if (name == "arrive") run([&] { arrive_and_wait(out, 1); });
+    if (name == "arrive_twice") run([&] { arrive_and_wait(out, 2); });
+    if (name == "nobody_waits") run([&] { nobody_waits(out); });
+    if (name == "counts_disagree") run([&] { counts_disagree(out); });
     if (name == "disagree") run([&] { lanes_disagree(out); });
     if (name == "multiply") out[0] = multiplies<false>(), out[1] = multiplies<true>();
     if (name == "second_register") run([&] { second_register(out); });

@@ -49,6 +49,10 @@ void* shared_memory();
 // __syncthreads and named barriers: waits for `count` threads of the block, or for all that still run if it is 0.
 void barrier(int id, int count);
 
+// Counts this thread among the `count` that a named barrier waits for, and goes on. A second arrival before the others'
+// is an error, and so is a barrier that is incomplete when the block ends.
+void barrier_arrive(int id, int count);
+
 // A collective of the warp: passes `size` bytes and returns those of all 32 lanes, kPayload bytes apart. `kind` names
 // the operation, which has to be the same in all lanes.
 const unsigned char* exchange(const char* kind, const void* value, size_t size);

@@ -51,6 +51,10 @@ inline void named_barrier(int id, int threads) {
   emulator::barrier(id, threads);
 }
 
+inline void named_barrier_arrive(int id, int threads) {
+  emulator::barrier_arrive(id, threads);
+}
+
 template <class T>
 uint32_t pack_pair(float low, float high) {
   const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <cstdlib>
 #include <exception>
 #include <memory>
@@ -44,7 +45,8 @@ struct Warp {
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
-  unsigned expected = 0;  // 0: all threads that still run
+  unsigned expected = 0;      // 0: all threads that still run
+  std::bitset<1024> members;  // that have arrived
 };
 
 struct Block {
@@ -74,7 +76,20 @@ void yield() {
 void release(Barrier& barrier) {
   barrier.arrived = 0;
   barrier.expected = 0;
+  barrier.members.reset();
   ++barrier.generation;
+}
+
+// Whether the barrier is complete with this thread, and open for its next phase.
+bool arrive(Barrier& barrier, unsigned count) {
+  const unsigned thread = current->index.thread.x;
+  if (barrier.arrived && barrier.expected != count) throw std::runtime_error("threads disagree on a barrier's count");
+  if (barrier.members.test(thread)) throw std::runtime_error("a thread arrived twice at an incomplete barrier");
+  barrier.members.set(thread);
+  barrier.expected = count;
+  if (++barrier.arrived < (count ? count : block.running)) return false;
+  release(barrier);
+  return true;
 }
 
 void leave() {
@@ -134,6 +149,9 @@ void run_block(unsigned threads) {
       if (failure) std::rethrow_exception(failure);
     }
     if (!progress && !land_copies(true)) throw std::runtime_error(stuck());
+  }
+  for (const Barrier& barrier : block.barriers) {
+    if (barrier.arrived) throw std::runtime_error("the block ended with an incomplete barrier");
   }
   end_block();
 }
@@ -196,13 +214,12 @@ void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<v
 
 void barrier(int id, int count) {
   Barrier& barrier = block.barriers.at(id);
-  const unsigned seen = barrier.generation, expected = count ? count : block.running;
-  barrier.expected = count;
-  if (++barrier.arrived == expected) {
-    release(barrier);
-  } else {
-    wait_on(&barrier.generation, seen);
-  }
+  const unsigned seen = barrier.generation;
+  if (!arrive(barrier, count)) wait_on(&barrier.generation, seen);
+}
+
+void barrier_arrive(int id, int count) {
+  arrive(block.barriers.at(id), count);
 }
 
 const unsigned char* exchange(const char* kind, const void* value, size_t size) {

@@ -58,6 +58,22 @@ def test_a_barrier_that_some_threads_never_reach_is_an_error(cases: Path) -> Non
     assert printed.startswith("emulated kernel: no thread of the block can continue; waiting: 1 3 5")
 
 
+def test_an_arrival_at_a_named_barrier_releases_those_that_wait(cases: Path) -> None:
+    assert numbers(cases, "arrive") == [0.0] * 32 + list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("arrive_twice", "a thread arrived twice at an incomplete barrier"),
+        ("nobody_waits", "the block ended with an incomplete barrier"),
+        ("counts_disagree", "threads disagree on a barrier's count"),
+    ],
+)
+def test_mistakes_with_named_barriers_are_errors(cases: Path, name: str, message: str) -> None:
+    assert run(cases, name) == (1, message)
+
+
 def test_lanes_in_different_collectives_are_an_error(cases: Path) -> None:
     code, printed = run(cases, "disagree")
     assert code == 1

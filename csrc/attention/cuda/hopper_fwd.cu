@@ -1,7 +1,7 @@
 // The forward pass of attention for Hopper: a consumer owns 64 queries and loops over the keys with an online softmax.
 //
-// Software pipelining: the product for the next keys' scores runs while these keys' values are summed. Biases enter as
-// in fwd.cu.
+// Software pipelining: the product for the next keys' scores runs while these keys' values are summed. The consumers
+// take turns, so that the softmax of one overlaps the products of the other. Biases enter as in fwd.cu.
 #include "attention/cuda/hopper.h"
 
 namespace bert_fast {
@@ -10,6 +10,31 @@ namespace {
 // 128 keys per step. With D of 64 a second slot holds the queries of the next work tile, loaded ahead.
 template <class T, int D>
 using ForwardMemory = HopperMemory<T, D, 128, D == 64 ? 5 : 3, D == 64 ? 2 : 1, 1, kRows, 0>;
+
+// The turns in which the two consumers issue their products (FlashAttention-3's ping-pong). A consumer waits at a named
+// barrier of its own, where the other arrives after each of its turns and, for the first turn of consumer 0, at the
+// start.
+struct Turns {
+  static constexpr int kFirstBarrier = 1 + kConsumers;  // after those of the teams
+  static constexpr int kThreads = kConsumers * kWarpgroup;
+
+  __device__ __forceinline__ void begin() const {
+    if (group == 1) pass();
+  }
+  __device__ __forceinline__ void wait() const { named_barrier(kFirstBarrier + group, kThreads); }
+  __device__ __forceinline__ void pass() const { named_barrier_arrive(kFirstBarrier + 1 - group, kThreads); }
+  // Nobody arrives at a barrier that is not waited for.
+  __device__ __forceinline__ void end() const {
+    if (group == 0) wait();
+  }
+
+  // Whether both consumers own rows in the pass of `owned`, and so have the same number of turns.
+  __device__ __forceinline__ bool shared(const OwnedRows& owned) const {
+    return owned.row + (kConsumers - 1 - group) * kRows < owned.length;
+  }
+
+  int group;
+};
 
 template <class T, int D, bool DROPOUT>
 struct ForwardLoop {
@@ -29,7 +54,8 @@ struct ForwardLoop {
 
   // One pass: 64 queries, all keys.
   __device__ __forceinline__ void run(const OwnedRows& owned, const T* q, int steps, bool last_pass,
-                                      const Consumer<Memory>& consumer, float (&acc)[D / 8][4]) {
+                                      const Consumer<Memory>& consumer, const Turns& turns, float (&acc)[D / 8][4]) {
+    const bool take_turns = turns.shared(owned);
     float s[kStep / 8][4], decay[2];
     uint32_t p[kStep / 16][4];
     const T* k = consumer.wait(0, 0);
@@ -42,6 +68,7 @@ struct ForwardLoop {
     round_scores<T, kStep>(s, p);
     for (int step = 0; step + 1 < steps; ++step) {
       k = consumer.wait(0, step + 1);
+      if (take_turns) turns.wait();
       wgmma_fence(s);
       start_scores<T, D, kStep>(s, q, k);
       wgmma_commit();
@@ -49,6 +76,7 @@ struct ForwardLoop {
       wgmma_fence(acc, p);
       start_sums<T, D, kStep>(acc, p, v);
       wgmma_commit();
+      if (take_turns) turns.pass();
       wgmma_wait<1>(s);
       consumer.release(0, step + 1, last_pass);
       exponentiate(owned, step + 1, s, decay);
@@ -91,6 +119,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     const DropoutState drop = load_dropout(batch.dropout);
     float* shift = memory.extra(group);
     Consumer<Memory> consumer = {memory};
+    const Turns turns = {group};
+    turns.begin();
     const auto pass = [&](const OwnedRows& owned, int steps, bool last_pass) {
       T* q = memory.owned(group, consumer.owned_slot(), 0);
       consumer.wait_owned(group);
@@ -101,7 +131,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       }
       float acc[D / 8][4] = {};
       ForwardLoop<T, D, DROPOUT> loop = {batch, drop};
-      loop.run(owned, q, steps, last_pass, consumer, acc);
+      loop.run(owned, q, steps, last_pass, consumer, turns, acc);
       const int valid = owned.length - owned.row;
       const int64_t token = owned.first + owned.row, stride = int64_t{batch.heads} * batch.dim;
       float* lse = tensors.lse + owned.head * batch.total + token;
@@ -112,6 +142,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       consumer.release_owned(group);
     };
     for_each_pass(batch, work, group, consumer, pass, [](const OwnedRows&) {});
+    turns.end();
   }
 #endif
 }
