@@ -23,9 +23,11 @@ import bert_fast, torch
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.models.embedding import pack
 
+SIZES = {SIZES!r}
+
 def model_of(seed):
     torch.manual_seed(seed)
-    return BertModel(BertConfig(vocab_size=50, **{SIZES!r})).eval()
+    return BertModel(BertConfig(vocab_size=50, **SIZES)).eval()
 
 def run(model, lengths):
     with torch.inference_mode():
@@ -58,8 +60,9 @@ before = resident()
 batches(8000)
 print(resident() - before)
 """
+# Without the pooler, whose product is torch's: oneDNN keeps 0.6 MB for each number of sequences in bfloat16.
 NEW_LENGTHS = """
-model = model_of(0)
+model = BertModel(BertConfig(vocab_size=50, **SIZES), add_pooling_layer=False).eval()
 bert_fast.quantize(model, "int8") if sys.argv[1] == "int8" else model.to(getattr(torch, sys.argv[1]))
 for tokens in (1, 4, 48, 500, 2048, 3000):
     run(model, [24] * (tokens // 24) + [tokens % 24] * (tokens % 24 > 0))
