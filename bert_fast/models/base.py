@@ -265,8 +265,13 @@ class BertPreTrainedModel(nn.Module):
         device = single_device(device_map)
         source = Source(name_or_path, **{name: settings.pop(name) for name in HUB_OPTIONS if name in settings})
         init_arguments = {name: settings.pop(name) for name in cls.init_arguments if name in settings}
-        root, source = source, transformer_source(source)
-        config = read_config(cls, config, source, settings)
+        root = source
+        try:
+            config = read_config(cls, config, source, settings)
+        except FileNotFoundError:
+            if (source := transformer_source(root)) == root:
+                raise
+            config = read_config(cls, config, source, settings)
         stored = storage.read(source, allow_pickle=allow_pickle)
         dtype = parameter_dtype(dtype, torch_dtype, stored)
         with torch.device("meta"):  # names and shapes are compared before memory is allocated

@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.errors
 import pytest
 import torch
 import transformers
@@ -186,15 +187,16 @@ def test_the_hub_is_asked_as_transformers_asks_it(
 
     def download(name: str, filename: str, **options: Any) -> str:
         asked.append({"name": name, "filename": filename, **options})
-        return str(folders["BertModel"] / filename)
+        if not (path := folders["BertModel"] / filename).exists():
+            raise huggingface_hub.errors.EntryNotFoundError(filename)
+        return str(path)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     options = {"revision": "v1", "token": SECRET, "cache_dir": tmp_path, "local_files_only": True}
     options |= {"subfolder": "encoder", "force_download": True}
     BertModel.from_pretrained("someone/model", **options)
-    assert asked == [
-        {"name": "someone/model", "filename": file, **options} for file in ("config.json", "model.safetensors")
-    ]
+    files = ("config.json", "model.safetensors", "modules.json")
+    assert asked == [{"name": "someone/model", "filename": file, **options} for file in files]
     asked.clear()
     BertModel.from_pretrained("someone/model", token=False)
     assert asked[0] == {"name": "someone/model", "filename": "config.json", "token": False}
