@@ -15,7 +15,7 @@ from bert_fast.kernels._common.library import (
     triton_function,
     triton_implementation,
 )
-from bert_fast.kernels.lamb import cpu
+from bert_fast.kernels.lamb import cpu_backends
 from bert_fast.kernels.lamb.reference import clip_scale_reference, lamb_step_reference
 
 
@@ -38,7 +38,7 @@ def _triton() -> Functions:
 
 
 def _cpu(_: Any) -> Functions:
-    return Functions(cpu.clip_scale, cpu.lamb_step)
+    return Functions(cpu_backends.clip_scale, cpu_backends.lamb_step)
 
 
 OP = Op(
