@@ -84,7 +84,7 @@ def test_public_functions_document_the_implementations_that_exist() -> None:
 
 def test_an_implementation_that_does_not_exist_is_refused_by_name() -> None:
     with pytest.raises(
-        ImplUnavailableError, match=r"lamb: impl='cuda' does not exist; this op has reference, triton\. "
+        ImplUnavailableError, match=r"lamb: impl='cuda' does not exist; this op has reference, triton, cpu\. "
     ):
         dispatch.OPS["lamb"].select("cuda", torch.zeros(1))
     with use_impl("cuda"), pytest.raises(ImplUnavailableError, match="impl='cuda' does not exist"):

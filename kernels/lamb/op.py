@@ -16,7 +16,7 @@ from bert_fast.kernels._common.library import (
     triton_function,
     triton_implementation,
 )
-from bert_fast.kernels.lamb import cpu
+from bert_fast.kernels.lamb import cpu_backends
 from bert_fast.kernels.lamb.reference import clip_scale_reference, lamb_step_reference
 
 
@@ -45,7 +45,7 @@ def _clip_outputs(grads: list[Tensor], max_norm: float) -> Outputs:
 
 
 def _cpu(_: Any) -> Functions:
-    return Functions(cpu.clip_scale, cpu.lamb_step)
+    return Functions(cpu_backends.clip_scale, cpu_backends.lamb_step)
 
 
 OP = Op(

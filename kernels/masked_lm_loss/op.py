@@ -59,10 +59,7 @@ def _setup_context(ctx: Any, inputs: Any, output: tuple[Any, ...]) -> None:
 
 
 def _is_last_backward(dloss: Tensor) -> bool:
-    """Whether eager autograd frees the saved gradients after this call: then they need no copy, of a vocabulary's size.
-
-    Not on a GPU, where reading `dloss` would synchronize.
-    """
+    """Whether eager autograd frees the saved gradients after this call: then it may write to them."""
     if type(dloss) is not Tensor or dloss.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -70,10 +67,10 @@ def _is_last_backward(dloss: Tensor) -> bool:
 
 def _backward(ops: Any, ctx: Any, dloss: Tensor, *_: Any) -> dict[str, Tensor | None]:
     gradients = list(ctx.saved_tensors)
-    if not _is_last_backward(dloss):
-        gradients = ops.masked_lm_loss_bwd(dloss, gradients)
-    elif float(dloss) != 1.0:
+    if _is_last_backward(dloss):
         gradients = [gradient.mul_(dloss.to(gradient.dtype)) for gradient in gradients]
+    else:
+        gradients = ops.masked_lm_loss_bwd(dloss, gradients)
     named = zip(ctx.dtypes.items(), gradients, strict=True)
     return {name: gradient.to(dtype) for (name, dtype), gradient in named}
 
