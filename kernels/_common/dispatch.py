@@ -175,7 +175,7 @@ class Op:
             return self._select_transformed(requested)
         if requested == "auto":
             return self.impls[self._automatic(x, dtype, size)].call
-        if requested not in self.impls:
+        if not isinstance(requested, str) or requested not in self.impls:
             check_impl("impl", requested)
         if requested not in self.impls:
             raise self._unavailable(requested, f"does not exist; this op has {', '.join(self.impls)}")
