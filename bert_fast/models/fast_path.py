@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from bert_fast.kernels._common.checks import compute_dtype
+from bert_fast.kernels._common.checks import LARGEST, SMALLEST, compute_dtype
 from bert_fast.kernels._common.dispatch import OPS
 from bert_fast.kernels._common.philox import dropout_state
 from bert_fast.kernels._common.times import Size, size_of_rows
@@ -88,8 +88,8 @@ class LayerFastPath(NamedTuple):
 
     @classmethod
     def from_layer(cls, layer: nn.Module, hidden: Tensor) -> LayerFastPath | None:
-        """None where a module of the layer is not plain, where the activation has no kernel, or where parameters don't
-        fit hidden (T, E): the error of the op's public function says more."""
+        """None where a module of the layer is not plain, where the activation has no kernel, or where parameters or an
+        eps don't fit: the error of the op's public function says more."""
         try:
             attention, intermediate, output = _children(layer, BertLayer, "attention", "intermediate", "output")
             self_attention, self_output = _children(attention, BertAttention, "self", "output")
@@ -109,6 +109,8 @@ class LayerFastPath(NamedTuple):
         if [x.shape for x in tensors] != shapes or {x.device for x in tensors} != {hidden.device}:
             return None
         if len({len(params.weight) for params in linears}) > 1:  # some INT8, some not
+            return None
+        if not all(type(eps) is float and SMALLEST <= eps <= LARGEST for _, _, eps in norms):
             return None
         dropouts = (self_attention.dropout_p, self_output.dropout_p, output.dropout_p)
         return cls(self_attention.heads, self_attention.head_size, gelu, linears, norms, dropouts)

@@ -354,3 +354,11 @@ def test_layers_that_mix_float_and_int8_have_no_fast_path(model: Any, calls: lis
     model.train()
     with pytest.raises(ValueError, match="can't be trained"):
         encode(model)
+
+
+@pytest.mark.parametrize("norm", ["attention.output.LayerNorm", "output.LayerNorm"])
+@pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_eps_that_the_op_refuses_is_refused(model: Any, norm: str, eps: float) -> None:
+    model.encoder.layer[1].get_submodule(norm).eps = eps
+    with pytest.raises(ValueError, match="expected a positive number such as 1e-12"):
+        encode(model)
