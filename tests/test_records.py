@@ -130,7 +130,7 @@ def test_auto_takes_no_kernel_without_a_record() -> None:
             "triton": Implementation(lambda: "triton", "cpu", (torch.float32,), state),
         }
         rule = AutoRule("triton", "cpu", (torch.float32,), "1.0 times")
-        impl: str = Op("unlisted", impls, (rule,)).select("auto", torch.zeros(1))()
+        impl: str = Op("unlisted", impls, (rule,), {}).select("auto", torch.zeros(1))()
         return impl
 
     try:
@@ -162,7 +162,7 @@ def automatic(
     rules = tuple(
         AutoRule(impl, "cpu", (torch.bfloat16, torch.float16), "in this order") for impl in ("triton", "cuda")
     )
-    op = Op("unlisted", impls, rules)
+    op = Op("unlisted", impls, rules, {})
 
     def chosen(size: Size | None, x: torch.Tensor | None = None) -> str:
         x = torch.zeros(1, dtype=dtype) if x is None else x

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from bert_fast._config import did_you_mean
 
@@ -22,32 +23,53 @@ class _Negated(argparse.Action):
 
 
 class _Names(argparse.Action):
-    """Several names: `a b`, `a,b` or `[a, b]`."""
+    """Several names: `a b`, `a,b` or `[a, b]`; each of `choices_of_names`, if there are some."""
+
+    def __init__(self, *arguments: Any, choices_of_names: tuple[str, ...] = (), **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.choices_of_names = choices_of_names
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         text = ",".join(values).strip("[] ")
-        names = [name.strip(" '\"") for name in text.split(",")]
-        setattr(namespace, self.dest, [name for name in names if name])
+        names = [stripped for name in text.split(",") if (stripped := name.strip(" '\""))]
+        for name in names:
+            if self.choices_of_names and name not in self.choices_of_names:
+                raise argparse.ArgumentError(self, f"has {name!r}; expected some of {', '.join(self.choices_of_names)}")
+        setattr(namespace, self.dest, names)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose options have the type bool, int or `list[str] | None`; errors are ValueErrors of one sentence."""
+    """A parser of options of type bool, int, float, str, a Literal, a list of these, or None as well.
+
+    Errors are ValueErrors of one sentence.
+    """
 
     def __init__(self, prog: str, description: str | None) -> None:
         super().__init__(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         kind = options.get("type")
-        if kind is bool:
-            (name,) = names
-            negated = [name.replace("--", prefix) for prefix in ("--no-", "--no_")]
-            super().add_argument(*negated, dest=name[2:], nargs=0, action=_Negated, help=argparse.SUPPRESS)
-            options |= {"type": _boolean, "nargs": "?", "const": True}
-        elif kind is int:
-            options["type"] = _integer
-        elif kind is not None:
-            options |= {"type": str, "nargs": "+", "action": _Names}
-        return super().add_argument(*names, **options)
+        if kind is not None:
+            kind, choices = _without_none(kind), ()
+            if get_origin(kind) is list:
+                kind = get_args(kind)[0]
+                options |= {"nargs": "+", "action": _Names}
+            if get_origin(kind) is Literal:
+                choices, kind = get_args(kind), str
+            if kind is bool:
+                (name,) = names
+                negated = [name.replace("--", prefix) for prefix in ("--no-", "--no_")]
+                super().add_argument(
+                    *negated, dest=name[2:], nargs=0, action=_Negated, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+                )
+                options |= {"nargs": "?", "const": True}
+            options["type"] = _READERS[kind]
+            if choices and "action" in options:
+                options["choices_of_names"] = choices
+            elif choices:
+                options["choices"] = choices
+        dashed = [name.replace("_", "-") for name in names if name.startswith("--") and "_" in name]
+        return super().add_argument(*names, *dashed, **options)
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The values of the options.
@@ -73,9 +95,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def _sentence(error: argparse.ArgumentError) -> str:
+    name = str(error.argument_name).partition("/")[0]  # without the other spellings
     if error.message.startswith("expected"):  # at least one value
-        return f"{error.argument_name} has no value"
-    return f"{error.argument_name} {error.message}"
+        return f"{name} has no value"
+    if error.message.startswith("invalid choice"):
+        value, _, choices = error.message.removeprefix("invalid choice: ").partition(" (choose from ")
+        return f"{name} is {value}; expected one of {choices.rstrip(')')}"
+    return f"{name} {error.message}"
+
+
+def _without_none(kind: Any) -> Any:
+    """T of `T | None`, else the type itself."""
+    members = [member for member in get_args(kind) if member is not type(None)]
+    return members[0] if get_origin(kind) in (Union, UnionType) and len(members) == 1 else kind
 
 
 def _boolean(value: str) -> bool:
@@ -88,3 +120,13 @@ def _integer(value: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]+", value):
         raise argparse.ArgumentTypeError(f"is {value!r}; expected an integer")
     return int(value)
+
+
+def _float(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {value!r}; expected a number") from None
+
+
+_READERS = {bool: _boolean, int: _integer, float: _float, str: str}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bert_fast.kernels._common.checks import check_integer, check_same_device, check_shape, check_tensor
 from bert_fast.models.bert import BertHeadModel, EncoderOptions, PackedOutput
 from bert_fast.models.config import BertConfig
-from bert_fast.models.layers import linear_activation
+from bert_fast.models.layers import linear_activation, linear_bias
 from bert_fast.models.losses import class_labels, mean_binary_cross_entropy, mean_cross_entropy, mean_squared_error
 from bert_fast.models.outputs import (
     MultipleChoiceModelOutput,
@@ -76,8 +76,8 @@ class _SequenceHeadModel(BertHeadModel):
         if self.pooling is not None:
             first = self.pre_dropout(encoded.tokens.first(encoded.hidden))
             pooled = linear_activation(first, self.pre_classifier, self.pooling.activation)
-        logits: Tensor = self.classifier(self.dropout(pooled))
-        return logits
+        # By the op, and not by the module: a row's bits don't depend on the other rows.
+        return linear_bias(self.dropout(pooled), self.classifier)
 
 
 class BertForSequenceClassification(_SequenceHeadModel):
@@ -198,7 +198,7 @@ class BertForTokenClassification(BertHeadModel):
             TypeError, ValueError: as `BertModel.forward`, or the labels do not fit.
         """
         encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
-        logits = self.classifier(self.dropout(encoded.hidden))
+        logits = linear_bias(self.dropout(encoded.hidden), self.classifier)
         loss = None
         if labels is not None:
             loss = mean_cross_entropy(logits, encoded.tokens.select_labels("labels", labels, self.num_labels))
@@ -250,7 +250,7 @@ class BertForQuestionAnswering(BertHeadModel):
         """
         encoded = self.run_encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         tokens = encoded.tokens
-        scores = self.qa_outputs(self.dropout(encoded.hidden))  # (T, 2)
+        scores = linear_bias(self.dropout(encoded.hidden), self.qa_outputs)  # (T, 2)
         indices = tokens.table_indices()
         start, end = (tokens.scatter(part, indices, torch.finfo(scores.dtype).min) for part in scores.unbind(1))
         loss = None

@@ -17,6 +17,7 @@ def _mistaken(
     bias: Tensor | None,
     activation: str | None,
     input_range: Tensor | None,
+    out_dtype: torch.dtype | None,
     *,
     adds_low: bool = True,
     symmetric: bool = False,
@@ -35,7 +36,7 @@ def _mistaken(
     if bias is not None and adds_bias:
         out = out + bias.to(scale.dtype)
     form = {"own": activation, "none": None, "tanh": "gelu_tanh" if activation else None}[form]  # type: ignore[assignment]
-    return activate(out, form).to(x.dtype)
+    return activate(out, form).to(out_dtype or x.dtype)
 
 
 MISTAKES = {

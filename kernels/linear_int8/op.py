@@ -91,8 +91,15 @@ def _cpu() -> Implementation:
     return implementation
 
 
-def _outputs(x: Tensor, weight: tuple[Tensor, ...], *_: Any) -> Outputs:
-    return (((x.shape[0], weight[0].shape[0]), x.dtype),)
+def _outputs(
+    x: Tensor,
+    weight: tuple[Tensor, ...],
+    bias: Tensor | None,
+    activation: str | None,
+    input_range: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Outputs:
+    return (((x.shape[0], weight[0].shape[0]), out_dtype or x.dtype),)
 
 
 class Int8Weight(NamedTuple):
@@ -146,7 +153,7 @@ def _two_products(
 ) -> Tensor:
     """As `feed_forward_int8_reference`: what is between the products is not rounded to the dtype of `x`."""
     precise = x if x.dtype == torch.float64 else x.float()
-    return linear(linear(precise, up, up_bias, activation, up_range), down, None, None, down_range).to(x.dtype)
+    return linear(linear(precise, up, up_bias, activation, up_range, None), down, None, None, down_range, x.dtype)
 
 
 FEED_FORWARD = _FeedForward(

@@ -12,7 +12,7 @@ from bert_fast.kernels import available_impls
 from bert_fast.verification import Part, Result, parts, verify_part
 
 FP32 = Part("bias_gelu", "cpu", "cpu", torch.float32)
-BF16 = FP32._replace(dtype=torch.bfloat16)
+BF16, FP16 = (FP32._replace(dtype=dtype) for dtype in (torch.bfloat16, torch.float16))
 
 
 @pytest.fixture
@@ -80,6 +80,6 @@ def test_a_process_that_dies_or_hangs_is_a_failed_case(
 
 
 def test_only_what_runs_on_a_gpu_is_selected_by_default() -> None:
-    assert parts(["bias_gelu"], ["cpu"]) == [FP32, BF16] or not available_impls()["bias_gelu"]["cpu"].ok
+    assert parts(["bias_gelu"], ["cpu"]) == [FP32, BF16, FP16] or not available_impls()["bias_gelu"]["cpu"].ok
     with pytest.raises(ValueError, match="impls has gpu"):
         parts(None, ["gpu"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,42 @@ def test_verify_reads_what_the_other_commands_read(arguments: list[str]) -> None
     assert (others.ops, others.impls, others.seed, others.record) == (["a", "b"], None, 0, True)
     assert standard.parse(["--no-record"]).record is False
     assert standard.parse([]).ops is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "m", "--dtypes", "float32", "bfloat16", "--against", "transformers"],
+        ["--tolerance", "1e-3", "--max-seqlen", "7", "--library=fused"],
+        ["--normalize", "true", "--dialect", "tei", "--endpoint", "http://localhost"],
+        ["--dtypes=[float32, float16]", "--normalize", "false", "--kernels", "a b.py"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_every_option_of_verify_is_read_alike(arguments: list[str]) -> None:
+    standard = Parser("bert-fast verify", "")
+    verify.add_arguments(standard)
+    with_jsonargparse = make_parser("bert-fast verify", "")
+    verify.add_arguments(with_jsonargparse)
+    assert vars(standard.parse(arguments)) == vars(parse(with_jsonargparse, arguments, str))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtypes", "float32", "float8"], "--dtypes has 'float8'; expected some of float32"),
+        (["--library", "onnx"], "--library is 'onnx'; expected one of 'auto'"),
+        (["--tolerance", "small"], "--tolerance is 'small'; expected a number"),
+        (["--max_seqlen", "1.5"], "--max_seqlen is '1.5'; expected an integer"),
+        (["--normalize", "maybe"], "--normalize is 'maybe'; expected true or false"),
+    ],
+)
+def test_verify_names_a_wrong_value(arguments: list[str], message: str) -> None:
+    standard = Parser("bert-fast verify", "")
+    verify.add_arguments(standard)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        standard.parse(arguments)
 
 
 def test_ambiguous_names_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

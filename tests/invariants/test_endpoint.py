@@ -97,7 +97,7 @@ def test_each_planted_fault_is_caught_over_the_network(
     with serve(Planted(reference, fault).embed, dialect) as url:
         status = main(["verify", "--endpoint", url, "--against", str(reference.folder)])
     out, err = capsys.readouterr()
-    assert status == 1
+    assert status == 1, err
     assert "invariants do not hold" in err
     assert "FAILED\n    worst text: '" in out
     assert f"looks like: {name}\n" in out if name else True

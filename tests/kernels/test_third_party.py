@@ -156,6 +156,9 @@ def test_feed_forward_int8_runs_twice_through_a_kernel_of_linear_int8() -> None:
     up, down = quantize_weight(torch.randn(40, 24)), quantize_weight(torch.randn(24, 40))
     results = [feed_forward_int8(X, up, torch.randn(40) * 0, down, impl=impl) for impl in ("mine", "reference")]
     assert torch.equal(*results)
+    halves = [linear_int8(X.bfloat16(), up, out_dtype=torch.float32, impl=impl) for impl in ("mine", "reference")]
+    assert halves[0].dtype == torch.float32
+    assert torch.equal(*halves)
 
 
 def test_several_functions_of_padding_and_lamb() -> None:

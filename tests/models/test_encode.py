@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import bert_fast
-from bert_fast.data import load_tokenizer
+from bert_fast.data import leading, load_tokenizer
 from bert_fast.models import BertConfig, BertForSequenceClassification, BertModel, embedding
 from bert_fast.models.embedding import encode
 
@@ -125,9 +125,9 @@ def test_errors_of_later_windows_are_raised_and_no_thread_stays(
     def fails(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    for place in ("_embed", "_leading_ids"):
+    for place in ((embedding, "embed_ids"), (leading, "encode_leading")):  # the model, and the thread
         with monkeypatch.context() as patch:
-            patch.setattr(embedding, place, fails)
+            patch.setattr(*place, fails)
             with pytest.raises(KeyboardInterrupt):
                 model.encode(texts)
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

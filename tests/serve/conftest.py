@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import pytest
 import torch
 
@@ -40,7 +39,7 @@ class Running(NamedTuple):
 
     process: subprocess.Popen[str]
     url: str
-    client: httpx.Client
+    client: Any  # httpx.Client
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +69,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @contextmanager
 def serving(*arguments: Any, environment: dict[str, str] | None = None) -> Iterator[Running]:
     """A server at a free port, until the block ends."""
+    import httpx  # of the extra "test"
+
     process = subprocess.Popen(
         [sys.executable, "-m", "bert_fast.cli", "serve", "--port", "0", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
 from tests.serve.conftest import serving
+
+pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx")
 
 BAD = [
     ("/embed", {"inputs": 3}, 422, "inputs is 3; expected a text or a list of texts"),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi")
+
 from bert_fast.serve.batching import Batcher
 from bert_fast.serve.errors import BackendError, DeadlineError, OverloadedError, StoppingError
 

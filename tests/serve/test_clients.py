@@ -9,12 +9,15 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-import openai
 import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from tests.serve.conftest import TEXTS, serving
+
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
 
 FILLED = [text for text in TEXTS if text]
 

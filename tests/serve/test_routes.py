@@ -14,6 +14,9 @@ import transformers
 from bert_fast.data import load_tokenizer
 from tests.serve.conftest import PAIRS, TEXTS
 
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+
 
 def theirs(folder: Path, kind: str, *texts: Any) -> list[torch.Tensor]:
     """The logits or the last hidden state of transformers' model in float64, text by text."""
