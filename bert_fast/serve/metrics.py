@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -14,7 +16,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
-        of = {"registry": self.registry}
+        of: dict[str, Any] = {"registry": self.registry}
         # prometheus_client appends _total to the name of a Counter; TEI's counters, and dashboards of them, have none.
         self.requests = Gauge("te_request_count", "Requests received", ["method"], **of)
         self.successes = Gauge("te_request_success", "Requests answered", ["method"], **of)

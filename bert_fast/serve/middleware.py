@@ -149,7 +149,8 @@ def _check_type(headers: dict[bytes, bytes]) -> None:
 
 async def _read(receive: Receive, limit: int) -> tuple[bytes, bool]:
     """The body, and whether the client has gone."""
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":

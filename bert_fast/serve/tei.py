@@ -366,7 +366,7 @@ async def health(request: Request) -> Any:
 
 
 _ALL = ("embedding", "reranker", "classifier", "token-classifier", "masked-lm")
-_BY_KIND = {
+_BY_KIND: dict[str, tuple[Any, Any]] = {
     "embedding": (schemas.Embed, embed_route),
     "reranker": (schemas.Predict, predict),
     "classifier": (schemas.Predict, predict),
@@ -389,5 +389,5 @@ async def root(request: Request, body: dict[str, Any]) -> Any:
     if schema is schemas.Predict and isinstance(inputs, str):
         body["inputs"] = [[inputs]]  # the inference API answers a single text by a list in a list as well
     parameters = {name: value for name, value in (body.pop("parameters", None) or {}).items() if value is not None}
-    found: Any = await route(request, schema.model_validate({**parameters, **body}))  # type: ignore[operator]
+    found: Any = await route(request, schema.model_validate({**parameters, **body}))
     return found

@@ -18,7 +18,7 @@ from bert_fast.data import load_tokenizer
 from bert_fast.kernels._common import extensions
 from bert_fast.kernels.linear import cpu_backends
 from bert_fast.models import BertConfig, BertModel
-from bert_fast.models.embedding import POOLINGS
+from bert_fast.models.pooling import POOLINGS
 from bert_fast.testing.runs import threads
 
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")

@@ -29,7 +29,16 @@ from tests.torture.tensors import LAYOUTS, NUMBERS, change, change_layout, guard
 Call = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _LENGTHS = ((3, 0, 2), (1, 17, 40), (5,))
 # Functions of bert_fast.kernels that compute nothing on tensors.
-_OTHERS = {"Availability", "ClipScale", "ImplUnavailableError", "Int8Weight", "MaskedLMLoss", "Unpadded"}
+_OTHERS = {
+    "Availability",
+    "ClipScale",
+    "ImplUnavailableError",
+    "Int8Weight",
+    "MaskedLMLoss",
+    "Unpadded",
+    "register",
+    "unregister",
+}
 _OTHERS |= {"available_impls", "use_impl"}
 
 
