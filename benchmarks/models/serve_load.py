@@ -202,7 +202,8 @@ def measure(options: Any, save: Callable[[list[Row]], None]) -> list[Row]:
             row.texts_per_s.append(round(len(client.times) / took, 1))
             row.answers += len(client.times)
             row.lost += client.lost
-            row.p50_ms, row.p99_ms = (round(1000 * float(q), 1) for q in np.percentile(times[name], [50, 99]))
+            if times[name]:
+                row.p50_ms, row.p99_ms = (round(1000 * float(q), 1) for q in np.percentile(times[name], [50, 99]))
             save(list(rows.values()))
     return list(rows.values())
 

@@ -111,22 +111,16 @@ class _Ours(_Padded):
     layouts = LAYOUTS
 
     def __init__(self, folder: str | Path, reference: Reference, dtype: torch.dtype, device: str) -> None:
-        from bert_fast.data import load_tokenizer
         from bert_fast.models import BertModel
 
         self.name = f"bert_fast, {str(dtype).removeprefix('torch.')}"
         self.reference = reference
-        self.model = BertModel.from_pretrained(reference.weights).to(device, dtype).eval()
-        self.tokenizer = load_tokenizer(reference.weights)
+        self.model = BertModel.from_pretrained(folder).to(device, dtype).eval()
+        self.requested = _requested(reference)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        vectors = self.model.encode(
-            list(texts),
-            tokenizer=self.tokenizer,
-            pooling=self.reference.pooling,
-            normalize=self.reference.normalize,
-            max_seqlen=self.reference.max_seqlen,
-        )
+        """By the folder's own files, so that our reading of them is tested too."""
+        vectors = self.model.encode(list(texts), **self.requested)
         assert isinstance(vectors, Tensor)
         return vectors
 
@@ -138,6 +132,16 @@ class _Ours(_Padded):
         with torch.inference_mode():
             states = self.model(**pack(ids, self.model.device), return_dict=True).last_hidden_state
         return [part.cpu() for part in states.split([len(row) for row in ids])]
+
+
+def _requested(reference: Reference) -> dict[str, Any]:
+    """Arguments of `encode` for what the reference was told in place of the folder's files; {} where it was not."""
+    told, options = reference.requested, dict[str, Any]()
+    if told["max_seqlen"] is not None:
+        options["max_seqlen"] = reference.max_seqlen
+    if told["pooling"] is not None or told["normalize"] is not None:  # a pooling drops the folder's Normalize
+        options |= {"pooling": reference.pooling, "normalize": reference.normalize}
+    return options
 
 
 class _Transformers(_Padded):

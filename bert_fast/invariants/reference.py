@@ -54,6 +54,7 @@ class Reference:
         library: str | None = None,
     ) -> None:
         self.folder, self.dtype = Path(folder), dtype
+        self.requested = {"pooling": pooling, "normalize": normalize, "max_seqlen": max_seqlen}
         if not (self.folder / "config.json").is_file() and not (self.folder / "modules.json").is_file():
             raise FileNotFoundError(f"{folder} has no config.json; expected the folder of a model")
         modules = _Modules(self.folder)

@@ -14,9 +14,10 @@ from torch import nn
 
 from bert_fast._device import autocast
 from bert_fast._io import read_json
-from bert_fast.models.config import longest_input
+from bert_fast.models.config import BertConfig, longest_input
 from bert_fast.models.embedding import embed_ids, embedding_width, pack
-from bert_fast.models.sentence import SentenceModules
+from bert_fast.models.files import Source
+from bert_fast.models.sentence import MODULES_NAME, SentenceModules, kind_of, transformer_source
 from bert_fast.models.sparse import sparse_ids
 from bert_fast.models.texts import Truncation
 from bert_fast.serve.errors import InvalidInputError, UnknownModelError
@@ -29,6 +30,8 @@ KINDS = {
     "ForMaskedLM": "masked-lm",
     "ForPreTraining": "masked-lm",
 }
+# By the class of sentence-transformers whose modules.json a folder has.
+_OF_MODULES = {"SentenceTransformer": "embedding", "CrossEncoder": "classifier", "SparseEncoder": "masked-lm"}
 _CLASSES = {
     "embedding": "BertModel",
     "classifier": "BertForSequenceClassification",
@@ -246,8 +249,7 @@ def load(folder: str, name: str | None = None, *, device: str, precision: str, a
     from bert_fast.cli.models import model_folder
 
     local = Path(model_folder(folder))
-    config = read_json(local / "config.json") if (local / "config.json").is_file() else {}
-    kind = _kind_of(config)
+    kind = _kind_of(Source(local))
     options = {"add_pooling_layer": False} if kind == "embedding" else {}
     model, _ = load_model(_CLASSES[kind], str(local), device, **options)
     if kind == "classifier" and model.config.num_labels == 1:
@@ -261,7 +263,14 @@ def load(folder: str, name: str | None = None, *, device: str, precision: str, a
     return ServedModel(name or local.name, kind, model, tokenizer, modules, precision, auto_truncate)
 
 
-def _kind_of(config: dict[str, Any]) -> str:
+def _kind_of(source: Source) -> str:
+    """What modules.json says, where there is one: an encoder's config.json may still name the class of pretraining."""
+    path = transformer_source(source).find("config.json")
+    config = {} if path is None else read_json(path)
+    if source.find(MODULES_NAME) is not None:
+        found = kind_of(source, BertConfig())
+        if found in _OF_MODULES:
+            return _OF_MODULES[found]
     names = config.get("architectures") or [""]
     return next((kind for ending, kind in KINDS.items() if str(names[0]).endswith(ending)), "embedding")
 

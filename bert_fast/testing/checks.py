@@ -13,8 +13,8 @@ from torch import Tensor
 from bert_fast.kernels._common import cases
 from bert_fast.kernels._common.cases import DTYPES, Sample
 from bert_fast.testing.diagnosis import describe, likely_mistake
-from bert_fast.testing.runs import Tensors, layouts, poisoned_memory, run, threads
-from bert_fast.testing.three_way import compare, max_error, sample_triples
+from bert_fast.testing.runs import Tensors, layouts, poisoned_memory, run, threads, transposed
+from bert_fast.testing.three_way import as_tuple, compare, max_error, sample_triples
 
 FEW = (3, 0, 2)  # tokens of two sequences and of an empty one between them
 # Of a handful of values eager PyTorch's largest error may be far below the usual one, by luck.
@@ -85,7 +85,7 @@ def check_dropout(target: Target, dtype: torch.dtype) -> Iterator[tuple[str, str
     probe = cases.load(target.op).mask_probe
     if probe is None:
         return
-    state = torch.tensor([1234, 5678], device=target.device)
+    state = torch.tensor([1234 + (987 << 32), 5678], device=target.device)  # all 64 bits of the seed count
     out = probe.call(target.impl, state, target.device)
     kept = probe.kept(out)
     if not target.own_mask:
@@ -121,7 +121,13 @@ def _mask_mistake(target: Target, kept: Tensor, state: Tensor) -> str | None:
     probe = cases.load(target.op).mask_probe
     assert probe is not None
     exchanged, without_offset = state.flip(0), state * state.new_tensor([1, 0])
-    for name, other in (("seed and offset are exchanged", exchanged), ("the offset is not used", without_offset)):
+    low = state & state.new_tensor([2**32 - 1, -1])
+    others = (
+        ("seed and offset are exchanged", exchanged),
+        ("the offset is not used", without_offset),
+        ("the upper 32 bits of the seed are not used", low),
+    )
+    for name, other in others:
         if torch.equal(kept, probe.kept(probe.call("reference", other, target.device))):
             return name
     return "dropout is left out" if bool(kept.all()) else None
@@ -237,6 +243,55 @@ def check_inputs(target: Target, dtype: torch.dtype) -> Iterator[tuple[str, str,
                 yield sample.name, f"the kernel writes to its input {name}", None
 
 
+def check_calls(target: Target, dtype: torch.dtype) -> Iterator[tuple[str, str, str | None]]:
+    """A call neither remembers an earlier one nor changes its results, its gradients or its number of threads."""
+    for sample in samples(target, FEW):
+        inputs = sample.cast(dtype, target.device)
+        count = torch.get_num_threads()
+        first = run(sample, target.impl, inputs)
+        if torch.get_num_threads() != count:
+            torch.set_num_threads(count)
+            yield sample.name, "the kernel changes the number of threads", None
+        with torch.no_grad():
+            kept = as_tuple(sample.call(impl=target.impl, **inputs))
+        copies = [out.clone() for out in kept]
+        for x in inputs.values():
+            if x.is_floating_point():
+                x.mul_(0.5)
+        with torch.no_grad():
+            again = as_tuple(sample.call(impl=target.impl, **inputs))
+            fresh = {name: x.clone() for name, x in inputs.items()}
+            expected = as_tuple(sample.call(impl=target.impl, **fresh))
+        if any(not torch.equal(out, copy) for out, copy in zip(kept, copies, strict=True)):
+            yield sample.name, "a later call overwrites the output of an earlier one (memory that is used again)", None
+        elif any(map(_beyond_rounding, again, expected)):
+            yield sample.name, "inputs changed in place give the result of their old values (a cache)", None
+        if sample.gradients and first:
+            yield from ((sample.name, text, None) for text in _backward_calls(sample, target.impl, fresh))
+
+
+def _backward_calls(sample: Sample, impl: str, inputs: Tensors) -> Iterator[str]:
+    """What is wrong with the gradients of a second backward pass and of an expanded gradient of the output."""
+    leaves = {name: x.detach().requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
+    out = as_tuple(sample.call(impl=impl, **leaves))[0]
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    row = torch.linspace(-1, 1, max(out.shape[-1], 1) if out.dim() else 1, device=out.device).to(out.dtype)
+    views = {"expanded": (row if out.dim() else row[0]).expand(out.shape)}
+    if out.dim() > 1:
+        views["transposed"] = transposed(views["expanded"].contiguous())
+    dense = views["expanded"].contiguous().clone()
+    before = dense.clone()
+    expected = torch.autograd.grad(out, list(wanted.values()), dense, retain_graph=True)
+    if not torch.equal(dense, before):
+        yield "the backward pass writes to the gradient of the output"
+    for what, dout in {"contiguous gradient of the output, given again,": before, **views}.items():
+        gradients = torch.autograd.grad(out, list(wanted.values()), dout, retain_graph=True)
+        wrong = [name for name, *pair in zip(wanted, gradients, expected, strict=True) if _beyond_rounding(*pair)]
+        if wrong:
+            what = what if what.startswith("contiguous") else f"{what} gradient of the output"
+            yield f"d{', d'.join(wrong)}: the {what} has other gradients than a contiguous one the first time"
+
+
 def check_autocast(target: Target, dtype: torch.dtype) -> Iterator[tuple[str, str, str | None]]:
     """Under bfloat16 autocast: the reference's dtypes, and its error with a factor of 3."""
     if dtype != torch.float32 or torch.bfloat16 not in target.dtypes:
@@ -264,6 +319,7 @@ CHECKS: dict[str, Check] = {
     "edges": check_edges,
     "nan": check_nan,
     "inputs": check_inputs,
+    "calls": check_calls,
     "autocast": check_autocast,
 }
 # Of what is built on PyTorch's operators nobody can promise the bits on other numbers of threads.

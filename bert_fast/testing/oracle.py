@@ -68,7 +68,8 @@ def assert_matches_oracle(
 
     Outputs and every gradient are compared with the op's reference in float64: the error may be twice that of eager
     PyTorch in the same dtype. The dropout mask is compared to the bit; results are computed again, with other numbers
-    of threads, from views of every layout, on batches without tokens and with NaN in single rows.
+    of threads, from views of every layout, on batches without tokens and with NaN in single rows, after changes of the
+    inputs in place, and with gradients of the output that are expanded or given twice.
 
     Args:
         fn: the kernel, as `bert_fast.kernels.register` takes it: called with the arguments of the op's public function

@@ -289,6 +289,12 @@ class _WithBackward(torch.autograd.Function):
         for index, x in zip(ctx.tensors, tensors, strict=True):
             values[index] = x
         gradients = ctx.adapter.gradients(dout, saved, dict(zip(ctx.names, values, strict=True)))
+        needed = [name for name, needs in zip(ctx.names, ctx.needs_input_grad[3:], strict=True) if needs]
+        if missing := [name for name in needed if name not in gradients]:
+            raise ValueError(
+                f"{ctx.adapter.what}: backward returned no gradient of {', '.join(missing)}; expected those of "
+                f"{', '.join(needed)}, None being zero"
+            )
         return (None, None, None, *(gradients.get(name) for name in ctx.names))
 
 
