@@ -31,7 +31,7 @@ def register_gradient(
     operator = getattr(getattr(torch.ops, namespace), name).default
     schema = operator._schema
     types = [str(x.type) for x in (*schema.arguments, *schema.returns)]
-    if any("Tensor[]" in kind or "Tensor?[]" in kind for kind in types):
+    if any("Tensor" in kind and "List" in kind for kind in types):
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
         return
     # The dispatcher leaves out arguments that have their default value.

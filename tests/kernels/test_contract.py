@@ -266,13 +266,15 @@ def test_malformed_input_is_named(name: str) -> None:
         MALFORMED[name].call()
 
 
-def scalar(sample: Sample, impl: str, inputs: Tensors) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """(sum of squares of the outputs, a function of the floating-point inputs; those inputs)."""
+def scalar(
+    sample: Sample, impl: str, inputs: Tensors, *, squared: bool = True
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """(sum of the outputs or of their squares, a function of the floating-point inputs; those inputs)."""
     names = [name for name, x in inputs.items() if x.is_floating_point()]
 
     def function(*leaves: Tensor) -> Tensor:
         outs = as_tuple(sample.call(impl=impl, **{**inputs, **dict(zip(names, leaves, strict=True))}))
-        return torch.stack([out.square().sum() for out in outs]).sum()
+        return torch.stack([(out.square() if squared else out).sum() for out in outs]).sum()
 
     return function, [inputs[name] for name in names]
 
@@ -318,3 +320,25 @@ def test_other_derivatives(op: str, impl: str, device: str, transform: Callable[
         # A wrong derivative is off by its own size. Float32 is off by the roundings of a sum of a hundred thousand
         # squares, whose terms cancel: less than a thousand units in the last place.
         assert max_error(a, b) <= 1000 * torch.finfo(torch.float32).eps * b.abs().max()
+
+
+@pytest.mark.parametrize(("op", "impl", "device"), DIFFERENTIABLE)
+def test_the_second_derivative_of_a_sum_is_no_silent_zero(op: str, impl: str, device: str) -> None:
+    """The gradient of the output is constant: what depends on the inputs is what the operator saved."""
+
+    def derivative(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        function, leaves = scalar(sample, impl, sample.cast(dtype, device), squared=False)
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        gradients = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+        total = torch.stack([x.square().sum() for x in gradients]).sum()
+        if not total.requires_grad:
+            return [torch.zeros_like(x) for x in leaves]
+        return list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
+
+    sample = richest(op)
+    results, refusal = attempt(derivative, impl, torch.float32)
+    if refusal is not None:
+        assert re.search(r"^bert_fast\w*::\w+ has no second derivative", str(refusal))
+        return
+    for a, b in zip(results, derivative("reference", torch.float64), strict=True):
+        assert max_error(a, b) <= 1000 * torch.finfo(torch.float32).eps * b.abs().max()  # as above
