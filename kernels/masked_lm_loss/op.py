@@ -1,8 +1,7 @@
 """Operators of masked_lm_loss: fakes, gradient, implementations and auto rules.
 
 `masked_lm_loss_fwd` also computes the gradients, for a loss gradient of 1, while a chunk of logits is in memory
-(README.md has the measurement); `masked_lm_loss_bwd` multiplies them by the loss gradient. On the CPU the last backward
-pass multiplies them in place.
+(README.md has the measurement); `masked_lm_loss_bwd` multiplies them by the loss gradient.
 """
 
 from __future__ import annotations
@@ -58,19 +57,8 @@ def _setup_context(ctx: Any, inputs: Any, output: tuple[Any, ...]) -> None:
     ctx.save_for_backward(*output[3])
 
 
-def _is_last_backward(dloss: Tensor) -> bool:
-    """Whether eager autograd frees the saved gradients after this call: then it may write to them."""
-    if type(dloss) is not Tensor or dloss.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
-
-
 def _backward(ops: Any, ctx: Any, dloss: Tensor, *_: Any) -> dict[str, Tensor | None]:
-    gradients = list(ctx.saved_tensors)
-    if _is_last_backward(dloss):
-        gradients = [gradient.mul_(dloss.to(gradient.dtype)) for gradient in gradients]
-    else:
-        gradients = ops.masked_lm_loss_bwd(dloss, gradients)
+    gradients = ops.masked_lm_loss_bwd(dloss, list(ctx.saved_tensors))
     named = zip(ctx.dtypes.items(), gradients, strict=True)
     return {name: gradient.to(dtype) for (name, dtype), gradient in named}
 

@@ -35,6 +35,8 @@ def run(model, lengths):
 """
 # MB. A tensor of one element kept per batch makes 4.4 (measured); without a leak it is 0.0, or a page or two.
 GROWTH = 1.0
+# MB over 2,000 new numbers of tokens. What malloc keeps varies by 1 to 2; four products of oneDNN's take 127 (measured).
+GROWTH_OF_LENGTHS = 10.0
 MEMORY = """
 def resident():
     gc.collect()
@@ -64,11 +66,14 @@ print(resident() - before)
 NEW_LENGTHS = """
 model = BertModel(BertConfig(vocab_size=50, **SIZES), add_pooling_layer=False).eval()
 bert_fast.quantize(model, "int8") if sys.argv[1] == "int8" else model.to(getattr(torch, sys.argv[1]))
-for tokens in (1, 4, 48, 500, 2048, 3000):
-    run(model, [24] * (tokens // 24) + [tokens % 24] * (tokens % 24 > 0))
+def batches(sizes):
+    for tokens in sizes:
+        run(model, [24] * (tokens // 24) + [tokens % 24] * (tokens % 24 > 0))
+
+sizes = random.Random(0).sample(range(1, 3000), 2500)
+batches([3000, *sizes[:500]])  # until the pieces that malloc keeps have all sizes: 1 to 2 MB
 before = resident()
-for tokens in random.Random(0).sample(range(1, 3000), 2000):
-    run(model, [24] * (tokens // 24) + [tokens % 24] * (tokens % 24 > 0))
+batches(sizes[500:])
 print(resident() - before)
 """
 PROCESSES = """
@@ -118,11 +123,11 @@ def test_ten_thousand_batches_of_random_lengths_do_not_grow_the_memory(kind: str
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the resident memory is read from /proc")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_a_number_of_tokens_that_is_new_takes_no_memory(kind: str, tmp_path: Path) -> None:
-    """Nothing is made for a number of rows, where the products are ours; oneDNN's primitives take a few MB here."""
+    """Nothing is made for a number of rows, where the products are ours."""
     backend = int8_backends.BACKEND if kind == "int8" else cpu_backends.BACKENDS[getattr(torch, kind)].inference
     if backend == "tiles":
         growth = float(python(MEMORY + NEW_LENGTHS, tmp_path, kind, threads=1).stdout)
-        assert growth < GROWTH, f"{growth:.2f} MB"
+        assert growth < GROWTH_OF_LENGTHS, f"{growth:.2f} MB"
 
 
 @pytest.mark.parametrize(("method", "threads"), [("fork", 1), ("spawn", 2)])
