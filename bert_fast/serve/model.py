@@ -137,10 +137,13 @@ class ServedModel:
         keep = "tail" if side == "left" else self.modules.keep
         cut = Truncation.of(tokenizer, self.max_length, keep)
         left_out = 0 if self.modules.include_prompt or not prompt else cut.prompt_length(tokenizer, prompt)
-        tokens = [Tokens(cut(ids), None, len(text), left_out) for ids, text in zip(rows, texts, strict=True)]
+        tokens = [
+            Tokens(cut(ids), None, len(text), left_out if isinstance(text, str) else 0)  # ids have no prompt
+            for ids, text in zip(rows, texts, strict=True)
+        ]
         for index, ids in enumerate(rows):
             self._check_length(index, len(ids), truncate)
-            if len(ids) <= left_out:
+            if len(ids) <= tokens[index].prompt_length:
                 raise InvalidInputError(f"the text {index} has no tokens beside those of the prompt")
         return tokens
 

@@ -35,7 +35,7 @@ def run(model, lengths):
 """
 # MB. A tensor of one element kept per batch makes 4.4 (measured); without a leak it is 0.0, or a page or two.
 GROWTH = 1.0
-# MB over 2,000 new numbers of tokens. What malloc keeps varies by 1 to 2; four products of oneDNN's take 127 (measured).
+# MB over 2,000 new numbers of tokens. What malloc keeps varies by 1 to 2; four oneDNN products take 127 (measured).
 GROWTH_OF_LENGTHS = 10.0
 MEMORY = """
 def resident():
