@@ -107,6 +107,13 @@ class ServedModel:
                 f"the model {self.name} is of kind {self.kind}; this route needs {' or '.join(kinds)}"
             )
 
+    def prompt(self, name: str | None) -> str:
+        """The text of the prompt of this name, or of the default one; InvalidInputError where there is none."""
+        try:
+            return self.modules.prompt_of(None, name)
+        except ValueError as error:
+            raise InvalidInputError(str(error)) from None
+
     # Tokenization, in threads
 
     def thread_tokenizer(self) -> Any:

@@ -37,19 +37,10 @@ async def embed(
     side: str = "right",
 ) -> list[np.ndarray[Any, Any]]:
     """The vectors of texts, checked to be finite: (D,) float32 each."""
-    server.check_count(len(texts))
-    try:
-        prompt = model.modules.prompt_of(None, prompt_name)
-    except ValueError as error:
-        raise InvalidInputError(str(error)) from None
     width = model.width
     if dimensions is not None and dimensions > width:
         raise InvalidInputError(f"dimensions is {dimensions}; expected 1 to {width}")
-
-    def tokenize() -> list[Tokens]:
-        return model.tokenize(texts, prompt=prompt, truncate=truncate, side=side.lower())
-
-    tokens = await server.tokenize(request, tokenize, texts)
+    tokens = await _tokens(server, request, model, texts, prompt_name, truncate, side)
     vectors = finite(await server.compute(request, model.vectors, tokens), "vector")
     vectors = [vector[:dimensions] for vector in vectors]
     return [normalized(vector) for vector in vectors] if normalize else vectors
@@ -79,7 +70,8 @@ async def embed_all(request: Request, body: schemas.EmbedAll) -> Any:
     """The vector of each token of texts, without pooling."""
     server = server_of(request)
     model = server.model(body.model, "embedding")
-    tokens = await _tokens(server, request, model, body)
+    texts, _ = as_list(body.inputs)
+    tokens = await _tokens(server, request, model, texts, body.prompt_name, body.truncate, body.truncation_direction)
     found = finite(await server.compute(request, model.token_vectors, tokens), "vector")
     return json_response([vectors.tolist() for vectors in found])
 
@@ -89,7 +81,8 @@ async def embed_sparse(request: Request, body: schemas.EmbedAll) -> Any:
     """SPLADE's sparse vectors of texts, by a masked-LM model."""
     server = server_of(request)
     model = server.model(body.model, "masked-lm")
-    tokens = await _tokens(server, request, model, body)
+    texts, _ = as_list(body.inputs)
+    tokens = await _tokens(server, request, model, texts, body.prompt_name, body.truncate, body.truncation_direction)
     found = await server.compute(request, model.sparse, tokens)
     finite([weights for _, weights in found], "weight")
     return json_response(
@@ -100,16 +93,19 @@ async def embed_sparse(request: Request, body: schemas.EmbedAll) -> Any:
     )
 
 
-async def _tokens(server: Server, request: Request, model: ServedModel, body: schemas.EmbedAll) -> list[Tokens]:
-    texts, _ = as_list(body.inputs)
+async def _tokens(
+    server: Server,
+    request: Request,
+    model: ServedModel,
+    texts: list[Any],
+    prompt_name: str | None,
+    truncate: bool | None,
+    side: str,
+) -> list[Tokens]:
     server.check_count(len(texts))
-    try:
-        prompt = model.modules.prompt_of(None, body.prompt_name)
-    except ValueError as error:
-        raise InvalidInputError(str(error)) from None
-    side = body.truncation_direction.lower()
+    prompt = model.prompt(prompt_name)
     return await server.tokenize(
-        request, lambda: model.tokenize(texts, prompt=prompt, truncate=body.truncate, side=side), texts
+        request, lambda: model.tokenize(texts, prompt=prompt, truncate=truncate, side=side.lower()), texts
     )
 
 
@@ -137,7 +133,7 @@ async def rank(
 ) -> list[tuple[int, float]]:
     """(index, score) of texts for a query, the highest score first."""
     server.check_count(len(texts))
-    query = model.modules.prompt_of(None, None) + query
+    query = model.prompt(None) + query
     pairs = [(query, text) for text in texts]
 
     def tokenize() -> list[Tokens]:
@@ -219,10 +215,7 @@ async def tokenize_route(request: Request, body: schemas.Tokenize) -> Any:
     model = server.models[0] if body.model is None else server.model(body.model, *_ALL)
     texts, _ = as_list(body.inputs)
     server.check_count(len(texts))
-    try:
-        prompt = model.modules.prompt_of(None, body.prompt_name)
-    except ValueError as error:
-        raise InvalidInputError(str(error)) from None
+    prompt = model.prompt(body.prompt_name)
 
     def tokenize() -> list[Any]:
         tokenizer = model.thread_tokenizer()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from bert_fast.models import (
     BertModel,
 )
 from bert_fast.models.embedding import pack
+from bert_fast.testing.runs import threads
 
 CONFIG = BertConfig(
     vocab_size=70,
@@ -50,16 +50,6 @@ LABELS: dict[type, Callable[[int, int], dict[str, Tensor]]] = {
     BertForTokenClassification: lambda B, S: {"labels": torch.randint(0, 3, (B, S))},
     BertForMultipleChoice: lambda B, S: {"labels": torch.randint(0, 2, (B,))},
 }
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

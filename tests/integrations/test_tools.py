@@ -19,13 +19,13 @@ from transformers.pipelines import PIPELINE_REGISTRY
 import bert_fast
 from bert_fast.integrations import bert as fused_bert
 
-WORDS = "the a man woman child dog reads buys sees sells book river house yesterday and in of . , ?".split()  # noqa: SIM905
+WORDS = "the a man woman child dog reads buys sees sells book river garden yesterday and in of . , ?".split()  # noqa: SIM905
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXTS = [
     "the dog sees a river .",
     "yesterday a child buys the book of the man",
-    "a house",
-    "the woman reads in the house ,",
+    "a garden",
+    "the woman reads in the garden ,",
 ]
 SIZES = {
     "vocab_size": len(SPECIAL) + len(WORDS),
@@ -112,7 +112,7 @@ PIPELINES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "question-answering": (
         "BertForQuestionAnswering",
         [
-            {"question": "the dog sees ?", "context": "yesterday the dog sees a river in the house of the man ."},
+            {"question": "the dog sees ?", "context": "yesterday the dog sees a river in the garden of the man ."},
             {"question": "a child buys the book ?", "context": "a child buys the book ."},
         ],
         {},
