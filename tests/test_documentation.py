@@ -5,24 +5,16 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-if not (ROOT / ".git").exists():
-    pytest.skip("the sources have no .git, which lists their files", allow_module_level=True)
+from tests.sources import ROOT, source_files
+
 DOCUMENTS = ["README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/torture.md"]
 DOCUMENTS += ["docs/sentence-transformers.md", "benchmarks/results/PENDING.md"]
 # Patterns of the tree, and a folder that each stands for.
 EXAMPLES = {"kernels/<op>": "kernels/attention", "csrc/<op>": "csrc/attention"}
-
-
-def tracked() -> list[str]:
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [name for name in names if (ROOT / name).exists()]
 
 
 def folders_of_the_tree() -> list[str]:
@@ -42,14 +34,16 @@ def test_the_tree_in_design_is_the_tree() -> None:
     assert not missing, f"DESIGN.md lists folders that do not exist: {missing}"
     ops = {path.parent.name for path in ROOT.glob("kernels/*/api.py")}
     for parent in ("kernels", "csrc", "bert_fast", "benchmarks"):
-        children = {Path(name).parts[1] for name in tracked() if name.startswith(f"{parent}/") and name.count("/") > 1}
+        children = {
+            Path(name).parts[1] for name in source_files() if name.startswith(f"{parent}/") and name.count("/") > 1
+        }
         children -= ops | {"verified"}
         unlisted = sorted(child for child in children if f"{parent}/{child}" not in listed)
         assert not unlisted, f"DESIGN.md does not list {unlisted} of {parent}/"
 
 
 @pytest.mark.parametrize(
-    "file", sorted(name for name in tracked() if name.endswith("__init__.py") and not name.startswith("tests/"))
+    "file", sorted(name for name in source_files() if name.endswith("__init__.py") and not name.startswith("tests/"))
 )
 def test_a_package_states_its_purpose_in_its_first_line(file: str) -> None:
     purpose = ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8")))
@@ -76,7 +70,7 @@ def test_words_of_our_own_stay_out() -> None:
     pattern = re.compile(r"\b(rooms?|doors?)\b", re.IGNORECASE)
     own = {"tests/test_documentation.py", "LICENSE"}
     uses = []
-    for name in tracked():
+    for name in source_files():
         if name.endswith((".py", ".md", ".h", ".cpp", ".cu", ".toml", ".yaml")) and name not in own:
             lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
             uses += [f"{name}:{number}" for number, line in enumerate(lines, 1) if pattern.search(line)]

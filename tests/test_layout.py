@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,22 +11,9 @@ import bert_fast.kernels
 from bert_fast.kernels import ImplUnavailableError, available_impls, use_impl
 from bert_fast.kernels._common import dispatch
 from bert_fast.kernels._common.dispatch import IMPLS
+from tests.sources import ROOT, source_files
 
-ROOT = Path(__file__).resolve().parents[1]
-if not (ROOT / ".git").exists():
-    pytest.skip("the sources have no .git, which lists their files", allow_module_level=True)
 OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/api.py"))
-
-
-def tracked() -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
 
 def test_available_impls_lists_the_ops_and_the_implementations_that_exist() -> None:
@@ -41,7 +26,7 @@ def test_available_impls_lists_the_ops_and_the_implementations_that_exist() -> N
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_complete(op: str) -> None:
-    files = set(tracked())
+    files = set(source_files())
     expected = {f"kernels/{op}/{part}" for part in ("__init__.py", "api.py", "op.py", "reference.py", "README.md")}
     expected |= {f"kernels/{op}/cases.py", f"tests/kernels/test_{op}.py"}
     assert expected <= files, f"missing: {sorted(expected - files)}"
@@ -49,7 +34,7 @@ def test_op_is_complete(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_implementations_of_an_op_are_its_files(op: str) -> None:
-    files = tracked()
+    files = source_files()
 
     def exists(stem: str, suffix: str) -> bool:
         return any(name == f"{stem}{suffix}" or name.startswith(f"{stem}/") for name in files)
@@ -108,7 +93,7 @@ def test_every_auto_rule_has_its_measurement() -> None:
 def test_no_source_file_is_longer_than_it_can_be_read() -> None:
     long = {
         name: lines
-        for name in tracked()
+        for name in source_files()
         if name.endswith((".py", ".cpp", ".h", ".cu", ".cuh"))
         and (lines := len((ROOT / name).read_text().splitlines())) > 600
     }
@@ -116,4 +101,4 @@ def test_no_source_file_is_longer_than_it_can_be_read() -> None:
 
 
 def test_no_empty_files_but_the_type_marker() -> None:
-    assert [name for name in tracked() if not (ROOT / name).stat().st_size] == ["bert_fast/py.typed"]
+    assert [name for name in source_files() if not (ROOT / name).stat().st_size] == ["bert_fast/py.typed"]

@@ -38,10 +38,6 @@ MODELS: dict[str, dict[str, Any]] = {
 LENGTHS = (7, 1, 30, 2, 13)  # together more than max_position_embeddings
 # float64 (eps 2.2e-16): two layers, with sums of up to 80 terms, differ by at most 4e-14 of 1 + |value|.
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
-# What our forward leaves to transformers' fails there in version 4, whose models take no flattened inputs.
-needs_transformers_5 = pytest.mark.skipif(
-    transformers.__version__.startswith("4."), reason="the forward of transformers 4 takes no flattened inputs"
-)
 
 
 def make(family: str, suffix: str = "Model", **settings: Any) -> Any:
@@ -125,7 +121,7 @@ def test_positions_that_restart_separate_sequences_of_a_flash_attention(family: 
     torch.testing.assert_close(out.last_hidden_state[mask.bool()][None], alone(theirs, rows), **EXACT)
 
 
-@needs_transformers_5
+@pytest.mark.transformers_5  # what our forward leaves to transformers' fails there in version 4
 def test_without_a_flash_attention_positions_alone_separate_nothing() -> None:
     """As in transformers, whose masks of encoders don't read them."""
     theirs = make("Bert")
@@ -148,7 +144,7 @@ def test_a_hook_on_the_embeddings_and_a_replaced_pooler(wrap: bool) -> None:
     torch.testing.assert_close(out.pooler_output, first, **EXACT)
 
 
-@needs_transformers_5
+@pytest.mark.transformers_5  # what our forward leaves to transformers' fails there in version 4
 def test_heads_over_flattened_inputs() -> None:
     rows = sequences(*LENGTHS)
     for suffix, joined in (
@@ -196,7 +192,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@needs_transformers_5
+@pytest.mark.transformers_5  # what our forward leaves to transformers' fails there in version 4
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_left_to_transformers_is_named(wrong: str) -> None:
     changes, message = WRONG[wrong]
@@ -208,7 +204,7 @@ def test_what_is_left_to_transformers_is_named(wrong: str) -> None:
     torch.testing.assert_close(out.last_hidden_state, theirs(**inputs).last_hidden_state, **EXACT)
 
 
-@needs_transformers_5
+@pytest.mark.transformers_5  # what our forward leaves to transformers' fails there in version 4
 def test_boundaries_that_are_no_boundaries_are_named() -> None:
     ours = bert_fast.fuse(make("Bert"))
     inputs = flatten(sequences(*LENGTHS))
@@ -219,13 +215,12 @@ def test_boundaries_that_are_no_boundaries_are_named() -> None:
         ours(**{**flatten(sequences(4, 4)), "input_ids": torch.ones(2, 4, dtype=torch.int64), "position_ids": None})
 
 
+@pytest.mark.transformers_5
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "DistilBert"])
 def test_sentence_transformers_unpads_for_a_fused_model(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its set-up for a GPU, whose flash attention a fused model never calls."""
-    if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("sentence-transformers unpads with transformers 5 only")
     library = pytest.importorskip if torch.cuda.is_available() else importlib.import_module
     st: Any = library("sentence_transformers")
     modules: Any = importlib.import_module("sentence_transformers.sentence_transformer.modules")

@@ -33,14 +33,13 @@ B, S = 3, 23
 LENGTHS = (23, 5, 11)
 # float64: two layers, with sums of up to 80 terms, differ by at most 4e-14 of 1 + |value|.
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
+pytestmark = pytest.mark.transformers_5  # the attention interface
 NAMES = [name for name in MODELS if hasattr(transformers, f"{name}Model")]
 COMPLETE = [name for name in NAMES if name != "ModernBert"]  # whose every layer runs on the kernel
 
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("the attention interface of transformers 5")
     monkeypatch.setattr(registered, "_warned", set())
     bert_fast.register()
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.sources import ROOT, source_files
+
 OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/__init__.py"))
 
 
@@ -26,11 +27,8 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout as git sees it: tracked and new files, without build products."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("the sources have no .git, which lists their files")
-    names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
     target = tmp_path_factory.mktemp("source")
-    for name in names:
+    for name in source_files():
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((ROOT / name).read_bytes())
