@@ -3,11 +3,11 @@
     python -m benchmarks.models.serve_load MODEL [--clients 200] [--seconds 120] [--quick] [--record]
 
 Every server runs in a process of its own and is loaded alone, one after the other, in --rounds turns. Each client sends
-a text of the built-in documentation, waits for its vector and sends the next, at once; lengths are those of the texts.
-What is counted: answers a second, the 50th and 99th percentile of the time of an answer, requests without an answer
-(none may be lost), and the smallest cosine to sentence-transformers' vectors, over every answer.
+a paragraph of the built-in documentation, waits for its vector and sends the next. What is counted: answers a second,
+the 50th and 99th percentile of the time of an answer, requests without an answer (none may be lost), and the smallest
+cosine to sentence-transformers' vectors, over one answer in 20.
 
-The client and the servers share the cores; the client writes prepared bytes and parses one answer in 20.
+The client and the servers share the cores; the client writes prepared bytes and parses those answers alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.models.encode_speed import paragraphs
 from benchmarks.runner.devices import environment, reason
 from benchmarks.runner.runner import arguments, exit_code, parse, write
 
@@ -158,19 +159,11 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     return int(head.split(b" ", 2)[1]), await reader.readexactly(int(length[1]))
 
 
-def texts_of(count: int) -> list[str]:
-    """Texts of the built-in documentation, of every length, in an order that is the same every time."""
-    from bert_fast.data.builtin import builtin_documents
-
-    found = sorted({" ".join(document).strip() for document in builtin_documents(["torch", "numpy"])} - {""})
-    return [found[i] for i in np.random.default_rng(0).permutation(len(found))[:count]]
-
-
 def measure(options: Any, save: Callable[[list[Row]], None]) -> list[Row]:
     """Load every server in turn, `options.rounds` times."""
     from sentence_transformers import SentenceTransformer
 
-    texts = texts_of(200 if options.quick else 2000)
+    texts = paragraphs(200 if options.quick else 2000)
     expected = np.asarray(SentenceTransformer(options.model, device="cpu").encode(texts, normalize_embeddings=True))
     rows = {name: Row(name) for name in servers(options.model)}
     times: dict[str, list[float]] = {name: [] for name in rows}

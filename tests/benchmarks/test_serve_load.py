@@ -36,7 +36,7 @@ def test_servers_are_loaded_and_compared(
     chosen["losing"] = ([sys.executable, "-c", LOSING, "{port}"], "/embed", "inputs")
     chosen["absent"] = ([sys.executable, "-c", "raise SystemExit('no such server')"], "/embed", "inputs")
     monkeypatch.setattr(serve_load, "servers", lambda _: chosen)
-    monkeypatch.setattr(serve_load, "texts_of", lambda _: [text for text in TEXTS if text])
+    monkeypatch.setattr(serve_load, "paragraphs", lambda _: [text for text in TEXTS if text])
     options = argparse.Namespace(model=model, rounds=1, clients=3, seconds=1.5, quick=True)
     saved: list[Any] = []
     rows = {row.server: row for row in serve_load.measure(options, saved.append)}

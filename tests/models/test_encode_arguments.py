@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from bert_fast.models import BertConfig, BertForMaskedLM, BertForTokenClassifica
 from bert_fast.models.embedding import encode
 from bert_fast.models.texts import evaluating
 from bert_fast.tasks.fill_mask import fill_mask
+from tests.models.conftest import in_threads
 
 WORDS = [f"w{number}" for number in range(40)]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -249,16 +249,7 @@ def test_every_module_has_its_own_mode_again(folder: Path, fails: bool) -> None:
 
 
 def test_eval_mode_is_not_touched_so_that_threads_share_it(model: BertModel, expected: Tensor) -> None:
-    results: list[Any] = [None] * 4
-
-    def run(number: int) -> None:
-        results[number] = model.encode(TEXTS)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results = in_threads(lambda: model.encode(TEXTS))
     assert all(torch.equal(result, results[0]) for result in results)
     with evaluating(model):
         assert not model.training

@@ -7,7 +7,6 @@ import json
 import pickle
 import re
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from bert_fast.models.embedding import TextTokens, embed_ids, encode
 from bert_fast.models.files import Source
 from bert_fast.models.pooling import PRECISIONS, quantize_embeddings
 from bert_fast.models.sentence import kind_of
+from tests.models.conftest import in_threads
 
 st: Any = (
     pytest.importorskip("sentence_transformers")
@@ -538,16 +538,7 @@ def test_transformers_models_take_the_modules_too(saved: Any) -> None:
 def test_threads_share_the_modules(saved: Any) -> None:
     _, folder = saved(pooling("mean"), modules.Dense(E, 8), modules.Normalize())
     model = BertModel.from_pretrained(folder)
-    results: list[Any] = [None] * 4
-
-    def run(number: int) -> None:
-        results[number] = model.encode(TEXTS)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results = in_threads(lambda: model.encode(TEXTS))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
