@@ -141,6 +141,7 @@ import resource, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from bert_fast import _io
+sys.dont_write_bytecode = True  # Python cuts a .pyc at the limit without an error
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     with _io.atomic_folder(Path(sys.argv[1]), overwrite=True) as folder:
@@ -160,7 +161,8 @@ def test_a_limit_of_the_file_size_that_safetensors_meets_is_reported(tmp_path: P
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_write_that_numpy_shortens_is_reported(tmp_path: Path) -> None:
+def test_a_write_that_numpy_shortens_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python cuts a .pyc at the limit without an error
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:

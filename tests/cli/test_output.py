@@ -222,6 +222,7 @@ import bert_fast.tasks.explain, captum.attr, transformers
 from bert_fast.cli.main import main
 tempfile.gettempdir()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.dont_write_bytecode = True  # Python cuts a .pyc at the limit without an error
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 for arguments in json.loads(sys.argv[1]):
     print(arguments[-1], main(arguments), file=sys.stderr)

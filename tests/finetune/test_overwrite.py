@@ -166,6 +166,7 @@ def test_a_limit_of_the_file_size(toy: Any, tmp_path: Path) -> None:
     limit = (tmp_path / "run" / "model.safetensors").stat().st_size // 2
     code = f"""
 import resource, sys
+sys.dont_write_bytecode = True  # Python cuts a .pyc at the limit without an error
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 from bert_fast.cli.main import main
 sys.exit(main(["finetune", "--config", sys.argv[1]]))

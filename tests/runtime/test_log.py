@@ -56,6 +56,7 @@ import resource, sys
 from pathlib import Path
 from bert_fast.runtime.log import RunLog
 log = RunLog(Path(sys.argv[1]), 0, tensorboard=sys.argv[2] == "True", report=print)
+sys.dont_write_bytecode = True  # Python cuts a .pyc at the limit without an error
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     for step in range(1, 1000):

@@ -323,6 +323,7 @@ def full_disk(case: Case, parameter: Sequence[Any]) -> None:
     def limited() -> Any:
         import resource
 
+        sys.dont_write_bytecode = True  # Python cuts a .pyc at the limit without an error
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return run()
 
