@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,16 +48,16 @@ def result(op: str, comparison: Comparison, device: str = "cuda", impl: str = "t
 def test_a_record_of_an_older_version_does_not_count(folders: tuple[Path, Path]) -> None:
     folders[1].mkdir(parents=True)
     (folders[1] / "nvidia-h200.json").write_text('{"device": "NVIDIA H200", "operations": {"bias_gelu": {}}}')
-    assert "no passing run on a GPU is recorded" in records.why_unverified("bias_gelu", "triton")
+    assert "no passing run on a GPU is recorded" in records.verified("bias_gelu", "triton").reason
 
 
 def test_a_passing_run_is_recorded_and_valid(folders: tuple[Path, Path]) -> None:
-    assert "no passing run on a GPU is recorded" in records.why_unverified("bias_gelu", "triton")
+    assert "no passing run on a GPU is recorded" in records.verified("bias_gelu", "triton").reason
     path = verification.record([result("bias_gelu", PASSED), result("padding", PASSED, device="cpu")])
     assert path == folders[1] / "nvidia-h200.json"
-    assert records.why_unverified("bias_gelu", "triton") == ""
-    assert records.why_unverified("padding", "triton")
-    assert records.why_unverified("bias_gelu", "cuda")
+    assert records.verified("bias_gelu", "triton") == ({90}, "")
+    assert not records.verified("padding", "triton").families
+    assert not records.verified("bias_gelu", "cuda").families
 
     record = json.loads(path.read_text())
     assert (record["device"], record["arch"]) == ("NVIDIA H200", "sm_90")
@@ -68,7 +69,7 @@ def test_a_passing_run_is_recorded_and_valid(folders: tuple[Path, Path]) -> None
 def test_in_a_checkout_the_record_is_part_of_the_project(folders: tuple[Path, Path]) -> None:
     (folders[0].parents[1] / ".git").mkdir(parents=True)
     assert verification.record([result("bias_gelu", PASSED)]) == folders[0] / "nvidia-h200.json"
-    assert records.why_unverified("bias_gelu", "triton") == ""
+    assert records.verified("bias_gelu", "triton") == ({90}, "")
     assert not folders[1].exists()
 
 
@@ -88,8 +89,8 @@ def test_without_a_checkout_the_environment_names_the_commit(
 def test_a_failing_run_removes_the_record(folders: tuple[Path, Path]) -> None:
     verification.record([result("bias_gelu", PASSED), result("padding", PASSED)])
     verification.record([result("bias_gelu", PASSED), result("bias_gelu", FAILED)])
-    assert records.why_unverified("bias_gelu", "triton")
-    assert records.why_unverified("padding", "triton") == ""
+    assert not records.verified("bias_gelu", "triton").families
+    assert records.verified("padding", "triton") == ({90}, "")
 
 
 def test_a_record_of_other_sources_is_not_valid(folders: tuple[Path, Path]) -> None:
@@ -97,7 +98,7 @@ def test_a_record_of_other_sources_is_not_valid(folders: tuple[Path, Path]) -> N
     record = json.loads(path.read_text())
     record["ops"]["bias_gelu"]["triton"]["sources"] = "0" * 16
     path.write_text(json.dumps(record))
-    reason = records.why_unverified("bias_gelu", "triton")
+    reason = records.verified("bias_gelu", "triton").reason
     assert "its sources have changed since the last passing run (NVIDIA H200, commit " in reason
 
 
@@ -138,6 +139,33 @@ def test_auto_takes_no_kernel_without_a_record() -> None:
         assert op(Availability(True, True, "")) == "triton"
     finally:
         dispatch.OPS.pop("unlisted", None)
+
+
+def test_auto_takes_a_kernel_on_the_gpus_that_a_record_verified_it_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "OPS", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: {0: (9, 0), 1: (8, 0), 2: (12, 0)}[index])
+    dispatch._family.cache_clear()
+    impls = {
+        "reference": Implementation(lambda: "reference", None, None),
+        "triton": Implementation(lambda: "triton", "cuda", None, families=frozenset({80})),
+    }
+    op = Op("unlisted", impls, (AutoRule("triton", "cuda", (torch.float32,), "1.0 times"),), {})
+    tensors = [types.SimpleNamespace(device=torch.device("cuda", index)) for index in range(3)]
+    chosen = [op._automatic(x, torch.float32, None) for x in tensors]  # type: ignore[arg-type]
+    dispatch._family.cache_clear()
+    assert chosen == ["reference", "triton", "triton"]
+
+
+def test_the_family_of_a_device_is_a_constant_to_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
+    dispatch._family.cache_clear()
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        return x + dispatch.device_family(torch.device("cuda", 0))
+
+    compiled = torch.compile(shifted, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == 100
+    dispatch._family.cache_clear()
 
 
 BF16 = "bfloat16"

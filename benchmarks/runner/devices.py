@@ -6,8 +6,9 @@ On a CPU a call is timed by the host's clock, on a GPU by a pair of CUDA events 
   from memory; meanwhile the host queues the call. Reading leaves no dirty lines for the call to write back.
 - the call replays a CUDA graph of one call, so the time includes neither Python nor kernel launches. The remaining
   overhead, the median of a graph with one tiny kernel, is in the ceilings as `launch_us` and is not subtracted.
-- if one variant of a case cannot be captured (it waits for the device), every variant of that case is timed by plain
-  calls; the rows record which ("graph" or "calls").
+- a variant that cannot be captured (it waits for the device) is refused with the reason, since a time of plain calls
+  compares with none of the others'; where a whole case waits (`Case.graph` is False), plain calls time all of it. The
+  rows record which ("graph" or "calls").
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ BUSY, BUSY_CORES = 0.6, 0.2  # load average per core, and cores of other process
 
 
 class Timing(NamedTuple):
-    """Median seconds of each call, and the method."""
+    """Median seconds of each call, the method, and the reasons why other calls could not be timed."""
 
     seconds: dict[str, float]
     method: str
+    refused: Mapping[str, str] = {}
 
 
 def timed(run: Call) -> float:
@@ -196,16 +198,18 @@ class Cuda:
         for run in runs.values():
             for _ in range(2):
                 run()
-        calls, method = self._captured(runs) if graph else (dict(runs), "calls")
+        calls, refused = self._captured(runs) if graph else (dict(runs), {})
         first = self._rounds(calls, 2)
         one = sum(map(min, first.values())) + 1e-4 * len(calls)  # 1e-4: about a flush
         times = self._rounds(calls, rounds_in(seconds, one))
-        return Timing({name: statistics.median(samples) for name, samples in times.items()}, method)
+        medians = {name: statistics.median(samples) for name, samples in times.items()}
+        return Timing(medians, "graph" if graph else "calls", refused)
 
-    def _captured(self, runs: Mapping[str, Call]) -> tuple[dict[str, Call], str]:
-        """Graphs of one call each, or the calls themselves if one cannot be captured."""
+    def _captured(self, runs: Mapping[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+        """Graphs of one call each, and the reasons why other calls can't be captured."""
         pool = torch.cuda.graph_pool_handle()
         graphs: dict[str, Call] = {}
+        refused: dict[str, str] = {}
         for name, run in runs.items():
             graph = torch.cuda.CUDAGraph()
             try:
@@ -213,9 +217,10 @@ class Cuda:
                     run()
             except RuntimeError as error:
                 torch.cuda.synchronize()
-                return dict(runs), f"calls: {name} cannot be captured ({reason(error)})"
-            graphs[name] = graph.replay
-        return graphs, "graph"
+                refused[name] = f"cannot be captured in a CUDA graph: {reason(error)}"
+            else:
+                graphs[name] = graph.replay
+        return graphs, refused
 
     def _rounds(self, calls: Mapping[str, Call], count: int) -> dict[str, list[float]]:
         """Seconds of each call in each round; the host synchronizes once, at the end."""

@@ -180,6 +180,7 @@ def measure(name: str, case: Case, machine: Machine, limits: Mapping[str, float]
         runs[YARDSTICK] = lambda: target.copy_(source)
     timing = machine.interleaved(runs, seconds, case.graph) if runs else None
     medians = timing.seconds if timing else {}
+    outcome.refused.update(timing.refused if timing else {})
     precisions = {label: variant.precision for label, variant in case.variants.items()}
     peers = {label: median for label, median in medians.items() if not label.startswith(OURS) and label != YARDSTICK}
     rows = []

@@ -32,6 +32,8 @@ def run(args: Any) -> int:
         for impl, state in impls.items():
             mark = "*" if state["chosen"] else " "
             runs = "runs" if state["verified"] else "runs, unverified"
+            families = ", ".join(state["families"])
+            runs += f", verified on GPUs with the matrix instructions of {families}" * bool(families)
             runs += f": {state['reason']}" * bool(state["reason"])
             print(f"  {mark} {impl:<12} {runs if state['ok'] else state['reason']}")
     return 0
@@ -68,7 +70,11 @@ def collect() -> dict[str, Any]:
         op = dispatch.OPS[name]
         chosen = op.select("auto", probe)
         operations[name] = {
-            impl: {**state._asdict(), "chosen": state.ok and op.impls[impl].call is chosen}
+            impl: {
+                **state._asdict(),
+                "families": [f"sm_{arch}" for arch in sorted(op.impls[impl].families or ())],
+                "chosen": state.ok and op.impls[impl].call is chosen,
+            }
             for impl, state in impls.items()
         }
     times = {name: table(op.times(dispatch.device_name(probe.device))) for name, op in dispatch.OPS.items()}

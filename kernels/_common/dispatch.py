@@ -1,10 +1,10 @@
 """Dispatch: which implementations an op has, which of them run here, and which one a call takes.
 
 `impl="auto"` walks the op's `auto_rules` (data, each with its measurement) and takes the first implementation that fits
-the device and dtype, is available and is verified; where none does, the reference. Where the record of a CUDA device
-has times of several of them, it takes the one that is faster at the nearest recorded size (times.py), except while
-torch.compile traces, which can't read them. An explicit request never falls back: it runs or raises
-`ImplUnavailableError`.
+the device and dtype, is available and is verified for the GPU's matrix instructions; where none does, the reference.
+Where the record of a CUDA device has times of several of them, it takes the one that is faster at the nearest recorded
+size (times.py), except while torch.compile traces, which can't read them. An explicit request never falls back: it runs
+or raises `ImplUnavailableError`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Implementation:
         device: the torch device type of its tensors; None for any.
         dtypes: the dtypes it takes; None for all that the public function takes.
         availability: whether it can run here.
+        families: the GPUs that recorded runs verified it for (`records.family`); None for kernels that need no record.
         built_on: other kernels that it only calls, where it has none of its own.
         limitation: returns why it has run without a part of its kernels in this process, or "".
     """
@@ -61,6 +62,7 @@ class Implementation:
     device: str | None
     dtypes: tuple[torch.dtype, ...] | None
     availability: Availability = AVAILABLE
+    families: frozenset[int] | None = None
     built_on: str = ""
     limitation: Callable[[], str] = str
 
@@ -191,11 +193,20 @@ class Op:
 
     def _automatic(self, x: torch.Tensor, dtype: torch.dtype, size: Size | None) -> str:
         """The name of what `impl="auto"` takes."""
-        candidates = [rule.impl for rule in self.auto_rules if rule.device == x.device.type and dtype in rule.dtypes]
+        candidates = [
+            rule.impl
+            for rule in self.auto_rules
+            if rule.device == x.device.type and dtype in rule.dtypes and self._verified_on(rule.impl, x.device)
+        ]
         if len(candidates) > 1 and not torch.compiler.is_compiling():
             training = torch.is_grad_enabled() and x.requires_grad
             return self._fastest(tuple(candidates), device_name(x.device), dtype, training, size) or candidates[0]
         return candidates[0] if candidates else "reference"
+
+    def _verified_on(self, impl: str, device: torch.device) -> bool:
+        """Whether `impl` needs no record, or has one of a GPU with the matrix instructions of this one."""
+        families = self.impls[impl].families
+        return families is None or device.type != "cuda" or device_family(device) in families
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  (ops live as long as the process)
     def _fastest(
@@ -227,6 +238,21 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+def device_family(device: torch.device) -> int:
+    """The matrix instructions of a CUDA device, as `records.family` numbers them."""
+    return _family(device.index)
+
+
+# A constant to torch.compile, which can't trace the query. torch.compiler.assume_constant_result sets the same
+# attribute, and imports the compiler for it.
+device_family._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _family(index: int | None) -> int:
+    return records.family(torch.cuda.get_device_capability(index)[0])
 
 
 @functools.cache

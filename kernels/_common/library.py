@@ -196,9 +196,16 @@ def cuda_kernels(call: Callable[..., Any], op: str, *operators: str) -> Implemen
     elif extensions.CUDA_EMULATED:
         availability = Availability(True, False, "emulated on CPU tensors (BERT_FAST_CUDA_EMULATOR): for tests")
     else:
-        reason = records.why_unverified(op, "cuda")
-        availability = Availability(True, not reason, reason)
-    return Implementation(functools.partial(call, torch.ops.bert_fast_cuda), device, CUDA_DTYPES, availability)
+        families, reason = records.verified(op, "cuda")
+        availability = Availability(True, bool(families), reason)
+    return Implementation(
+        functools.partial(call, torch.ops.bert_fast_cuda), device, CUDA_DTYPES, availability, _families(op, "cuda")
+    )
+
+
+def _families(op: str, impl: str) -> frozenset[int] | None:
+    """The GPUs that the records verified kernels for; None where these are simulated."""
+    return None if simulated(impl) else records.verified(op, impl).families
 
 
 def simulated(impl: str) -> bool:
@@ -219,7 +226,7 @@ def triton_function(op: str, name: str) -> Callable[..., Any]:
 def triton_implementation(call: Callable[..., Any], op: str) -> Implementation:
     """`call`, available where the Triton kernels of `op` are."""
     device = "cpu" if triton_support.INTERPRETED else "cuda"
-    return Implementation(call, device, TRITON_DTYPES, triton_support.availability(op))
+    return Implementation(call, device, TRITON_DTYPES, triton_support.availability(op), _families(op, "triton"))
 
 
 def triton_kernels(call: Callable[..., Any], op: str, *operators: str) -> Implementation:

@@ -2,8 +2,9 @@
 times, which let it choose the faster one.
 
 A record has the device, the versions, the commit, the errors of every case and the hash of the sources that ran. It is
-valid while the op's sources are the same: a changed kernel is unverified until it passes again. A record of any CUDA
-device is valid for all; times count on the device that they were measured on alone. Records are part of the package
+valid while the op's sources are the same: a changed kernel is unverified until it passes again. A record of a device
+is valid for all GPUs with the same matrix instructions, since tiles and kernels differ between these families; times
+count on the device that they were measured on alone. Records are part of the package
 (`bert_fast/verified/<device>.json`); a user's own are in the user's cache, for that machine.
 """
 
@@ -21,7 +22,7 @@ import tokenize
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bert_fast._io import write_json
 from bert_fast.kernels._common import extensions
@@ -69,17 +70,39 @@ def sources_hash(op: str, impl: str = "triton") -> str:
     return digest.hexdigest()[:16]
 
 
-def why_unverified(op: str, impl: str) -> str:
-    """The reason why no record allows `auto` to choose `impl`, or "" where one does."""
-    outdated = []
+def family(major: int) -> int:
+    """The matrix instructions of a GPU of compute capability `major`, by the capability that introduced them.
+
+    Returns:
+        90: wgmma (Hopper); 100: tcgen05, with accumulators in a memory of their own (10.x and 11.x); 80: mma.sync, of
+        every other GPU: Ampere, Ada and the Blackwells of 12.x.
+    """
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
+
+
+class Verified(NamedTuple):
+    """The families of GPUs (see `family`) on which a valid record allows `auto` to choose an implementation, and the
+    reason where there is none."""
+
+    families: frozenset[int]
+    reason: str
+
+
+def verified(op: str, impl: str) -> Verified:
+    """What the records say of `impl`, in the package and in the user's cache."""
+    outdated, families = [], set()
     for folder in (package_folder(), user_folder()):
         for path in sorted(folder.glob("*.json")):
             record = read(path)
             entry = record["ops"].get(op, {}).get(impl)
             if entry and entry["sources"] == sources_hash(op, impl):
-                return ""
-            if entry:
+                families.add(family(int(record["arch"].removeprefix("sm_")) // 10))
+            elif entry:
                 outdated.append(f"{record['device']}, commit {entry['commit']}")
+    return Verified(frozenset(families), "" if families else _why_not(outdated))
+
+
+def _why_not(outdated: Sequence[str]) -> str:
     if outdated:
         return f"its sources have changed since the last passing run ({'; '.join(outdated)}): bert-fast verify --record"
     return "no passing run on a GPU is recorded: bert-fast verify --record makes one"

@@ -6,7 +6,6 @@ with its arguments. So the report compiles exactly the configurations that the l
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bert_fast.kernels._common import records
+from bert_fast.kernels._common.dispatch import device_family
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,8 @@ def assumed_architecture(architecture: int) -> Iterator[None]:
 
 
 def family(device: torch.device) -> int:
-    """The matrix instructions of `device`, by the compute capability that introduced them.
-
-    Returns:
-        90: wgmma (Hopper); 100: tcgen05, with accumulators in a memory of their own (10.x and 11.x); 80: mma.sync, of
-        every other GPU: Ampere, Ada and the Blackwells of 12.x.
-    """
-    major = _major(device.index) if device.type == "cuda" else _assumed // 10
-    return {9: 90, 10: 100, 11: 100}.get(major, 80)
-
-
-@functools.cache
-def _major(index: int | None) -> int:
-    return torch.cuda.get_device_capability(index)[0]
+    """The matrix instructions of `device`, as `records.family` numbers them."""
+    return device_family(device) if device.type == "cuda" else records.family(_assumed // 10)
 
 
 def launch(

@@ -46,5 +46,5 @@ def availability(op: str) -> Availability:
         return Availability(False, False, _MISSING)
     if INTERPRETED:
         return Availability(True, False, "in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1): for tests")
-    reason = records.why_unverified(op, "triton")
-    return Availability(True, not reason, reason)
+    families, reason = records.verified(op, "triton")
+    return Availability(True, bool(families), reason)

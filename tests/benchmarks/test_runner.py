@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from benchmarks.models import fuse_speed
 from benchmarks.ops.__main__ import case_of, plans
 from benchmarks.reports import plots
 from benchmarks.runner import runner, whole_models
-from benchmarks.runner.devices import Cpu, machine_of
+from benchmarks.runner.devices import Cpu, Cuda, Timing, machine_of
 from benchmarks.runner.runner import Case, Plan, Variant
 from bert_fast.kernels import available_impls
 from bert_fast.kernels._common import cases
@@ -154,6 +155,40 @@ def test_on_a_gpu_compiled_peers_are_timed_after_everything_else(machine: Cpu, m
     ]
     assert [report.get("left_out", []) for report in reports] == [["b", "a, torch.compile"], ["a, torch.compile"], []]
     assert final == reports[-1]
+
+
+class Graph:
+    """Stands for a CUDA graph: what is run while it is captured is its call."""
+
+    def __init__(self) -> None:
+        self.replayed = 0
+
+    def replay(self) -> None:
+        self.replayed += 1
+
+
+def test_a_variant_that_cannot_be_captured_is_refused_and_the_others_keep_their_graphs(
+    machine: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    gpu = Cuda.__new__(Cuda)
+    gpu.stream = None  # type: ignore[assignment]
+
+    graphs, refused = gpu._captured({"quick": lambda: None, "waits": refuses, "last": lambda: None})
+    assert list(graphs) == ["quick", "last"]
+    graphs["last"]()
+    assert graphs["last"].__self__.replayed == 1  # type: ignore[attr-defined]
+    reason = "RuntimeError: this backend takes no mask"
+    assert refused == {"waits": f"cannot be captured in a CUDA graph: {reason}"}
+
+    timing = Timing({"bert_fast toy": 1e-3}, "graph", {"eager": refused["waits"]})
+    monkeypatch.setattr(Cpu, "interleaved", lambda *_: timing)
+    eager, ours = runner.measure("toy", toy(), machine, LIMITS, 0.1)
+    assert (ours.ms, ours.timing, ours.ratio_to_best_peer) == (1.0, "graph", None)
+    assert (eager.ms, eager.refused) == (None, refused["waits"])
 
 
 def test_warming_up_compares_every_case_and_times_none(machine: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
