@@ -253,7 +253,7 @@ def sanitizer(options: Options, limit: float) -> list[Outcome]:
 
 def benchmark_of(name: str) -> list[str]:
     """The command of an op's or a model's benchmark."""
-    return module(MODELS[name]) if name in MODELS else module("benchmarks.ops", name)
+    return module(MODELS[name]) if name in MODELS else module("bert_fast.cli", "bench", "kernels", name)
 
 
 def warm_up(options: Options, limit: float) -> list[Outcome]:

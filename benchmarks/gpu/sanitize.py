@@ -37,8 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.runner.devices import environment, machine_of
-from benchmarks.runner.runner import RESULTS, write
+from bert_fast.bench.devices import environment, machine_of
+from bert_fast.bench.runner import RESULTS, write
 from bert_fast.kernels._common import cases, dispatch
 from bert_fast.kernels._common.cases import Sample
 from bert_fast.kernels._common.dispatch import OPS

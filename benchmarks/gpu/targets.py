@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runner.runner import OURS as OUR_NAME
-from benchmarks.runner.runner import RESULTS, YARDSTICK, at_least
 from bert_fast._io import write_json
+from bert_fast.bench.runner import OURS as OUR_NAME
+from bert_fast.bench.runner import RESULTS, YARDSTICK, at_least
 from bert_fast.kernels._common.dispatch import IMPLS
 
 OURS = re.compile(rf"{OUR_NAME} (?!fuse|.*with bias)")  # fuse gets padded batches; attention's peers add no bias

@@ -41,8 +41,9 @@ from torch import Tensor, nn
 import bert_fast
 from benchmarks.gpu import targets
 from benchmarks.runner.cpu_peers import PEERS, AbsentError, Encode, ModelForms, Peer, versions
-from benchmarks.runner.devices import Cpu
-from benchmarks.runner.runner import (
+from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Size, model_of
+from bert_fast.bench.devices import Cpu
+from bert_fast.bench.runner import (
     PRECISIONS,
     Case,
     Plan,
@@ -56,7 +57,6 @@ from benchmarks.runner.runner import (
     warm,
     write,
 )
-from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Size, model_of
 from bert_fast.kernels._common.benchmarks import evenly_spaced
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.models.embedding import pack
@@ -237,7 +237,7 @@ def case(make: Callable[[], ModelBenchmark], shapes: Sequence[tuple[int, list[in
     batches = [Batch.of(lengths, seqlen, benchmark.size.vocabulary) for seqlen, lengths in shapes]
     return Case(
         benchmark.variants(batches),
-        torch.cat([benchmark.exact(batch) for batch in batches]),
+        lambda: torch.cat([benchmark.exact(batch) for batch in batches]),
         0.0,  # every variant has its own
         flops=sum(benchmark.size.flops(lengths) for _, lengths in shapes),
         graph=False,

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.runner.devices import Cpu, environment
-from benchmarks.runner.runner import write
+from bert_fast.bench.devices import Cpu, environment
+from bert_fast.bench.runner import write
 from bert_fast.data import PretrainingData, PretrainingDataConfig, save_tokenizer
 from bert_fast.data.host_numpy import CONTINUES
 from bert_fast.data.shards import SPLITS, ShardWriter, write_manifest

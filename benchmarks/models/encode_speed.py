@@ -40,11 +40,11 @@ from torch import Tensor
 
 from benchmarks.models.cpu_inference import PAUSE, WEIGHTS, conclude, processor_options, processor_parser
 from benchmarks.runner.cpu_peers import AbsentError
-from benchmarks.runner.devices import Cpu, environment, reason
-from benchmarks.runner.runner import OURS as OUR_NAME
-from benchmarks.runner.runner import at_least, failures
 from benchmarks.runner.text_peers import OURS, PEERS, Embed, TextModel, TextPeer, versions
 from bert_fast._text import read_lines
+from bert_fast.bench.devices import Cpu, environment, reason
+from bert_fast.bench.runner import OURS as OUR_NAME
+from bert_fast.bench.runner import at_least, failures
 from bert_fast.data.builtin import builtin_documents
 
 TEXTS, SINGLE, COMPARED = 1500, 64, 64
@@ -198,7 +198,8 @@ def rows_of(
     seconds: float,
 ) -> list[Row]:
     """Time one case; `counts` are its texts and tokens."""
-    medians = machine.interleaved(runs, seconds).seconds if runs else {}
+    times = machine.interleaved({label: [run] for label, run in runs.items()}, seconds).times if runs else {}
+    medians = {label: time.median for label, time in times.items()}
     rows = []
     for peer in peers:
         result = compared[peer.label]

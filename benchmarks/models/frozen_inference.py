@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import bert_fast
-from benchmarks.runner.runner import Case, Plan, Variant, arguments, main, parse
 from benchmarks.runner.whole_models import Size
+from bert_fast.bench.runner import Case, Plan, Variant, arguments, main, parse
 from bert_fast.models import BertConfig, BertModel
 from bert_fast.models.embedding import pack
 
@@ -59,7 +59,9 @@ def case(size: Size, kind: str, lengths: list[int]) -> Case:
         "weights read at every call": variant(model),
         "bert_fast.freeze": variant(bert_fast.freeze(copy.deepcopy(model))),
     }
-    return Case(variants, hidden(model).double(), bound, flops=size.flops(lengths), dtype=DTYPES[kind], graph=False)
+    return Case(
+        variants, lambda: hidden(model).double(), bound, flops=size.flops(lengths), dtype=DTYPES[kind], graph=False
+    )
 
 
 def plans(quick: bool) -> list[Plan]:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.runner.cpu_peers import AbsentError, ModelForms, dynamic_int8, of_onnxruntime, versions
-from benchmarks.runner.devices import environment
-from benchmarks.runner.runner import arguments, parse, write
 from bert_fast import BertModel, quantize
+from bert_fast.bench.devices import environment
+from bert_fast.bench.runner import arguments, parse, write
 from bert_fast.kernels.linear_int8.cpu_backends import weight_limit
 from examples.r8_topics import fetch
 from examples.trainer_comparison import minilm, thinned

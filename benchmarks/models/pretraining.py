@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.runner.devices import Machine
 from benchmarks.runner.whole_models import (
     Fused,
     Ours,
@@ -38,6 +37,7 @@ from benchmarks.runner.whole_models import (
     scenarios,
     seconds_of,
 )
+from bert_fast.bench.devices import Machine
 from bert_fast.data import PackedBatch
 from bert_fast.kernels import use_impl
 from bert_fast.optim.config import OptimizerOptions

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.models.encode_speed import paragraphs
-from benchmarks.runner.devices import environment, reason
-from benchmarks.runner.runner import arguments, exit_code, parse, write
+from bert_fast.bench.devices import environment, reason
+from bert_fast.bench.runner import arguments, exit_code, parse, write
 
 PARSED = 20  # one answer in this number is compared
 

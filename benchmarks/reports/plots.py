@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runner.runner import RESULTS, YARDSTICK
+from bert_fast.bench.runner import RESULTS, YARDSTICK
 
 OURS = ("#1b6ca8", "#4c9bd6", "#0b3c5d", "#7db9e8")
 PEERS = (

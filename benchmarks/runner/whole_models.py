@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.runner.devices import Machine, environment, reason, rounds_in
-from benchmarks.runner.runner import arguments, exit_code, failures, parse, saving, write
 from bert_fast import fuse
 from bert_fast._device import autocast
+from bert_fast.bench.devices import Machine, environment, reason, rounds_in
+from bert_fast.bench.runner import arguments, exit_code, failures, parse, saving, write
 from bert_fast.data import PackedBatch
 from bert_fast.kernels import available_impls, use_impl
 from bert_fast.kernels._common.benchmarks import half_filled

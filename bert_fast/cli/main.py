@@ -36,6 +36,7 @@ COMMANDS = {
     "rerank": "order texts by their scores for a query",
     "serve": "serve models over HTTP: embeddings, reranking, classification",
     "info": "show versions, device, CPU features and available implementations",
+    "bench": "time kernels or a model beside their peers, or compare what was recorded",
     "verify": "verify kernels, a model or an embeddings server against float64",
 }
 _BROKEN_PIPE = 128 + 13
@@ -54,7 +55,8 @@ EXTRAS = {
     "triton": "triton",
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
 }
-STANDARD = ("info", "verify")  # they need nothing but torch: what is missing elsewhere is seen with them
+# They need nothing but torch: what is missing elsewhere is seen with them.
+STANDARD = ("info", "verify", "bench kernels", "bench model", "bench compare", "bench export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,6 +127,12 @@ def _main(arguments: list[str], ends: bool) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     module: Any = importlib.import_module(f"bert_fast.cli.{command.replace('-', '_')}")
+    if hasattr(module, "SUBCOMMANDS"):
+        subcommand = arguments[0] if arguments else ""
+        if subcommand not in module.SUBCOMMANDS:
+            return _overview_of(command, module, subcommand)
+        module = importlib.import_module(f"{module.__name__}_{subcommand}")
+        command, arguments = f"{command} {subcommand}", arguments[1:]
     if hasattr(module, "positional"):
         arguments = module.positional(arguments)
     arguments, threads = _without_threads(arguments)
@@ -195,6 +203,19 @@ def _overview(command: str) -> int:
     print("\n  --version  show the version of bert_fast\n  --debug    with any command: show the traceback of an error")
     print("  --threads  with any command: number of CPU threads; by default limited by CPU affinity and cgroup quota")
     return 0 if command else 2
+
+
+def _overview_of(command: str, module: Any, subcommand: str) -> int:
+    """The list of the subcommands; ValueError where an unknown one was given."""
+    if subcommand not in ("", "-h", "--help"):
+        raise ValueError(
+            f"unknown command {f'{command} {subcommand}'!r}; expected one of {', '.join(module.SUBCOMMANDS)}"
+            f"{did_you_mean(subcommand, module.SUBCOMMANDS)}"
+        )
+    print(f"usage: bert-fast {command} COMMAND [options]\n\n{module.__doc__}")
+    for name, text in module.SUBCOMMANDS.items():
+        print(f"  {name:<10} {text}")
+    return 0 if subcommand else 2
 
 
 def _is_user_error(error: Exception) -> bool:

@@ -1,7 +1,7 @@
 """What `kernels/<op>/cases.py` says of an op's speed: the sizes to time, the peers, and the work that must be done.
 
-`python -m benchmarks.ops <op>` runs these descriptions: it makes one benchmark at a time, compares every variant with
-the float64 result and times those that match it.
+`bert-fast bench kernels <op>` runs these descriptions: it makes one benchmark at a time, several times with other
+inputs, compares every variant with the float64 result and times those that match it.
 """
 
 from __future__ import annotations
@@ -57,12 +57,14 @@ class Benchmark:
         dtype: chooses our implementations, and the matrix product whose speed is the ceiling.
         which: "forward", "backward" or "forward + backward".
         dout: gradient of the output.
-        exact: the result in float64; None for that of the reference on `inputs` in float64.
+        exact: returns the result in float64; None for that of the reference on `inputs` in float64.
         traffic: bytes that must be read and written.
         flops: floating-point operations that must be done.
         result: maps the output, or the tuple of gradients, to the tensor that is compared; not timed.
         graph: False where `call` waits for the device, so that it cannot be captured in a CUDA graph.
         also: further inputs to time our implementations with, by the suffix of the variant's name.
+        precision: of our implementations where it isn't that of `dtype`: "int8".
+        length: of the longest sequence; 0 for the number of rows of the first input.
         size: that `call` gives to `Op.select`, in ops with several GPU implementations: what a record has the time of.
     """
 
@@ -73,12 +75,14 @@ class Benchmark:
     dtype: torch.dtype = torch.float32
     which: str = "forward"
     dout: Tensor | None = None
-    exact: Tensor | None = None
+    exact: Callable[[], Tensor] | None = None
     traffic: int = 0
     flops: int = 0
     result: Callable[[Any], Tensor] = first
     graph: bool = True
     also: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    precision: str = ""
+    length: int = 0
     size: Size | None = None
 
 

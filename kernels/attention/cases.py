@@ -179,6 +179,11 @@ def _flops(lengths: list[int], heads: int, dim: int, which: str) -> int:
     return forward if which == "forward" else int(3.5 * forward)
 
 
+def _traffic(qkv: Tensor, which: str) -> int:
+    """Bytes of q, k, v and the output, and backward of these, the output's gradient and theirs."""
+    return qkv.nbytes * 4 // 3 if which == "forward" else qkv.nbytes * 4
+
+
 def cpu_benchmark(device: torch.device, lengths: list[int], dtype: torch.dtype, which: str) -> Benchmark:
     heads, dim, tokens = 12, 64, sum(lengths)
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -186,15 +191,18 @@ def cpu_benchmark(device: torch.device, lengths: list[int], dtype: torch.dtype, 
     def call(qkv: Tensor, bias: Tensor, *, impl: str) -> Tensor:
         return attention(qkv, ends, max(lengths), bias=bias, impl=impl)
 
+    qkv = normal(device, tokens, 3, heads, dim, dtype=dtype)
     return Benchmark(
         call,
-        (normal(device, tokens, 3, heads, dim, dtype=dtype), normal(device, 3, heads, dim, dtype=dtype)),
+        (qkv, normal(device, 3, heads, dim, dtype=dtype)),
         {"torch sdpa": Peer(packed_sdpa(lengths, heads, dim))},
         32 * torch.finfo(dtype).eps,
         dtype,
         which,
         normal(device, tokens, heads, dim, dtype=dtype),
         flops=_flops(lengths, heads, dim, which),
+        traffic=_traffic(qkv, which),
+        length=max(lengths),
     )
 
 
@@ -220,12 +228,14 @@ def gpu_benchmark(
     tokens, heads = sum(lengths), 1024 // dim  # BERT-large
     qkv, dout = normal(device, tokens, 3, heads, dim, dtype=dtype), normal(device, tokens, heads, dim, dtype=dtype)
     batch, state = Batch(qkv, dout, lengths), rng_state(device) if dropout_p else None
-    if dropout_p:
-        compared = _leading(batch)
-        exact = _exact(compared, which, dropout_p=dropout_p, rng_state=state)
-    else:
+    compared = _leading(batch) if dropout_p else batch
+
+    def exact() -> Tensor:
+        if dropout_p:
+            return _exact(compared, which, dropout_p=dropout_p, rng_state=state)
         parts = zip(qkv.split(lengths), dout.split(lengths), lengths, strict=True)
-        exact = torch.cat([_exact(Batch(part, grad, [length]), which) for part, grad, length in parts])
+        return torch.cat([_exact(Batch(part, grad, [length]), which) for part, grad, length in parts])
+
     cu_seqlens = batch.cu_seqlens
 
     def call(qkv: Tensor, bias: Tensor | None = None, *, impl: str) -> Tensor:
@@ -241,7 +251,9 @@ def gpu_benchmark(
         dout,
         exact,
         flops=_flops(lengths, heads, dim, which),
-        result=lambda out: first(out)[: len(exact)],
+        traffic=_traffic(qkv, which),
+        result=lambda out: first(out)[: len(compared.qkv)],
+        length=max(lengths),
         size=size_of_sequences(tokens, batch.seqlen, dim, dropout_p),
         also={", with bias": (qkv, qkv.new_zeros(qkv.shape[1:], dtype=torch.float32))},  # the result is the same
     )

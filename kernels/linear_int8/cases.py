@@ -89,7 +89,8 @@ def _benchmark(device: torch.device, rows: int, layer: str) -> Benchmark:
         (x,),
         {"eager fp32": Peer(eager), "torch dynamic int8": Peer(dynamic)},
         0.05,  # of INT8, compared with the weights before they were quantized
-        exact=copy.deepcopy(eager).double()(x.double()).detach(),
+        exact=lambda: copy.deepcopy(eager).double()(x.double()).detach(),
+        precision="int8",
         flops=2 * rows * width * columns * len(weights),
     )
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from benchmarks.models import cpu_inference, cpu_training
 from benchmarks.models.cpu_inference import SMOKE, Batch, ModelBenchmark
 from benchmarks.reports import plots
-from benchmarks.runner import cpu_peers, devices, runner
+from benchmarks.runner import cpu_peers
 from benchmarks.runner.cpu_peers import PEERS, AbsentError, Peer
-from benchmarks.runner.devices import Cpu
+from bert_fast.bench import devices, runner
+from bert_fast.bench.devices import Cpu
 from bert_fast.kernels._common.benchmarks import evenly_spaced
 
 LIMITS = {"copy_gbytes_per_s": 10.0, "fp32_gemm_gflops": 100.0, "bf16_gemm_gflops": 400.0, "int8_gemm_gflops": 800.0}
@@ -121,7 +122,9 @@ def test_ours_is_not_compared_with_a_peer_of_a_lower_precision(machine: Cpu) -> 
     variants = {
         name: runner.Variant(partial(waits, name), precision=precision) for name, precision in precisions.items()
     }
-    rows = {row.variant: row for row in runner.measure("toy", runner.Case(variants, x, 0.1), machine, LIMITS, 0.05)}
+    rows = {
+        row.variant: row for row in runner.measure("toy", runner.Case(variants, lambda: x, 0.1), machine, LIMITS, 0.05)
+    }
     assert rows["bert_fast x"].ratio_to_best_peer == pytest.approx(rows["b"].ms / rows["bert_fast x"].ms)  # type: ignore[operator]
     assert rows["bert_fast y"].ratio_to_best_peer == pytest.approx(rows["a"].ms / rows["bert_fast y"].ms)  # type: ignore[operator]
 
@@ -164,7 +167,7 @@ def test_short_calls_follow_an_untimed_one_in_another_order_each_round(monkeypat
     pauses: list[float] = []
     monkeypatch.setattr(devices.time, "sleep", pauses.append)
     called: list[str] = []
-    Cpu(0.5).interleaved({name: partial(called.append, name) for name in "abcd"}, 5.0)
+    Cpu(0.5).interleaved({name: [partial(called.append, name)] for name in "abcd"}, 5.0)
     first, rest = called[:4], called[4:]
     assert first == list("abcd")
     assert rest[::2] == rest[1::2]
@@ -184,9 +187,9 @@ def test_slow_calls_are_timed_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -
         counts[name] += 1
         devices.time.sleep(seconds[name])
 
-    timing = Cpu().interleaved({name: partial(call, name) for name in counts}, 0.06)
+    timing = Cpu().interleaved({name: [partial(call, name)] for name in counts}, 0.06)
     assert counts == {"quick": 6, "slow": 4, "slower": 2}, "the first of each is not timed"
-    assert all(timing.seconds[name] >= seconds[name] for name in counts)
+    assert all(timing.times[name].median >= seconds[name] for name in counts)
 
 
 def test_a_busy_machine_is_reported_as_busy() -> None:

@@ -18,8 +18,8 @@ from benchmarks.models.encode_speed import compare, exact_vectors, measure, para
 from benchmarks.reports import plots
 from benchmarks.runner import text_peers
 from benchmarks.runner.cpu_peers import AbsentError, of_torch
-from benchmarks.runner.devices import Cpu
 from benchmarks.runner.text_peers import Embed, TextModel, TextPeer, ours, padded
+from bert_fast.bench.devices import Cpu
 from bert_fast.data import save_tokenizer, train_vocab
 from bert_fast.models import BertConfig, BertModel
 

@@ -16,8 +16,8 @@ from benchmarks.models import gpu_inference, pretraining
 from benchmarks.models.gpu_inference import inference
 from benchmarks.reports import plots
 from benchmarks.runner import whole_models
-from benchmarks.runner.devices import Cpu
 from benchmarks.runner.whole_models import measure
+from bert_fast.bench.devices import Cpu
 
 SCENARIO = whole_models.Scenario("tiny S 8 train", [8, 3], 8)
 

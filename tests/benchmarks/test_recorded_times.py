@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ops.__main__ import case_of, record_times
+from bert_fast.bench.kernels import case_of, record_times
 from bert_fast.kernels._common import records
 from bert_fast.kernels._common.benchmarks import Benchmark
 from bert_fast.kernels._common.dispatch import OPS, Op

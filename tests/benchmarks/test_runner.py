@@ -1,11 +1,11 @@
-"""The runner and `benchmarks.ops` on small cases: what is compared, refused, timed, written and interrupted."""
+"""The runner and the benchmarks of ops on small cases: what is compared, refused, timed, written and interrupted."""
 
 from __future__ import annotations
 
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import fuse_speed
-from benchmarks.ops.__main__ import case_of, plans
 from benchmarks.reports import plots
-from benchmarks.runner import runner, whole_models
-from benchmarks.runner.devices import Cpu, Cuda, Timing, machine_of
-from benchmarks.runner.runner import Case, Plan, Variant
+from benchmarks.runner import whole_models
+from bert_fast.bench import runner, table
+from bert_fast.bench.devices import Cpu, Cuda, Timing, machine_of
+from bert_fast.bench.kernels import case_of, plans
+from bert_fast.bench.runner import Case, Plan, Variant
+from bert_fast.bench.samples import summary
 from bert_fast.kernels import available_impls
 from bert_fast.kernels._common import cases
 from bert_fast.kernels._common.benchmarks import half_filled
@@ -49,7 +51,7 @@ def refuses() -> Tensor:
 
 def toy(**more: Variant) -> Case:
     variants = {"eager": waits(0.004, X), "bert_fast toy": waits(0.002, X + 1e-6), **more}
-    return Case(variants, X.double(), 1e-5, traffic=10_000_000)
+    return Case(variants, X.double, 1e-5, traffic=10_000_000)
 
 
 def test_medians_shares_and_ratios_follow_the_clock(machine: Cpu) -> None:
@@ -67,7 +69,7 @@ def test_medians_shares_and_ratios_follow_the_clock(machine: Cpu) -> None:
 
 @pytest.mark.parametrize(("dtype", "product"), [(torch.float32, 100.0), (torch.float16, 400.0)], ids=str)
 def test_flops_are_compared_with_the_product_of_the_dtype(machine: Cpu, dtype: torch.dtype, product: float) -> None:
-    case = Case({"eager": waits(0.001, X)}, X, 0.0, flops=10**8, dtype=dtype)
+    case = Case({"eager": waits(0.001, X)}, X.double, 0.0, flops=10**8, dtype=dtype)
     (row,) = runner.measure("toy", case, machine, LIMITS, 0.01)
     assert row.gflops is not None
     assert row.share_of_ceiling == pytest.approx(row.gflops / product)
@@ -123,7 +125,7 @@ def test_a_peer_that_raises_or_is_wrong_is_listed_with_the_reason(machine: Cpu) 
     assert rows["flash"].ms is rows["other"].ms is None
     assert rows["random"].error is None
     assert rows["random"].ms is not None
-    assert "refused: RuntimeError: this backend" in runner.table(list(rows.values()))
+    assert "refused: RuntimeError: this backend" in table.markdown([asdict(row) for row in rows.values()])
 
 
 def test_a_report_is_written_and_names_what_was_left_out(machine: Cpu, tmp_path: Path) -> None:
@@ -160,11 +162,10 @@ def test_on_a_gpu_compiled_peers_are_timed_after_everything_else(machine: Cpu, m
 class Graph:
     """Stands for a CUDA graph: what is run while it is captured is its call."""
 
-    def __init__(self) -> None:
-        self.replayed = 0
+    replayed = 0
 
     def replay(self) -> None:
-        self.replayed += 1
+        Graph.replayed += 1
 
 
 def test_a_variant_that_cannot_be_captured_is_refused_and_the_others_keep_their_graphs(
@@ -177,14 +178,14 @@ def test_a_variant_that_cannot_be_captured_is_refused_and_the_others_keep_their_
     gpu = Cuda.__new__(Cuda)
     gpu.stream = None  # type: ignore[assignment]
 
-    graphs, refused = gpu._captured({"quick": lambda: None, "waits": refuses, "last": lambda: None})
+    graphs, refused = gpu._captured({"quick": [lambda: X], "waits": [lambda: X, refuses], "last": [lambda: X] * 2})
     assert list(graphs) == ["quick", "last"]
-    graphs["last"]()
-    assert graphs["last"].__self__.replayed == 1  # type: ignore[attr-defined]
+    assert [graph() is X for graph in graphs["last"]] == [True, True]
+    assert Graph.replayed == 2
     reason = "RuntimeError: this backend takes no mask"
     assert refused == {"waits": f"cannot be captured in a CUDA graph: {reason}"}
 
-    timing = Timing({"bert_fast toy": 1e-3}, "graph", {"eager": refused["waits"]})
+    timing = Timing({"bert_fast toy": summary([1e-3])}, "graph", {"eager": refused["waits"]})
     monkeypatch.setattr(Cpu, "interleaved", lambda *_: timing)
     eager, ours = runner.measure("toy", toy(), machine, LIMITS, 0.1)
     assert (ours.ms, ours.timing, ours.ratio_to_best_peer) == (1.0, "graph", None)
@@ -214,8 +215,9 @@ def test_an_interrupted_run_reports_what_was_measured(machine: Cpu) -> None:
 def test_passes_return_the_output_or_the_gradients(which: str) -> None:
     x, indices, dout = torch.randn(3, 2), torch.tensor([2, 0]), torch.randn(2, 2)
     call = runner.passes(lambda x, indices: 3 * x[indices], (x, indices), dout, which)
+    assert [read.shape for read in call.inputs] == [x.shape, indices.shape, *[dout.shape] * (which != "forward")]
     for _ in range(2):
-        result = call()
+        result = call.run()
     if which == "forward":
         assert isinstance(result, Tensor)
         assert torch.equal(result, 3 * x[indices])

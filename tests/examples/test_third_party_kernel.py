@@ -70,7 +70,7 @@ def test_verify_takes_the_file() -> None:
 @needs_compiler
 def test_the_benchmark_runs_it_beside_ours() -> None:
     """`--warm` compares every case with float64 and times nothing; a wrong kernel is the exit code."""
-    from benchmarks.ops.__main__ import implementations
+    from bert_fast.bench.kernels import implementations
     from bert_fast.kernels._common.third_party import load_file
 
     load_file(FOLDER / "cpp_add_layer_norm.py")

@@ -1,24 +1,20 @@
-"""Time the implementations of an op and its peers, as `kernels/<op>/cases.py` describes them.
-
-python -m benchmarks.ops <op> [--device cpu|cuda] [--quick] [--record] [--budget SECONDS] [--results FOLDER]
-python -m benchmarks.ops <op> --impls cuda      only this implementation and the peers; the report is <op>_cuda.json
-python -m benchmarks.ops <op> --kernels FILE.py  kernels that the file registers, beside ours
-python -m benchmarks.ops <op> --warm     compile and compare every case, time nothing
-"""
+"""The implementations of an op and its peers, as `kernels/<op>/cases.py` describes them."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.runner.runner import OURS, Case, Variant, arguments, main, parse, passes
-from bert_fast.kernels import available_impls
-from bert_fast.kernels._common import cases, records, third_party
+from bert_fast.bench.runner import OURS, Case, Variant, passes
+from bert_fast.kernels._common import cases, records
 from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, dtype_name
 from bert_fast.kernels._common.dispatch import OPS, known_impls
 from bert_fast.kernels._common.library import simulated
@@ -46,35 +42,49 @@ def case_of(op: str, device: torch.device, benchmark: Benchmark, impls: Sequence
     def variant(peer: Peer) -> Variant:
         inputs = benchmark.inputs if peer.inputs is None else peer.inputs
         dout = benchmark.dout if peer.dout is None else peer.dout
-        return Variant(passes(peer.call, inputs, dout, which), peer.result, peer.comparable)
+        run, read = passes(peer.call, inputs, dout, which)
+        return Variant(run, peer.result, peer.comparable, inputs=read, saves_inputs=which == "backward")
 
     variants = {name: variant(peer) for name, peer in benchmark.peers.items()}
     for impl in implementations(op, device, benchmark.dtype, impls):
         for suffix, inputs in {"": benchmark.inputs, **benchmark.also}.items():
             ours = Peer(partial(benchmark.call, impl=impl), inputs, result=benchmark.result)
-            variants[f"{OURS} {impl}{suffix}"] = variant(ours)
-    exact = benchmark.exact
-    if exact is None:
+            variants[f"{OURS} {impl}{suffix}"] = replace(variant(ours), precision=benchmark.precision)
+
+    def exact() -> Tensor:
+        if benchmark.exact is not None:
+            return benchmark.exact()
         inputs = [x.double() if x.is_floating_point() else x for x in benchmark.inputs]
         dout = None if benchmark.dout is None else benchmark.dout.double()
-        exact = benchmark.result(passes(partial(benchmark.call, impl="reference"), inputs, dout, which)())
+        return benchmark.result(passes(partial(benchmark.call, impl="reference"), inputs, dout, which).run())
+
     return Case(
         variants,
-        exact,
+        functools.cache(exact),
         benchmark.tolerance,
         benchmark.traffic,
         benchmark.flops,
         benchmark.dtype,
         benchmark.graph,
         call=None if benchmark.size is None else Time(dtype_name(benchmark.dtype), which, benchmark.size, 0.0).call(),
+        length=benchmark.length or next((len(x) for x in benchmark.inputs), 0),
     )
 
 
-def plans(op: str, device: torch.device, quick: bool, impls: Sequence[str] | None = None) -> list[Plan]:
-    """The op's benchmarks there, as cases of the runner."""
+def plans(
+    op: str, device: torch.device, quick: bool, impls: Sequence[str] | None = None, match: str = ""
+) -> list[Plan]:
+    """The op's benchmarks there whose names `match`, a regular expression, finds, as cases of the runner."""
+
+    def case(make: Callable[[], Benchmark]) -> Case:
+        benchmark = make()
+        again = (lambda: case_of(op, device, make(), impls)) if benchmark.inputs else None  # else it changes a state
+        return replace(case_of(op, device, benchmark, impls), again=again)
+
     return [
-        Plan(name, lambda make=make: case_of(op, device, make(), impls))  # type: ignore[misc]
+        Plan(name, partial(case, make))
         for name, make in cases.load(op).benchmarks(device, quick)
+        if re.search(match, name)
     ]
 
 
@@ -92,19 +102,7 @@ def record_times(op: str, device: str, report: Mapping[str, Any]) -> dict[str, P
     return {impl: records.write_times(device, op, impl, measured) for impl, measured in times.items()}
 
 
-if __name__ == "__main__":
-    parser = arguments("implementations of an op compared with its peers")
-    parser.prog = "python -m benchmarks.ops"
-    parser.add_argument("op", choices=list(available_impls()))
-    parser.add_argument("--impls", nargs="+", help="implementations to time beside the peers; all by default")
-    parser.add_argument("--kernels", metavar="FILE", help="a Python file that registers kernels")
-    options, machine = parse(parser)
-    if options.kernels:
-        third_party.load_file(options.kernels)
-    if unknown := sorted(set(options.impls or []) - set(known_impls())):
-        parser.error(f"--impls has {', '.join(unknown)}; expected some of {', '.join(known_impls())}")
-    name = "_".join([options.op, *(options.impls or [])])
-    selected = plans(options.op, machine.device, options.quick, options.impls)
-    on_gpu = machine.device.type == "cuda"
-    keep = partial(record_times, options.op, torch.cuda.get_device_name()) if on_gpu else lambda report: {}
-    sys.exit(main(name, selected, options, machine, keep))
+def keep_times(op: str, report: Mapping[str, Any]) -> None:
+    """`record_times` of a report of the CUDA device; nothing on a CPU."""
+    if "compute_capability" in report["environment"]:
+        record_times(op, report["environment"]["device_name"], report)

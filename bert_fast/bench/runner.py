@@ -1,15 +1,14 @@
 """The benchmark runner: variants interleaved in one process, medians, ceilings and errors measured in the same run.
 
 Each variant's result is compared with float64 before it is timed. A variant that raises or is wrong is listed as
-refused, with the reason, and not timed; if it is ours the exit code is 1. The printed table and the JSON under
-`benchmarks/results/<device>/`, which is rewritten after every case, carry the environment of the run. `devices.py`
-documents how calls are timed.
+refused, with the reason, and not timed; if it is ours the exit code is 1. What was timed is compared again (fair.py).
+The printed table and the JSON, which is rewritten after every case, carry the environment of the run. `devices.py`
+documents how calls are timed, docs/benchmarks.md the report.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -17,20 +16,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.runner.devices import Call, Machine, environment, machine_of, reason
 from bert_fast._io import write_json
+from bert_fast.bench import fair
+from bert_fast.bench.devices import CHECKOUT, LOAD, Call, Machine, environment, machine_of, reason
+from bert_fast.bench.names import COMPILED, OURS, YARDSTICK
+from bert_fast.bench.samples import Summary
+from bert_fast.bench.table import print_table
 from bert_fast.kernels._common.benchmarks import Plan, first
 from bert_fast.testing import max_error
 
-RESULTS = Path(__file__).parents[1] / "results"
-COMPILED = "torch.compile"  # in the names of variants
-OURS = "bert_fast"  # variants whose name starts with it are ours, the others are peers
-YARDSTICK = "copy of as many bytes"  # neither: a plain copy of the minimal traffic, timed in the same way
+RESULTS = CHECKOUT / "benchmarks" / "results"
+SCHEMA = "bert_fast.bench/1"
 GEMMS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "bf16"}  # whose product is the ceiling
 PRECISIONS = ("int8", "bf16", "fp32")  # in ascending order
 
@@ -46,6 +47,8 @@ class Variant:
         precision: one of `PRECISIONS` where the variants of a case differ in it: it chooses the matrix product that is
             the ceiling, and a variant of ours is compared with peers of the same or a higher precision.
         tolerance: replaces that of the case.
+        inputs: the tensors that `run` reads, of the same shapes in every case that `Case.again` makes.
+        saves_inputs: whether `run` keeps what it computed from `inputs`, as a forward pass does for the backward pass.
     """
 
     run: Call
@@ -53,6 +56,8 @@ class Variant:
     comparable: bool = True
     precision: str = ""
     tolerance: float | None = None
+    inputs: tuple[Tensor, ...] = ()
+    saves_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,19 @@ class Case:
 
     Args:
         variants: by name.
-        exact: the result in float64.
+        exact: returns the result in float64.
         tolerance: on the largest absolute error over the largest value of `exact`.
         traffic, flops: bytes that must be read and written, and floating-point operations that must be done.
         dtype: chooses the matrix product that is the ceiling.
         graph: False where a variant waits for the device.
         tokens: real tokens of the batch, where the case is a whole model.
         call: dtype, pass and size, as a record has them (`kernels/_common/times.py`); None where it has no times.
+        length: of the longest sequence, or the number of rows.
+        again: makes the same case with other inputs; None where the inputs are the weights of a model, or as large.
     """
 
     variants: Mapping[str, Variant]
-    exact: Tensor
+    exact: Callable[[], Tensor]
     tolerance: float
     traffic: int = 0
     flops: int = 0
@@ -79,15 +86,24 @@ class Case:
     graph: bool = True
     tokens: int = 0
     call: Mapping[str, Any] | None = None
+    length: int = 0
+    again: Callable[[], Case] | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one case. A refused variant has no figures; `refused` is the reason."""
+    """One variant of one case, as docs/benchmarks.md describes it. A refused variant has no figures; `refused` is the
+    reason."""
 
     case: str
     variant: str
+    op: str = ""
     ms: float | None = None
+    ms_low: float | None = None
+    ms_high: float | None = None
+    iqr_ms: float | None = None
+    outliers: int | None = None
+    calls: int | None = None
     gbytes_per_s: float | None = None
     gflops: float | None = None
     share_of_ceiling: float | None = None
@@ -98,6 +114,9 @@ class Row:
     refused: str = ""
     precision: str = ""
     tokens_per_s: float | None = None
+    traffic: int = 0
+    flops: int = 0
+    length: int = 0
     call: Mapping[str, Any] | None = None  # of the case
 
 
@@ -111,9 +130,14 @@ class Checked:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def passes(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor | None, which: str
-) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+class Pass(NamedTuple):
+    """A call, and the tensors that it reads."""
+
+    run: Callable[[], Tensor | tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...]
+
+
+def passes(function: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor | None, which: str) -> Pass:
     """A call that computes `which` pass of `function(*inputs)`.
 
     Args:
@@ -127,11 +151,12 @@ def passes(
             with torch.no_grad():
                 return function(*inputs)
 
-        return forward
+        return Pass(forward, tuple(inputs))
     leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
     differentiated = [x for x in leaves if x.requires_grad]
+    read = (*leaves, dout) if dout is not None else tuple(leaves)
     if which == "forward + backward":
-        return lambda: torch.autograd.grad(function(*leaves), differentiated, dout)
+        return Pass(lambda: torch.autograd.grad(function(*leaves), differentiated, dout), read)
     saved: list[Tensor] = []
 
     def backward() -> tuple[Tensor, ...]:
@@ -139,19 +164,20 @@ def passes(
             saved.append(function(*leaves))
         return torch.autograd.grad(saved[0], differentiated, dout, retain_graph=True)
 
-    return backward
+    return Pass(backward, read)
 
 
 def checked(case: Case, machine: Machine) -> Checked:
     """Run and compare every variant once; those that raise or are wrong are refused."""
-    scale = float(case.exact.abs().max()) or 1.0
+    exact = case.exact()
+    scale = float(exact.abs().max()) or 1.0
     outcome = Checked()
     for label, variant in case.variants.items():
         with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")  # torch warns why a backend of SDPA refuses
             try:
                 result, peak = machine.with_peak(variant.run)
-                error = max_error(variant.result(result), case.exact) / scale if variant.comparable else None
+                error = max_error(variant.result(result), exact) / scale if variant.comparable else None
             except Exception as problem:
                 outcome.refused[label] = "; ".join([reason(problem), *_reasons(messages)])
                 machine.release()
@@ -171,16 +197,35 @@ def _reasons(messages: Sequence[warnings.WarningMessage]) -> list[str]:
 
 
 def measure(name: str, case: Case, machine: Machine, limits: Mapping[str, float], seconds: float) -> list[Row]:
-    """Compare every variant, then time those that passed, interleaved, for about `seconds`."""
+    """Compare every variant, time those that passed, interleaved, for about `seconds`, and compare them again."""
     outcome = checked(case, machine)
-    runs = dict(outcome.runs)
-    if machine.device.type == "cuda" and case.traffic and not case.flops:
-        source = torch.randint(0, 256, (case.traffic // 2,), dtype=torch.uint8, device=machine.device)
-        target = torch.empty_like(source)
-        runs[YARDSTICK] = lambda: target.copy_(source)
-    timing = machine.interleaved(runs, seconds, case.graph) if runs else None
-    medians = timing.seconds if timing else {}
-    outcome.refused.update(timing.refused if timing else {})
+    times: dict[str, Summary] = {}
+    method = ""
+    if outcome.runs:
+        cases = fair.cases(case, machine)
+        runs = {label: [one.variants[label].run for one in cases] for label in outcome.runs}
+        if machine.device.type == "cuda" and case.traffic and not case.flops:
+            source = torch.randint(0, 256, (case.traffic // 2,), dtype=torch.uint8, device=machine.device)
+            target = torch.empty_like(source)
+            runs[YARDSTICK] = [lambda: target.copy_(source)]
+        fair.prepare(cases, runs)
+        timing = machine.interleaved(runs, seconds, case.graph)
+        times, method = timing.times, timing.method
+        outcome.refused.update(timing.refused)
+        outcome.refused.update(fair.faults(cases, timing, outcome.errors, limits, ceiling_of(case, limits)))
+    return rows_of(name, case, outcome, times, method, limits)
+
+
+def ceiling_of(case: Case, limits: Mapping[str, float], precision: str = "") -> float:
+    """GFLOP/s of the matrix product in `precision`, or in that of the case."""
+    return limits.get(f"{precision or GEMMS.get(case.dtype, 'fp32')}_gemm_gflops", limits["fp32_gemm_gflops"])
+
+
+def rows_of(
+    name: str, case: Case, outcome: Checked, times: Mapping[str, Summary], method: str, limits: Mapping[str, float]
+) -> list[Row]:
+    """The rows of a case: its variants in order, then the copy."""
+    medians = {label: time.median for label, time in times.items() if label not in outcome.refused}
     precisions = {label: variant.precision for label, variant in case.variants.items()}
     peers = {label: median for label, median in medians.items() if not label.startswith(OURS) and label != YARDSTICK}
     rows = []
@@ -190,25 +235,32 @@ def measure(name: str, case: Case, machine: Machine, limits: Mapping[str, float]
             rows.append(Row(name, label, refused=outcome.refused[label], precision=precision))
         elif label in medians:
             median = medians[label]
+            time = times[label]
             gbytes, gflops = case.traffic / median / 1e9, case.flops / median / 1e9
-            product = limits.get(
-                f"{precision or GEMMS.get(case.dtype, 'fp32')}_gemm_gflops", limits["fp32_gemm_gflops"]
-            )
+            product = ceiling_of(case, limits, precision)
             rivals = [median for peer, median in peers.items() if at_least(precisions[peer], precision)]
             rows.append(
                 Row(
                     name,
                     label,
                     ms=median * 1e3,
+                    ms_low=time.low * 1e3,
+                    ms_high=time.high * 1e3,
+                    iqr_ms=time.iqr * 1e3,
+                    outliers=time.outliers,
+                    calls=time.count,
                     gbytes_per_s=gbytes,
                     gflops=gflops,
                     share_of_ceiling=gflops / product if case.flops else gbytes / limits["copy_gbytes_per_s"],
                     error=outcome.errors.get(label),
                     ratio_to_best_peer=min(rivals) / median if rivals else None,
                     peak_mbytes=outcome.peaks.get(label),
-                    timing=timing.method if timing else "",
+                    timing=method,
                     precision=precision,
                     tokens_per_s=case.tokens / median if case.tokens else None,
+                    traffic=case.traffic,
+                    flops=case.flops,
+                    length=case.length,
                     call=case.call,
                 )
             )
@@ -218,29 +270,6 @@ def measure(name: str, case: Case, machine: Machine, limits: Mapping[str, float]
 def at_least(precision: str, other: str) -> bool:
     """Whether `precision` is `other` or higher; an empty name is equal to every precision."""
     return not (precision and other) or PRECISIONS.index(precision) >= PRECISIONS.index(other)
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
-    rate = "real tokens/s" if any(row.tokens_per_s for row in rows) else "GB/s"
-    lines = [
-        f"| case | variant | ms | {rate} | GFLOP/s | of ceiling | error | x best peer |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        if r.ms is None:
-            lines.append(f"| {r.case} | {r.variant} | refused: {r.refused} | | | | | |")
-            continue
-        error = (
-            "own mask" if r.error is None and r.variant != YARDSTICK else "" if r.error is None else f"{r.error:.1e}"
-        )
-        ratio = "" if r.ratio_to_best_peer is None or r.variant == YARDSTICK else f"{r.ratio_to_best_peer:.2f}"
-        rate = f"{r.gbytes_per_s:.1f}" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}"
-        lines.append(
-            f"| {r.case} | {r.variant} | {r.ms:.3f} | {rate} | {r.gflops:.1f} "
-            f"| {r.share_of_ceiling:.0%} | {error} | {ratio} |"
-        )
-    return "\n".join(lines)
 
 
 def is_compiled(variant: str) -> bool:
@@ -260,8 +289,9 @@ def run(
     seconds: float,
     budget: float = float("inf"),
     save: Callable[[dict[str, Any]], None] = lambda report: None,
+    limits: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Measure the plans within `budget` seconds.
+    """Measure the plans within `budget` seconds, and print their table.
 
     On a GPU the peers of torch.compile, which takes seconds a case, come last: their cases are then timed once more.
 
@@ -272,12 +302,13 @@ def run(
         seconds: the time for each case.
         budget: seconds after which no case begins.
         save: called with the report after every case.
+        limits: the ceilings, where they are known.
 
     Returns:
         The report that `--record` writes; `failures` has the refused variants of ours.
     """
     begin = time.perf_counter()
-    limits = machine.ceilings()
+    limits = limits or machine.ceilings()
     machine.release()
     about, on_gpu = environment(machine), machine.device.type == "cuda"
     rows: dict[str, list[Row]] = {}
@@ -285,9 +316,11 @@ def run(
 
     def report() -> dict[str, Any]:
         flat = [row for of_case in rows.values() for row in of_case]
+        now = {**about, **LOAD.of_others(), **{f"{name}_at_end": mhz for name, mhz in machine.clock().items()}}
         parts = {"left_out": left_out, "failures": failures(flat)}
         filled = {name: list(value) for name, value in parts.items() if value}
-        return {"environment": about, "ceilings": limits, "rows": [asdict(row) for row in flat], **filled}
+        rows_as_json = [asdict(replace(row, op=op)) for row in flat]
+        return {"schema": SCHEMA, "environment": now, "ceilings": limits, "rows": rows_as_json, **filled}
 
     again: list[Plan] = []  # those with compiled peers
     for plan in chain(plans, again):  # `again` grows
@@ -306,12 +339,12 @@ def run(
         left_out.remove(plan.name if first_time else f"{plan.name}, {COMPILED}")
         save(report())
         machine.release()
-    rounded = {name: round(value, 1) for name, value in limits.items()}
-    print(f"{op}: {json.dumps({**about, **rounded})}\n{table([row for of_case in rows.values() for row in of_case])}")
+    result = report()
+    print_table(op, result)
     if left_out:
         print(f"not measured, out of time: {'; '.join(left_out)}")
     print(f"{op}: {len(rows)} of {len(plans)} cases in {time.perf_counter() - begin:.0f} s")
-    return report()
+    return result
 
 
 def warm(plans: Sequence[Plan], machine: Machine) -> list[str]:
@@ -359,14 +392,25 @@ def arguments(what: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Machine]:
     """The options and the machine; sets up PyTorch for benchmarks with compiled peers."""
     options = parser.parse_args()
-    torch.manual_seed(0)
-    # Each case is a size of its own; beyond the limit a peer would run eagerly.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]  # "backward" runs one graph many times
+    set_up()
     try:
         return options, machine_of(options.device)
     except ValueError as error:
         parser.error(str(error))
+
+
+def set_up() -> None:
+    """A fixed seed, and PyTorch's settings for benchmarks with compiled peers."""
+    torch.manual_seed(0)
+    # Each case is a size of its own; beyond the limit a peer would run eagerly.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]  # "backward" runs one graph many times
+
+
+def seconds_a_case(machine: Machine, quick: bool) -> float:
+    """The time for each case."""
+    on_gpu = machine.device.type == "cuda"
+    return (0.1 if on_gpu else 0.2) if quick else (0.3 if on_gpu else 2.0)
 
 
 def main(
@@ -378,8 +422,7 @@ def main(
 ) -> int:
     """Measure the plans and print the table; 1 if one of ours failed. With `--record` the report is written, and given
     to `recorded`, after every case."""
-    on_gpu = machine.device.type == "cuda"
-    seconds = (0.1 if on_gpu else 0.2) if options.quick else (0.3 if on_gpu else 2.0)
+    seconds = seconds_a_case(machine, options.quick)
     with machine.active():
         if options.warm:
             return exit_code(warm(plans, machine))

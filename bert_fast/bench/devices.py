@@ -1,6 +1,8 @@
 """The device of a benchmark: how calls are timed on it, its ceilings, and the environment of the figures.
 
-On a CPU a call is timed by the host's clock, on a GPU by a pair of CUDA events on one stream:
+Each variant of a case is several calls that compute the same from other inputs, in turn, together larger than the
+caches: no timed call finds its inputs in a cache, nor the result of the call before to be its own. On a CPU a call is
+timed by the host's clock, on a GPU by a pair of CUDA events on one stream:
 
 - before each call, outside the pair, a buffer of at least twice the L2 cache is read, so that the call reads its inputs
   from memory; meanwhile the host queues the call. Reading leaves no dirty lines for the call to write back.
@@ -13,6 +15,7 @@ On a CPU a call is timed by the host's clock, on a GPU by a pair of CUDA events 
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import random
@@ -20,7 +23,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,20 +32,31 @@ from typing import Any, NamedTuple
 import torch
 
 import bert_fast
+from bert_fast.bench.samples import Summary, summary
 
 Call = Callable[[], Any]
 MEGABYTE = 1 << 20
+CHECKOUT = Path(__file__).parents[2]  # the folder of the sources, unless the package is installed
 SHORT = 0.2  # seconds: on a CPU a shorter call follows an untimed one
 FLUSH = 256 * MEGABYTE  # at least: 60 us or more of reading, during which the host queues the timed call
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints a line at its start and its end
 BUSY, BUSY_CORES = 0.6, 0.2  # load average per core, and cores of other processes, above which a machine is busy
 
 
-class Timing(NamedTuple):
-    """Median seconds of each call, the method, and the reasons why other calls could not be timed."""
+class Kept(NamedTuple):
+    """The result of a timed call, and which of the variant's calls it was."""
 
-    seconds: dict[str, float]
+    index: int
+    result: Any
+
+
+class Timing(NamedTuple):
+    """The times of each variant, the method, the reasons why others could not be timed, and one result of each."""
+
+    times: dict[str, Summary]
     method: str
     refused: Mapping[str, str] = {}
+    kept: Mapping[str, Kept] = {}
 
 
 def timed(run: Call) -> float:
@@ -55,6 +69,11 @@ def timed(run: Call) -> float:
 def rounds_in(seconds: float, seconds_per_round: float) -> int:
     """The number of rounds that fit, 5 to 200."""
     return min(200, max(5, int(seconds / max(seconds_per_round, 1e-9))))
+
+
+def _copied(result: Any) -> Any:
+    """The tensors of a result of a call, in memory of their own."""
+    return result.clone() if isinstance(result, torch.Tensor) else type(result)(map(_copied, result))
 
 
 def slug(text: str) -> str:
@@ -78,28 +97,53 @@ class Cpu:
         """The context of the whole run."""
         return nullcontext()
 
-    def interleaved(self, runs: Mapping[str, Call], seconds: float, graph: bool = True) -> Timing:
-        """Median seconds of each call, interleaved for about `seconds`, in a new order each round.
+    def interleaved(self, runs: Mapping[str, Sequence[Call]], seconds: float, graph: bool = True) -> Timing:
+        """Times of the calls of each variant in turn, interleaved for about `seconds`, in a new order each round.
 
-        A call shorter than `SHORT` follows an untimed one, which warms its caches. A call whose rounds together exceed
-        `seconds` is skipped from then on, but not before three rounds, or one if a single call takes that long.
+        A call shorter than `SHORT` follows an untimed one, of other inputs where the variant has several, so that its
+        code is in the caches. A variant whose rounds together exceed `seconds` is skipped from then on, but not before
+        three rounds, or one if a single call takes that long. One timed result of each, drawn at random, is kept.
         """
-        times = {name: [timed(run)] for name, run in runs.items()}
+        times = {name: [timed(calls[0])] for name, calls in runs.items()}
         one = sum(self.pause + first * (2 if first < SHORT else 1) for (first,) in times.values())
-        order, shuffle = list(runs), random.Random(0).shuffle
+        order, draw = list(runs), random.Random(0)
+        kept: dict[str, Kept] = {}
         for done in range(rounds_in(seconds, one)):
-            shuffle(order)
+            draw.shuffle(order)
             for name in order:
                 if done < (3 if times[name][0] <= seconds else 1) or sum(times[name]) <= seconds:
                     time.sleep(self.pause)
+                    index = (done + 1) % len(runs[name])
                     if times[name][0] < SHORT:
-                        runs[name]()
-                    times[name].append(timed(runs[name]))
-        return Timing({name: statistics.median(samples[1:]) for name, samples in times.items()}, "calls")
+                        runs[name][(index + 1) % len(runs[name])]()
+                    start = time.perf_counter()
+                    result = runs[name][index]()
+                    times[name].append(time.perf_counter() - start)
+                    if draw.random() < 1 / (done + 1):  # each round is the kept one with the same probability
+                        kept[name] = Kept(index, result)
+                    del result
+        return Timing({name: summary(samples[1:]) for name, samples in times.items()}, "calls", {}, kept)
 
     def with_peak(self, run: Call) -> tuple[Any, float | None]:
-        """The result of a call and None: peak memory is not measured on a CPU."""
-        return run(), None
+        """The result of a call, and the peak megabytes that it allocated through torch."""
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profile:
+            result = run()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        return result, max(itertools.accumulate(changes), default=0) / MEGABYTE
+
+    def cache_bytes(self) -> int:
+        """The size of the last level of the caches; 32 MB where the system doesn't say."""
+        sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+        return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=32 * MEGABYTE)
+
+    def clock(self) -> dict[str, float]:
+        """The clock of the fastest core now, in MHz; nothing where the system doesn't say."""
+        cpuinfo = Path("/proc/cpuinfo")
+        clocks = re.findall(r"cpu MHz\s*:\s*([\d.]+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+        return {"core_mhz": max(map(float, clocks))} if clocks else {}
 
     def release(self) -> None:
         """Nothing is cached."""
@@ -193,44 +237,65 @@ class Cuda:
         """The stream: autograd runs a backward pass on the stream of its forward, and the capture must see both."""
         return torch.cuda.stream(self.stream)
 
-    def interleaved(self, runs: Mapping[str, Call], seconds: float, graph: bool = True) -> Timing:
-        """Median seconds of each call with a cold L2, interleaved for about `seconds`."""
-        for run in runs.values():
-            for _ in range(2):
-                run()
-        calls, refused = self._captured(runs) if graph else (dict(runs), {})
-        first = self._rounds(calls, 2)
-        one = sum(map(min, first.values())) + 1e-4 * len(calls)  # 1e-4: about a flush
-        times = self._rounds(calls, rounds_in(seconds, one))
-        medians = {name: statistics.median(samples) for name, samples in times.items()}
-        return Timing(medians, "graph" if graph else "calls", refused)
+    def interleaved(self, runs: Mapping[str, Sequence[Call]], seconds: float, graph: bool = True) -> Timing:
+        """Times of the calls of each variant in turn with a cold L2, interleaved for about `seconds`."""
+        for calls in runs.values():
+            for call in (*calls, *calls):
+                call()
+        runs, refused = self._captured(runs) if graph else (runs, {})
+        first = self._rounds(runs, 2)
+        one = sum(map(min, first.values())) + 1e-4 * len(runs)  # 1e-4: about a flush
+        times = {name: summary(samples) for name, samples in self._rounds(runs, rounds_in(seconds, one)).items()}
+        kept = {}
+        for name, calls in runs.items():  # the results of graphs share memory, so each is copied at once
+            kept[name] = Kept(0, _copied(calls[0]()))
+            torch.cuda.synchronize()
+        return Timing(times, "graph" if graph else "calls", refused, kept)
 
-    def _captured(self, runs: Mapping[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
-        """Graphs of one call each, and the reasons why other calls can't be captured."""
+    def _captured(self, runs: Mapping[str, Sequence[Call]]) -> tuple[dict[str, list[Call]], dict[str, str]]:
+        """Graphs of one call each, and the reasons why other variants can't be captured."""
         pool = torch.cuda.graph_pool_handle()
-        graphs: dict[str, Call] = {}
+        graphs: dict[str, list[Call]] = {}
         refused: dict[str, str] = {}
-        for name, run in runs.items():
-            graph = torch.cuda.CUDAGraph()
+        for name, calls in runs.items():
             try:
-                with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-                    run()
+                graphs[name] = [self._captured_call(call, pool) for call in calls]
             except RuntimeError as error:
                 torch.cuda.synchronize()
                 refused[name] = f"cannot be captured in a CUDA graph: {reason(error)}"
-            else:
-                graphs[name] = graph.replay
         return graphs, refused
 
-    def _rounds(self, calls: Mapping[str, Call], count: int) -> dict[str, list[float]]:
-        """Seconds of each call in each round; the host synchronizes once, at the end."""
-        pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-        for _ in range(count):
-            for name, call in calls.items():
+    def _captured_call(self, call: Call, pool: Any) -> Call:
+        """A call that replays the graph of `call` and returns its result."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            result = call()
+
+        def replay() -> Any:
+            graph.replay()
+            return result
+
+        return replay
+
+    def cache_bytes(self) -> int:
+        """None that matters: L2 is flushed before each call."""
+        return 0
+
+    def clock(self) -> dict[str, float]:
+        """The clocks of the multiprocessors and of the memory now, in MHz; nothing where nvidia-smi doesn't say."""
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits"]
+        clocks = re.findall(r"[\d.]+", (_output(query).splitlines() or [""])[0])
+        return dict(zip(("sm_mhz", "memory_mhz"), map(float, clocks), strict=False))
+
+    def _rounds(self, runs: Mapping[str, Sequence[Call]], count: int) -> dict[str, list[float]]:
+        """Seconds of a call of each variant in each round; the host synchronizes once, at the end."""
+        pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+        for done in range(count):
+            for name, calls in runs.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.amax(self._flushed, 0, out=self._largest)
                 start.record()
-                call()
+                calls[done % len(calls)]()
                 end.record()
                 pairs[name].append((start, end))
         torch.cuda.synchronize()
@@ -254,16 +319,14 @@ class Cuda:
         with self.active():
             source = torch.randn(2**28, device=self.device)
             target, one = torch.empty_like(source), torch.zeros(1, device=self.device)
-            copy = self.interleaved({"copy": lambda: target.copy_(source)}, 0.1).seconds["copy"]
-            launch = self.interleaved({"one": lambda: one.add_(1)}, 0.02).seconds["one"]
+            copy = self.interleaved({"copy": [lambda: target.copy_(source)]}, 0.1).times["copy"].median
+            launch = self.interleaved({"one": [lambda: one.add_(1)]}, 0.02).times["one"].median
             ceilings = {"copy_gbytes_per_s": 2 * source.nbytes / copy / 1e9, "launch_us": launch * 1e6}
             for name, dtype, size in (("bf16", torch.bfloat16, 8192), ("fp32", torch.float32, 4096)):
                 a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
                 product = torch.empty_like(a)
-                seconds = self.interleaved(
-                    {"product": lambda a=a, b=b, out=product: torch.mm(a, b, out=out)},  # type: ignore[misc]
-                    0.2,
-                ).seconds["product"]
+                runs = {"product": [lambda a=a, b=b, out=product: torch.mm(a, b, out=out)]}  # type: ignore[misc]
+                seconds = self.interleaved(runs, 0.2).times["product"].median
                 ceilings[f"{name}_gemm_gflops"] = 2 * size**3 / seconds / 1e9
         return ceilings
 
@@ -351,7 +414,7 @@ LOAD = Load()
 
 def _output(command: list[str]) -> str:
     try:
-        root = Path(__file__).parents[2]
+        root = CHECKOUT if CHECKOUT.exists() else None
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         return ""
@@ -359,7 +422,7 @@ def _output(command: list[str]) -> str:
 
 def commit() -> str:
     """The commit of the checkout, with "+changes" if files differ; outside a checkout, BERT_FAST_COMMIT."""
-    head = _output(["git", "rev-parse", "--short", "HEAD"])
+    head = _output(["git", "rev-parse", "--short", "HEAD"]) if (CHECKOUT / "csrc").exists() else ""
     if not head:
         return os.environ.get("BERT_FAST_COMMIT", "unknown")
     return head + ("+changes" if _output(["git", "status", "--porcelain"]) else "")
@@ -375,6 +438,7 @@ def environment(machine: Machine) -> dict[str, Any]:
         "bert_fast": bert_fast.__version__,
         "commit": commit(),
         "threads": torch.get_num_threads(),
+        **machine.clock(),
         **LOAD.of_others(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }

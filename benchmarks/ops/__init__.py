@@ -1,1 +1,0 @@
-"""Benchmarks of single ops: `python -m benchmarks.ops <op>` compares an op's implementations with its peers."""

@@ -1,0 +1,1 @@
+"""Benchmarks of kernels and models: `bert-fast bench` times, checks, compares and draws them."""
