@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast._io import read_json
-from bert_fast.bench.names import YARDSTICK
+from bert_fast.bench.names import OURS, YARDSTICK
 
 Report = dict[str, Any]
 Key = tuple[str, str, str]  # op, case, variant
@@ -61,20 +61,35 @@ def _report(file: Path) -> Report | None:
     return {**content, "rows": [{"op": file.stem, **row} if not row.get("op") else row for row in rows]}
 
 
-def differences(old: Report, new: Report) -> list[str]:
-    """The parts of the environment that differ although times depend on them."""
+def doubts(old: Report, new: Report) -> list[str]:
+    """Why the times of two reports may differ for other reasons than the code."""
     before, after = old["environment"], new["environment"]
-    return [f"{name} {before.get(name)} and {after.get(name)}" for name in SAME if before.get(name) != after.get(name)]
+    found = [
+        f"{name} is {before.get(name)} in one and {after.get(name)} in the other"
+        for name in SAME
+        if before.get(name) != after.get(name)
+    ]
+    for name, environment in (("first", before), ("second", after)):
+        if environment.get("busy"):
+            found.append(f"other processes used the machine in the {name}")
+    return found
 
 
 def compare(old: Report, new: Report, threshold: float) -> list[Change]:
-    """The variants of both reports, in the order of the new one.
+    """The variants of the ops that are in both reports, in the order of the new one.
 
     Args:
         threshold: medians that differ by less, relatively, are the same: 0.05 is five per cent.
+
+    Raises:
+        ValueError: no op is in both.
     """
     before, after = _rows(old), _rows(new)
-    keys = [*after, *(key for key in before if key not in after)]
+    ops = [sorted({op for op, *_ in rows}) for rows in (before, after)]
+    both = set(ops[0]) & set(ops[1])
+    if not both:
+        raise ValueError(f"no op is in both: {' and '.join(', '.join(names) or 'none' for names in ops)}")
+    keys = [key for key in (*after, *(key for key in before if key not in after)) if key[0] in both]
     return [_change(key, before.get(key), after.get(key), threshold) for key in keys]
 
 
@@ -105,8 +120,9 @@ def _interval(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def worse(changes: Sequence[Change]) -> list[Change]:
-    """What makes the exit code 1: slower, refused now, or no longer measured."""
-    return [change for change in changes if change.verdict in ("slower", "now refused", "gone")]
+    """What makes the exit code 1: one of ours, or a registered kernel, is slower, refused now, or no longer measured."""
+    verdicts = ("slower", "now refused", "gone")
+    return [change for change in changes if change.verdict in verdicts and change.key[2].startswith(OURS)]
 
 
 def lines(changes: Sequence[Change], *, all_of_them: bool = False) -> list[list[str]]:

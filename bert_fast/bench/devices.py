@@ -149,15 +149,17 @@ class Cpu:
         """Nothing is cached."""
 
     def ceilings(self) -> dict[str, float]:
-        """Copy bandwidth (GB/s, read + written) and matrix products (GFLOP/s), measured now."""
+        """Bandwidth (GB/s) of a copy, read + written, and of reading, and matrix products (GFLOP/s), measured now."""
         source, target = torch.randn(2**25), torch.empty(2**25)
         copy = statistics.median(timed(lambda: target.copy_(source)) for _ in range(9))
+        read = statistics.median(timed(source.sum) for _ in range(9))
         a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
         for _ in range(50):  # starts the threads, raises the clock
             a @ b
         product = statistics.median(timed(lambda: a @ b) for _ in range(15))
         return {
             "copy_gbytes_per_s": 2 * source.nbytes / copy / 1e9,
+            "read_gbytes_per_s": source.nbytes / read / 1e9,
             **gemm_ceilings({"fp32": 2 * 1024**3 / product / 1e9}),
         }
 

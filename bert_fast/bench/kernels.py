@@ -43,13 +43,14 @@ def case_of(op: str, device: torch.device, benchmark: Benchmark, impls: Sequence
         inputs = benchmark.inputs if peer.inputs is None else peer.inputs
         dout = benchmark.dout if peer.dout is None else peer.dout
         run, read = passes(peer.call, inputs, dout, which)
-        return Variant(run, peer.result, peer.comparable, inputs=read, saves_inputs=which == "backward")
+        return Variant(run, peer.result, peer.comparable, peer.precision, inputs=read, saves_inputs=which == "backward")
 
     variants = {name: variant(peer) for name, peer in benchmark.peers.items()}
     for impl in implementations(op, device, benchmark.dtype, impls):
         for suffix, inputs in {"": benchmark.inputs, **benchmark.also}.items():
-            ours = Peer(partial(benchmark.call, impl=impl), inputs, result=benchmark.result)
-            variants[f"{OURS} {impl}{suffix}"] = replace(variant(ours), precision=benchmark.precision)
+            call = partial(benchmark.call, impl=impl)
+            ours = Peer(call, inputs, result=benchmark.result, precision=benchmark.precision)
+            variants[f"{OURS} {impl}{suffix}"] = variant(ours)
 
     def exact() -> Tensor:
         if benchmark.exact is not None:

@@ -96,7 +96,11 @@ def _figures_of_op(rows: Sequence[Row]) -> list[str]:
         figures += ["<h3>Ours over the best peer: longer is faster</h3>", _figure(_over_peers(ratios))]
     for value, title, unit in (("ms", "Time by length", "ms"), ("peak_mbytes", "Memory by length", "MB")):
         drawn = [row for row in rows if row.get(value) and row.get("length") and row["variant"] != YARDSTICK]
-        if len({row["length"] for row in drawn}) > 1:
+        lengths: dict[str, set[int]] = {}
+        for row in drawn:
+            lengths.setdefault(_kind(row["case"]), set()).add(row["length"])
+        drawn = [row for row in drawn if len(lengths[_kind(row["case"])]) > 1]
+        if drawn:
             figures += [f"<h3>{title}</h3>", _figure(_by_length(drawn, value, unit))]
     return figures
 
@@ -106,12 +110,16 @@ def _figure(figure: Any) -> str:
 
 
 def _axes(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
-    """A figure of panels, one below the other, each `height` inches, for a light and a dark page."""
+    """A figure of panels, two in a row, each row `height` inches, for a light and a dark page."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height * panels), layout="constrained")
+    rows, columns = -(-panels // 2), min(panels, 2)
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
     figure.patch.set_alpha(0.0)
-    axes = list(figure.subplots(panels, 1, squeeze=False)[:, 0])
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[panels:]:
+        unused.set_visible(False)
+    axes = axes[:panels]
     for panel in axes:
         panel.patch.set_alpha(0.0)
         panel.tick_params(colors=_INK, which="both")
@@ -140,10 +148,8 @@ def _roofline(rows: Sequence[Row], ceilings: Mapping[str, float]) -> Any:
             corner = ceiling / copy
             xs = sorted({ends[0], min(max(corner, ends[0]), ends[1]), ends[1]})
             panel.plot(xs, [min(ceiling, copy * x) for x in xs], color=_INK, linewidth=1.0)
-            panel.annotate(
-                f"{name.removesuffix('_gemm_gflops')} {ceiling:,.0f}", (ends[1], min(ceiling, copy * ends[1])),
-                color=_INK, fontsize=8, ha="right", va="bottom",
-            )  # fmt: skip
+            text = f"{name.removesuffix('_gemm_gflops')} {ceiling:,.0f}"
+            panel.annotate(text, (ends[1], min(ceiling, copy * ends[1])), color=_INK, fontsize=8, va="center")
     groups: dict[str, list[Row]] = {}
     for row in drawn:
         groups.setdefault(f"{row['op']}, {'ours' if row['variant'].startswith(OURS) else 'peers'}", []).append(row)

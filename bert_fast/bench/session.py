@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ class Suite:
         op: its name in the rows.
         plans: the cases.
         recorded: called with the report whenever `--record` has written it.
+        about: further fields of the environment.
     """
 
     op: str
     plans: Sequence[Plan]
     recorded: Callable[[Report], None] = lambda report: None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def start(device: str | None) -> Machine:
@@ -65,6 +67,7 @@ def run(suites: Mapping[str, Suite], machine: Machine, args: Any, *, warm: bool 
                 continue
 
             def save(report: Report, name: str = name, suite: Suite = suite) -> None:
+                report["environment"] |= suite.about
                 reports[name] = report
                 if args.record:
                     write_json(runner.file_of(report, name, results), report)

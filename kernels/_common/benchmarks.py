@@ -36,6 +36,7 @@ class Peer:
         inputs, dout: in the peer's own layout or dtype; None for those of the benchmark.
         result: maps the output, or the tuple of gradients, to the tensor that is compared; not timed.
         comparable: False where the result is random (dropout with a mask of the peer's own).
+        precision: where it isn't that of the benchmark's dtype: "int8".
     """
 
     call: Fn
@@ -43,6 +44,7 @@ class Peer:
     dout: Tensor | None = None
     result: Callable[[Any], Tensor] = first
     comparable: bool = True
+    precision: str = ""
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,12 @@ LAYERS = {"qkv": (768, 2304), "down": (3072, 768), "feed-forward": (768, 3072)}
 
 def _benchmark(device: torch.device, rows: int, layer: str) -> Benchmark:
     width, columns = LAYERS[layer]
-    first = nn.Linear(width, columns)
-    layers: list[nn.Module] = [first]
-    if layer == "feed-forward":
-        layers += [nn.GELU(), nn.Linear(columns, width, bias=False)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the weights are no input: those of every benchmark are the same
+        first = nn.Linear(width, columns)
+        layers: list[nn.Module] = [first]
+        if layer == "feed-forward":
+            layers += [nn.GELU(), nn.Linear(columns, width, bias=False)]
     eager = nn.Sequential(*layers).to(device).eval()
     weights = [quantize_weight(module.weight) for module in layers if isinstance(module, nn.Linear)]
     bias = first.bias.detach()
@@ -87,7 +89,7 @@ def _benchmark(device: torch.device, rows: int, layer: str) -> Benchmark:
     return Benchmark(
         call,
         (x,),
-        {"eager fp32": Peer(eager), "torch dynamic int8": Peer(dynamic)},
+        {"eager fp32": Peer(eager), "torch dynamic int8": Peer(dynamic, precision="int8")},
         0.05,  # of INT8, compared with the weights before they were quantized
         exact=lambda: copy.deepcopy(eager).double()(x.double()).detach(),
         precision="int8",

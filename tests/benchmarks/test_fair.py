@@ -171,7 +171,7 @@ def test_nothing_is_faster_than_the_ceilings(machine: Cpu, planted: Callable[[Ke
 
 def test_the_inputs_of_a_case_are_together_larger_than_the_caches(machine: Cpu) -> None:
     made = fair.cases(case(), machine)
-    assert len(made) == 2 * 40_000 // (2 * 64 * 48 * 4) + 1
+    assert len(made) == 4 * 40_000 // (2 * 64 * 48 * 4) + 1
     inputs = [one.variants["bert_fast planted"].inputs[0] for one in made if one.variants]
     assert not inputs  # nothing is registered here
     fixed = replace(case(), again=None)
