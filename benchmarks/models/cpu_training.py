@@ -6,8 +6,8 @@
 BERT-base, 8 sequences of 128 tokens, full and half filled (lengths evenly spaced from 4 to 128), 15 % of the tokens
 masked, dropout 0.1; FP32, and BF16 autocast. transformers gets padded batches and `sdpa` attention, ours the same
 sequences packed; both use fused AdamW with a learning rate of zero, which is the same work and keeps the weights. FLOPs
-are those of the matrix products over real and masked tokens, three times the forward's. `benchmarks.ops attention`
-times attention alone.
+are those of the matrix products over real and masked tokens, three times the forward's. `bert-fast bench kernels
+attention` times attention alone.
 
 Before a case is timed, the loss and the gradient of the word embeddings, which depends on the whole backward pass, are
 compared without dropout with transformers in float64: the error of ours may be three times that of transformers in the

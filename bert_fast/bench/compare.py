@@ -120,7 +120,7 @@ def _interval(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def worse(changes: Sequence[Change]) -> list[Change]:
-    """What makes the exit code 1: one of ours, or a registered kernel, is slower, refused now, or no longer measured."""
+    """What makes the exit code 1: one of ours or a registered kernel is slower, refused now, or no longer measured."""
     verdicts = ("slower", "now refused", "gone")
     return [change for change in changes if change.verdict in verdicts and change.key[2].startswith(OURS)]
 

@@ -46,7 +46,7 @@ BUSY, BUSY_CORES = 0.6, 0.2  # load average per core, and cores of other process
 class Kept(NamedTuple):
     """The result of a timed call, and which of the variant's calls it was."""
 
-    index: int
+    number: int
     result: Any
 
 
@@ -327,7 +327,7 @@ class Cuda:
             for name, dtype, size in (("bf16", torch.bfloat16, 8192), ("fp32", torch.float32, 4096)):
                 a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
                 product = torch.empty_like(a)
-                runs = {"product": [lambda a=a, b=b, out=product: torch.mm(a, b, out=out)]}  # type: ignore[misc]
+                runs = {"product": [lambda a=a, b=b, out=product: torch.mm(a, b, out=out)]}
                 seconds = self.interleaved(runs, 0.2).times["product"].median
                 ceilings[f"{name}_gemm_gflops"] = 2 * size**3 / seconds / 1e9
         return ceilings

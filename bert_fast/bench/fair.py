@@ -63,8 +63,8 @@ def faults(
         why = impossible(case, label, timing, limits, gflops)
         if not why and unseen is not None and errors[label] is not None:
             kept = timing.kept[label]
-            why = _wrong(made[kept.index], label, kept.result, "in a timed call")
-            why = why or _wrong_on_unseen(unseen, case, label)
+            why = _wrong(made[kept.number], label, kept.result, "in a timed call")
+            why = why or wrong_on_unseen(unseen, case, label)
         found[label] = why
     return {label: why for label, why in found.items() if why}
 
@@ -86,7 +86,8 @@ def impossible(case: Case, label: str, timing: Timing, limits: Mapping[str, floa
     return ""
 
 
-def _wrong_on_unseen(unseen: Case, case: Case, label: str) -> str:
+def wrong_on_unseen(unseen: Case, case: Case, label: str) -> str:
+    """Why the result of a variant is wrong on the inputs of `unseen`, or ""; those of `case` are overwritten."""
     fresh, seen = unseen.variants[label], case.variants[label]
     try:
         if why := _wrong(unseen, label, fresh.run(), "on inputs that it had not seen"):

@@ -91,7 +91,7 @@ def _sections(report: Report) -> list[str]:
 
 def _figures_of_op(rows: Sequence[Row]) -> list[str]:
     figures = []
-    ratios = [row for row in rows if row["ratio_to_best_peer"] is not None and row["variant"].startswith(OURS)]
+    ratios = [row for row in rows if row.get("ratio_to_best_peer") is not None and row["variant"].startswith(OURS)]
     if ratios:
         figures += ["<h3>Ours over the best peer: longer is faster</h3>", _figure(_over_peers(ratios))]
     for value, title, unit in (("ms", "Time by length", "ms"), ("peak_mbytes", "Memory by length", "MB")):

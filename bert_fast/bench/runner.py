@@ -248,7 +248,7 @@ def rows_of(
                     ms_high=time.high * 1e3,
                     iqr_ms=time.iqr * 1e3,
                     outliers=time.outliers,
-                    calls=time.count,
+                    calls=time.calls,
                     gbytes_per_s=gbytes,
                     gflops=gflops,
                     share_of_ceiling=gflops / product if case.flops else gbytes / limits["copy_gbytes_per_s"],
@@ -404,7 +404,7 @@ def set_up() -> None:
     torch.manual_seed(0)
     # Each case is a size of its own; beyond the limit a peer would run eagerly.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]  # "backward" runs one graph many times
+    torch._functorch.config.donated_buffer = False  # "backward" runs one graph many times
 
 
 def seconds_a_case(machine: Machine, quick: bool) -> float:

@@ -20,7 +20,7 @@ class Summary(NamedTuple):
             than six times it is the smallest and the largest, whose confidence is lower.
         iqr: distance of the quartiles.
         outliers: how many lie more than 1.5 `iqr` outside the quartiles.
-        count: of the times.
+        calls: how many times there are.
     """
 
     median: float
@@ -28,7 +28,7 @@ class Summary(NamedTuple):
     high: float
     iqr: float
     outliers: int
-    count: int
+    calls: int
 
 
 def summary(times: Sequence[float]) -> Summary:

@@ -38,24 +38,27 @@ def headings(rows: Sequence[Row]) -> list[str]:
 
 
 def cells(row: Row, rate: str) -> list[str]:
-    """The texts of a row; of a refused one the reason in the third cell."""
+    """The texts of a row; of a refused one the reason in the third cell. Files of older versions lack some fields."""
     if row["ms"] is None:
-        return [row["case"], row["variant"], f"refused: {row['refused']}", *[""] * 7]
+        return [row["case"], row["variant"], f"refused: {row.get('refused', '')}", *[""] * 7]
     yardstick = row["variant"] == names.YARDSTICK
-    error = ("" if yardstick else "own mask") if row["error"] is None else f"{row['error']:.1e}"
-    ratio = "" if row["ratio_to_best_peer"] is None or yardstick else f"{row['ratio_to_best_peer']:.2f}"
-    speed = f"{row['gbytes_per_s']:.1f}" if rate == "GB/s" else f"{row['tokens_per_s']:,.0f}"
+
+    def text(field: str, form: str) -> str:
+        value = row.get(field)
+        return "" if value is None else format(value, form)
+
+    interval = [text(field, ".3f") for field in ("ms_low", "ms_high")]
     return [
         row["case"],
         row["variant"],
-        f"{row['ms']:.3f}",
-        f"{row['ms_low']:.3f} to {row['ms_high']:.3f}",
-        speed,
-        f"{row['gflops']:.1f}",
-        f"{row['share_of_ceiling']:.0%}",
-        error,
-        "" if row["peak_mbytes"] is None else f"{row['peak_mbytes']:.1f}",
-        ratio,
+        text("ms", ".3f"),
+        " to ".join(interval) if all(interval) else "",
+        text("gbytes_per_s", ".1f") if rate == "GB/s" else text("tokens_per_s", ",.0f"),
+        text("gflops", ".1f"),
+        text("share_of_ceiling", ".0%"),
+        "own mask" if row.get("error") is None and not yardstick else text("error", ".1e"),
+        text("peak_mbytes", ".1f"),
+        "" if yardstick else text("ratio_to_best_peer", ".2f"),
     ]
 
 

@@ -10,6 +10,7 @@ ours is wrong or fails.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any, Literal
 
@@ -57,6 +58,10 @@ def run(args: Any) -> int:
         third_party.load_file(args.kernels)
     _check("--ops", args.ops, list(OPS))
     _check("--impls", args.impls, known_impls())
+    try:
+        re.compile(args.match)
+    except re.error as problem:
+        raise ValueError(f"--match is {args.match!r}; expected a regular expression ({problem})") from None
     machine = session.start(args.device)
     suites = {}
     for op in args.ops or sorted(OPS):

@@ -215,6 +215,7 @@ def _overview_of(command: str, module: Any, subcommand: str) -> int:
     print(f"usage: bert-fast {command} COMMAND [options]\n\n{module.__doc__}")
     for name, text in module.SUBCOMMANDS.items():
         print(f"  {name:<10} {text}")
+    print(f"\nbert-fast {command} COMMAND --help lists the options")
     return 0 if subcommand else 2
 
 

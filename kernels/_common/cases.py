@@ -97,8 +97,8 @@ class OpCases:
         extra: (impl, device): launches that the samples are too small for; the sanitizer runs it.
         mistakes: what wrong kernels compute, by the mistake (`mistakes.py`), each as `register` takes a kernel.
         mask_probe: a call that shows the dropout mask; None without dropout.
-        benchmarks: (device, quick) -> what `python -m benchmarks.ops` times there, the most important first; fewer
-            sizes if quick is True.
+        benchmarks: (device, quick) -> what `bert-fast bench kernels` times there, the most important first;
+            fewer sizes if quick is True.
     """
 
     op: str

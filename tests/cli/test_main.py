@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bert_fast.cli.bench import SUBCOMMANDS
 from bert_fast.cli.main import COMMANDS, RECIPES, main
 
 RUN = [sys.executable, "-m", "bert_fast.cli.main"]
@@ -22,11 +23,20 @@ def test_help_imports_no_torch() -> None:
     assert all(f"  {command}" in done.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [*(name for name in COMMANDS if name != "bench"), *(f"bench {name}" for name in SUBCOMMANDS)]
+)
 def test_every_command_lists_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert f"usage: bert-fast {command}" in capsys.readouterr().out
+
+
+def test_a_group_of_commands_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in SUBCOMMANDS)
+    assert main(["bench"]) == 2
 
 
 def test_without_a_command_the_overview_is_printed_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
