@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -21,6 +22,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # cuBLAS reads it at its first call: without it, deterministic algorithms are refused.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# inductor's caches have operators by name: a graph that was compiled for other definitions of ours would be run again.
+OPERATORS = b"".join(path.read_bytes() for path in sorted(ROOT.glob("kernels/*/op.py")))
+CACHE = ROOT / "build" / "inductor" / hashlib.sha256(OPERATORS).hexdigest()[:16]
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined: the Triton kernels run on CPU tensors, in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")

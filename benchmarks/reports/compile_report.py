@@ -49,12 +49,15 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # The most bytes of stack a kernel may have on an architecture. All are attention's: which rows, and why, is in
 # kernels/attention/README.md, "Tiles".
 KNOWN_SPILLS = {
-    ("attention.bwd_one_kernel", "sm_120"): 16,
-    ("attention.dq_kernel", "sm_90"): 136,
-    ("attention.dq_kernel", "sm_100"): 136,
-    ("attention.dq_kernel", "sm_120"): 160,
-    ("attention.fwd_kernel", "sm_80"): 288,
-    ("attention.fwd_kernel", "sm_120"): 240,
+    ("attention.bwd_one_kernel", "sm_80"): 16,
+    ("attention.bwd_one_kernel", "sm_120"): 24,
+    ("attention.dkv_kernel", "sm_80"): 8,
+    ("attention.dq_kernel", "sm_90"): 120,
+    ("attention.dq_kernel", "sm_100"): 120,
+    ("attention.dq_kernel", "sm_120"): 136,
+    ("attention.fwd_kernel", "sm_80"): 104,
+    ("attention.fwd_kernel", "sm_100"): 8,
+    ("attention.fwd_kernel", "sm_120"): 272,
 }
 MATRIX = re.compile(r"\b(HGMMA|HMMA|IMMA|UTC\w*MMA|QGMMA)\b")
 _TYPES = {

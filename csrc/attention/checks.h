@@ -20,11 +20,11 @@ inline void check_like_out(const Tensor& x, const char* name, const Tensor& qkv)
 }
 
 // Checks the additional arguments of the backward pass.
-inline void check_saved(const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv) {
+inline void check_saved(const Tensor& dout, const Tensor& out, const Tensor& stats, const Tensor& qkv) {
   check_like_out(dout, "dout", qkv);
   check_like_out(out, "out", qkv);
-  check_dtype(lse, "lse", ScalarType::Float);
-  check_shape(lse, "lse", {qkv.size(2), qkv.size(0)});
+  check_dtype(stats, "stats", ScalarType::Float);
+  check_shape(stats, "stats", {2, qkv.size(2), qkv.size(0)});
 }
 
 }  // namespace bert_fast::attention

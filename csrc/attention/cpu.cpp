@@ -89,13 +89,14 @@ void for_each_head(const Batch& batch, int64_t floats, const Body& body) {
 }
 
 template <class T>
-void forward(const Batch& batch, const Tensor& out, const Tensor& lse) {
+void forward(const Batch& batch, const Tensor& out, const Tensor& stats) {
   const auto kernel = BF_DISPATCH_BF16_DOT(attention_forward<T>);
   const int64_t floats = BF_DISPATCH_BF16_DOT(attention_scratch_floats<T>(batch.longest, batch.dim, false));
   for_each_head(batch, floats, [&](int64_t sequence, int64_t index, float* scratch) {
     const int64_t first = batch.starts[sequence];
     kernel(batch.head<T>(sequence, index), mutable_data<T>(out) + (first * batch.heads + index) * batch.dim,
-           batch.heads * batch.dim, mutable_data<float>(lse) + index * batch.total + first, scratch);
+           batch.heads * batch.dim, mutable_data<float>(stats) + index * batch.total + first, batch.heads * batch.total,
+           scratch);
   });
 }
 
@@ -113,24 +114,24 @@ void backward(const Batch& batch, const Tensor& dout, const Tensor& dqkv, const 
   });
 }
 
-// qkv (T, 3, N, D) with any strides, bias (3, N, D) -> out (T, N, D), lse (N, T) float32
+// qkv (T, 3, N, D) with any strides, bias (3, N, D) -> out (T, N, D), stats (2, N, T) float32
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, const std::optional<Tensor>& bias, const Tensor& cu_seqlens,
                                          int64_t max_seqlen, double softmax_scale, double dropout_p,
                                          const std::optional<Tensor>& rng_state) {
   const Batch batch(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
   const Tensor out = empty({batch.total, batch.heads, batch.dim}, qkv.scalar_type());
-  const Tensor lse = empty({batch.heads, batch.total}, ScalarType::Float);
-  dispatch_float(qkv.scalar_type(), "attention", [&](auto element) { forward<decltype(element)>(batch, out, lse); });
-  return {out, lse};
+  const Tensor stats = empty({2, batch.heads, batch.total}, ScalarType::Float);
+  dispatch_float(qkv.scalar_type(), "attention", [&](auto element) { forward<decltype(element)>(batch, out, stats); });
+  return {out, stats};
 }
 
 // -> dqkv (T, 3, N, D), dbias (3, N, D) float32
 std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias,
-                                         const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
+                                         const Tensor& out, const Tensor& stats, const Tensor& cu_seqlens,
                                          int64_t max_seqlen, double softmax_scale, double dropout_p,
                                          const std::optional<Tensor>& rng_state) {
   const Batch batch(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
-  attention::check_saved(dout, out, lse, qkv);
+  attention::check_saved(dout, out, stats, qkv);
   const Tensor dout_in = as_contiguous(dout);
   const Tensor dqkv = empty({batch.total, 3, batch.heads, batch.dim}, qkv.scalar_type());
   const int64_t sequences = static_cast<int64_t>(batch.starts.size()) - 1, width = 3 * batch.heads * batch.dim;

@@ -92,7 +92,7 @@ BF_INLINE vfloat exp_score(const float* score, float highest, float scale) {
   return vexp((load(score) - highest) * scale);
 }
 
-// Replaces scores[0, length) by exp(scale scores - top), with top the maximum of scale scores, and by 0 where dropout
+// Replaces scores[0, length) by exp(scale scores - top), with top / scale the highest score, and by 0 where dropout
 // drops, as factors of the next product. The sum is taken before dropout.
 template <class F>
 BF_INLINE RowSum exp_row(float* scores, int64_t length, float scale, const uint8_t* bytes, const Dropout& dropout) {
@@ -106,11 +106,12 @@ BF_INLINE RowSum exp_row(float* scores, int64_t length, float scale, const uint8
     sum += p;
     store(to + col, dropout.threshold ? p * dropout_multiplier(dropout, bytes + col) : p);
   }
-  return {highest * scale, reduce_add(sum)};
+  return {highest, reduce_add(sum)};
 }
 
 template <class T>
-inline void attention_forward(const AttentionHead<T>& head, T* out, int64_t out_stride, float* lse, float* scratch) {
+inline void attention_forward(const AttentionHead<T>& head, T* out, int64_t out_stride, float* stats,
+                              int64_t stats_stride, float* scratch) {
   using F = Factor<T>;
   const int64_t length = head.length, dim = head.dim;
   const AttentionScratch<F> at(length, dim, false);
@@ -132,7 +133,8 @@ inline void attention_forward(const AttentionHead<T>& head, T* out, int64_t out_
         dropout_bytes(dropout, head.plane, head.first_row + static_cast<uint32_t>(start + row), length, bytes);
       }
       const RowSum row_sum = exp_row<F>(scores + row * at.stride, length, scale.size, bytes, dropout);
-      lse[start + row] = row_sum.top + std::log(row_sum.sum);
+      stats[start + row] = row_sum.top;
+      stats[stats_stride + start + row] = std::log2(row_sum.sum);
       scratch[at.row_scale + row] = 1.0f / row_sum.sum;
     }
     product(factors<F>(scores), at.stride, values, result, at.cols, padded_rows, at.cols / kPanel, depth_of<F>(length));
@@ -148,9 +150,9 @@ inline void attention_forward(const AttentionHead<T>& head, T* out, int64_t out_
 // Replaces scores by the probabilities after dropout and the gradient of those by the gradient of the scores,
 // zero-padded to full tiles.
 //
-// The softmax is computed again rather than from lse, whose rounding error of eps |lse| would be one of each
-// probability. delta, the mean of dp under p, is summed here and not computed from dout and out, which is equal in
-// exact arithmetic only: so the gradient of a single key is exactly 0.
+// The softmax is computed again: the rows are complete, and reading `stats` would save a sum alone. delta, the mean of
+// dp under p, is summed here and not computed from dout and out, which is equal in exact arithmetic only: so the
+// gradient of a single key is exactly 0.
 BF_INLINE void softmax_grad_row(float* scores, float* dscores, int64_t length, int64_t stride, float scale,
                                 const uint8_t* bytes, const Dropout& dropout) {
   const int64_t padded = round_up(length, kWidth);

@@ -81,6 +81,13 @@ __device__ __forceinline__ uint32_t shared_offset(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The lower of two numbers, NaN where one of them is.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float lower;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(lower) : "f"(a), "f"(b));
+  return lower;
+}
+
 // Approximate 2^x; subnormal results become 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -115,7 +115,7 @@ def launches() -> None:
         out = meta(TOKENS, heads, dim, dtype=dtype)
         rest = (cu_seqlens, max_seqlen, 0.125, dropout_p, state)
         triton.attention_fwd(qkv, bias, *rest)
-        triton.attention_bwd(out, qkv, bias, out, meta(heads, TOKENS), *rest)
+        triton.attention_bwd(out, qkv, bias, out, meta(2, heads, TOKENS), *rest)
 
     sizes = [(64, 16), (64, 32), (64, 64), (64, 128), (64, 512), (32, 128), (32, 512)]
     for (dim, max_seqlen), dropout_p in product(sizes, (0.0, DROPOUT)):
@@ -136,14 +136,14 @@ def hostile(operators: Any, device: str) -> list[Callable[[], Any]]:
         (torch.randn(T, 3, 2, dim, device=device, dtype=dtype), torch.randn(T, 2, dim, device=device, dtype=dtype))
         for dim, dtype in ((32, torch.float32), (64, torch.bfloat16))
     ]
-    state, lse = rng_state(torch.device(device)), torch.randn(2, T, device=device)
+    state, stats = rng_state(torch.device(device)), torch.randn(2, 2, T, device=device)
 
     def both(ends: list[int], max_seqlen: int) -> None:
         cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
         rest = (cu_seqlens, max_seqlen, 0.2, DROPOUT, state)
         for qkv, dout in packs:
             operators.attention_fwd(qkv, None, *rest)
-            operators.attention_bwd(dout, qkv, None, dout, lse, *rest)
+            operators.attention_bwd(dout, qkv, None, dout, stats, *rest)
 
     past_the_end = [0, 30, 5000, T]
     calls = (

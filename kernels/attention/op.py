@@ -26,9 +26,14 @@ LARGEST_CUDA_D = 256  # kMaxDim of csrc/attention/cuda/common.h
 
 
 def _fwd_fake(qkv: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    """out, lse."""
+    """out, and stats (2, N, T) float32: each row's softmax, for the backward pass of the same implementation.
+
+    stats[0] is the highest score before it is multiplied by |softmax_scale|, stats[1] the base-2 logarithm of the sum
+    of exp(|softmax_scale| (score - stats[0])): apart, since their sum's rounding error passes any bound with the
+    scores. An implementation may leave out of both the bias of the keys, which cancels in softmax.
+    """
     total, _three, heads, dim = qkv.shape
-    return qkv.new_empty(total, heads, dim), qkv.new_empty(heads, total, dtype=torch.float32)
+    return qkv.new_empty(total, heads, dim), qkv.new_empty(2, heads, total, dtype=torch.float32)
 
 
 def _bwd_fake(
@@ -36,7 +41,7 @@ def _bwd_fake(
     qkv: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     softmax_scale: float,
@@ -52,8 +57,8 @@ def _setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None
     ctx.save_for_backward(inputs.qkv, inputs.bias, *output, inputs.cu_seqlens, inputs.rng_state)
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor, _dlse: Tensor | None) -> dict[str, Tensor | None]:
-    # lse is saved for this pass only: the public function doesn't return it, so it has no gradient.
+def _backward(ops: Any, ctx: Any, dout: Tensor, _dstats: Tensor | None) -> dict[str, Tensor | None]:
+    # stats is saved for this pass only: the public function doesn't return it, so it has no gradient.
     *tensors, rng_state = ctx.saved_tensors
     bias = tensors[1]
     dqkv, dbias = ops.attention_bwd(dout, *tensors, *ctx.settings, rng_state)

@@ -44,6 +44,10 @@ inline uint32_t shared_offset(const void* pointer) {
   return emulator::shared_offset(pointer);
 }
 
+inline float min_or_nan(float a, float b) {
+  return a != a || b != b ? a + b : a < b ? a : b;
+}
+
 inline float exp2_fast(float x) {
   return std::exp2(x);
 }

@@ -5,6 +5,7 @@ On other GPUs the same cases run on the kernels for sm_80 and later.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -116,18 +117,40 @@ def test_any_scale(impl: str, device: str, scale: float) -> None:
     compare(impl, device, [9, 66], 1, 64, torch.bfloat16, 0.0, scale=scale, biased=False)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("magnitude", [1.0, 256.0])
+@pytest.mark.parametrize("scale", [1e-30, 1e4, 1e30, -1e30])
+@pytest.mark.parametrize(("impl", "device"), OURS)
+def test_scores_of_any_magnitude(impl: str, device: str, scale: float, magnitude: float, dim: int) -> None:
+    """Equal keys share their weight, and no exponent passes 0. Integers, whose scores are exact, as for other GPUs."""
+    lengths = [9, 150]
+    cu_seqlens, dout = cumulative(lengths, device), torch.ones(159, 1, dim, device=device)
+    qkv = torch.randn(159, 3, 1, dim, device=device)
+    qkv[:, :2] = torch.randint(-3, 4, (159, 2, 1, dim), device=device)
+    qkv[:, 0] *= magnitude
+    qkv[1:4, 1], qkv[20:30, 1], qkv[100:110, 1] = qkv[0, 1], qkv[9, 1], qkv[9, 1]
+
+    def run(qkv: Tensor, impl: str) -> Tensor:
+        return attention(qkv, cu_seqlens, 150, softmax_scale=scale, impl=impl)
+
+    ours, reference = (partial(run, impl=name) for name in (impl, "reference"))
+    results = outputs_and_gradients(ours, {"qkv": qkv}, {"qkv": torch.bfloat16}, (dout,))
+    assert all(bool(x.isfinite().all()) for x in results.values()), results
+    assert_three_way(three_way(ours, reference, {"qkv": qkv}, torch.bfloat16, (dout,)))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device has one capability, the emulator any")
 @pytest.mark.parametrize(("impl", "device"), OURS)
 def test_path_is_chosen_by_the_device(impl: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of 128 keys add up in another order than steps of 64: the last bits differ, and nothing else does."""
     qkv, cu_seqlens = torch.randn(300, 3, 1, 64).bfloat16(), cumulative([300], device)
-    lse = {}
+    stats = {}
     for capability in ("80", "90", "100"):
         monkeypatch.setenv("BERT_FAST_EMULATED_CAPABILITY", capability)
-        lse[capability] = operators(impl).attention_fwd(qkv, None, cu_seqlens, 300, 0.3, 0.0, None)[1]
-    assert torch.equal(lse["80"], lse["100"])
-    assert not torch.equal(lse["80"], lse["90"])
-    assert torch.allclose(lse["80"], lse["90"], rtol=1e-6)
+        stats[capability] = operators(impl).attention_fwd(qkv, None, cu_seqlens, 300, 0.3, 0.0, None)[1]
+    assert torch.equal(stats["80"], stats["100"])
+    assert not torch.equal(stats["80"], stats["90"])
+    assert torch.allclose(stats["80"], stats["90"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator's driver refuses on request")
@@ -139,9 +162,9 @@ def test_the_kernels_for_every_gpu_run_where_the_driver_refuses_a_tensor_map(
 
     def both(qkv: Tensor, capability: str) -> tuple[Tensor, ...]:
         monkeypatch.setenv("BERT_FAST_EMULATED_CAPABILITY", capability)
-        out, lse = operators(impl).attention_fwd(qkv, None, cu_seqlens, 70, 0.3, 0.0, None)
-        saved = (qkv, None, out, lse, cu_seqlens)
-        return out, lse, *operators(impl).attention_bwd(dout.to(qkv.dtype), *saved, 70, 0.3, 0.0, None)
+        out, stats = operators(impl).attention_fwd(qkv, None, cu_seqlens, 70, 0.3, 0.0, None)
+        saved = (qkv, None, out, stats, cu_seqlens)
+        return out, stats, *operators(impl).attention_bwd(dout.to(qkv.dtype), *saved, 70, 0.3, 0.0, None)
 
     qkv = [torch.randn(70, 3, 1, 64).to(dtype) for dtype in DTYPES]
     expected = [both(x, "80") for x in qkv]
@@ -216,23 +239,25 @@ def test_nothing_leaks_between_sequences(impl: str, device: str) -> None:
     finite_rows = qkv.detach()[:20]
     ends = torch.tensor([0, 10], dtype=torch.int32, device=device)
     rest = (ends, 10, 0.3, 0.0, None)
-    out, lse = operators(impl).attention_fwd(finite_rows, bias, *rest)
-    _, dbias = operators(impl).attention_bwd(torch.ones_like(out), finite_rows, bias, out, lse, *rest)
+    out, stats = operators(impl).attention_fwd(finite_rows, bias, *rest)
+    _, dbias = operators(impl).attention_bwd(torch.ones_like(out), finite_rows, bias, out, stats, *rest)
     assert dbias.isfinite().all()
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(("impl", "device"), OURS)
-def test_lse_is_the_logarithm_of_the_sum(impl: str, device: str, dim: int) -> None:
-    """Includes the bias of the keys, which the kernel leaves out of the scores."""
+def test_stats_are_the_highest_score_and_the_logarithm_of_the_sum(impl: str, device: str, dim: int) -> None:
+    """Without the bias of the keys, which the kernel leaves out of the scores."""
     qkv, bias = torch.randn(170, 3, 2, dim, device=device).bfloat16(), torch.randn(3, 2, dim, device=device)
-    _, lse = operators(impl).attention_fwd(qkv, bias, cumulative([20, 150], device), 150, 0.1, 0.0, None)
+    _, stats = operators(impl).attention_fwd(qkv, bias, cumulative([20, 150], device), 150, 0.1, 0.0, None)
     query = (qkv[:, 0].float() + bias[0]).bfloat16().double()
-    key = qkv[:, 1].double() + bias[1].double()
+    key = qkv[:, 1].double()
     for rows in (slice(0, 20), slice(20, 170)):
-        scores = torch.einsum("ind,jnd->nij", query[rows], key[rows]) * 0.1
-        # float32: sums of up to 128 products and of 150 exponentials; one ulp of an lse of up to 11 is 1e-6.
-        assert torch.allclose(lse[:, rows].double(), scores.logsumexp(-1), atol=1e-5)
+        scores = torch.einsum("ind,jnd->nij", query[rows], key[rows])
+        top = scores.amax(-1)
+        log2_sum = ((scores - top[..., None]) * 0.1).logsumexp(-1) / math.log(2)
+        # float32: sums of up to 128 products, of up to 50, and of 150 exponentials.
+        assert torch.allclose(stats[:, :, rows].double(), torch.stack([top, log2_sum]), atol=2e-5)
 
 
 @pytest.mark.parametrize(("impl", "device"), OURS)
@@ -244,13 +269,13 @@ def test_no_lengths_read_out_of_bounds(impl: str, device: str, ends: list[int]) 
     around = torch.full((36, 3, 2, 64), float("nan"), dtype=torch.bfloat16, device=device)
     qkv = around[12:24].normal_()
     cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
-    out, lse = operators(impl).attention_fwd(qkv, None, cu_seqlens, 12, 0.3, 0.0, None)
+    out, stats = operators(impl).attention_fwd(qkv, None, cu_seqlens, 12, 0.3, 0.0, None)
     dout = torch.randn(12, 2, 64, dtype=torch.bfloat16, device=device)
-    dqkv, _ = operators(impl).attention_bwd(dout, qkv, None, out, lse, cu_seqlens, 12, 0.3, 0.0, None)
+    dqkv, _ = operators(impl).attention_bwd(dout, qkv, None, out, stats, cu_seqlens, 12, 0.3, 0.0, None)
     rows = {t for start, end in pairwise(ends) for t in range(max(start, 0), min(end, start + 12, 12))}
     covered = sorted(rows)
     assert out[covered].isfinite().all()
-    assert lse[:, covered].isfinite().all()
+    assert stats[:, :, covered].isfinite().all()
     assert dqkv[covered].isfinite().all()
 
 
@@ -262,8 +287,13 @@ def test_rows_behind_the_last_sequence_are_zero(impl: str, device: str, poisoned
 
     def run(rows: int, lengths: list[int]) -> list[Tensor]:
         rest = (cumulative(lengths, device), 7, 0.3, 0.0, None)
-        out, lse = operators(impl).attention_fwd(qkv[:rows], bias, *rest)
-        return [out, lse.T, *operators(impl).attention_bwd(dout[:rows], qkv[:rows], bias, out, lse, *rest)]
+        out, stats = operators(impl).attention_fwd(qkv[:rows], bias, *rest)
+        return [
+            out,
+            stats.mT[0],
+            stats.mT[1],
+            *operators(impl).attention_bwd(dout[:rows], qkv[:rows], bias, out, stats, *rest),
+        ]
 
     *padded, dbias = run(40, [5, 7, 0, 0])
     *dense, expected_dbias = run(12, [5, 7])

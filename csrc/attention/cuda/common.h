@@ -28,18 +28,21 @@ struct AttentionBatch {
 template <class T>
 struct AttentionForward {
   const T* qkv;
-  T* out;      // (T, N, D)
-  float* lse;  // (N, T)
+  T* out;        // (T, N, D)
+  float* stats;  // (2, N, T): the highest score and the base-2 logarithm of the sum, kernels/attention/op.py
 };
+
+// What the dk and dv kernel reads of a query in 16 bits, in this order: see prepare_rows.
+constexpr int kStatistics = 4;
 
 // The dq kernel writes `statistics` for the dk and dv kernel, and, in 16 bits, `biased_q` (T, N, D) = q + bias.
 template <class T>
 struct AttentionBackward {
   const T *dout, *qkv, *out;
-  const float* lse;
+  const float* stats;
   T* dqkv;            // (T, 3, N, D)
   T* biased_q;        // null without a bias
-  float* statistics;  // (N, 3, T); on Hopper (B, N, blocks, 3, 64)
+  float* statistics;  // (N, 4, T), in float32 (N, 3, T); on Hopper (B, N, blocks, 4, 64)
   float* partial;     // (B blocks, 3, N, D): sums of dqkv over the rows of a block; null without a bias
 };
 
@@ -66,18 +69,33 @@ struct OwnedRows {
   int head, block, row, length;
 };
 
-// Zeroes the rows of `x` (T, row) and `lse` (N, T; may be null) after the last sequence, divided among all threads: a
-// packed batch of static shape ends in rows that belong to no sequence.
+// P, from a score as the forward pass computed it: the exponent is exactly -log2_sum at the highest of a row, `top`.
+// For that the difference comes first: score * scale2 and top * scale2 alone have rounding errors that pass any bound
+// of exp2 where scores are large. The limit of 0 holds where tensor cores add in another order and a score exceeds
+// `top`.
+__device__ __forceinline__ float probability(float score, float scale2, float top, float log2_sum) {
+  return exp2_fast(min_or_nan((score - top) * scale2 - log2_sum, 0.0f));
+}
+
+// The score whose product with `scale` is the highest of a query, from its product with the scale's sign.
+__device__ __forceinline__ float top_score(float highest, float scale) {
+  return scale < 0.0f ? -highest : highest;
+}
+
+constexpr float kAboveScores = 3e38f;  // with it as `top` and a log2_sum of infinity P is 0
+
+// Zeroes the rows of `x` (T, row) and `stats` (2, N, T; may be null) after the last sequence, divided among all
+// threads: a packed batch of static shape ends in rows that belong to no sequence.
 template <class T>
-__device__ __forceinline__ void zero_tail(const AttentionBatch& batch, T* x, int64_t row, float* lse) {
+__device__ __forceinline__ void zero_tail(const AttentionBatch& batch, T* x, int64_t row, float* stats) {
   int64_t tail = batch.cu_seqlens[batch.sequences];
   tail = tail < 0 ? 0 : tail;
   if (tail >= batch.total) return;
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, threads = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = tail * row + thread; i < batch.total * row; i += threads) x[i] = static_cast<T>(0.0f);
-  if (lse == nullptr) return;
-  for (int n = 0; n < batch.heads; ++n) {
-    for (int64_t t = tail + thread; t < batch.total; t += threads) lse[n * batch.total + t] = 0.0f;
+  if (stats == nullptr) return;
+  for (int n = 0; n < 2 * batch.heads; ++n) {
+    for (int64_t t = tail + thread; t < batch.total; t += threads) stats[n * batch.total + t] = 0.0f;
   }
 }
 

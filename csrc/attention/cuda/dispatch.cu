@@ -77,19 +77,19 @@ Arguments::Arguments(const Tensor& qkv_in, const std::optional<Tensor>& bias_in,
   align_to(qkv);
 }
 
-// qkv (T, 3, N, D) with any strides, bias (3, N, D) -> out (T, N, D), lse (N, T) float32
+// qkv (T, 3, N, D) with any strides, bias (3, N, D) -> out (T, N, D), stats (2, N, T) float32
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, const std::optional<Tensor>& bias, const Tensor& cu_seqlens,
                                          int64_t max_seqlen, double softmax_scale, double dropout_p,
                                          const std::optional<Tensor>& rng_state) {
   Arguments arguments(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
   const int64_t total = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
   Tensor out = empty_like_rows(qkv, {total, heads, dim}, qkv.scalar_type());
-  Tensor lse = empty_like_rows(qkv, {heads, total}, ScalarType::Float);
-  if (arguments.empty()) return {torch::stable::zero_(out), torch::stable::zero_(lse)};
+  Tensor stats = empty_like_rows(qkv, {2, heads, total}, ScalarType::Float);
+  if (arguments.empty()) return {torch::stable::zero_(out), torch::stable::zero_(stats)};
   arguments.align_to(out);
   dispatch_cuda(qkv.scalar_type(), "attention", [&](auto element) {
     using T = decltype(element);
-    const AttentionForward<T> tensors = {data<T>(arguments.qkv), mutable_data<T>(out), mutable_data<float>(lse)};
+    const AttentionForward<T> tensors = {data<T>(arguments.qkv), mutable_data<T>(out), mutable_data<float>(stats)};
     if constexpr (!std::is_same<T, float>::value) {
       if (uses_hopper(arguments.batch, arguments.qkv)) {
         return attention_forward_hopper<T>(arguments.batch, tensors, qkv);
@@ -97,22 +97,22 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& qkv, const std::optional<
     }
     attention_forward_cuda<T>(arguments.batch, tensors, qkv);
   });
-  return {out, lse};
+  return {out, stats};
 }
 
 // -> dqkv (T, 3, N, D), dbias (3, N, D) float32
 std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, const std::optional<Tensor>& bias,
-                                         const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
+                                         const Tensor& out, const Tensor& stats, const Tensor& cu_seqlens,
                                          int64_t max_seqlen, double softmax_scale, double dropout_p,
                                          const std::optional<Tensor>& rng_state) {
   Arguments arguments(qkv, bias, cu_seqlens, max_seqlen, softmax_scale, dropout_p, rng_state);
   const AttentionBatch& batch = arguments.batch;
   const int64_t total = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
-  attention::check_saved(dout, out, lse, qkv);
+  attention::check_saved(dout, out, stats, qkv);
   Tensor dqkv = empty_like_rows(qkv, {total, 3, heads, dim}, qkv.scalar_type());
   Tensor dbias = empty_like_rows(qkv, {3, heads, dim}, ScalarType::Float);
   if (arguments.empty()) return {torch::stable::zero_(dqkv), torch::stable::zero_(dbias)};
-  const Tensor dout_in = as_contiguous(dout), out_in = as_contiguous(out), lse_in = as_contiguous(lse);
+  const Tensor dout_in = as_contiguous(dout), out_in = as_contiguous(out), stats_in = as_contiguous(stats);
   const bool biased = bias.has_value();
   const bool rounded = qkv.scalar_type() != ScalarType::Float;
   const Tensor biased_q = empty_like_rows(qkv, {biased && rounded ? total : 0, heads, dim}, qkv.scalar_type());
@@ -126,13 +126,14 @@ std::tuple<Tensor, Tensor> attention_bwd(const Tensor& dout, const Tensor& qkv, 
   // Hopper's kernels store the statistics of queries in full blocks.
   const int64_t statistics_rows =
       hopper ? batch.sequences * batch.blocks * attention_block_rows(qkv.scalar_type(), dim) : total;
-  const Tensor statistics = empty_like_rows(qkv, {heads, 3, statistics_rows}, ScalarType::Float);
+  const Tensor statistics =
+      empty_like_rows(qkv, {heads, rounded ? kStatistics : 3, statistics_rows}, ScalarType::Float);
   dispatch_cuda(qkv.scalar_type(), "attention", [&](auto element) {
     using T = decltype(element);
     const AttentionBackward<T> tensors = {data<T>(dout_in),
                                           data<T>(arguments.qkv),
                                           data<T>(out_in),
-                                          data<float>(lse_in),
+                                          data<float>(stats_in),
                                           mutable_data<T>(dqkv),
                                           biased && rounded ? mutable_data<T>(biased_q) : nullptr,
                                           mutable_data<float>(statistics),

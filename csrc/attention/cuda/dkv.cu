@@ -13,7 +13,7 @@ struct KeyPlan : TilePlan<D> {
   static constexpr int kThreads = kBlockWarps * kSplit * kWarp;
   static constexpr int kColumns = D / kSplit;  // of a warp's accumulator
   static constexpr int kBytes = (2 * kRows + 2 * TilePlan<D>::kStages * TilePlan<D>::kStep) * D * 2 +
-                                TilePlan<D>::kStages * 3 * TilePlan<D>::kStep * 4;
+                                TilePlan<D>::kStages * kStatistics * TilePlan<D>::kStep * 4;
 };
 
 template <class T, int D, bool DROPOUT>
@@ -43,17 +43,17 @@ __global__ void __launch_bounds__(KeyPlan<D>::kThreads, blocks_of_keys(D, DROPOU
   const int64_t packed = (owned.first * batch.heads + owned.head) * batch.dim;
   const T* query = biased ? tensors.biased_q + packed : base;
   const int64_t query_stride = biased ? width : batch.stride_t;
-  const float* statistics = tensors.statistics + owned.head * 3 * batch.total + owned.first;
+  const float* statistics = tensors.statistics + owned.head * kStatistics * batch.total + owned.first;
   const auto load_step = [&](int step) {
     const int stage = step % Plan::kStages, first = step * kStep;
     T* q = stages + stage * 2 * kStep * D;
     load_tile<D>(q, query + first * query_stride, query_stride, kStep, owned.length - first, batch);
     load_tile<D>(q + kStep * D, tensors.dout + packed + int64_t{first} * width, width, kStep, owned.length - first,
                  batch);
-    for (int i = threadIdx.x; i < 3 * kStep; i += blockDim.x) {
+    for (int i = threadIdx.x; i < kStatistics * kStep; i += blockDim.x) {
       const bool valid = first + i % kStep < owned.length;
       const float* from = statistics + i / kStep * batch.total + first + i % kStep;
-      cp_async_4(vectors + stage * 3 * kStep + i, valid ? from : statistics, valid);
+      cp_async_4(vectors + stage * kStatistics * kStep + i, valid ? from : statistics, valid);
     }
     cp_async_commit();
   };
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(KeyPlan<D>::kThreads, blocks_of_keys(D, DROPOU
     if (Plan::kStages == 2 && step + 1 < steps) load_step(step + 1);
     const T* q = stages + step % Plan::kStages * 2 * kStep * D;
     const T* dout = q + kStep * D;
-    const QueryColumns<kStep> queries(vectors + step % Plan::kStages * 3 * kStep);
+    const QueryColumns<kStep> queries(vectors + step % Plan::kStages * kStatistics * kStep);
     // Queries past the end are zeros, like their statistics: their P is 1, and is multiplied by zeros.
     float p[kStep / 8][4], dp[kStep / 8][4];
     multiply_transposed<T, D, kStep>(keys, q, p);

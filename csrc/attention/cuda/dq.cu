@@ -1,6 +1,6 @@
 // dq of attention in 16 bits: a block owns 64 queries of a head and loops over the keys, recomputing P.
 //
-// It also writes what the dk and dv kernel needs of each query: q + bias, and three statistics (prepare_rows).
+// It also writes what the dk and dv kernel needs of each query: q + bias, and four statistics (prepare_rows).
 #include "attention/cuda/mma.h"
 
 namespace bert_fast {
@@ -12,7 +12,7 @@ constexpr int kDqBlocks = D == 32 || D == 128 ? 3 : 1;
 
 template <int D>
 constexpr int dq_bytes() {
-  return (2 * kRows + 2 * TilePlan<D>::kStages * TilePlan<D>::kStep) * D * 2 + 3 * kRows * 4;
+  return (2 * kRows + 2 * TilePlan<D>::kStages * TilePlan<D>::kStep) * D * 2 + kStatistics * kRows * 4;
 }
 
 template <class T, int D, bool DROPOUT>
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, kDqBlocks<D>)
   cp_async_wait<0>();
   __syncthreads();
   prepare_rows<T, D, SwizzledRows<D>, false>(q, dout, vectors,
-                                             tensors.statistics + owned.head * 3 * batch.total + token, batch.total,
-                                             owned, batch, tensors, team);
+                                             tensors.statistics + owned.head * kStatistics * batch.total + token,
+                                             batch.total, owned, batch, tensors, team);
   __syncthreads();
 
   const LeftRows<T, D, Plan::kLeftInRegisters> queries(q, warp * kWarpRows), grads(dout, warp * kWarpRows);

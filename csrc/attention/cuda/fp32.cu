@@ -2,8 +2,8 @@
 // memory. A block is 16 by 16 threads; thread (y, x) holds rows y, y + 16, ... and columns x, x + 16, ... of a tile.
 //
 // Unlike in the 16-bit kernels, biases are added to the tiles, and the dq kernel passes over the keys twice, first to
-// sum P and P dP as exactly as it computes them: the rounding of lse makes P sum to 1 + eps |lse|, and dout * out is
-// not the delta of such a P (kernels/attention/README.md, "Precision").
+// sum P and P dP as exactly as it computes them: the rounding of log2_sum makes P sum to 1 + eps log2_sum, and dout *
+// out is not the delta of such a P (kernels/attention/README.md, "Precision").
 #include <cmath>
 
 #include "attention/cuda/common.h"
@@ -50,6 +50,11 @@ __device__ __forceinline__ float row_max(float x) {
 #pragma unroll
   for (int mask = kSide / 2; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, mask));
   return x;
+}
+
+// P before it is divided by its sum; see `probability`, whose exp2 is not as exact.
+__device__ __forceinline__ float exponential(float score, float scale2, float top) {
+  return exp2f(min_or_nan((score - top) * scale2, 0.0f));
 }
 
 // tile = factor (from + bias), rows `stride` apart, with zeros after the first `valid` rows and after column dim.
@@ -200,7 +205,7 @@ template <int D>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_forward_float(AttentionBatch batch, AttentionForward<float> tensors, float sign) {
   using Plan = FloatPlan<D>;
-  zero_tail(batch, tensors.out, int64_t{batch.heads} * batch.dim, tensors.lse);
+  zero_tail(batch, tensors.out, int64_t{batch.heads} * batch.dim, tensors.stats);
   const OwnedRows owned(batch, Plan::kRows);
   if (owned.row >= owned.length) return;
   float *q = dynamic_shared<float>(), *k = q + Plan::kTile, *v = k + Plan::kTile, *scores = v + Plan::kTile;
@@ -255,7 +260,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int j = 0; j < Plan::kColumns; ++j) acc[i][j] /= sum;
     if (thread_x() == 0 && row < owned.length) {
-      tensors.lse[owned.head * batch.total + owned.first + row] = m[i] * batch.scale + logf(sum);
+      float* stats = tensors.stats + owned.head * batch.total + owned.first + row;
+      stats[0] = m[i];
+      stats[batch.heads * batch.total] = log2f(sum);
     }
   }
   const int64_t width = int64_t{batch.heads} * batch.dim;
@@ -263,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 owned.length - owned.row, nullptr, nullptr, batch);
 }
 
-// `statistics` (3, T) of a head: lse2; delta; the factor that makes P sum to 1.
+// `statistics` (3, T) of a head: top; delta; the factor that makes P sum to 1.
 template <int D>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_dq_float(AttentionBatch batch, AttentionBackward<float> tensors) {
@@ -288,12 +295,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int valid = owned.length - owned.row;
   load_rows<D>(q, head.base + owned.row * stride, stride, valid, head.bias_q, 1.0f, batch);
   load_rows<D>(dout, tensors.dout + token * width + owned.head * batch.dim, width, valid, nullptr, 1.0f, batch);
-  float lse2[Plan::kPerThread], total[Plan::kPerThread] = {}, delta[Plan::kPerThread] = {};
-  const float* lse = tensors.lse + owned.head * batch.total + token;
+  float top[Plan::kPerThread], total[Plan::kPerThread] = {}, delta[Plan::kPerThread] = {};
+  const float* stats = tensors.stats + owned.head * batch.total + token;
 #pragma unroll
   for (int i = 0; i < Plan::kPerThread; ++i) {
     const int row = thread_y() + kSide * i;
-    lse2[i] = row < valid ? lse[row] * kLog2E : INFINITY;  // past the end: P = 0
+    top[i] = row < valid ? top_score(stats[row], batch.scale) : 0.0f;
   }
   const float scale2 = batch.scale * kLog2E;
   // Unnormalized P, and dP.
@@ -312,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int j = 0; j < Plan::kPerThread; ++j) {
         const int column = thread_x() + kSide * j;
-        p[i][j] = column < remaining ? exp2f(fmaf(p[i][j], scale2, -lse2[i])) : 0.0f;
+        p[i][j] = column < remaining ? exponential(p[i][j], scale2, top[i]) : 0.0f;
         dp[i][j] *= multiplier<D>(mask, drop, thread_y() + kSide * i, column);
       }
     }
@@ -338,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     delta[i] = row_sum(delta[i]) * inverse_sum[i];
     if (thread_x() == 0 && row < valid) {
       float* to = tensors.statistics + owned.head * 3 * batch.total + token + row;
-      to[0] = lse2[i];
+      to[0] = top[i];
       to[batch.total] = delta[i];
       to[2 * batch.total] = inverse_sum[i];
     }
@@ -410,12 +417,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int j = 0; j < Plan::kPerThread; ++j) {
       const int column = thread_x() + kSide * j;
-      const float lse2 = vectors[column], delta = vectors[Plan::kRows + column];
+      const float top = vectors[column], delta = vectors[Plan::kRows + column];
       const float inverse_sum = vectors[2 * Plan::kRows + column];
 #pragma unroll
       for (int i = 0; i < Plan::kPerThread; ++i) {
         const float kept = multiplier<D>(mask, drop, column, thread_y() + kSide * i);
-        const float probability = exp2f(fmaf(p[i][j], scale2, -lse2)) * inverse_sum;
+        const float probability = exponential(p[i][j], scale2, top) * inverse_sum;
         p[i][j] = probability * kept;
         dp[i][j] = probability * (dp[i][j] * kept - delta);
       }

@@ -10,7 +10,7 @@ namespace {
 
 template <int D>
 constexpr int forward_bytes() {
-  return (kRows + 2 * TilePlan<D>::kStages * TilePlan<D>::kStep) * D * 2 + kRows * 4;
+  return (kRows + 2 * TilePlan<D>::kStages * TilePlan<D>::kStep) * D * 2;
 }
 
 template <class T, int D, bool DROPOUT>
@@ -18,13 +18,12 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, blocks_of_queries(D, DROPO
     attention_forward(AttentionBatch batch, AttentionForward<T> tensors, float sign) {
   using Plan = TilePlan<D>;
   constexpr int kStep = Plan::kStep;
-  zero_tail(batch, tensors.out, int64_t{batch.heads} * batch.dim, tensors.lse);
+  zero_tail(batch, tensors.out, int64_t{batch.heads} * batch.dim, tensors.stats);
   const OwnedRows owned(batch, kRows);
   if (owned.row >= owned.length) return;
   const Team team = {static_cast<int>(threadIdx.x), kBlockWarps * kWarp, 0};
   T* q = dynamic_shared<T>();
   T* stages = q + kRows * D;
-  float* shift = reinterpret_cast<float*>(stages + 2 * Plan::kStages * kStep * D);
   const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
   const T* base = tensors.qkv + owned.first * batch.stride_t + owned.head * batch.stride_n;
   const auto load_step = [&](int step) {
@@ -40,7 +39,7 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, blocks_of_queries(D, DROPO
   if (batch.bias != nullptr || sign != 1.0f) {
     cp_async_wait<0>();
     __syncthreads();
-    prepare_queries<T, D, SwizzledRows<D>>(q, shift, owned, batch, sign, team);
+    prepare_queries<T, D, SwizzledRows<D>>(q, owned, batch, sign, team);
   }
 
   const DropoutState drop = load_dropout(batch.dropout);
@@ -74,8 +73,8 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, blocks_of_queries(D, DROPO
     }
   }
 
-  float* lse = tensors.lse + owned.head * batch.total + owned.first + owned.row;
-  softmax.finish<D, DROPOUT>(acc, batch, owned.head, shift, warp * kWarpRows + g, owned.length - owned.row, lse);
+  float* stats = tensors.stats + owned.head * batch.total + owned.first + owned.row;
+  softmax.finish<D, DROPOUT>(acc, batch, owned.head, warp * kWarpRows + g, owned.length - owned.row, stats);
   const int64_t stride = int64_t{batch.heads} * batch.dim;
   T* to = tensors.out + (owned.first + owned.row) * stride + owned.head * batch.dim;
   store_rows<T, D, SwizzledRows<D>>(q, warp * kWarpRows, 0, acc, to, stride, owned.length - owned.row, batch);

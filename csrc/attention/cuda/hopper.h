@@ -299,11 +299,11 @@ __device__ __forceinline__ void zero_sums(float* sums, int dim, const Team& team
   for (int d = team.thread; d < dim; d += team.threads) sums[d] = 0.0f;
 }
 
-// The statistics of the 64 owned queries, (3, 64) of (B, N, blocks, 3, 64).
+// The statistics of the 64 owned queries, (4, 64) of (B, N, blocks, 4, 64).
 __device__ __forceinline__ float* statistics_of(float* statistics, const OwnedRows& owned,
                                                 const AttentionBatch& batch) {
   const int64_t head = owned.sequence * batch.heads + owned.head;
-  return statistics + (head * batch.blocks + owned.row / kRows) * 3 * kRows;
+  return statistics + (head * batch.blocks + owned.row / kRows) * kStatistics * kRows;
 }
 
 // Divides the rows of every sequence into work tiles: of two passes if the other operand fits in the rings.

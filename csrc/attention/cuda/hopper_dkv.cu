@@ -9,7 +9,7 @@ constexpr int kStep = 64;
 static_assert(kStep == kRows, "the statistics of queries are stored in blocks of kRows");
 
 template <class T, int D>
-using DkvMemory = HopperMemory<T, D, kStep, D == 64 ? 9 : 4, D == 64 ? 2 : 1, 2, kBlockWarps * D, 3 * kStep>;
+using DkvMemory = HopperMemory<T, D, kStep, D == 64 ? 9 : 4, D == 64 ? 2 : 1, 2, kBlockWarps * D, kStatistics * kStep>;
 
 // dk and dv of 64 keys, summed over all queries, up to factors. Where the registers suffice, the product for the next
 // scores follows that for dk without a wait, and that for dP runs while P is computed.

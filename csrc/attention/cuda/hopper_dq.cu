@@ -1,7 +1,7 @@
 // dq of attention for Hopper: a consumer owns 64 queries and loops over the keys, recomputing P.
 //
 // It also writes the statistics of each query that the dk and dv kernel needs (prepare_rows), in blocks of 64 queries:
-// (B, N, blocks, 3, 64).
+// (B, N, blocks, 4, 64).
 #include "attention/cuda/hopper.h"
 
 namespace bert_fast {
@@ -10,7 +10,8 @@ namespace {
 constexpr int kStep = 64;
 
 template <class T, int D>
-using DqMemory = HopperMemory<T, D, kStep, D == 64 ? 9 : 4, D == 64 ? 2 : 1, 2, 3 * kRows + kBlockWarps * D, 0>;
+using DqMemory =
+    HopperMemory<T, D, kStep, D == 64 ? 9 : 4, D == 64 ? 2 : 1, 2, kStatistics * kRows + kBlockWarps * D, 0>;
 
 // dq of 64 queries, summed over all keys, up to a factor.
 template <class T, int D, bool DROPOUT>
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     const Team team = {static_cast<int>(threadIdx.x) % kWarpgroup, kWarpgroup, 1 + group};
     const int warp = team.thread / kWarp, warp_row = warp * kWarpRows, row = warp_row + team.thread % kWarp / 4;
     const DropoutState drop = load_dropout(batch.dropout);
-    float *vectors = memory.extra(group), *sums = vectors + 3 * kRows;
+    float *vectors = memory.extra(group), *sums = vectors + kStatistics * kRows;
     Consumer<Memory> consumer = {memory};
     const auto pass = [&](const OwnedRows& owned, int steps, bool last_pass) {
       T *q = memory.owned(group, consumer.owned_slot(), 0), *dout = memory.owned(group, consumer.owned_slot(), 1);

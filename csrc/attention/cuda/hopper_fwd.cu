@@ -9,7 +9,7 @@ namespace {
 
 // 128 keys per step. With D of 64 a second slot holds the queries of the next work tile, loaded ahead.
 template <class T, int D>
-using ForwardMemory = HopperMemory<T, D, 128, D == 64 ? 5 : 3, D == 64 ? 2 : 1, 1, kRows, 0>;
+using ForwardMemory = HopperMemory<T, D, 128, D == 64 ? 5 : 3, D == 64 ? 2 : 1, 1, 0, 0>;
 
 // The turns in which the two consumers issue their products (FlashAttention-3's ping-pong). A consumer waits at a named
 // barrier of its own, where the other arrives after each of its turns and, for the first turn of consumer 0, at the
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   using Memory = ForwardMemory<T, D>;
   using Layout = TiledRows<kRows>;
   const Memory memory;
-  zero_tail(batch, tensors.out, int64_t{batch.heads} * batch.dim, tensors.lse);
+  zero_tail(batch, tensors.out, int64_t{batch.heads} * batch.dim, tensors.stats);
   memory.init_barriers();
   const int group = warpgroup();
   if (group == kConsumers) {
@@ -117,7 +117,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     const Team team = {static_cast<int>(threadIdx.x) % kWarpgroup, kWarpgroup, 1 + group};
     const int warp_row = team.thread / kWarp * kWarpRows, row = warp_row + team.thread % kWarp / 4;
     const DropoutState drop = load_dropout(batch.dropout);
-    float* shift = memory.extra(group);
     Consumer<Memory> consumer = {memory};
     const Turns turns = {group};
     turns.begin();
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       T* q = memory.owned(group, consumer.owned_slot(), 0);
       consumer.wait_owned(group);
       if (batch.bias != nullptr || sign != 1.0f) {
-        prepare_queries<T, D, Layout>(q, shift, owned, batch, sign, team);
+        prepare_queries<T, D, Layout>(q, owned, batch, sign, team);
         fence_async_proxy();
         team.sync();
       }
@@ -134,8 +133,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       loop.run(owned, q, steps, last_pass, consumer, turns, acc);
       const int valid = owned.length - owned.row;
       const int64_t token = owned.first + owned.row, stride = int64_t{batch.heads} * batch.dim;
-      float* lse = tensors.lse + owned.head * batch.total + token;
-      loop.softmax.template finish<D, DROPOUT>(acc, batch, owned.head, shift, row, valid, lse);
+      float* stats = tensors.stats + owned.head * batch.total + token;
+      loop.softmax.template finish<D, DROPOUT>(acc, batch, owned.head, row, valid, stats);
       team.sync();  // all warps have read the queries, whose memory store_rows reuses
       T* to = tensors.out + token * stride + owned.head * batch.dim;
       store_rows<T, D, Layout>(q, warp_row, 0, acc, to, stride, valid, batch);

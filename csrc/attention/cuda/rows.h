@@ -16,37 +16,29 @@ struct Team {
   __device__ __forceinline__ void sync() const { named_barrier(barrier, threads); }
 };
 
-// Replaces the queries by sign (q + bias), rounded; `shift` receives their products with the bias of the keys.
+// Replaces the queries by sign (q + bias), rounded.
 template <class T, int D, class Layout>
-__device__ __forceinline__ void prepare_queries(T* q, float* shift, const OwnedRows& owned, const AttentionBatch& batch,
-                                                float sign, const Team& team) {
+__device__ __forceinline__ void prepare_queries(T* q, const OwnedRows& owned, const AttentionBatch& batch, float sign,
+                                                const Team& team) {
   constexpr int kChunks = D / 8;
-  const int chunk = team.thread % kChunks, columns = batch.dim - 8 * chunk, part = batch.heads * batch.dim;
-  float bias_q[8] = {}, bias_k[8] = {};
+  const int chunk = team.thread % kChunks, columns = batch.dim - 8 * chunk;
+  float bias_q[8] = {};
   if (batch.bias != nullptr) {
-    const float* bias = batch.bias + owned.head * batch.dim + 8 * chunk;
-    load_pack<8, false>(bias, columns, bias_q);
-    load_pack<8, false>(bias + part, columns, bias_k);
+    load_pack<8, false>(batch.bias + owned.head * batch.dim + 8 * chunk, columns, bias_q);
   }
   for (int row = team.thread / kChunks; row < kRows; row += team.threads / kChunks) {
     T* at = q + Layout::offset(row, chunk);
-    float numbers[8], sum = 0.0f;
+    float numbers[8];
     load_pack<8, true>(at, 8, numbers);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      numbers[i] = static_cast<float>(static_cast<T>((numbers[i] + bias_q[i]) * sign));
-      sum += numbers[i] * bias_k[i];
-    }
+    for (int i = 0; i < 8; ++i) numbers[i] = (numbers[i] + bias_q[i]) * sign;
     store_pack<8, true>(at, 8, numbers);
-#pragma unroll
-    for (int mask = kChunks / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);
-    if (chunk == 0) shift[row] = sum;
   }
 }
 
-// Adds the bias to the owned queries and computes three statistics of each, to `vectors` (3, 64) and to `statistics`,
+// Adds the bias to the owned queries and computes four statistics of each, to `vectors` (4, 64) and to `statistics`,
 // whose rows are `stride` apart:
-//   lse2     the base-2 logarithm of the sum of exp(Z), Z without the bias of the keys;
+//   top, log2_sum  the arguments of `probability`;
 //   shift    what turns a dP of the values without bias into (dP - delta) / multiplier when added to it;
 //   dropped  what replaces it where dropout drops, -delta / multiplier.
 // For rows past the end they make P and dP 0; `statistics` receives those rows if FULL.
@@ -57,18 +49,17 @@ __device__ __forceinline__ void prepare_rows(T* q, const T* dout, float* vectors
   constexpr int kChunks = D / 8;
   const int chunk = team.thread % kChunks, columns = batch.dim - 8 * chunk, part = batch.heads * batch.dim;
   const bool biased = batch.bias != nullptr;
-  float bias_q[8] = {}, bias_k[8] = {}, bias_v[8] = {};
+  float bias_q[8] = {}, bias_v[8] = {};
   if (biased) {
     const float* bias = batch.bias + owned.head * batch.dim + 8 * chunk;
     load_pack<8, false>(bias, columns, bias_q);
-    load_pack<8, false>(bias + part, columns, bias_k);
     load_pack<8, false>(bias + 2 * part, columns, bias_v);
   }
   for (int row = team.thread / kChunks; row < kRows; row += team.threads / kChunks) {
     const bool inside = owned.row + row < owned.length;
     const int64_t token = owned.first + owned.row + row,
                   at = (token * batch.heads + owned.head) * batch.dim + 8 * chunk;
-    float numbers[8], grad[8], result[8], delta = 0.0f, of_k = 0.0f, of_v = 0.0f;
+    float numbers[8], grad[8], result[8], delta = 0.0f, of_v = 0.0f;
     load_pack<8, true>(dout + Layout::offset(row, chunk), 8, grad);
     load_some<8>(tensors.out + (inside ? at : 0), inside ? columns : 0, batch.aligned, result);
 #pragma unroll
@@ -77,8 +68,7 @@ __device__ __forceinline__ void prepare_rows(T* q, const T* dout, float* vectors
       load_pack<8, true>(q + Layout::offset(row, chunk), 8, numbers);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        numbers[i] = static_cast<float>(static_cast<T>(numbers[i] + bias_q[i]));
-        of_k += numbers[i] * bias_k[i];
+        numbers[i] += bias_q[i];
         of_v += grad[i] * bias_v[i];
       }
       store_pack<8, true>(q + Layout::offset(row, chunk), 8, numbers);
@@ -87,16 +77,16 @@ __device__ __forceinline__ void prepare_rows(T* q, const T* dout, float* vectors
 #pragma unroll
     for (int mask = kChunks / 2; mask > 0; mask /= 2) {
       delta += __shfl_xor_sync(kAllLanes, delta, mask);
-      of_k += __shfl_xor_sync(kAllLanes, of_k, mask);
       of_v += __shfl_xor_sync(kAllLanes, of_v, mask);
     }
     if (chunk == 0) {
-      const float lse = inside ? tensors.lse[owned.head * batch.total + token] : INFINITY;
+      const float* stats = tensors.stats + owned.head * batch.total + (inside ? token : 0);
       const float dropped = -delta / batch.dropout.scale;
-      const float row_statistics[3] = {inside ? (lse - of_k * batch.scale) * kLog2E : INFINITY,
-                                       inside ? of_v + dropped : 0.0f, inside ? dropped : 0.0f};
+      const float row_statistics[kStatistics] = {top_score(inside ? *stats : kAboveScores, batch.scale),
+                                                 inside ? stats[batch.heads * batch.total] : INFINITY,
+                                                 inside ? of_v + dropped : 0.0f, inside ? dropped : 0.0f};
 #pragma unroll
-      for (int i = 0; i < 3; ++i) {
+      for (int i = 0; i < kStatistics; ++i) {
         vectors[i * kRows + row] = row_statistics[i];
         if (inside || FULL) statistics[i * stride + row] = row_statistics[i];
       }

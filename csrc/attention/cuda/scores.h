@@ -146,13 +146,12 @@ struct OnlineSoftmax {
       for (int j = 0; j < STEP / 8; ++j) top = fmaxf(top, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
       top = quad_max(top);
       decay[half] = exp2_fast((m[half] - top) * scale2);
-      const float shift2 = top * scale2;
       m[half] = top;
 #pragma unroll
       for (int j = 0; j < STEP / 8; ++j) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          s[j][i] = exp2_fast(s[j][i] * scale2 - shift2);
+          s[j][i] = exp2_fast((s[j][i] - top) * scale2);
           sum += s[j][i];
         }
       }
@@ -180,11 +179,11 @@ struct OnlineSoftmax {
     }
   }
 
-  // Normalizes the sums over keys to rows of `out`, adds the bias of the values, and writes lse for rows below `valid`.
-  // `row` is the row of c[0][0]; `shift` holds the products of the queries with the bias of the keys.
+  // Normalizes the sums over keys to rows of `out`, adds the bias of the values, and writes the `stats` of rows below
+  // `valid`. `row` is the row of c[0][0].
   template <int D, bool DROPOUT>
-  __device__ __forceinline__ void finish(float (&c)[D / 8][4], const AttentionBatch& batch, int head,
-                                         const float* shift, int row, int valid, float* lse) {
+  __device__ __forceinline__ void finish(float (&c)[D / 8][4], const AttentionBatch& batch, int head, int row,
+                                         int valid, float* stats) {
     const int t = threadIdx.x % 4;
     float factor[2], weight[2];
 #pragma unroll
@@ -192,9 +191,10 @@ struct OnlineSoftmax {
       const float sum = quad_sum(sums[half]);
       factor[half] = batch.dropout.scale / sum;
       weight[half] = DROPOUT ? quad_sum(kept_sums[half]) * factor[half] : 1.0f;
-      float row_lse = m[half] * batch.scale + logf(sum);
-      if (batch.bias != nullptr) row_lse += shift[row + 8 * half] * batch.scale;
-      if (t == 0 && row + 8 * half < valid) lse[row + 8 * half] = row_lse;
+      if (t == 0 && row + 8 * half < valid) {
+        stats[row + 8 * half] = m[half];
+        stats[batch.heads * batch.total + row + 8 * half] = log2f(sum);
+      }
     }
     scale_rows<D>(c, factor);
     if (batch.bias == nullptr) return;
@@ -219,13 +219,14 @@ struct QueryRows {
   __device__ __forceinline__ QueryRows(const float* vectors, int row, int rows) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      lse2[half] = vectors[row + 8 * half];
-      shift[half] = vectors[rows + row + 8 * half];
-      dropped[half] = vectors[2 * rows + row + 8 * half];
+      top[half] = vectors[row + 8 * half];
+      log2_sum[half] = vectors[rows + row + 8 * half];
+      shift[half] = vectors[2 * rows + row + 8 * half];
+      dropped[half] = vectors[3 * rows + row + 8 * half];
     }
   }
 
-  float lse2[2], shift[2], dropped[2];
+  float top[2], log2_sum[2], shift[2], dropped[2];
 };
 
 // From scores s and products dp, with a row per query, to dZ up to a factor, in s; 0 for keys from `valid` on.
@@ -237,7 +238,7 @@ __device__ __forceinline__ void differentiate_queries(float (&s)[STEP / 8][4], c
 #pragma unroll
   for (int j = 0; j < STEP / 8; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(s[j][i] * scale2 - rows.lse2[i / 2]);
+    for (int i = 0; i < 4; ++i) s[j][i] = probability(s[j][i], scale2, rows.top[i / 2], rows.log2_sum[i / 2]);
   }
   mask_columns<STEP>(s, valid, 0.0f);
 #pragma unroll
@@ -255,24 +256,26 @@ __device__ __forceinline__ void differentiate_queries(float (&s)[STEP / 8][4], c
   }
 }
 
-// The same for transposed scores, with a row per key. `vectors` (3, STEP) holds the statistics of the queries.
+// The same for transposed scores, with a row per key. `vectors` (4, STEP) holds the statistics of the queries.
 template <int STEP>
 struct QueryColumns {
-  __device__ __forceinline__ explicit QueryColumns(const float* vectors) : lse2(vectors + threadIdx.x % 4 * 2) {}
+  __device__ __forceinline__ explicit QueryColumns(const float* vectors) : top(vectors + threadIdx.x % 4 * 2) {}
 
   // From scores to P.
   __device__ __forceinline__ void exponentials(float (&s)[STEP / 8][4], float scale2) const {
 #pragma unroll
     for (int j = 0; j < STEP / 8; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[j][i] = exp2_fast(s[j][i] * scale2 - lse2[8 * j + i % 2]);
+      for (int i = 0; i < 4; ++i) {
+        s[j][i] = probability(s[j][i], scale2, top[8 * j + i % 2], top[STEP + 8 * j + i % 2]);
+      }
     }
   }
 
   // From P and dp to dZ up to a factor, in p; with DROPOUT round_kept has negated the P that is dropped.
   template <bool DROPOUT>
   __device__ __forceinline__ void differentiate(float (&p)[STEP / 8][4], const float (&dp)[STEP / 8][4]) const {
-    const float *shift = lse2 + STEP, *dropped = shift + STEP;
+    const float *shift = top + 2 * STEP, *dropped = shift + STEP;
 #pragma unroll
     for (int j = 0; j < STEP / 8; ++j) {
 #pragma unroll
@@ -284,7 +287,7 @@ struct QueryColumns {
     }
   }
 
-  const float* lse2;
+  const float* top;
 };
 
 }  // namespace bert_fast

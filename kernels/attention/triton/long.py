@@ -16,7 +16,6 @@ from bert_fast.kernels._common.triton_support import INTERPRETED as _INTERPRETED
 from bert_fast.kernels.attention.triton.dropout import keep_scores
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
-LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -44,9 +43,25 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def transpose(x):
+    """Swaps the last two dimensions."""
+    if len(x.shape) == 3:
+        x = tl.permute(x, (0, 2, 1))
+    else:
+        x = tl.trans(x)
+    return x
+
+
+@triton.jit
 def dot_transposed(a, b):
-    """a b^T."""
-    return dot(a, tl.trans(b), None)
+    """a b^T, of one dtype. An element has the same bits in every tile, and in b a^T (`probabilities` relies on it)."""
+    if INTERPRETED:
+        # A GPU adds in an order that depends on the summed index alone, numpy's product in one of the shapes.
+        products = tl.expand_dims(a.to(tl.float32), -2) * tl.expand_dims(b.to(tl.float32), -3)
+        product = tl.sum(products, axis=-1)
+    else:
+        product = dot(a, transpose(b), None)
+    return product
 
 
 @triton.jit
@@ -70,8 +85,28 @@ def load_vector(x, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def zero_tail(x, lse, cu_seqlens, B, N, T, index, count, ROW: tl.constexpr):
-    """Zero the rows of `x` (T, ROW) and `lse` (N, T) after the last sequence; each program takes a share.
+def probabilities(scores, scale2, top, log2_sum):
+    """P, with the scores that the forward pass computed: the exponent is exactly -log2_sum at the highest of a row.
+
+    For that the difference comes first: scores * scale2 and top * scale2 alone have rounding errors that pass any bound
+    of exp2 where scores are large. The limit of 0 holds where another order of sums makes a score exceed `top`.
+    """
+    return tl.exp2(tl.minimum((scores - top) * scale2 - log2_sum, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def load_top(stats, scale, mask):
+    """The score of each row whose product with `scale` is the highest; `stats` holds its product with scale's sign.
+
+    Where there is no row it is higher than any score, and the second of `stats` is to be infinite: P is 0 then.
+    """
+    top = tl.load(stats, mask=mask, other=3e38)
+    return tl.where(scale < 0, -top, top)
+
+
+@triton.jit
+def zero_tail(x, stats, cu_seqlens, B, N, T, index, count, ROW: tl.constexpr):
+    """Zero the rows of `x` (T, ROW) and `stats` (2, N, T) after the last sequence; each program takes a share.
 
     A packed batch of static shape ends in rows of no sequence. Without such rows the loops do nothing.
     """
@@ -80,10 +115,10 @@ def zero_tail(x, lse, cu_seqlens, B, N, T, index, count, ROW: tl.constexpr):
     size = (T - tail) * ROW
     for e in range(index.to(tl.int64) * 256, size, count * 256):
         tl.store(x + tail * ROW + e + lane, tl.zeros((256,), x.dtype.element_ty), mask=lane < size - e)
-    if lse is not None:
+    if stats is not None:
         for t in range(tail + index.to(tl.int64) * 256, T, count * 256):
-            at = lse + t + lane
-            for _ in range(N):
+            at = stats + t + lane
+            for _ in range(2 * N):
                 tl.store(at, tl.zeros((256,), tl.float32), mask=lane < T - t)
                 at += T
 
@@ -157,12 +192,12 @@ def _fwd_step(
 
 @triton.jit
 def fwd_kernel(
-    qkv, bias, cu_seqlens, rng_state, out, lse, B, N, T, max_seqlen, blocks, stride_t, stride_s, stride_n,
+    qkv, bias, cu_seqlens, rng_state, out, stats, B, N, T, max_seqlen, blocks, stride_t, stride_s, stride_n,
     scale, sign, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries and iterates over the keys."""
-    zero_tail(out, lse, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), N * D)
+    zero_tail(out, stats, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), N * D)
     _, n, _, i, first, length = _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK_M)
     if i >= length:
         return
@@ -193,19 +228,18 @@ def fwd_kernel(
             m, total, kept_sum, acc, q, k, v, full, stride_t, length, scale2, rng_state, n, tokens, threshold,
             bias is not None, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
-    row_lse = m * scale + tl.log2(total) * LN_2
     acc = acc * (multiplier / total)[:, None]
     if bias is not None:
-        bias_k = load_vector(bias + (N + n) * D, d, D, BLOCK_D)
         bias_v = load_vector(bias + (2 * N + n) * D, d, D, BLOCK_D)
-        row_lse += tl.sum(q.to(tl.float32) * bias_k[None, :], axis=1) * scale
         if rng_state is not None:
             acc += (kept_sum * multiplier / total)[:, None] * bias_v[None, :]
         else:
             acc += bias_v[None, :]
     at = out + ((first + rows) * N + n)[:, None] * D + d[None, :]
     tl.store(at, rounded(acc, out.dtype.element_ty), mask=tile_mask(rows < length, d, D, BLOCK_D))
-    tl.store(lse + n.to(tl.int64) * T + first + rows, row_lse, mask=rows < length)
+    at_row = stats + n.to(tl.int64) * T + first + rows
+    tl.store(at_row, m, mask=rows < length)
+    tl.store(at_row + tl.cast(N, tl.int64) * T, tl.log2(total), mask=rows < length)
 
 
 @triton.jit
@@ -220,19 +254,19 @@ def _dz(probs, dp, shift, dropped, keep, DROPOUT: tl.constexpr):
 
 @triton.jit
 def _dq_step(
-    acc, total, excess, weighted, q, dout, k, v, j, stride_t, length, scale2, lse2, shift, dropped,
+    acc, total, excess, weighted, q, dout, k, v, j, stride_t, length, scale2, top, log2_sum, shift, dropped,
     rng_state, n, tokens, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: acc = dZ K; for float32 also the sums total of P and excess of dZ, and weighted = P K.
 
-    With exact lse and delta, total is 1 and excess 0: their deviations measure the rounding errors of the two.
+    With an exact log2_sum and delta, total is 1 and excess 0: their deviations measure the rounding errors of the two.
     """
     columns = tl.arange(0, BLOCK_N)
     offset = tl.cast(j, tl.int64) * stride_t
     keys = _tile(k + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
     scores = dot_transposed(q, keys)
-    probs = tl.exp2(scores * scale2 - lse2[:, None])
+    probs = probabilities(scores, scale2, top[:, None], log2_sum[:, None])
     if MASKED:
         probs = tl.where((columns < length - j)[None, :], probs, 0.0)
     values = _tile(v + offset, columns, stride_t, length - j, D, BLOCK_D, MASKED)
@@ -251,14 +285,14 @@ def _dq_step(
 
 @triton.jit
 def dq_kernel(
-    dout, qkv, bias, out, lse, cu_seqlens, rng_state, dqkv, partial, statistics, biased_q,
+    dout, qkv, bias, out, stats, cu_seqlens, rng_state, dqkv, partial, statistics, biased_q,
     B, N, T, max_seqlen, blocks, stride_t, stride_s, stride_n, scale, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries and iterates over the keys.
 
-    For `dkv_kernel` it also writes q + bias to `biased_q` (T, N, D), and to `statistics` (N, 4, T) float32: lse2
-    without the bias of the keys, the two vectors of `_dz`, and for float32 the factor that makes the sum of P 1.
+    For `dkv_kernel` it also writes q + bias to `biased_q` (T, N, D), and to `statistics` (N, 5, T) float32: the two
+    vectors of `probabilities`, the two of `_dz`, and for float32 the factor that makes the sum of P 1.
     """
     zero_tail(dqkv, None, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), 3 * N * D)
     b, n, block, i, first, length = _program(cu_seqlens, N, T, max_seqlen, blocks, BLOCK_M)
@@ -278,12 +312,12 @@ def dq_kernel(
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1) / multiplier
     shift = -delta
     # Probabilities of rows past the end are 0.
-    lse2 = tl.load(lse + n.to(tl.int64) * T + first + rows, mask=inside, other=float("inf")) * LOG2_E
+    at_row = stats + n.to(tl.int64) * T + first + rows
+    top = load_top(at_row, scale, inside)
+    log2_sum = tl.load(at_row + tl.cast(N, tl.int64) * T, mask=inside, other=float("inf"))
     scale2 = scale * LOG2_E
     if bias is not None:
-        bias_k = load_vector(bias + (N + n) * D, d, D, BLOCK_D)
         bias_v = load_vector(bias + (2 * N + n) * D, d, D, BLOCK_D)
-        lse2 -= tl.sum(q.to(tl.float32) * bias_k[None, :], axis=1) * scale2
         shift += tl.sum(do.to(tl.float32) * bias_v[None, :], axis=1)
         at = biased_q + packed + (local * N * D)[:, None] + d[None, :]
         tl.store(at, q, mask=tile_mask(inside, d, D, BLOCK_D))
@@ -299,26 +333,27 @@ def dq_kernel(
         full = length // BLOCK_N * BLOCK_N
     for j in range(0, full, BLOCK_N):
         acc, total, excess, weighted = _dq_step(
-            acc, total, excess, weighted, q, do, k, v, j, stride_t, length, scale2, lse2, shift, -delta, rng_state, n,
-            tokens, threshold, D, BLOCK_D, BLOCK_N, not FULL,
+            acc, total, excess, weighted, q, do, k, v, j, stride_t, length, scale2, top, log2_sum, shift, -delta,
+            rng_state, n, tokens, threshold, D, BLOCK_D, BLOCK_N, not FULL,
         )  # fmt: skip
     if full < length:
         acc, total, excess, weighted = _dq_step(
-            acc, total, excess, weighted, q, do, k, v, full, stride_t, length, scale2, lse2, shift, -delta, rng_state,
-            n, tokens, threshold, D, BLOCK_D, BLOCK_N, True,
+            acc, total, excess, weighted, q, do, k, v, full, stride_t, length, scale2, top, log2_sum, shift, -delta,
+            rng_state, n, tokens, threshold, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
-    row_statistics = statistics + 4 * n.to(tl.int64) * T + first + rows
+    row_statistics = statistics + 5 * n.to(tl.int64) * T + first + rows
     if dqkv.dtype.element_ty == tl.float32:
         normal = 1.0 / tl.where(inside, total, 1.0)
         excess *= normal
         acc = (acc - excess[:, None] * weighted) * normal[:, None]
         shift -= excess
         delta += excess
-        tl.store(row_statistics + 3 * tl.cast(T, tl.int64), normal, mask=inside)
-    tl.store(row_statistics, lse2, mask=inside)
-    tl.store(row_statistics + T, shift, mask=inside)
+        tl.store(row_statistics + 4 * tl.cast(T, tl.int64), normal, mask=inside)
+    tl.store(row_statistics, top, mask=inside)
+    tl.store(row_statistics + T, log2_sum, mask=inside)
+    tl.store(row_statistics + 2 * tl.cast(T, tl.int64), shift, mask=inside)
     if rng_state is not None:
-        tl.store(row_statistics + 2 * tl.cast(T, tl.int64), -delta, mask=inside)
+        tl.store(row_statistics + 3 * tl.cast(T, tl.int64), -delta, mask=inside)
     acc *= scale * multiplier
     at = dqkv + ((first + rows) * 3 * N + n)[:, None] * D + d[None, :]
     tl.store(at, rounded(acc, dqkv.dtype.element_ty), mask=tile_mask(inside, d, D, BLOCK_D))
@@ -356,23 +391,24 @@ def dkv_kernel(
     for i in range(0, length, BLOCK_M):
         inside = queries < length - i
         token = first + i + queries
-        at = statistics + 4 * n.to(tl.int64) * T + token
+        at = statistics + (5 * n.to(tl.int64) * T + first + i)
         # Past the end probabilities are 0, whatever the other values.
-        lse2 = tl.load(at, mask=inside, other=float("inf"))
-        shift = tl.load(at + T, mask=inside, other=0.0)
+        top = tl.load(at + queries, mask=inside, other=0.0)
+        log2_sum = tl.load(at + T + queries, mask=inside, other=float("inf"))
+        shift = tl.load(at + 2 * tl.cast(T, tl.int64) + queries, mask=inside, other=0.0)
         q = _tile(
             query + (first + i) * query_stride_t + tl.cast(n, tl.int64) * query_stride_n,
             queries, query_stride_t, length - i, D, BLOCK_D, True,
         )  # fmt: skip
         scores = dot_transposed(k, q)
-        probs = tl.exp2(scores * scale2 - lse2[None, :])
+        probs = probabilities(scores, scale2, top[None, :], log2_sum[None, :])
         if q.dtype == tl.float32:
-            probs *= tl.load(at + 3 * tl.cast(T, tl.int64), mask=inside, other=0.0)[None, :]
+            probs *= tl.load(at + 4 * tl.cast(T, tl.int64) + queries, mask=inside, other=0.0)[None, :]
         do = _tile(dout + ((first + i) * N + n) * D, queries, N * D, length - i, D, BLOCK_D, True)
         dp = dot_transposed(v, do)
         if rng_state is not None:
             keep = keep_scores(rng_state, n, token, j // 16, threshold, BLOCK_M, BLOCK_N, True)
-            dropped = tl.load(at + 2 * tl.cast(T, tl.int64), mask=inside, other=0.0)
+            dropped = tl.load(at + 3 * tl.cast(T, tl.int64) + queries, mask=inside, other=0.0)
             dv = dot(tl.where(keep, probs, 0.0), do, dv)
             dz = _dz(probs, dp, shift[None, :], dropped[None, :], keep, True)
         else:

@@ -71,20 +71,20 @@ class _Call:
 def attention_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     c = _Call(*inputs)
     out = c.qkv.new_empty(c.T, c.N, c.D)
-    lse = c.qkv.new_empty(c.N, c.T, dtype=torch.float32)
+    stats = c.qkv.new_empty(2, c.N, c.T, dtype=torch.float32)
     if c.empty:
-        return out.zero_(), lse.zero_()
+        return out.zero_(), stats.zero_()
     # The running maximum needs a positive scale: its sign, or 0, is multiplied into the queries.
     sign = (c.scale > 0) - (c.scale < 0)
     scaling = (abs(c.scale) or 1.0, float(sign), c.threshold, c.multiplier)
-    tensors = (c.qkv, c.bias, c.cu_seqlens, c.rng_state, out, lse)
+    tensors = (c.qkv, c.bias, c.cu_seqlens, c.rng_state, out, stats)
     if c.short:
         launch(
             triton_short.fwd_kernel, (ceil_div(c.B, c.short.tile // c.short.block_s) * c.N,),
             *tensors, *c.sizes(), *scaling,
             D=c.D, BLOCK_D=c.block_d, TILE=c.short.tile, BLOCK_S=c.short.block_s, num_warps=c.short.fwd_warps,
         )  # fmt: skip
-        return out, lse
+        return out, stats
     tiles = c.long.fwd
     blocks = ceil_div(c.max_seqlen, tiles.queries)
     launch(
@@ -92,30 +92,30 @@ def attention_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
         D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.maxnreg,
     )  # fmt: skip
-    return out, lse
+    return out, stats
 
 
 def attention_bwd(
-    dout: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *settings: Any
+    dout: Tensor, qkv: Tensor, bias: Tensor | None, out: Tensor, stats: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     c = _Call(qkv, bias, *settings)
     dqkv = qkv.new_empty(qkv.shape)
     if c.empty:
         return dqkv.zero_(), qkv.new_zeros(qkv.shape[1:], dtype=torch.float32)
-    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
+    dout, out, stats = dout.contiguous(), out.contiguous(), stats.contiguous()
     run = _short_bwd if c.short else _long_bwd
-    return dqkv, run(c, dout, out, lse, dqkv)
+    return dqkv, run(c, dout, out, stats, dqkv)
 
 
 def _new_partial(c: _Call, shape: tuple[int, ...]) -> Tensor | None:
     return None if c.bias is None else c.qkv.new_empty(shape, dtype=torch.float32)
 
 
-def _short_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> Tensor:
+def _short_bwd(c: _Call, dout: Tensor, out: Tensor, stats: Tensor, dqkv: Tensor) -> Tensor:
     assert c.short
     groups = c.B if c.short.chunk else ceil_div(c.B, c.short.tile // c.short.block_s)
     partial = _new_partial(c, (groups, 3, c.N, c.D))
-    tensors = (dout, c.qkv, c.bias, lse, c.cu_seqlens, c.rng_state, dqkv, partial)
+    tensors = (dout, c.qkv, c.bias, stats, c.cu_seqlens, c.rng_state, dqkv, partial)
     rest = (*c.sizes(), c.scale, c.threshold, c.multiplier)
     if c.short.chunk:
         kernel, shape = triton_short.bwd_one_kernel, {"TILE": c.short.block_s, "CHUNK": c.short.chunk}
@@ -125,8 +125,8 @@ def _short_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -
     return dqkv.new_zeros(dqkv.shape[1:], dtype=torch.float32) if partial is None else partial.sum(0)
 
 
-def _long_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> Tensor:
-    statistics = lse.new_empty(c.N, 4, c.T)
+def _long_bwd(c: _Call, dout: Tensor, out: Tensor, stats: Tensor, dqkv: Tensor) -> Tensor:
+    statistics = stats.new_empty(c.N, 5, c.T)
     biased_q = None if c.bias is None else c.qkv.new_empty(out.shape)
     query = c.qkv if biased_q is None else biased_q  # the queries are the first third of qkv
     query_strides = (query.stride(0), query.stride(-2))
@@ -137,7 +137,7 @@ def _long_bwd(c: _Call, dout: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) ->
     dq_partial = _new_partial(c, (c.B * blocks, 1, c.N, c.D))
     launch(
         triton_long.dq_kernel, (blocks * c.N * c.B,),
-        dout, c.qkv, c.bias, out, lse, c.cu_seqlens, c.rng_state, dqkv, dq_partial, statistics, biased_q,
+        dout, c.qkv, c.bias, out, stats, c.cu_seqlens, c.rng_state, dqkv, dq_partial, statistics, biased_q,
         *c.sizes(blocks), *scaling,
         D=c.D, BLOCK_D=c.block_d, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.maxnreg,

@@ -13,12 +13,15 @@ import triton.language as tl
 
 from bert_fast.kernels.attention.triton.dropout import keep_scores
 from bert_fast.kernels.attention.triton.long import (
-    LN_2,
     LOG2_E,
     dot,
+    dot_transposed,
+    load_top,
     load_vector,
+    probabilities,
     rounded,
     tile_mask,
+    transpose,
     zero_tail,
 )
 
@@ -57,33 +60,17 @@ def _tile(x, bias, token, inside, stride, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def _transpose(x):
-    """Swaps the last two dimensions."""
-    if len(x.shape) == 3:
-        x = tl.permute(x, (0, 2, 1))
-    else:
-        x = tl.trans(x)
-    return x
-
-
-@triton.jit
-def _scores(a, b):
-    """a b^T within each sequence."""
-    return dot(a, _transpose(b), None)
-
-
-@triton.jit
 def _keep(rng_state, n, token, threshold, TILE: tl.constexpr, BLOCK_S: tl.constexpr):
     return _split(keep_scores(rng_state, n, token, 0, threshold, TILE, BLOCK_S, False), TILE, BLOCK_S)
 
 
 @triton.jit
 def fwd_kernel(
-    qkv, bias, cu_seqlens, rng_state, out, lse, B, N, T, max_seqlen, stride_t, stride_s, stride_n,
+    qkv, bias, cu_seqlens, rng_state, out, stats, B, N, T, max_seqlen, stride_t, stride_s, stride_n,
     scale, sign, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    zero_tail(out, lse, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), N * D)
+    zero_tail(out, stats, cu_seqlens, B, N, T, tl.program_id(0), tl.num_programs(0), N * D)
     n = tl.program_id(0) % N
     token, inside = _rows(cu_seqlens, tl.program_id(0) // N * (TILE // BLOCK_S), B, T, max_seqlen, TILE, BLOCK_S)
     base = qkv + n.to(tl.int64) * stride_n
@@ -94,7 +81,7 @@ def fwd_kernel(
     k = _tile(base + stride_s, bias_k, token, inside, stride_t, D, BLOCK_D, BLOCK_S)
     v = _tile(base + 2 * stride_s, bias_v, token, inside, stride_t, D, BLOCK_D, BLOCK_S)
     real = _split(inside, TILE, BLOCK_S)
-    scores = _scores(q, k) * sign
+    scores = dot_transposed(q, k) * sign
     scores = tl.where(tl.expand_dims(real, -2), scores, -1e38)  # not -inf: a row may have no key
     m = tl.max(scores, axis=-1)
     probs = tl.exp2((scores - tl.expand_dims(m, -1)) * (scale * LOG2_E))
@@ -102,17 +89,18 @@ def fwd_kernel(
     if rng_state is not None:
         probs = tl.where(_keep(rng_state, n, token, threshold, TILE, BLOCK_S), probs, 0.0)
     acc = dot(probs, v, None) * tl.expand_dims(multiplier / total, -1)
-    row_lse = m * scale + tl.log2(total) * LN_2
     d = tl.arange(0, BLOCK_D)
     at = out + (token * N + n)[:, None] * D + d[None, :]
     acc = rounded(acc.reshape(TILE, BLOCK_D), out.dtype.element_ty)
     tl.store(at, acc, mask=tile_mask(inside, d, D, BLOCK_D))
-    tl.store(lse + n.to(tl.int64) * T + token, row_lse.reshape(TILE), mask=inside)
+    at_row = stats + n.to(tl.int64) * T + token
+    tl.store(at_row, m.reshape(TILE), mask=inside)
+    tl.store(at_row + tl.cast(N, tl.int64) * T, tl.log2(total).reshape(TILE), mask=inside)
 
 
 @triton.jit
 def bwd_one_kernel(
-    dout, qkv, bias, lse, cu_seqlens, rng_state, dqkv, partial,
+    dout, qkv, bias, stats, cu_seqlens, rng_state, dqkv, partial,
     B, N, T, max_seqlen, stride_t, stride_s, stride_n, scale, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -141,11 +129,13 @@ def bwd_one_kernel(
         row, query_inside = first + query, query < length
         q = _tile(base, bias_q, row, query_inside, stride_t, D, BLOCK_D, CHUNK)
         do = _tile(dout + n * D, None, row, query_inside, N * D, D, BLOCK_D, CHUNK)
-        # Probabilities of rows without a token are 0: by the mask as keys, by lse as queries.
-        lse2 = tl.load(lse + n.to(tl.int64) * T + row, mask=query_inside, other=float("inf")) * LOG2_E
-        probs = tl.exp2(_scores(k, q) * (scale * LOG2_E) - lse2[None, :])
+        # Probabilities of rows without a token are 0: by the mask as keys, by log2_sum as queries.
+        at_row = stats + (n.to(tl.int64) * T + first + i) + tl.arange(0, CHUNK)
+        top = load_top(at_row, scale, query_inside)
+        log2_sum = tl.load(at_row + tl.cast(N, tl.int64) * T, mask=query_inside, other=float("inf"))
+        probs = probabilities(dot_transposed(k, q), scale * LOG2_E, top[None, :], log2_sum[None, :])
         probs = tl.where(inside[:, None], probs, 0.0)
-        dp = _scores(v, do)
+        dp = dot_transposed(v, do)
         if rng_state is not None:
             keep = keep_scores(rng_state, n, row, 0, threshold, CHUNK, TILE, True)
             dv = dot(tl.where(keep, probs, 0.0), do, dv)
@@ -174,7 +164,7 @@ def bwd_one_kernel(
 
 @triton.jit
 def bwd_several_kernel(
-    dout, qkv, bias, lse, cu_seqlens, rng_state, dqkv, partial,
+    dout, qkv, bias, stats, cu_seqlens, rng_state, dqkv, partial,
     B, N, T, max_seqlen, stride_t, stride_s, stride_n, scale, threshold, multiplier,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -191,21 +181,23 @@ def bwd_several_kernel(
     k = _tile(base + stride_s, bias_k, token, inside, stride_t, D, BLOCK_D, BLOCK_S)
     v = _tile(base + 2 * stride_s, bias_v, token, inside, stride_t, D, BLOCK_D, BLOCK_S)
     do = _tile(dout + n * D, None, token, inside, N * D, D, BLOCK_D, BLOCK_S)
-    lse2 = tl.load(lse + n.to(tl.int64) * T + token, mask=inside, other=float("inf")) * LOG2_E
-    lse2 = tl.expand_dims(_split(lse2, TILE, BLOCK_S), -2)
+    at_row = stats + n.to(tl.int64) * T + token
+    top = tl.expand_dims(_split(load_top(at_row, scale, inside), TILE, BLOCK_S), -2)
+    log2_sum = tl.load(at_row + tl.cast(N, tl.int64) * T, mask=inside, other=float("inf"))
+    log2_sum = tl.expand_dims(_split(log2_sum, TILE, BLOCK_S), -2)
     real = tl.expand_dims(_split(inside, TILE, BLOCK_S), -1)
-    probs = tl.where(real, tl.exp2(_scores(k, q) * (scale * LOG2_E) - lse2), 0.0)
-    dp = _scores(v, do)
+    probs = tl.where(real, probabilities(dot_transposed(k, q), scale * LOG2_E, top, log2_sum), 0.0)
+    dp = dot_transposed(v, do)
     masked = probs
     if rng_state is not None:
-        keep = _transpose(_keep(rng_state, n, token, threshold, TILE, BLOCK_S))
+        keep = transpose(_keep(rng_state, n, token, threshold, TILE, BLOCK_S))
         masked = tl.where(keep, probs, 0.0)
         dp = tl.where(keep, dp, 0.0)
     dv = dot(masked, do, None) * multiplier
     delta = tl.expand_dims(tl.sum(probs * dp, axis=-2), -2)
     dz = rounded(probs * (dp - delta), q.dtype)
     dk = dot(dz, q, None) * (scale * multiplier)
-    dq = dot(_transpose(dz), k, None) * (scale * multiplier)
+    dq = dot(transpose(dz), k, None) * (scale * multiplier)
     dq, dk, dv = dq.reshape(TILE, BLOCK_D), dk.reshape(TILE, BLOCK_D), dv.reshape(TILE, BLOCK_D)
     d = tl.arange(0, BLOCK_D)
     at = dqkv + (token * 3 * N + n)[:, None] * D + d[None, :]

@@ -78,6 +78,8 @@ _BLACKWELL = {
     (4, 256): replace(_HOPPER[4, 256], fwd=Tiles(16, 16, 8, 1)),
 }
 LONG = {80: _HOPPER | _MMA, 90: _HOPPER, 100: _HOPPER | _BLACKWELL}
+# The mask takes the registers of 64 queries, which spill.
+_DKV_WITH_DROPOUT = Tiles(32, 64, 4, 2)
 # Two programs an SM: without this limit the compiler takes 150 registers of a thread, and one fits.
 _TWO_PROGRAMS = Tiles(128, 64, 8, 3, maxnreg=128)
 
@@ -104,7 +106,9 @@ def long_launch(family: int, element_size: int, dim: int, block_d: int, dropout:
         dropout: whether the call has dropout, whose mask takes registers.
     """
     chosen = LONG[family][element_size, block_d]
-    if (family, element_size, dim) == (90, 2, 64) and not dropout:
+    if (family, element_size, block_d) == (90, 2, 64) and dropout:
+        return replace(chosen, dkv=_DKV_WITH_DROPOUT)
+    if (family, element_size, dim) == (90, 2, 64):
         return replace(chosen, fwd=_TWO_PROGRAMS)
     return chosen
 

@@ -68,11 +68,13 @@ def _fwd_kernel(
 @triton.jit
 def _bwd_kernel(
     dout, input_ids, token_type_ids, position_ids, word, token_type, position, weight, mean, rstd, rng_state,
-    ds, keys, partial,
+    ds, keys, present, partial,
     T, words, types, positions, stride_dout, stride_word, stride_type, stride_position, threshold, scale, rows,
     E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """A program owns `rows` tokens, a multiple of ROWS: their ds and keys, and in `partial` a dweight and a dbias.
+
+    `present` (rows of the three tables,) uint8 becomes 1 where a token reads the row.
 
     The weight stays in registers if HELD, else every step of the loop reads it again, from cache.
     """
@@ -91,10 +93,15 @@ def _bwd_kernel(
         id = _ids(input_ids, t, T, words)
         type_id = _ids(token_type_ids, t, T, types)
         position_id = _ids(position_ids, t, T, positions)
-        # A key is a row of the three tables, concatenated.
+        # A key is a row of the three tables, concatenated. Several programs may store the same 1.
+        type_key, position_key = words + type_id, words + types + position_id
         tl.store(keys + t, id.to(keys.dtype.element_ty), mask=t < T)
-        tl.store(keys + T + t, (words + type_id).to(keys.dtype.element_ty), mask=t < T)
-        tl.store(keys + 2 * T + t, (words + types + position_id).to(keys.dtype.element_ty), mask=t < T)
+        tl.store(keys + T + t, type_key.to(keys.dtype.element_ty), mask=t < T)
+        tl.store(keys + 2 * T + t, position_key.to(keys.dtype.element_ty), mask=t < T)
+        one = tl.full((ROWS,), 1, tl.uint8)
+        tl.store(present + id, one, mask=t < T)
+        tl.store(present + type_key, one, mask=t < T)
+        tl.store(present + position_key, one, mask=t < T)
         d = tl.load(dout + t[:, None] * stride_dout + e, mask=inside, other=0.0).to(tl.float32)
         s = _row(word, stride_word, id, e, inside)
         s += _row(position, stride_position, position_id, e, inside)
@@ -170,14 +177,15 @@ def embedding_layer_norm_bwd(
     tile["ROWS"] = max(1, tile["ROWS"] // 2)  # four inputs, and pointers of gathered rows
     parts, rows = grad_parts(T, tile["ROWS"], tile["num_warps"])
     ds, keys = word.new_empty((T, E)), input_ids.new_empty(3 * T, dtype=key_dtype(sum(sizes)))
+    present = word.new_zeros(sum(sizes), dtype=torch.uint8)
     partial = word.new_empty((parts, 2, E), dtype=torch.float32)
     launch(
         _bwd_kernel, (parts,),
-        dout, *ids, *tables, weight.contiguous(), mean, rstd, state, ds, keys, partial, T, *sizes, dout.stride(0),
-        *(table.stride(0) for table in tables), threshold, scale, rows,
+        dout, *ids, *tables, weight.contiguous(), mean, rstd, state, ds, keys, present, partial,
+        T, *sizes, dout.stride(0), *(table.stride(0) for table in tables), threshold, scale, rows,
         HELD=tile["BLOCK_E"] < WIDE, E=E, **tile,
     )  # fmt: skip
-    dword, dtoken_type, dposition = table_gradients(ds, keys, sizes, padding_idx)
+    dword, dtoken_type, dposition = table_gradients(ds, keys, present, sizes, padding_idx)
     dweight, dbias = sum_parts(partial)
     return dword, dtoken_type, dposition, dweight, dbias
 

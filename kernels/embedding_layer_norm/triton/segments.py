@@ -23,6 +23,7 @@ from bert_fast.kernels._common.triton_launch import ceil_div, launch
 # as a program should take. Higher levels have few entries in long segments: longer chunks, fewer levels.
 BLOCK_E, TILE = 256, 8
 CHUNK, UPPER_CHUNK = 16, 32
+ZEROED_ROWS = 32  # table rows of a program that zeroes those without tokens
 
 
 @triton.jit
@@ -95,24 +96,50 @@ def _segment_kernel(
         tl.store(upper_keys + 2 * c + 1, high)
 
 
+@triton.jit
+def _zero_kernel(
+    present, dword, dtoken_type, dposition, words, types, rows, skipped, E,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Zeroes the rows of the gradients that no segment writes: those without tokens, and the key `skipped`."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    empty = (tl.load(present + row, mask=row < rows, other=1) == 0) | ((row == skipped) & (row < rows))
+    zeros = tl.zeros((ROWS, BLOCK_E), dword.dtype.element_ty)
+    start = row.to(tl.int64) * E
+    tl.store(dword + start[:, None] + e, zeros, mask=(empty & (row < words))[:, None] & (e < E))
+    start -= tl.cast(words, tl.int64) * E
+    is_type = (row >= words) & (row < words + types)
+    tl.store(dtoken_type + start[:, None] + e, zeros, mask=(empty & is_type)[:, None] & (e < E))
+    start -= tl.cast(types, tl.int64) * E
+    tl.store(dposition + start[:, None] + e, zeros, mask=(empty & (row >= words + types))[:, None] & (e < E))
+
+
 def key_dtype(rows: int) -> torch.dtype:
     """The dtype of keys 0 to `rows`: a radix sort makes a pass for each byte, and BERT's vocabulary fits into two."""
     return torch.int16 if rows < 2**15 else torch.int32
 
 
 def table_gradients(
-    ds: Tensor, keys: Tensor, sizes: Sequence[int], padding_idx: int | None
+    ds: Tensor, keys: Tensor, present: Tensor, sizes: Sequence[int], padding_idx: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of word, token_type and position, in the dtype of `ds`; rows without tokens are zero.
 
     Args:
         ds: (T, E), gradient of each token's sum.
         keys: (3 T,), for each table the row that each token reads, in the concatenated tables.
+        present: (rows of the tables,) uint8, 0 for the rows that no token reads.
         sizes: rows of the three tables.
         padding_idx: a row of the first table whose gradient stays zero.
     """
     T, E = ds.shape
-    gradients = tuple(ds.new_zeros((size, E)) for size in sizes)
+    gradients = tuple(ds.new_empty((size, E)) for size in sizes)
+    skipped = -1 if padding_idx is None else padding_idx
+    launch(
+        _zero_kernel, (ceil_div(present.shape[0], ZEROED_ROWS), ceil_div(E, BLOCK_E)),
+        present, *gradients, sizes[0], sizes[1], present.shape[0], skipped, E,
+        ROWS=ZEROED_ROWS, BLOCK_E=BLOCK_E, num_warps=4,
+    )  # fmt: skip
     order: Tensor | None
     keys, order = torch.sort(keys, stable=True)
     rows, entries, chunk = ds, 3 * T, CHUNK
@@ -123,7 +150,7 @@ def table_gradients(
         launch(
             _segment_kernel, (chunks, ceil_div(E, BLOCK_E)),
             keys, order, rows, *gradients, upper_keys, upper_rows, entries, T, sizes[0], sizes[1],
-            -1 if padding_idx is None else padding_idx, sum(sizes), E,
+            skipped, sum(sizes), E,
             CHUNK=chunk, TILE=TILE, BLOCK_E=BLOCK_E, num_warps=1,
         )  # fmt: skip
         # When one chunk is left, every segment ends in it.
