@@ -31,7 +31,9 @@ def cases(case: Case, machine: Machine) -> list[Case]:
     """The case and others of the same sizes with other inputs, together larger than the caches."""
     if case.again is None:
         return [case]
-    size = max(case.traffic, *(sum(x.nbytes for x in variant.inputs) for variant in case.variants.values()), 1)
+    size = max(
+        case.traffic, case.resident, *(sum(x.nbytes for x in variant.inputs) for variant in case.variants.values()), 1
+    )
     count = min(MOST, max(FEWEST, int(CACHES * machine.cache_bytes() / size) + 1))
     return [case, *(case.again() for _ in range(count - 1))]
 

@@ -70,6 +70,7 @@ class Models:
             "int8": lambda: bert_fast.quantize(copy.deepcopy(fp32)),
         }
         self.ours = {precision: makers[precision]() for precision in precisions}
+        self.bytes = sum(weight.nbytes for weight in fp32.parameters())
         self._double = copy.deepcopy(fp32).double()
         self.theirs, self.absent = self._transformers(folder, precisions)
         sample = draw_batch([32, 9], self.config.vocab_size)
@@ -160,6 +161,7 @@ def case_of(models: Models, lengths: Sequence[int]) -> Case:
         flops=flops(models.config, lengths),
         graph=False,
         tokens=sum(lengths),
+        resident=models.bytes,
         length=max(lengths),
     )
 

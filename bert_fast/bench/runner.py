@@ -73,6 +73,7 @@ class Case:
         graph: False where a variant waits for the device.
         tokens: real tokens of the batch, where the case is a whole model.
         call: dtype, pass and size, as a record has them (`kernels/_common/times.py`); None where it has no times.
+        resident: bytes that every call reads besides its inputs: the weights of a model.
         length: of the longest sequence, or the number of rows.
         again: makes the same case with other inputs; None where the inputs are the weights of a model, or as large.
     """
@@ -86,6 +87,7 @@ class Case:
     graph: bool = True
     tokens: int = 0
     call: Mapping[str, Any] | None = None
+    resident: int = 0
     length: int = 0
     again: Callable[[], Case] | None = None
 

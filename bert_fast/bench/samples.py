@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
-CONFIDENCE = 0.95
+CONFIDENCE = Fraction("0.95")
 WHISKER = 1.5  # interquartile ranges beyond the quartiles, as in Tukey's box plot
 
 
@@ -44,8 +45,8 @@ def summary(times: Sequence[float]) -> Summary:
 def _interval(count: int) -> tuple[int, int]:
     """The ranks, from 0, of the order statistics that enclose the median with `CONFIDENCE`: the number of times below
     the median is binomial with p 1/2."""
-    rank, below = 0, 0.5**count
-    while below + math.comb(count, rank + 1) * 0.5**count <= (1 - CONFIDENCE) / 2:
+    rank, below = 0, 1  # below, over 2^count: the probability that up to `rank` times are below the median
+    while 2 * (below + math.comb(count, rank + 1)) <= (1 - CONFIDENCE) * (1 << count):
         rank += 1
-        below += math.comb(count, rank) * 0.5**count
+        below += math.comb(count, rank)
     return rank, count - 1 - rank

@@ -39,6 +39,7 @@ from bert_fast.kernels._common.cases import (
 from bert_fast.kernels._common.times import size_of_rows
 from bert_fast.kernels.add_layer_norm import add_layer_norm
 from bert_fast.kernels.add_layer_norm.mistakes import MASK_PROBE, MISTAKES
+from bert_fast.kernels.add_layer_norm.peers import peers as packages
 
 
 def samples(lengths: Lengths = None) -> list[Sample]:
@@ -144,7 +145,10 @@ def _benchmark(
     def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, *, impl: str) -> Tensor:
         return add_layer_norm(x, residual, weight, bias, x_bias=x_bias, dropout_p=dropout_p, rng_state=state, impl=impl)
 
-    peers = eager_and_compiled(partial(_eager, dropout_p), inputs=(x, residual, *parameters), comparable=not dropout_p)
+    given = (x, residual, *parameters)
+    peers = eager_and_compiled(partial(_eager, dropout_p), inputs=given, comparable=not dropout_p)
+    if device.type == "cuda":
+        peers |= packages(dropout_p, given)
     # x, residual, out; x, residual, dout, dx, dresidual
     tensors = {"forward": 3, "backward": 5, "forward + backward": 8}[which]
     return Benchmark(

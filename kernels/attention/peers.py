@@ -11,6 +11,7 @@ name ends in "deterministic"): the difference is what determinism costs them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -149,6 +150,30 @@ def _xformers(lengths: list[int], dropout_p: float, *qkv: Tensor) -> Tensor:
     return out
 
 
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(ends: Tensor, dropout_p: float, *qkv: Tensor) -> Tensor:
+    """torch's FlexAttention, compiled, with a mask of blocks in which each token has the number of its sequence."""
+    if dropout_p:
+        raise NotImplementedError("FlexAttention has no dropout")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tokens = len(qkv[0])
+    sequence = torch.bucketize(torch.arange(tokens, device=ends.device), ends[1:].long(), right=True)
+
+    def same(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return sequence[q] == sequence[k]
+
+    mask = create_block_mask(same, None, None, tokens, tokens, device=str(ends.device))
+    out = _compiled_flex()(*(x.transpose(0, 1).unsqueeze(0) for x in qkv), block_mask=mask)
+    return out[0].transpose(0, 1)
+
+
 class _DeterministicBackward(torch.autograd.Function):
     """run(*inputs), whose backward pass is computed under torch.use_deterministic_algorithms."""
 
@@ -183,6 +208,7 @@ def _packed(batch: Batch, dropout_p: float, backward: bool) -> dict[str, Callabl
         "flash varlen op": flash_varlen,
         "cuDNN ragged": partial(_cudnn_ragged, *settings),
         "xformers": partial(_xformers, batch.lengths, dropout_p),
+        "FlexAttention, torch.compile": partial(_flex, batch.cu_seqlens, dropout_p),
     }
     if backward:
         result["flash varlen op, deterministic"] = partial(_deterministic, flash_varlen)

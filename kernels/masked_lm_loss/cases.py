@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, autocast_parameters, dtype_name, normal
+from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, autocast_parameters, dtype_name, first, normal
 from bert_fast.kernels._common.cases import (
     DTYPES,
     LENGTHS,
@@ -154,13 +154,18 @@ def hostile(operators: Any, device: str) -> list[Callable[[], Any]]:
     return [both]
 
 
-def _logits(
-    hidden: Tensor, dense: Tensor, dense_bias: Tensor, weight: Tensor, bias: Tensor, *decoder: Tensor
-) -> Tensor:
-    transformed = functional.layer_norm(
+MASKED = 0.15  # share of the tokens that have a label
+
+
+def _transformed(hidden: Tensor, dense: Tensor, dense_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return functional.layer_norm(
         functional.gelu(functional.linear(hidden, dense, dense_bias)), weight.shape, weight, bias, 1e-12
     )
-    return functional.linear(transformed, *decoder)
+
+
+def _logits(hidden: Tensor, *parameters: Tensor) -> Tensor:
+    *transform, decoder_weight, decoder_bias = parameters
+    return functional.linear(_transformed(hidden, *transform), decoder_weight, decoder_bias)
 
 
 def _every_token(*inputs: Tensor) -> Tensor:
@@ -179,6 +184,17 @@ def _given_rows(*inputs: Tensor) -> Tensor:
     )
 
 
+def _liger(*inputs: Tensor) -> Tensor:
+    """Liger's fused product and cross entropy, which never stores all logits."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    hidden, *parameters, labels, rows = inputs
+    *transform, decoder_weight, decoder_bias = parameters
+    transformed = _transformed(hidden.index_select(0, rows), *transform)
+    targets = labels.index_select(0, rows)
+    return first(LigerFusedLinearCrossEntropyFunction.apply(transformed, decoder_weight, targets, decoder_bias))
+
+
 def _call(hidden: Tensor, *parameters_and_labels: Tensor, impl: str) -> Tensor:
     *parameters, labels = parameters_and_labels
     return masked_lm_loss(hidden, labels, *parameters, impl=impl).loss
@@ -187,7 +203,8 @@ def _call(hidden: Tensor, *parameters_and_labels: Tensor, impl: str) -> Tensor:
 def _benchmark(device: torch.device, tokens: int, hidden: int, words: int, dtype: torch.dtype, which: str) -> Benchmark:
     shapes = ((tokens, hidden), (hidden, hidden), (hidden,), (hidden,), (hidden,), (words, hidden), (words,))
     parts = [(normal(device, *shape) * (1.0 if len(shape) == 1 else 0.05)).to(dtype) for shape in shapes]
-    labels = torch.randint(0, words, (tokens,)).where(torch.rand(tokens) < 0.15, torch.tensor(-100)).to(device)
+    masked = torch.randperm(tokens)[: round(MASKED * tokens)]  # always as many: the peers get them as an argument
+    labels = torch.full((tokens,), -100).scatter(0, masked, torch.randint(0, words, masked.shape)).to(device)
     rows = (labels >= 0).nonzero().squeeze(1)
     every = Peer(_every_token, (*parts, labels))
     if device.type == "cuda":
@@ -197,6 +214,7 @@ def _benchmark(device: torch.device, tokens: int, hidden: int, words: int, dtype
             "masked tokens, eager": Peer(_given_rows, given),
             "every token, torch.compile": Peer(torch.compile(_every_token, dynamic=False), every.inputs),
             "masked tokens, torch.compile": Peer(torch.compile(_given_rows, dynamic=False), given),
+            "masked tokens, Liger": Peer(_liger, given),
         }
     else:
         peers = {
