@@ -217,8 +217,8 @@ BF_INLINE vuint pair_factors(vfloat low, vfloat high) {
 #if BF_BF16_DOT && BF_INTRINSICS
   typedef uint16_t vhalves __attribute__((vector_size(BF_VECTOR_BYTES)));
   const vhalves halves = (vhalves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  return (vuint)__builtin_shufflevector(halves, halves, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9,
-                                        25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return (vuint)__builtin_shufflevector(halves, halves, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
+                                        9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #else
   return bfloat16_bits(flush_subnormal(low)) | bfloat16_bits(flush_subnormal(high)) << 16;
 #endif
