@@ -312,6 +312,7 @@ class BertPreTrainedModel(nn.Module):
                 ", ".join(differing),
             )
             self.untie_weights()
+        int8.check_stored(stored)
         # What the checkpoint has once, because it is tied there, still belongs to both.
         model = self._tensors()._replace(ties_embeddings=tied.ties_embeddings)
         tensors = checkpoint.match_tensors(model, stored, **options)
@@ -345,9 +346,9 @@ class BertPreTrainedModel(nn.Module):
     ) -> None:
         """Write model.safetensors and config.json to `folder`, in transformers' format: both or none.
 
-        A quantized model is written with its INT8 weights, which transformers doesn't read: in place of a layer's
+        A quantized model is written with its INT8 weights, and transformers refuses the folder: in place of a layer's
         `weight` there are `weight_int8` (N, K) int8, `weight_scale` (N,) float32 and, if it was calibrated,
-        `input_range` (2,) float32, and config.json has a quantization_config of the method "bert_fast".
+        `input_range` (2,) float32, and config.json has a quantization_config whose `method` is "bert_fast".
 
         Other files of `folder` stay. A process that is killed leaves the old checkpoint or the new one; only a folder
         that can't be replaced as a whole (a mount point, the working folder) gets the two files one after the other.

@@ -163,6 +163,40 @@ def attention_dtype(x: Tensor) -> torch.dtype | None:
     return torch.bfloat16 if precise and extensions.cpu_isa() == "avx512bf16" else None
 
 
+def check_stored(stored: Mapping[str, Tensor]) -> None:
+    """Check the tensors that a checkpoint has of INT8 layers, whose shapes are compared with the model's elsewhere.
+
+    Raises:
+        ValueError: a dtype is another than was saved, a scale is negative or not finite, or a range is not finite or
+            ends below its start.
+    """
+    dtypes = {VALUES: torch.int8, SCALE: torch.float32, RANGE: torch.float32}
+    for layer in (name.removesuffix(f".{VALUES}") for name in stored if name.endswith(f".{VALUES}")):
+        for name, dtype in (
+            (f"{layer}.{kind}", dtype) for kind, dtype in dtypes.items() if f"{layer}.{kind}" in stored
+        ):
+            x = stored[name]
+            if x.dtype != dtype:
+                given, expected = (str(each).removeprefix("torch.") for each in (x.dtype, dtype))
+                raise ValueError(
+                    f"{name} is {given} in the checkpoint; expected {expected} (of quantized checkpoints, those of "
+                    "bert_fast.quantize are supported)"
+                )
+            if name.endswith(f".{SCALE}"):
+                _check_each(name, x, x.isfinite() & (x >= 0), "a finite number of at least 0")
+            elif name.endswith(f".{RANGE}"):
+                _check_each(name, x, x.isfinite(), "a finite number")
+                if x.shape == (2,) and x[0] > x[1]:
+                    raise ValueError(f"{name} is {x.tolist()} in the checkpoint; expected the lowest input first")
+
+
+def _check_each(name: str, x: Tensor, valid: Tensor, expected: str) -> None:
+    """ValueError that names the first element of `x` that is not `valid`."""
+    if not valid.all():
+        index = (~valid).nonzero()[0].tolist()
+        raise ValueError(f"{name}{index} is {x[tuple(index)].item()} in the checkpoint; expected {expected}")
+
+
 def is_quantized(stored: Mapping[str, Tensor]) -> bool:
     """Whether the tensors of a checkpoint are those of a model that `bert_fast.quantize` made."""
     return any(name.endswith(f".{VALUES}") for name in stored)
@@ -176,6 +210,9 @@ def int8_layers(model: nn.Module) -> dict[str, Int8Linear]:
 def describe(model: nn.Module) -> dict[str, Any] | None:
     """What config.json says of a quantized model as `quantization_config`; None for a float model.
 
+    It has no `quant_method` on purpose: transformers refuses a folder whose quantization has none, but loads one of a
+    method that it doesn't know with random weights and a warning.
+
     Raises:
         ValueError: some of its layers are calibrated and some are not.
     """
@@ -186,7 +223,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         raise ValueError("some INT8 layers of the model are calibrated and some are not; expected all or none")
     largest = max(_largest(layer.values) for layer in layers.values())
     return {
-        "quant_method": QUANT_METHOD,
+        "method": QUANT_METHOD,
         "bits": 8,
         "largest_weight": largest,
         "activations": "calibrated" if calibrated.pop() else "by token",

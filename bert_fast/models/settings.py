@@ -189,7 +189,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 def check_quantization(value: Any) -> None:
     """ValueError unless the quantization_config of a config.json is None or what save_pretrained writes."""
-    accepted = isinstance(value, Mapping) and value.get("quant_method") == "bert_fast" and value.get("bits") == 8
+    # Folders saved before have the method as quant_method.
+    accepted = isinstance(value, Mapping) and value.get("method", value.get("quant_method")) == "bert_fast"
+    accepted = accepted and value.get("bits") == 8
     if value is not None and not accepted:
         raise ValueError(
             f"quantization_config is {reprlib.repr(value)}, which is not supported; expected None, or that of a model "

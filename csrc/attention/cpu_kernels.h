@@ -104,7 +104,7 @@ BF_INLINE RowSum exp_row(float* scores, int64_t length, float scale, const uint8
   for (int64_t col = 0; col < padded; col += kWidth) {
     const vfloat p = exp_score(scores + col, highest, scale);
     sum += p;
-    store(to + col, dropout.threshold ? p * dropout_multiplier(dropout, bytes + col) : p);
+    store_factors(to + col, dropout.threshold ? p * dropout_multiplier(dropout, bytes + col) : p);
   }
   return {highest, reduce_add(sum)};
 }
@@ -226,8 +226,8 @@ inline ScoreFactors<uint32_t> score_factors(float* scores, int64_t rows, int64_t
       const vfloat p[2] = {load(p0 + col), load(p1 + col)}, ds[2] = {load(ds0 + col), load(ds1 + col)};
       store(reinterpret_cast<uint32_t*>(p0) + col, join(p));
       store(reinterpret_cast<uint32_t*>(p1) + col, join(ds));
-      store(reinterpret_cast<bfloat16*>(ds0) + col, ds[0]);
-      store(reinterpret_cast<bfloat16*>(ds1) + col, ds[1]);
+      store_factors(reinterpret_cast<bfloat16*>(ds0) + col, ds[0]);
+      store_factors(reinterpret_cast<bfloat16*>(ds1) + col, ds[1]);
     }
   }
   const uint32_t* first = factors<uint32_t>(scores);

@@ -17,7 +17,7 @@ BF_INLINE vfloat join(const vfloat (&rows)[1]) {
 }
 
 BF_INLINE vuint join(const vfloat (&rows)[2]) {
-  return bfloat16_bits(rows[0]) | bfloat16_bits(rows[1]) << 16;
+  return pair_factors(rows[0], rows[1]);
 }
 
 // c (rows, panels x kPanel) = a b, with b in contiguous panels (depth, kPanel). `rows` is a multiple of kStep.
@@ -79,7 +79,7 @@ inline void pack_rows(const HeadRows<T>& rows, float scale, F* to, int64_t cols)
   for (int64_t row = 0; row < rows.count; ++row) {
     rows.prefetch_row(row + kAhead);
     auto* numbers = reinterpret_cast<std::conditional_t<kPerFactor<F> == 1, float, bfloat16>*>(to + row * cols);
-    for_columns(rows.dim, [&](int64_t col, int n) { store(numbers + col, rows.read(row, col, n) * scale); });
+    for_columns(rows.dim, [&](int64_t col, int n) { store_factors(numbers + col, rows.read(row, col, n) * scale); });
   }
 }
 

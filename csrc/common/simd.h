@@ -197,6 +197,33 @@ BF_INLINE vfloat add_bf16_dot(vfloat sum, vuint a, vuint b) {
 #endif
 }
 
+// v rounded to bfloat16 as factors of add_bf16_dot, which reads subnormal numbers as zero: so does the instruction that
+// rounds them, in place of the nine of bfloat16_bits.
+BF_INLINE void store_factors(bfloat16* p, vfloat v) {
+#if BF_BF16_DOT && BF_INTRINSICS
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &half, sizeof(half));
+#else
+  store(p, flush_subnormal(v));
+#endif
+}
+
+BF_INLINE void store_factors(float* p, vfloat v) {
+  store(p, v);
+}
+
+// Pairs of such factors: `low` and `high` in the low and high halves of each lane.
+BF_INLINE vuint pair_factors(vfloat low, vfloat high) {
+#if BF_BF16_DOT && BF_INTRINSICS
+  typedef uint16_t vhalves __attribute__((vector_size(BF_VECTOR_BYTES)));
+  const vhalves halves = (vhalves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (vuint)__builtin_shufflevector(halves, halves, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
+                                        9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  return bfloat16_bits(flush_subnormal(low)) | bfloat16_bits(flush_subnormal(high)) << 16;
+#endif
+}
+
 // sum + a.0 b.0 + ... + a.3 b.3 in each lane, for four bytes, unsigned in a and signed in b. Without BF_INT8_DOT, exact
 // if a.0 b.0 + a.1 b.1 and a.2 b.2 + a.3 b.3 fit in 16 bits, as with b from -64 to 64.
 BF_INLINE vint add_int8_dot(vint sum, vuint a, vuint b) {

@@ -92,7 +92,7 @@ def test_the_files(tmp_path: Path) -> None:
     key = stored["bert.encoder.layer.1.attention.self.key.weight_int8"]
     assert torch.equal(key, model.bert.encoder.layer[1].attention.self.qkv.values[64:128])
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == {
-        "quant_method": "bert_fast",
+        "method": "bert_fast",
         "bits": 8,
         "largest_weight": 64,
         "activations": "by token",
@@ -180,6 +180,35 @@ DAMAGES = {
         lambda stored: stored.update({"encoder.layer.0.output.dense.weight_scale": torch.ones(63)}),
         r"weight_scale is \(63,\), expected \(64,\)",
     ),
+    "float16 scales": (
+        lambda stored: stored.update({f"{KEY}.weight_scale": stored[f"{KEY}.weight_scale"].half()}),
+        r"layer\.1\.attention\.self\.key\.weight_scale is float16 in the checkpoint; expected float32",
+    ),
+    "bool values": (  # concatenated with the query's, they would be int8
+        lambda stored: stored.update({f"{KEY}.weight_int8": stored[f"{KEY}.weight_int8"].bool()}),
+        r"self\.key\.weight_int8 is bool in the checkpoint; expected int8",
+    ),
+    "a NaN scale": (
+        lambda stored: stored[f"{KEY}.weight_scale"][5:].fill_(float("nan")),
+        r"layer\.1\.attention\.self\.key\.weight_scale\[5\] is nan in the checkpoint; expected a finite number of at "
+        r"least 0",
+    ),
+    "a negative scale": (
+        lambda stored: stored["encoder.layer.0.output.dense.weight_scale"][63:].neg_(),
+        r"layer\.0\.output\.dense\.weight_scale\[63\] is -0\.\d+ in the checkpoint; expected a finite",
+    ),
+    "an infinite scale": (
+        lambda stored: stored["encoder.layer.0.output.dense.weight_scale"][:1].fill_(float("inf")),
+        r"output\.dense\.weight_scale\[0\] is inf",
+    ),
+    "scales of two dimensions": (
+        lambda stored: stored.update({"encoder.layer.0.output.dense.weight_scale": torch.ones(64, 1)}),
+        r"weight_scale is \(64, 1\), expected \(64,\)",
+    ),
+    "transposed values": (
+        lambda stored: stored.update({"encoder.layer.0.output.dense.weight_int8": torch.ones(128, 64).char()}),
+        r"weight_int8 is \(128, 64\), expected \(64, 128\)",
+    ),
     "-128": (
         lambda stored: stored["encoder.layer.0.output.dense.weight_int8"].fill_(-128),
         r"has values up to 128 in magnitude",
@@ -207,6 +236,44 @@ def test_ranges_of_one_input_that_differ_are_refused(tmp_path: Path) -> None:
         bert_fast.BertModel.from_pretrained(tmp_path)
 
 
+DENSE_RANGE = "encoder.layer.1.output.dense.input_range"
+RANGES = {
+    "inverted": ([2.0, -1.0], r"is \[2\.0, -1\.0\] in the checkpoint; expected the lowest input first"),
+    "NaN": ([0.0, float("nan")], r"\[1\] is nan in the checkpoint; expected a finite number"),
+    "infinite": ([-float("inf"), 1.0], r"\[0\] is -inf in the checkpoint; expected a finite number"),
+    "three numbers": ([0.0, 1.0, 2.0], r"is \(3,\), expected \(2,\)"),
+    "a scalar": (1.0, r"is \(\), expected \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("damage", RANGES)
+def test_damaged_ranges_are_refused(damage: str, tmp_path: Path) -> None:
+    values, message = RANGES[damage]
+    quantized(calibration=[torch.arange(5, 25).view(2, 10)]).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda stored: stored.update({DENSE_RANGE: torch.tensor(values)}))
+    with pytest.raises(ValueError, match=rf"layer\.1\.output\.dense\.input_range ?{message}"):
+        bert_fast.BertModel.from_pretrained(tmp_path)
+
+
+def test_constant_inputs_and_weights_of_zero_are_loaded(tmp_path: Path) -> None:
+    """A range without extent and a scale of zero are what a calibration and a quantization can give."""
+    model = quantized(calibration=[torch.arange(5, 25).view(2, 10)])
+    layer = model.encoder.layer[1].output.dense
+    layer.input_range.fill_(0.5)
+    layer.scale[3] = 0.0
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(bert_fast.BertModel.from_pretrained(tmp_path)), output(model))
+
+
+def test_folders_saved_with_a_quant_method_are_loaded(tmp_path: Path) -> None:
+    model = quantized()
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["quantization_config"]["quant_method"] = settings["quantization_config"].pop("method")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert torch.equal(output(bert_fast.BertModel.from_pretrained(tmp_path)), output(model))
+
+
 @pytest.mark.parametrize("value", [{"bits": 8}, {"quant_method": "bert_fast", "bits": 4}, {"quant_method": "awq"}, "x"])
 def test_other_quantizations_are_refused(value: Any, tmp_path: Path) -> None:
     quantized().save_pretrained(tmp_path)
@@ -224,6 +291,15 @@ def test_half_calibrated_models_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="some INT8 layers of the model are calibrated and some are not"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("name", ["BertModel", "AutoModel", "AutoModelForMaskedLM"])
+def test_transformers_refuses_the_folder(name: str, tmp_path: Path) -> None:
+    """It would initialize the encoder at random, with a warning, if config.json named a method that it doesn't know."""
+    quantized().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quant_method"):
+        getattr(transformers, name).from_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).hidden_size == 64  # as tokenizers read it
 
 
 def test_transformers_reports_the_encoders_weights_as_missing(tmp_path: Path) -> None:
