@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +27,14 @@ class Vectors:
 
     def truncated(self, width: int) -> Vectors:
         """The first `width` components of each vector."""
-        parts = (x[:, :width] for x in (self.texts, self.pairs, self.negatives))
-        return Vectors(*parts, self.negative_rows)
+        return self._with(lambda x: x[:, :width])
 
     def normalized(self) -> Vectors:
         """The vectors divided by their length."""
-        parts = (F.normalize(x, dim=-1) for x in (self.texts, self.pairs, self.negatives))
-        return Vectors(*parts, self.negative_rows)
+        return self._with(lambda x: F.normalize(x, dim=-1))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Vectors:
+        return Vectors(change(self.texts), change(self.pairs), change(self.negatives), self.negative_rows)
 
 
 def contrastive_loss(vectors: Vectors, temperature: float, same: Tensor) -> Tensor:
