@@ -80,6 +80,9 @@ class BatchOptions:
         bucket: shuffle, then sort by length within windows of this many micro-batches, so that batches hold examples
             of similar length; 0 only shuffles. bert_fast's models compute no padding and don't need it.
         eval_tokens: maximum tokens of an evaluation batch.
+        cache_tokens: maximum tokens of a forward pass within a micro-batch, whose gradient is then computed by a second
+            forward pass (GradCache, Gao et al., 2021): the memory is that of this many tokens, however many negatives
+            the rows of a micro-batch of sentence-embedding are for each other. None computes micro-batches at once.
     """
 
     rows: int = 16
@@ -87,10 +90,13 @@ class BatchOptions:
     accumulation: int = 1
     bucket: int = 0
     eval_tokens: int = 8192
+    cache_tokens: int | None = None
 
     def __post_init__(self) -> None:
         convert_fields(self, "batch.")
-        for name, least in {"rows": 1, "tokens": 1, "accumulation": 1, "bucket": 0, "eval_tokens": 1}.items():
+        for name, least in {
+            "rows": 1, "tokens": 1, "accumulation": 1, "bucket": 0, "eval_tokens": 1, "cache_tokens": 1,
+        }.items():  # fmt: skip
             value = getattr(self, name)
             check(value is None or value >= least, f"batch.{name} is {value}; expected at least {least}")
 
@@ -185,8 +191,8 @@ class FinetuneConfig:
     """The settings of a fine-tuning run.
 
     Args:
-        task: classification, multi-label, regression, token-classification, question-answering, multiple-choice or
-            sentence-embedding.
+        task: classification, multi-label, regression, token-classification, question-answering, multiple-choice,
+            sentence-embedding or rerank.
         model: folder of the pretrained checkpoint and its tokenizer, or a hub name.
         output_dir: folder of the result; it is written atomically at the end of the run.
         data: the data and its splits.

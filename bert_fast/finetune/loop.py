@@ -146,9 +146,7 @@ class Finetuner:
         shares = {i: len(of_task) / len(batches) * self.task_runs[i].weight for i, of_task in by_task.items()}
         losses = {index: torch.zeros((), device=self.device) for index in by_task}
         for index, examples in batches:
-            loss = self.task_runs[index].loss(examples) / weights[index]
-            (loss * shares[index]).backward()
-            losses[index] += loss.detach()
+            losses[index] += self.task_runs[index].backward(examples, weights[index], shares[index])
             self.progress.tokens += sum(len(example.input_ids) for example in examples)
         self.progress.step += 1
         options = self.config.optimizer

@@ -17,6 +17,7 @@ from bert_fast._device import autocast, resolve_device
 from bert_fast._io import write_json
 from bert_fast.data import copy_tokenizer, load_tokenizer
 from bert_fast.data.tokenizer import check_rows
+from bert_fast.finetune.cached import cached_backward, parts_by_tokens
 from bert_fast.finetune.config import FinetuneConfig
 from bert_fast.finetune.data import Batcher, FinetuneData, Split, load_data
 from bert_fast.finetune.models import adopt_model, build_model, describe_task
@@ -165,12 +166,32 @@ class TaskRun:
             return self.batcher.epoch(epoch)
         return self._make_batcher(self.augmenter.examples(epoch)).epoch(epoch)
 
-    def loss(self, examples: Sequence[Example]) -> Tensor:
-        """The summed loss of a micro-batch."""
+    def backward(self, examples: Sequence[Example], weight: float, share: float) -> Tensor:
+        """Accumulate the gradients of a micro-batch's summed loss, divided by `weight` and times `share`.
+
+        Returns:
+            The summed loss divided by `weight`, on the device.
+        """
+        most = self.config.batch.cache_tokens
+        parts = [examples] if most is None else parts_by_tokens(examples, most)
+        found: list[Tensor] = []
+
+        def loss(logits: Tensor) -> Tensor:
+            mean = self.task.loss(logits, examples, self.loss_options) / weight
+            found.append(mean.detach())
+            return mean * share
+
+        if len(parts) > 1:
+            cached_backward(self._forward, loss, parts, self.device)
+        else:
+            loss(self._forward(examples)).backward()
+        return found[0]
+
+    def _forward(self, examples: Sequence[Example]) -> Tensor:
+        """The outputs of the model for examples."""
         batch = Batch.of(examples, self.device)
         with autocast(self.device, self.config.precision):
-            logits = self.task.forward(self.model, batch)
-        return self.task.loss(logits, examples, self.loss_options)
+            return self.task.forward(self.model, batch)
 
     def loss_weight(self, batches: Sequence[Sequence[Example]]) -> float:
         """The divisor that turns the summed loss of `batches` into their mean."""
@@ -248,7 +269,8 @@ class TaskRun:
     def _write_model(self, folder: Path) -> None:
         model: Any = self.model
         model.save_pretrained(folder)
-        copy_tokenizer(self.checkpoint, folder, model_max_length=longest_input(model.config))
+        length = self.config.text.max_length if self.task.length_in_tokenizer else longest_input(model.config)
+        copy_tokenizer(self.checkpoint, folder, model_max_length=length)
         for name, values in self.task.extra_files(self.config.text, model.config.hidden_size).items():
             write_json(folder / name, values)
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from bert_fast import _io
 from bert_fast._config import differences
+from bert_fast._device import random_state, set_random_state
 from bert_fast._progress import ProgressBar
 from bert_fast.finetune.config import FinetuneConfig, MultitaskConfig
 from bert_fast.finetune.loop import Finetuner, Progress
@@ -331,9 +332,7 @@ def _tensors(loop: Finetuner) -> dict[str, Tensor]:
     tensors = {f"model/{name}": x.detach() for name, x in loop.named_tensors()}
     tensors |= {f"best/{name}": x for name, x in loop.best_weights.items()}
     tensors |= {f"losses/{index}": torch.stack(losses) for index, losses in enumerate(loop.losses) if losses}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if loop.device.type == "cuda":
-        tensors["random/cuda"] = torch.cuda.get_rng_state(loop.device)
+    tensors |= {f"random/{kind}": state for kind, state in random_state(loop.device).items()}
     # A copy of each: safetensors rejects tensors that share memory.
     return {name: x.to("cpu", copy=True).contiguous() for name, x in tensors.items()}
 
@@ -359,6 +358,4 @@ def _load_tensors(folder: Path, loop: Finetuner) -> None:
     loop.best_weights = groups["best"]
     for index, losses in groups["losses"].items():
         loop.losses[int(index)] = list(losses.to(loop.device).unbind())
-    torch.set_rng_state(groups["random"]["cpu"])
-    if loop.device.type == "cuda" and "cuda" in groups["random"]:
-        torch.cuda.set_rng_state(groups["random"]["cuda"], loop.device)
+    set_random_state(groups["random"], loop.device)

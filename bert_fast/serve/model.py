@@ -39,6 +39,7 @@ _CLASSES = {
     "token-classifier": "BertForTokenClassification",
     "masked-lm": "BertForMaskedLM",
 }
+_KEPT = {"right": "head", "left": "tail"}  # what is kept of a text, by the side that is cut
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,18 @@ class ServedModel:
         return copy
 
     def tokenize(
-        self, texts: Sequence[str | list[int]], *, prompt: str = "", truncate: bool | None = None, side: str = "right"
+        self,
+        texts: Sequence[str | list[int]],
+        *,
+        prompt: str = "",
+        truncate: bool | None = None,
+        side: str | None = None,
     ) -> list[Tokens]:
         """The tokens of texts, or of ids as /tokenize returns them, with or without the special tokens around them.
 
         Args:
             truncate: cut what is longer than `max_length`; None for `auto_truncate`.
-            side: the side that is cut, right or left.
+            side: the side that is cut, right or left in any case; None for that of the model's folder.
 
         Raises:
             InvalidInputError: a text is too long and not cut, or an id is none of the model's.
@@ -141,7 +147,7 @@ class ServedModel:
         strings = [prompt + text for text in texts if isinstance(text, str)]
         encodings = iter(tokenizer.encode_batch_fast(strings))
         rows = [next(encodings).ids if isinstance(text, str) else self._wrap(tokenizer, text) for text in texts]
-        keep = "tail" if side == "left" else self.modules.keep
+        keep = self.modules.keep if side is None else _KEPT[side.lower()]
         cut = Truncation.of(tokenizer, self.max_length, keep)
         left_out = 0 if self.modules.include_prompt or not prompt else cut.prompt_length(tokenizer, prompt)
         tokens = [
@@ -155,14 +161,14 @@ class ServedModel:
         return tokens
 
     def tokenize_pairs(
-        self, pairs: Sequence[tuple[str, str]], *, truncate: bool | None = None, side: str = "right"
+        self, pairs: Sequence[tuple[str, str]], *, truncate: bool | None = None, side: str | None = None
     ) -> list[Tokens]:
         """The tokens of pairs of texts; the longer text of a pair is cut first."""
         tokenizer = self.thread_tokenizer()
         if not (self.auto_truncate if truncate is None else truncate):
             for index, encoding in enumerate(tokenizer.encode_batch_fast(list(pairs))):
                 self._check_length(index, len(encoding.ids), truncate)
-        tokenizer.enable_truncation(self.max_length, strategy="longest_first", direction=side)
+        tokenizer.enable_truncation(self.max_length, strategy="longest_first", direction=(side or "right").lower())
         try:
             encodings = tokenizer.encode_batch(list(pairs))
         finally:
@@ -183,11 +189,10 @@ class ServedModel:
         for value in ids:
             if not 0 <= value < rows:
                 raise InvalidInputError(f"the token id {value} is none of the model's; expected 0 to {rows - 1}")
-        empty = tokenizer.encode("").ids
-        trailing = len(empty) // 2 if len(empty) > 1 else 0
-        leading = len(empty) - trailing
-        head, tail = empty[:leading], empty[leading:]
-        if ids[: len(head)] == head and (not tail or ids[-len(tail) :] == tail) and len(ids) >= len(empty):
+        around, cut = tokenizer.encode("a").ids, Truncation.of(tokenizer, self.max_length)
+        head, tail = around[: cut.leading], around[len(around) - cut.trailing :]
+        whole = len(ids) >= len(head) + len(tail)
+        if whole and ids[: len(head)] == head and ids[len(ids) - len(tail) :] == tail:
             return ids
         return head + ids + tail
 

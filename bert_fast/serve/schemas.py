@@ -21,7 +21,7 @@ class _Body(BaseModel):
 
 class _Truncated(_Body):
     truncate: StrictBool | None = None
-    truncation_direction: Direction = "right"
+    truncation_direction: Direction | None = None
 
 
 class Embed(_Truncated):

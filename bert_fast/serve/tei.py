@@ -34,7 +34,7 @@ async def embed(
     prompt_name: str | None = None,
     dimensions: int | None = None,
     truncate: bool | None = None,
-    side: str = "right",
+    side: str | None = None,
 ) -> list[np.ndarray[Any, Any]]:
     """The vectors of texts, checked to be finite: (D,) float32 each."""
     width = model.width
@@ -100,12 +100,12 @@ async def _tokens(
     texts: list[Any],
     prompt_name: str | None,
     truncate: bool | None,
-    side: str,
+    side: str | None,
 ) -> list[Tokens]:
     server.check_count(len(texts))
     prompt = model.prompt(prompt_name)
     return await server.tokenize(
-        request, lambda: model.tokenize(texts, prompt=prompt, truncate=truncate, side=side.lower()), texts
+        request, lambda: model.tokenize(texts, prompt=prompt, truncate=truncate, side=side), texts
     )
 
 
@@ -129,7 +129,7 @@ async def rank(
     *,
     raw_scores: bool,
     truncate: bool | None = None,
-    side: str = "right",
+    side: str | None = None,
 ) -> list[tuple[int, float]]:
     """(index, score) of texts for a query, the highest score first."""
     server.check_count(len(texts))
@@ -137,7 +137,7 @@ async def rank(
     pairs = [(query, text) for text in texts]
 
     def tokenize() -> list[Tokens]:
-        return model.tokenize_pairs(pairs, truncate=truncate, side=side.lower())
+        return model.tokenize_pairs(pairs, truncate=truncate, side=side)
 
     tokens = await server.tokenize(request, tokenize, [query, *texts])
     logits = finite(await server.compute(request, model.logits, tokens), "score")
@@ -174,15 +174,16 @@ async def predict(request: Request, body: schemas.Predict) -> Any:
     model = server.model(body.model, "classifier", "reranker")
     rows, single = _prediction_inputs(body.inputs)
     server.check_count(len(rows))
-    pairs = [(row[0], row[1]) for row in rows if len(row) == 2]
+    prompt = model.prompt(None)
+    pairs = [(prompt + row[0], row[1]) for row in rows if len(row) == 2]
     if pairs and len(pairs) < len(rows):
         raise InvalidInputError("inputs has texts and pairs; expected one kind")
-    side = body.truncation_direction.lower()
+    side = body.truncation_direction
 
     def tokenize() -> list[Tokens]:
         if pairs:
             return model.tokenize_pairs(pairs, truncate=body.truncate, side=side)
-        return model.tokenize([row[0] for row in rows], truncate=body.truncate, side=side)
+        return model.tokenize([row[0] for row in rows], prompt=prompt, truncate=body.truncate, side=side)
 
     tokens = await server.tokenize(request, tokenize, [text for row in rows for text in row])
     logits = finite(await server.compute(request, model.logits, tokens), "logit")

@@ -116,6 +116,47 @@ def regression_metrics(true: Sequence[float], predicted: Sequence[float]) -> dic
     return {**correlations, "mse": float(((x - y) ** 2).mean()), "mae": float(np.abs(x - y).mean())}
 
 
+def ranking_metrics(queries: Sequence[tuple[Sequence[float], Sequence[float]]], most: int = 10) -> dict[str, Any]:
+    """Metrics of texts in the order of their scores.
+
+    Args:
+        queries: the true relevances, 0 to 1, and the scores of the texts of each query.
+        most: texts that count.
+
+    Returns:
+        ndcg_at_10 and mrr_at_10, means over the `queries` whose texts have different relevances, None without one; a
+        relevance of 0.5 or more is relevant for mrr_at_10, and texts of equal scores count against it.
+        average_precision of all pairs, None unless all relevances are 0 and 1 and both occur, and spearman of
+        relevances and scores.
+
+    Raises:
+        ValueError: there are no queries.
+    """
+    from sklearn import metrics
+
+    ndcg, reciprocal = [], []
+    for relevances, scores in queries:
+        truth, found = np.asarray(relevances, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+        if len(set(relevances)) < 2:
+            continue
+        ndcg.append(float(metrics.ndcg_score(truth[None], found[None], k=most)))
+        relevant = truth >= 0.5
+        if relevant.any():
+            rank = 1 + int((found[~relevant] >= found[relevant].max()).sum())
+            reciprocal.append(1 / rank if rank <= most else 0.0)
+    true = [x for relevances, _ in queries for x in relevances]
+    predicted = [x for _, scores in queries for x in scores]
+    spearman = regression_metrics(true, predicted)["spearman"]
+    binary = set(true) == {0.0, 1.0}
+    return {
+        f"ndcg_at_{most}": float(np.mean(ndcg)) if ndcg else None,
+        f"mrr_at_{most}": float(np.mean(reciprocal)) if reciprocal else None,
+        "queries": len(ndcg),
+        "average_precision": float(metrics.average_precision_score(true, predicted)) if binary else None,
+        "spearman": spearman,
+    }
+
+
 def calibration_error(confidence: Array, correct: Array, bins: int = 15) -> float:
     """Expected calibration error (Guo et al., 2017): |accuracy - confidence| over equal-width bins, weighted by rows.
 

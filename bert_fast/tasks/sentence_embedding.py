@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast._config import check, convert_fields
 from bert_fast.models.embedding import pool
+from bert_fast.tasks import embedding_losses as losses
 from bert_fast.tasks.encoding import encode_texts, is_truncated
 from bert_fast.tasks.io.columns import Role, column_option, number_column, text_column
 from bert_fast.tasks.io.table import Table
@@ -32,9 +32,25 @@ PAIR = Role(
     ("text_pair", "positive", "sentence2", "text2", "passage", "answer", "question2", "hypothesis"),
     required=False,
 )
-NEGATIVE = Role("negative", ("negative", "hard_negative"), required=False)
+MAX_NEGATIVES = 16
+NEGATIVES = (
+    Role("negative", ("negative", "hard_negative", "negative_1"), required=False),
+    *(
+        Role(f"negative_{n}", (f"negative_{n}", f"hard_negative_{n}"), required=False)
+        for n in range(2, MAX_NEGATIVES + 1)
+    ),
+)
 SCORE = Role("label", ("label", "score", "similarity", "similarity_score", "labels"), required=False, target=True)
-ROLES = ("text", "text_pair", "negative")  # indexed by the `extra` of an example
+NEGATIVE_SCORE = Role("negative_score", ("negative_score",), required=False, target=True)
+ROLES = ("text", "text_pair", *(role.name for role in NEGATIVES))  # indexed by the `extra` of an example
+REQUIRED = {
+    "contrastive": ("text_pair",),
+    "triplet": ("text_pair", "negative"),
+    "cosine": ("text_pair", "label"),
+    "cosent": ("text_pair", "label"),
+    "margin_mse": ("text_pair", "negative", "label"),
+}
+METRICS = {"contrastive": "mrr", "triplet": "triplet_accuracy", "margin_mse": "triplet_accuracy"}
 
 
 @dataclass(frozen=True)
@@ -43,22 +59,30 @@ class SentenceEmbeddingOptions:
 
     Args:
         objective: contrastive (classify the pair of each text among all pairs and negatives of the batch), triplet (the
-            pair is closer than the negative by a margin) or cosine (regress the cosine of a pair to its score). auto
-            is cosine if there are scores and no negatives, else contrastive.
+            pair is closer than each negative by a margin), cosine (regress the cosine of a pair to its score), cosent
+            (order the cosines of pairs as their scores: CoSENT, Su, 2022) or margin_mse (regress text . pair -
+            text . negative to the difference of a teacher's scores: Hofstätter et al., 2020; the column negative_score,
+            or the score is the difference). auto is cosine if there are scores and no negatives, else contrastive.
         pooling: of the last hidden states: mean, cls, max or pooler. sentence-transformers loads the result of all but
             pooler.
-        temperature: divides the cosines of the contrastive objective.
+        temperature: divides the cosines of the objectives contrastive and cosent.
         margin: of the triplet objective, in units of cosine.
         score_low, score_high: the scores that correspond to cosines of 0 and 1; by default the minimum and maximum of
             the training rows.
+        widths: train the first this many components of the vectors too, as vectors by themselves (Matryoshka
+            representation learning, Kusupati et al., 2022); the loss is the weighted sum over these widths. Include the
+            whole width. None trains whole vectors alone.
+        width_weights: one for each of `widths`; None weights them equally, by 1.
     """
 
-    objective: Literal["auto", "contrastive", "triplet", "cosine"] = "auto"
+    objective: Literal["auto", "contrastive", "triplet", "cosine", "cosent", "margin_mse"] = "auto"
     pooling: Literal["mean", "cls", "max", "pooler"] = "mean"
     temperature: float = 0.05
     margin: float = 0.3
     score_low: float | None = None
     score_high: float | None = None
+    widths: list[int] | None = None
+    width_weights: list[float] | None = None
 
     def __post_init__(self) -> None:
         convert_fields(self, "options.")
@@ -67,6 +91,15 @@ class SentenceEmbeddingOptions:
         for name in ("score_low", "score_high"):
             value = getattr(self, name)
             check(value is None or math.isfinite(value), f"options.{name} is {value}; expected a finite number")
+        widths, weights = self.widths, self.width_weights
+        check(
+            widths is None or (bool(widths) and min(widths) >= 1 and len(set(widths)) == len(widths)),
+            f"options.widths is {widths}; expected different numbers of 1 or more",
+        )
+        check(
+            weights is None or (len(weights) == len(widths or ()) and all(0 < x < math.inf for x in weights)),
+            f"options.width_weights is {weights}; expected a number above 0 for each of options.widths, {widths}",
+        )
 
 
 class SentenceEmbedding(Task):
@@ -78,9 +111,9 @@ class SentenceEmbedding(Task):
 
     name = "sentence-embedding"
     model_class = "BertModel"
-    roles = (TEXT, PAIR, NEGATIVE, SCORE)
+    roles = (TEXT, PAIR, *NEGATIVES, SCORE, NEGATIVE_SCORE)
     options_class = SentenceEmbeddingOptions
-    text_roles = ROLES
+    text_roles = ("text", "text_pair", "negative")  # an empty negative_2 ... is none
     keep_rows_together = True
     words_may_change = True
     main_metric = "mrr"
@@ -108,22 +141,24 @@ class SentenceEmbedding(Task):
         self._choose_metric()
 
     def _check_columns(self, table: Table, columns: Columns) -> None:
-        required = {
-            "contrastive": ["text_pair"],
-            "triplet": ["text_pair", "negative"],
-            "cosine": ["text_pair", "label"],
-        }
-        if missing := [role for role in required[self.objective] if role not in columns]:
+        if missing := [role for role in REQUIRED[self.objective] if role not in columns]:
             raise ValueError(
                 f"{table.source}: no column for {', '.join(missing)} among {', '.join(table.columns)}, required by the "
                 f"objective {self.objective}; name it with {column_option(missing[0])}"
             )
+        if self.objective == "margin_mse" and (several := [role for role in ROLES[3:] if role in columns]):
+            raise ValueError(
+                f"{table.source}: margin_mse has the columns {', '.join(columns[role] for role in several)}; expected "
+                "one negative for each row"
+            )
 
     def _choose_metric(self) -> None:
-        self.main_metric = {"contrastive": "mrr", "triplet": "triplet_accuracy", "cosine": "spearman"}[self.objective]
+        self.main_metric = METRICS.get(self.objective, "spearman")
 
     def check(self, table: Table, columns: Columns) -> list[str]:
         self._check_columns(table, columns)
+        if "label" in REQUIRED[self.objective]:
+            self._scores(table, columns)
         if self.objective != "cosine":
             return []
         outside = sum(not self.low <= score <= self.high for score in number_column(table, columns["label"]))
@@ -161,25 +196,30 @@ class SentenceEmbedding(Task):
             },
         }
 
-    def _cosines(self, table: Table, columns: Columns) -> list[float]:
-        """The scores of the rows, scaled to cosines."""
-        return [(score - self.low) / (self.high - self.low) for score in number_column(table, columns["label"])]
+    def _scores(self, table: Table, columns: Columns) -> list[float]:
+        """What the objective learns of each row: the score, for cosine scaled to a cosine, or the margin of scores."""
+        scores = number_column(table, columns["label"])
+        if self.objective == "cosine":
+            return [(score - self.low) / (self.high - self.low) for score in scores]
+        if self.objective == "margin_mse" and "negative_score" in columns:
+            others = number_column(table, columns["negative_score"])
+            return [score - other for score, other in zip(scores, others, strict=True)]
+        return scores
 
     def encode(
         self, table: Table, columns: Columns, tokenizer: Tokenizer, text: TextSettings, *, training: bool
     ) -> list[Example]:
-        """The text, pair and negative of each row, if present; `extra` is 0, 1 or 2."""
-        kinds = [kind for kind, role in enumerate(ROLES) if role in columns]
-        encodings = {
-            kind: encode_texts(tokenizer, text_column(table, columns[ROLES[kind]]), None, text) for kind in kinds
-        }
+        """The text, pair and negatives of each row, if present; `extra` is 0, 1, or 2 and more."""
+        texts = {kind: text_column(table, columns[role]) for kind, role in enumerate(ROLES) if role in columns}
+        encodings = {kind: encode_texts(tokenizer, of_kind, None, text) for kind, of_kind in texts.items()}
         targets: list[float | None] = [None] * len(table)
-        if self.objective == "cosine" and "label" in columns:
-            targets = [*self._cosines(table, columns)]
+        if "label" in REQUIRED[self.objective] and "label" in columns:
+            targets = [*self._scores(table, columns)]
         return [
             Example(row, encoding.ids, encoding.type_ids, targets[row], kind, is_truncated([encoding]))
             for row in range(len(table))
-            for kind, encoding in ((kind, encodings[kind][row]) for kind in kinds)
+            for kind, encoding in ((kind, of_kind[row]) for kind, of_kind in encodings.items())
+            if kind < 3 or texts[kind][row].strip()
         ]
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -189,27 +229,32 @@ class SentenceEmbedding(Task):
 
     def loss(self, logits: Tensor, examples: Sequence[Example], options: LossOptions) -> Tensor:
         reject_options(self.name, options, "focal_gamma", "label_smoothing")
-        vectors = F.normalize(logits, dim=-1)
-        by_kind = {kind: [i for i, item in enumerate(examples) if item.extra == kind] for kind in range(len(ROLES))}
-        anchors, pairs = vectors[by_kind[0]], vectors[by_kind[1]]
-        if self.objective == "cosine":
-            targets = torch.tensor([examples[i].target for i in by_kind[0]], device=logits.device, dtype=vectors.dtype)
-            return ((anchors * pairs).sum(-1) - targets).square().sum()
+        found = _vectors(logits, examples)
+        widths = self.options.widths
+        if widths is None:
+            return self._loss(found, examples)
+        if max(widths) > logits.shape[1]:
+            raise ValueError(f"options.widths has {max(widths)}; expected at most the vectors' {logits.shape[1]}")
+        weights = self.options.width_weights or [1.0] * len(widths)
+        parts = [self._loss(found.truncated(width), examples) * x for width, x in zip(widths, weights, strict=True)]
+        return torch.stack(parts).sum()
+
+    def _loss(self, vectors: losses.Vectors, examples: Sequence[Example]) -> Tensor:
+        """The summed loss of vectors of one width."""
         if self.objective == "triplet":
-            closer = (anchors * (pairs - vectors[by_kind[2]])).sum(-1)
-            return (self.options.margin - closer).clamp(min=0).sum()
-        candidates = [*by_kind[1], *by_kind[2]]
-        cosines = anchors @ vectors[candidates].T / self.options.temperature
-        # A candidate that equals the pair of a row, or its text, is not a negative of that row.
-        ids = [tuple(examples[i].input_ids) for i in candidates]
-        row_ids = [
-            {tuple(examples[i].input_ids), tuple(examples[j].input_ids)}
-            for i, j in zip(by_kind[0], by_kind[1], strict=True)
-        ]
-        masked = torch.tensor([[text in of_row for text in ids] for of_row in row_ids], device=logits.device)
-        masked.fill_diagonal_(False)
-        targets = torch.arange(len(anchors), device=logits.device)
-        return F.cross_entropy(cosines.masked_fill(masked, -torch.inf), targets, reduction="sum")
+            return losses.triplet_loss(vectors, self.options.margin)
+        if self.objective == "contrastive":
+            texts, pairs, negatives = _by_kind(examples)
+            ids = ([tuple(examples[index].input_ids) for index in part] for part in (texts, pairs, negatives))
+            same = losses.same_texts(*ids).to(vectors.texts.device)
+            return losses.contrastive_loss(vectors, self.options.temperature, same)
+        targets = [example.target for example in examples if example.extra == 0]
+        scores = torch.tensor(targets, device=vectors.texts.device, dtype=vectors.texts.dtype)
+        if self.objective == "cosine":
+            return losses.cosine_loss(vectors, scores)
+        if self.objective == "cosent":
+            return losses.cosent_loss(vectors, scores, self.options.temperature)
+        return losses.margin_mse_loss(vectors, scores)
 
     def weight(self, examples: Sequence[Example], options: LossOptions) -> float:
         return float(sum(example.extra == 0 for example in examples))
@@ -218,16 +263,17 @@ class SentenceEmbedding(Task):
         self, outputs: Sequence[Array], examples: Sequence[Example], table: Table, columns: Columns
     ) -> list[dict[str, Any]]:
         """For texts without pairs the `vector`; for pairs `similarity`, the cosine, and `rank`, that of a text's pair
-        among the pairs of all rows, from 1; for triplets also `negative_similarity`."""
+        among the pairs of all rows, from 1; for triplets also `negative_similarity`, that of the closest negative."""
         rows = len(table)
-        vectors: dict[int, Array] = {}
-        for kind in {example.extra for example in examples}:
-            of_kind = [np.asarray(x) for x, example in zip(outputs, examples, strict=True) if example.extra == kind]
-            vectors[kind] = np.stack(of_kind)
-        if 1 not in vectors:
-            return [{"vector": vector.tolist()} for vector in vectors.get(0, np.zeros((rows, 0)))]
-        unit = {kind: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for kind, x in vectors.items()}
+        texts, pairs_of, negatives = ([outputs[index] for index in part] for part in _by_kind(examples))
+        if not pairs_of:
+            return [{"vector": vector.tolist()} for vector in texts]
+        unit = [_unit(np.stack(texts)), _unit(np.stack(pairs_of))]
         similarity = (unit[0] * unit[1]).sum(1)
+        closest: dict[int, float] = {}
+        for vector, example in zip(negatives, (item for item in examples if item.extra > 1), strict=True):
+            cosine = float(_unit(np.asarray(vector)[None])[0] @ unit[0][example.row])
+            closest[example.row] = max(cosine, closest.get(example.row, -math.inf))
         pairs = text_column(table, columns["text_pair"])
         number = {text: i for i, text in enumerate(dict.fromkeys(pairs))}
         distinct = np.array([number[text] for text in pairs])
@@ -238,19 +284,20 @@ class SentenceEmbedding(Task):
             # Ties count against the model: equal vectors for all texts give the last rank.
             ahead = cosines >= cosines[distinct[row]]
             item = {"similarity": float(similarity[row]), "rank": int(ahead.sum())}
-            if 2 in unit:
-                item["negative_similarity"] = float(unit[2][row] @ unit[0][row])
+            if row in closest:
+                item["negative_similarity"] = closest[row]
             predictions.append(item)
         return predictions
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
         """For scored pairs the metrics of regression on cosines and scores; otherwise mrr, mean_similarity and
-        recall_at_1, _5, _10 of each text's pair among all pairs; for triplets also triplet_accuracy."""
+        recall_at_1, _5, _10 of each text's pair among all pairs; for triplets also triplet_accuracy, the share of
+        rows whose pair is closer than every negative."""
         if not len(table):
             raise ValueError("the table is empty; expected at least one row to compute metrics")
         similarity = np.array([item["similarity"] for item in predictions])
-        if self.objective == "cosine":
-            return regression_metrics(self._cosines(table, columns), similarity.tolist())
+        if self.objective in ("cosine", "cosent"):
+            return regression_metrics(self._scores(table, columns), similarity.tolist())
         ranks = np.array([item["rank"] for item in predictions])
         metrics = {"mrr": float((1 / ranks).mean()), "mean_similarity": float(similarity.mean())}
         metrics |= {f"recall_at_{n}": float((ranks <= n).mean()) for n in (1, 5, 10)}
@@ -261,3 +308,23 @@ class SentenceEmbedding(Task):
 
     def outcome(self, prediction: Mapping[str, Any]) -> str | None:
         return f"a cosine of {prediction['similarity']:.3f}" if "similarity" in prediction else None
+
+
+def _by_kind(examples: Sequence[Example]) -> tuple[list[int], list[int], list[int]]:
+    """The indices of the texts, of their pairs and of the negatives."""
+    kinds = [min(example.extra, 2) for example in examples]
+    texts, pairs, negatives = ([index for index, kind in enumerate(kinds) if kind == part] for part in range(3))
+    return texts, pairs, negatives
+
+
+def _vectors(x: Tensor, examples: Sequence[Example]) -> losses.Vectors:
+    texts, pairs, negatives = _by_kind(examples)
+    number = {examples[index].row: row for row, index in enumerate(texts)}
+    rows = torch.tensor([number[examples[index].row] for index in negatives], dtype=torch.int64, device=x.device)
+    return losses.Vectors(x[texts], x[pairs], x[negatives], rows)
+
+
+def _unit(x: Array) -> Array:
+    """The rows of x divided by their length."""
+    result: Array = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return result

@@ -39,6 +39,7 @@ TASKS = {
     "question-answering": "bert_fast.tasks.question_answering:QuestionAnswering",
     "multiple-choice": "bert_fast.tasks.multiple_choice:MultipleChoice",
     "sentence-embedding": "bert_fast.tasks.sentence_embedding:SentenceEmbedding",
+    "rerank": "bert_fast.tasks.rerank:Rerank",
 }
 Columns = Mapping[str, str]  # role -> column of the table; roles without a column are left out
 
@@ -178,6 +179,8 @@ class Task(ABC):
         keep_rows_together: whether all examples of a row must be in one batch (choices, the texts of a pair).
         words_may_change: whether augmentation may delete or move words without changing the targets.
         group_role: rows with the same value of this role stay together when dev is held out of train.
+        length_in_tokenizer: whether the tokenizer of a result has text.max_length as its model_max_length, by which
+            readers of the folder truncate inputs.
         main_metric: the metric for early stopping and for selecting the best model.
         higher_is_better: whether higher values of it are better.
     """
@@ -190,6 +193,7 @@ class Task(ABC):
     keep_rows_together: ClassVar[bool] = False
     words_may_change: ClassVar[bool] = False
     group_role: ClassVar[str] = ""
+    length_in_tokenizer: ClassVar[bool] = False
     main_metric: str = "loss"
     higher_is_better: bool = True
 

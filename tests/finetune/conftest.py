@@ -53,6 +53,7 @@ class Toy:
             choices = [words[0], words[2]][:: 1 - 2 * (n % 2)]
             rows["multiple-choice"].append({"text": "who ?", "choices": choices, "label": n % 2})
             rows["sentence-embedding"].append({"anchor": f"the {words[0]}", "positive": f"we {words[2]} {words[3]}"})
+            rows["rerank"].append({"query": f"the {words[0]}", "text": f"we {words[2]}", "label": n % 2})
         for name, values in rows.items():
             (base / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
 
