@@ -9,6 +9,7 @@ from bert_fast.models.heads import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
+from bert_fast.models.multi_vector import MultiVectorModel, maxsim
 from bert_fast.models.pretraining import (
     BertForMaskedLM,
     BertForNextSentencePrediction,
@@ -28,6 +29,8 @@ __all__ = [
     "BertModel",
     "BertPreTrainedModel",
     "ElectraForPreTraining",
+    "MultiVectorModel",
     "from_hf",
+    "maxsim",
     "to_hf",
 ]
