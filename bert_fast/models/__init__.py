@@ -1,6 +1,7 @@
 """The models: configuration, encoder, heads, and checkpoints in transformers' format."""
 
 from bert_fast.models.bert import BertModel, BertPreTrainedModel
+from bert_fast.models.bge_m3 import BgeM3Model
 from bert_fast.models.checkpoint import from_hf, to_hf
 from bert_fast.models.config import BertConfig
 from bert_fast.models.heads import (
@@ -28,6 +29,7 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "BertPreTrainedModel",
+    "BgeM3Model",
     "ElectraForPreTraining",
     "MultiVectorModel",
     "from_hf",

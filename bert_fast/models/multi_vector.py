@@ -312,8 +312,10 @@ def read_multi_vector_modules(source: Source, config: Any, *, allow_pickle: bool
             prompts[task] = prefix + prompts[task].removeprefix(prefix)
     values = reader.transformer_values
     expansion = Expansion.of(values.get("query_expansion", _flat_expansion(settings)), str(source))
-    lengths = {task: reader.length(settings.get(f"{task}_length")) for task in _TASKS}
-    lengths = {task: length for task, length in lengths.items() if length is not None} | dict(texts.task_lengths)
+    lengths = dict(texts.task_lengths)
+    for task in _TASKS:
+        if task not in lengths and (length := reader.length(settings.get(f"{task}_length"))) is not None:
+            lengths[task] = length
     texts = replace(texts, prompts=prompts, task_lengths=lengths)
     known = tuple(prefix for prefix in prefixes if isinstance(prefix, str) and prefix.strip())
     return MultiVectorModules(texts, expansion, tuple(skiplist), tuple(tasks), known)
