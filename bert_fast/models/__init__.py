@@ -1,6 +1,7 @@
 """The models: configuration, encoder, heads, and checkpoints in transformers' format."""
 
 from bert_fast.models.bert import BertModel, BertPreTrainedModel
+from bert_fast.models.bge_m3 import BgeM3Model
 from bert_fast.models.checkpoint import from_hf, to_hf
 from bert_fast.models.config import BertConfig
 from bert_fast.models.heads import (
@@ -9,6 +10,7 @@ from bert_fast.models.heads import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
+from bert_fast.models.multi_vector import MultiVectorModel, maxsim
 from bert_fast.models.pretraining import (
     BertForMaskedLM,
     BertForNextSentencePrediction,
@@ -27,7 +29,10 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "BertPreTrainedModel",
+    "BgeM3Model",
     "ElectraForPreTraining",
+    "MultiVectorModel",
     "from_hf",
+    "maxsim",
     "to_hf",
 ]

@@ -329,7 +329,7 @@ class BertConfig:
         force_download: bool = False,
         **overrides: Any,
     ) -> BertConfig:
-        """Read config.json.
+        """Read config.json, where there is none that of the subfolder that modules.json names for the Transformer.
 
         Args:
             name_or_path, subfolder ... force_download: see `bert_fast.models.files.Source`.
@@ -340,9 +340,12 @@ class BertConfig:
             TypeError: an override is no setting of this model, or an argument has another type.
             ValueError: the file is not JSON, a setting is out of range, or it describes an unsupported model.
         """
+        from bert_fast.models.sentence import transformer_source  # imports this module
+
         hub = (subfolder, revision, token, cache_dir, local_files_only, force_download)
         caller = f"{cls.__name__}.from_pretrained"
-        return cls.from_source(Source(name_or_path, *hub), overrides, caller=caller, arguments=HUB_OPTIONS)
+        source = transformer_source(Source(name_or_path, *hub))
+        return cls.from_source(source, overrides, caller=caller, arguments=HUB_OPTIONS)
 
     @classmethod
     def from_source(

@@ -44,7 +44,9 @@ _OUTPUTS = {
     "SentenceTransformer": ("feature-extraction", "last_hidden_state"),
     "CrossEncoder": ("sequence-classification", "logits"),
     "SparseEncoder": ("fill-mask", "logits"),
+    "MultiVectorEncoder": ("feature-extraction", "last_hidden_state"),
 }
+MULTI_VECTOR_KINDS = ("MultiVectorEncoder", "ColBERT")  # sentence-transformers' name, and that of PyLate
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ def transformer_source(source: Source) -> Source:
     """Where the files of the Transformer module are: `source`, or the folder in it that its modules.json names."""
     if source.find(CONFIG_NAME) is not None or (path := source.find(MODULES_NAME)) is None:
         return source
-    entries = _read_list(path)
-    where = next((_field(entry, "path") for entry in entries if _kind(entry) == "Transformer"), "")
+    entries = read_list(path)
+    where = next((_field(entry, "path") for entry in entries if module_name(entry) == "Transformer"), "")
     return source.within(where) if where else source
 
 
@@ -165,7 +167,7 @@ def kind_of(source: Source, config: BertConfig) -> str:
     if (path := source.find(MODULES_NAME)) is not None:
         settings = source.find(SETTINGS_NAME)
         kind = {} if settings is None else read_json(settings)
-        if "SpladePooling" in map(_kind, _read_list(path)):
+        if "SpladePooling" in map(module_name, read_list(path)):
             return "SparseEncoder"
         return str(kind.get("model_type", "SentenceTransformer"))
     if isinstance(name := _mapping(config.extra, TASK_KEY).get("name"), str):
@@ -210,33 +212,40 @@ def read_modules(
     if (path := source.find(MODULES_NAME)) is None:
         return None
     try:
-        reader = _Reader(source, config, kind, allow_pickle)
-        if reader.settings.get("model_type", "SentenceTransformer") != kind:
+        reader = ModulesReader(source, config, kind, allow_pickle)
+        found = reader.settings.get("model_type", "SentenceTransformer")
+        if found in MULTI_VECTOR_KINDS and kind == "SentenceTransformer":
+            return SentenceModules(
+                problem=f"{source} has a vector for each token ({found}); expected a model of one vector for each "
+                "text: load it with bert_fast.models.MultiVectorModel"
+            )
+        if found != kind:
             return None
-        return _READERS[kind](reader, _read_list(path), str(path))
+        return _READERS[kind](reader, read_list(path), str(path))
     except (ValueError, FileNotFoundError) as error:
         return SentenceModules(problem=str(error))
 
 
-class _Reader:
+class ModulesReader:
     def __init__(self, source: Source, config: BertConfig, kind: str, allow_pickle: bool) -> None:
         self.source, self.config, self.kind, self.allow_pickle = source, config, kind, allow_pickle
         self.files: dict[str, bytes] = {}
-        self.settings = self._read_kept(SETTINGS_NAME)
+        self.transformer_values: dict[str, Any] = {}
+        self.settings = self.read_kept(SETTINGS_NAME)
 
     def read_cross_encoder(self, entries: list[Any], where: str) -> SentenceModules:
-        modules = self._first(entries, where)
+        modules = self.first(entries, where)
         if len(entries) > 1:
             raise ValueError(f"{where}: the module {entries[1].get('type')!r} is not supported after the Transformer")
         activation = self.settings.get("activation_fn") or ""
         return replace(modules, activation=activation, files=self.files)
 
     def read_sparse_encoder(self, entries: list[Any], where: str) -> SentenceModules:
-        modules = self._first(entries, where)
-        if len(entries) != 2 or _kind(entries[1]) != "SpladePooling":
+        modules = self.first(entries, where)
+        if len(entries) != 2 or module_name(entries[1]) != "SpladePooling":
             kinds = ", ".join(str(entry.get("type")) for entry in entries[1:]) or "no module"
             raise ValueError(f"{where}: after the Transformer there is {kinds}; expected SpladePooling alone")
-        values = self._read_kept(f"{_field(entries[1], 'path')}/{MODULE_CONFIG}")
+        values = self.read_kept(f"{_field(entries[1], 'path')}/{MODULE_CONFIG}")
         strategy, activation = values.get("pooling_strategy", "max"), values.get("activation_function", "relu")
         if strategy not in ("max", "sum") or activation not in ("relu", "log1p_relu"):
             raise ValueError(f"{where}: SpladePooling has {strategy!r} of {activation!r}; expected max or sum of relu")
@@ -245,9 +254,9 @@ class _Reader:
             raise ValueError(f"{self.source}/{SETTINGS_NAME}: max_active_dims is {dims!r}; expected 1 or more")
         return replace(modules, pooling=(strategy,), activation=activation, max_active_dims=dims, files=self.files)
 
-    def _first(self, entries: list[Any], where: str) -> SentenceModules:
+    def first(self, entries: list[Any], where: str) -> SentenceModules:
         """What the first module, the Transformer, says."""
-        if not entries or _kind(entries[0]) not in ("Transformer", "MLMTransformer"):
+        if not entries or module_name(entries[0]) not in ("Transformer", "MLMTransformer"):
             first = repr(entries[0].get("type")) if entries else "no module"
             raise ValueError(f"{where}: the first module is {first}; expected sentence_transformers' Transformer")
         # Where the Transformer had a folder of its own, what is saved has it at the top.
@@ -256,24 +265,24 @@ class _Reader:
         return self._transformer(_field(entries[0], "path"))
 
     def read(self, entries: list[Any], where: str) -> SentenceModules:
-        modules = self._first(entries, where)
+        modules = self.first(entries, where)
         token_steps: list[nn.Module] = []
         steps: list[nn.Module] = []
         pooling: dict[str, Any] | None = None
         for entry in entries[1:]:
-            kind, folder = _kind(entry), _field(entry, "path")
+            kind, folder = module_name(entry), _field(entry, "path")
             if kind not in _BUILDERS and kind not in ("Pooling", "Dropout"):
                 raise ValueError(
                     f"{where}: the module {entry.get('type')!r} is not supported; expected Transformer, Pooling, "
                     f"Dropout, {', '.join(_BUILDERS)} of sentence_transformers"
                 )
-            values = self._read_kept(f"{folder}/{MODULE_CONFIG}" if folder else MODULE_CONFIG, kept=bool(folder))
+            values = self.read_kept(f"{folder}/{MODULE_CONFIG}" if folder else MODULE_CONFIG, kept=bool(folder))
             if kind == "Pooling":
                 if pooling is not None:
                     raise ValueError(f"{where}: there are two Pooling modules; expected one")
                 pooling = values
             elif kind != "Dropout":
-                step = _BUILDERS[kind](self, folder, values)
+                step = self.build(kind, folder, values)
                 name = values.get("module_input_name", "sentence_embedding")
                 if values.get("module_output_name") not in (None, name):
                     raise ValueError(f"{where}: {folder} writes {values['module_output_name']!r}; expected {name!r}")
@@ -294,8 +303,9 @@ class _Reader:
     def _transformer(self, folder: str) -> SentenceModules:
         values: dict[str, Any] = {}
         for name in _TRANSFORMER_NAMES:
-            if values := self._read_kept(f"{folder}/{name}" if folder else name, name):
+            if values := self.read_kept(f"{folder}/{name}" if folder else name, name):
                 break
+        self.transformer_values = values
         where = f"{self.source}: the Transformer module"
         task, output = _OUTPUTS[self.kind]
         if values.get("transformer_task", task) != task:
@@ -306,7 +316,7 @@ class _Reader:
             [output],
         ):
             raise ValueError(f"{where} returns {text.get('method_output_name')!r}; expected {output!r}")
-        if values.get("query_expansion"):
+        if values.get("query_expansion") and self.kind != "MultiVectorEncoder":
             raise ValueError(f"{where} has query_expansion, which is not supported")
         arguments = _mapping(values, "processor_kwargs") or _mapping(values, "tokenizer_args")
         length = arguments.get("model_max_length") or values.get("max_seq_length")
@@ -314,10 +324,10 @@ class _Reader:
         default = self.settings.get("default_prompt_name")
         if default is not None and not (isinstance(default, str) and default in prompts):
             raise ValueError(f"{self.source}: default_prompt_name is {default!r}, and there is no prompt of this name")
-        lengths = {task: self._length(values.get(f"{task}_length")) for task in ("query", "document")}
+        lengths = {task: self.length(values.get(f"{task}_length")) for task in ("query", "document")}
         kept = _mapping(_mapping(self.config.extra, TASK_KEY), "text").get("long", "head")
         return SentenceModules(
-            max_seqlen=self._length(length) or stored_length(self.source.within(folder), self.config),
+            max_seqlen=self.length(length) or stored_length(self.source.within(folder), self.config),
             task_lengths={task: value for task, value in lengths.items() if value is not None},
             keep=kept if kept in ("head", "tail", "head_tail") else "head",
             lowercase=bool(values.get("do_lower_case")),
@@ -332,7 +342,7 @@ class _Reader:
             raise ValueError(f"{self.source}/{SETTINGS_NAME}: prompts is no mapping from names to texts")
         return {name: text or "" for name, text in prompts.items()}
 
-    def _length(self, value: Any) -> int | None:
+    def length(self, value: Any) -> int | None:
         """A number of tokens; the model's maximum where it is larger, None where it is not set."""
         if value is None:
             return None
@@ -340,7 +350,7 @@ class _Reader:
             raise ValueError(f"{self.source}: the maximum length is {value!r}; expected 2 or more tokens")
         return int(min(value, longest_input(self.config)))
 
-    def _read_kept(self, name: str, saved_as: str = "", *, kept: bool = True) -> dict[str, Any]:
+    def read_kept(self, name: str, saved_as: str = "", *, kept: bool = True) -> dict[str, Any]:
         """The values of a JSON file, {} where it is absent; the file is kept for saving."""
         path = self.source.find(name)
         if path is None:
@@ -349,7 +359,7 @@ class _Reader:
             self.files[saved_as or name] = path.read_bytes()
         return read_json(path)
 
-    def _tensors(self, folder: str, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    def tensors(self, folder: str, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
         """The weights of a module, in float32, which are kept for saving."""
         from safetensors.torch import save
 
@@ -361,6 +371,10 @@ class _Reader:
         self.files[f"{folder}/{WEIGHTS_NAME}"] = save({name: x.contiguous() for name, x in tensors.items()})
         return {name: x.float() for name, x in tensors.items()}
 
+    def build(self, kind: str, folder: str, values: dict[str, Any]) -> nn.Module:
+        """The module `kind`, Dense, LayerNorm or Normalize, in `folder`; `values` are those of its config.json."""
+        return _BUILDERS[kind](self, folder, values)
+
     def dense(self, folder: str, values: dict[str, Any]) -> nn.Module:
         check_fields(values, {"in_features": int, "out_features": int}, f"{self.source}/{folder}/{MODULE_CONFIG}")
         sizes = (values["in_features"], values["out_features"])
@@ -368,7 +382,7 @@ class _Reader:
         shapes: dict[str, tuple[int, ...]] = {"linear__weight": sizes[::-1]}
         shapes |= {"linear__bias": (sizes[1],)} if bias else {}
         shapes |= {"residual__weight": sizes[::-1]} if projected else {}
-        tensors = self._tensors(folder, **shapes)
+        tensors = self.tensors(folder, **shapes)
         residual: nn.Module | None = _linear(tensors["residual.weight"], None) if projected else None
         if values.get("use_residual", False) and not projected:
             residual = nn.Identity()
@@ -378,7 +392,7 @@ class _Reader:
     def layer_norm(self, folder: str, values: dict[str, Any]) -> nn.Module:
         check_fields(values, {"dimension": int}, f"{self.source}/{folder}/{MODULE_CONFIG}")
         size = values["dimension"]
-        tensors = self._tensors(folder, norm__weight=(size,), norm__bias=(size,))
+        tensors = self.tensors(folder, norm__weight=(size,), norm__bias=(size,))
         norm = nn.LayerNorm(size)
         norm.load_state_dict({"weight": tensors["norm.weight"], "bias": tensors["norm.bias"]})
         return norm.requires_grad_(False).eval()
@@ -388,17 +402,17 @@ class _Reader:
 
 
 _INPUTS = ("sentence_embedding", "token_embeddings")
-_BUILDERS: dict[str, Callable[[_Reader, str, dict[str, Any]], nn.Module]] = {
-    "Dense": _Reader.dense,
-    "LayerNorm": _Reader.layer_norm,
-    "Normalize": _Reader.normalize,
+_BUILDERS: dict[str, Callable[[ModulesReader, str, dict[str, Any]], nn.Module]] = {
+    "Dense": ModulesReader.dense,
+    "LayerNorm": ModulesReader.layer_norm,
+    "Normalize": ModulesReader.normalize,
 }
 
 
 _READERS = {
-    "SentenceTransformer": _Reader.read,
-    "CrossEncoder": _Reader.read_cross_encoder,
-    "SparseEncoder": _Reader.read_sparse_encoder,
+    "SentenceTransformer": ModulesReader.read,
+    "CrossEncoder": ModulesReader.read_cross_encoder,
+    "SparseEncoder": ModulesReader.read_sparse_encoder,
 }
 
 
@@ -445,7 +459,7 @@ def _pooling_names(values: Mapping[str, Any]) -> tuple[str, ...]:
     return names
 
 
-def _read_list(path: Path) -> list[dict[str, Any]]:
+def read_list(path: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -473,7 +487,7 @@ def _field(entry: Mapping[str, Any], name: str) -> str:
     return value.rstrip("/") if name == "path" else value
 
 
-def _kind(entry: Mapping[str, Any]) -> str:
-    """The class of a module of sentence_transformers; "" for other code."""
+def module_name(entry: Mapping[str, Any]) -> str:
+    """The class of a module of sentence_transformers or PyLate; "" for other code."""
     package, _, name = _field(entry, "type").rpartition(".")
-    return name if package.split(".")[0] == "sentence_transformers" else ""
+    return name if package.split(".")[0] in ("sentence_transformers", "pylate") else ""

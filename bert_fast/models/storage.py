@@ -43,7 +43,7 @@ def read(source: Source, *, allow_pickle: bool = False) -> dict[str, Tensor]:
             f"{source} has no {WEIGHTS_NAME}, only a pickled {(pickled or pickled_index or Path()).name}; "
             "pass allow_pickle=True to read it (weights only), or convert it to safetensors"
         )
-    return _read_pickle(pickled) if pickled else _read_sharded(pickled_index, source, ".bin")  # type: ignore[arg-type]
+    return read_pickle(pickled) if pickled else _read_sharded(pickled_index, source, ".bin")  # type: ignore[arg-type]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -59,7 +59,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state_dict; no code is run."""
     try:
         state_dict: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -82,7 +83,7 @@ def _read_sharded(index: Path, source: Source, suffix: str) -> dict[str, Tensor]
         path = source.find(filename) if Path(filename).name == filename else None
         if path is None:
             raise ValueError(f"{index} names {filename}, which is not in the same folder")
-        shard = read_safetensors(path) if suffix == ".safetensors" else _read_pickle(path)
+        shard = read_safetensors(path) if suffix == ".safetensors" else read_pickle(path)
         if repeated := sorted(tensors.keys() & shard.keys()):
             raise ValueError(f"{path} has {shorten(repeated)}, which another of the files named by {index} has too")
         tensors.update(shard)

@@ -466,6 +466,7 @@ def test_a_transformer_in_a_folder_of_its_own(saved: Any, tmp_path: Path) -> Non
     edit(old / "modules.json", lambda m: [{**m[0], "path": "0_Transformer"}, *m[1:]])
     np.testing.assert_allclose(st.SentenceTransformer(str(old), device="cpu").encode(TEXTS), expected, **TOLERANCE)
     ours = BertModel.from_pretrained(old)
+    assert BertConfig.from_pretrained(old) == ours.config
     np.testing.assert_allclose(ours.encode(TEXTS), expected, **TOLERANCE)
     ours.save_pretrained(tmp_path / "new")
     np.testing.assert_allclose(BertModel.from_pretrained(tmp_path / "new").encode(TEXTS), expected, **TOLERANCE)
