@@ -246,7 +246,7 @@ def _outputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     results = {name: x for name, x in out.items() if isinstance(x, Tensor) and x.is_floating_point()}
     loss = results.get("loss")
     if loss is None:
-        loss = sum(x.float().square().mean() for x in results.values())
+        loss = torch.stack([x.float().square().mean() for x in results.values()]).sum()
     loss.backward()
     word = next(x for name, x in model.named_parameters() if name.endswith("word_embeddings.weight"))
     return {name: x.detach() for name, x in results.items()} | {"dword_embeddings": word.grad.clone()}

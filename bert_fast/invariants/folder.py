@@ -116,7 +116,7 @@ def _dense(path: Path) -> Step:
     """activation(x W^T + b), plus x or its projection with use_residual."""
     values, tensors = read_json(path / "config.json", None), _tensors(path)
     name = values.get("activation_function", "torch.nn.modules.activation.Tanh")
-    kind = getattr(torch.nn, name.rsplit(".", 1)[-1], None)
+    kind: Any = getattr(torch.nn, name.rsplit(".", 1)[-1], None)
     if kind is not torch.nn.Identity and getattr(kind, "__module__", "") != "torch.nn.modules.activation":
         raise ValueError(f"{path / 'config.json'}: activation_function is {name!r}; expected an activation of torch.nn")
     return partial(_apply_dense, tensors, kind(), bool(values.get("use_residual", False)))
