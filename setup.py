@@ -208,7 +208,14 @@ setup(
     ],
     package_dir=KERNELS,
     package_data={
-        "bert_fast": ["py.typed", "recipes/*.yaml", "serve/page.html", "verified/*.json", "_build_info.json"]
+        "bert_fast": [
+            "py.typed",
+            "recipes/*.yaml",
+            "serve/page.html",
+            "verified/*.json",
+            "golden.safetensors",
+            "_build_info.json",
+        ]
     },
     ext_modules=[Extension(f"bert_fast.{name}", []) for name in ("_C", "_CUDA", "_host")],
     cmdclass={"build_ext": BuildNative},

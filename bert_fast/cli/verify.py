@@ -3,6 +3,7 @@
 Without --model and --endpoint every implementation of every op that runs on this machine is compared with float64 and
 eager PyTorch. With --model the encoder of a folder is checked, with --endpoint an embeddings server: padding, packing,
 positions, the composition and order of batches, truncation, empty texts and dtypes, against the weights in float64.
+With --golden the results of every op and head and a training curve are compared with those that were recorded.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ def add_arguments(parser: Any) -> None:
         type=bool,
         default=False,
         help="record the GPU kernels that pass, so that impl='auto' may choose them",
+    )
+    parser.add_argument(
+        "--golden", type=bool, default=False, help="compare ops, heads and a training curve with recorded results"
+    )
+    parser.add_argument(
+        "--update_golden", type=bool, default=False, help="record them anew, in a checkout, and say what moved"
     )
     parser.add_argument("--model", type=str | None, default=None, help="folder of a model, or a hub name, to check")
     parser.add_argument(
@@ -65,6 +72,8 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(args: Any) -> int:
+    if args.golden or args.update_golden:
+        return _golden(args)
     if args.model is None and args.endpoint is None:
         return _verify_kernels(args)
     from bert_fast.cli.verify_model import verify_model
@@ -90,6 +99,34 @@ def _print_header() -> None:
     header = _row("operation", "impl", "device", "dtype", "case", f"{'worst at':<16} {'error':>9} {'bound':>9}")
     print(header)
     print("-" * (len(header) + 8))
+
+
+def _golden(args: Any) -> int:
+    """Compare with the recorded results, or record them; 1 where one moved beyond its tolerance."""
+    from bert_fast import golden
+
+    if args.golden and args.update_golden:
+        raise ValueError("--golden and --update-golden were both given; expected one of them")
+    for name in ("model", "endpoint", "ops", "impls", "kernels"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} was given with --golden or --update-golden, which take every op and head")
+    if args.update_golden and not golden.is_checkout():
+        raise ValueError(f"--update-golden writes {golden.FILE}, which is no checkout; expected one")
+    rows = golden.update() if args.update_golden else golden.check()
+    moved = [row for row in rows if row.distance or row.note]
+    failed = [row for row in rows if not row.ok]
+    print("distance: largest difference of an element from the recorded one; only what moved is listed\n")
+    for row in sorted(moved, key=lambda row: row.ok):
+        state = row.note or ("ok" if row.ok else "MOVED")
+        print(f"{row.name:<64} {row.distance:9.2e} {row.tolerance:9.2e}  {state}")
+    if args.update_golden:
+        print(f"\n{len(moved)} results moved, {len(failed)} of them beyond their tolerance; recorded in {golden.FILE}")
+        return 0
+    about = " and ".join(f"{name} {value}" for name, value in golden.read()[2].items())
+    print(f"\n{len(rows) - len(failed)} of {len(rows)} results are within their tolerance (recorded with {about})")
+    if failed:
+        print(f"bert-fast verify: {len(failed)} results moved beyond their tolerance", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _verify_kernels(args: Any) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from bert_fast.invariants.reference import POOLINGS, Reference
+from bert_fast.invariants.folder import POOLINGS
+from bert_fast.invariants.reference import Reference
 
 LENGTHS = (32, 64, 128, 256, 384, 512)  # maximum lengths that settings have
 Fault = Callable[[Reference, Sequence[str], int], Tensor]  # the vector of texts[index], among `texts`
@@ -57,6 +59,14 @@ def _faults(reference: Reference) -> dict[str, Fault]:
         "special tokens are left out": lambda r, texts, i: r.pool(*r.hidden(r.ids(texts[i], special=False))),
         "the text is converted to lower case": lambda r, texts, i: r.embed(texts[i].lower()),
     }
+    if reference.prompt:
+        faults["the default prompt is left out"] = _without_prompt
+    if reference.unpooled:
+        faults["the tokens of the prompt are pooled"] = _pooled_prompt
+    if reference.keep != "head":
+        faults["the head is kept where a text is truncated"] = _other_end
+    if reference.steps or reference.truncate_dim:
+        faults["the modules after the pooling, or truncate_dim, are left out"] = _without_modules
     for shift in (1, 2, -1, -2):
         faults[f"positions are shifted by {shift}"] = _shifted(shift)
     for pooling in POOLINGS:
@@ -82,6 +92,27 @@ def _other_pooling(pooling: str) -> Fault:
 
 def _other_length(length: int) -> Fault:
     return lambda r, texts, i: r.pool(*r.hidden(r.ids(texts[i], max_seqlen=length)))
+
+
+def _without_prompt(reference: Reference, texts: Sequence[str], index: int) -> Tensor:
+    hidden, pooled = reference.hidden(reference.ids(texts[index], prompt=""))
+    return reference.pool(hidden, pooled, unpooled=0)
+
+
+def _pooled_prompt(reference: Reference, texts: Sequence[str], index: int) -> Tensor:
+    return reference.pool(*reference.hidden(reference.ids(texts[index])), unpooled=0)
+
+
+def _other_end(reference: Reference, texts: Sequence[str], index: int) -> Tensor:
+    other = copy.copy(reference)
+    other.keep = "head"
+    return other.embed(texts[index])
+
+
+def _without_modules(reference: Reference, texts: Sequence[str], index: int) -> Tensor:
+    other = copy.copy(reference)
+    other.steps, other.truncate_dim = (), None
+    return other.embed(texts[index])
 
 
 def _flattened(reference: Reference, texts: Sequence[str], index: int) -> Tensor:

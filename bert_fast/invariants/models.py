@@ -55,9 +55,9 @@ def default_library(folder: str | Path) -> str:
 
 def weights_folder(folder: str | Path) -> Path:
     """Where the weights of a folder are: the folder itself, or that of modules.json's Transformer."""
-    from bert_fast.invariants.reference import _Modules
+    from bert_fast.invariants.folder import Folder
 
-    return _Modules(Path(folder)).transformer
+    return Folder(Path(folder)).transformer
 
 
 class ModelSubject:
@@ -139,8 +139,10 @@ def _requested(reference: Reference) -> dict[str, Any]:
     told, options = reference.requested, dict[str, Any]()
     if told["max_seqlen"] is not None:
         options["max_seqlen"] = reference.max_seqlen
-    if told["pooling"] is not None or told["normalize"] is not None:  # a pooling drops the folder's Normalize
+    if told["pooling"] is not None or told["normalize"] is False:  # a pooling drops the folder's Normalize
         options |= {"pooling": reference.pooling, "normalize": reference.normalize}
+    elif told["normalize"]:
+        options["normalize"] = True
     return options
 
 

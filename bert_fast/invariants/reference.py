@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast._io import read_json
+from bert_fast.invariants.folder import POOLINGS, Folder
 from bert_fast.kernels import use_impl
 
-POOLINGS = ("mean", "cls", "max", "pooler", "mean_sqrt_len_tokens", "lasttoken")
 _OTHER_GELU = {"gelu": "gelu_new", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu"}
 
 
@@ -30,9 +28,10 @@ class Reference:
     """An encoder in float64, or in another dtype by PyTorch's own operators.
 
     Args:
-        folder: of a checkpoint that transformers or bert_fast loads; modules.json of sentence-transformers says how
-            its token vectors are pooled.
-        pooling: one of `POOLINGS`; None for the folder's own, else mean.
+        folder: of a checkpoint that transformers or bert_fast loads; the files of sentence-transformers, or the entry
+            that fine-tuning wrote into config.json, say what becomes of texts and token vectors (`Folder`).
+        pooling: one of `POOLINGS`; None for the folder's own, else mean. As in `encode`, it takes the place of every
+            module of the folder: Dense, LayerNorm, Normalize and truncate_dim.
         normalize: whether vectors have length 1; None for the folder's own.
         max_seqlen: the length that longer texts are truncated to; None for the folder's own.
         dtype: of weights and computation.
@@ -57,19 +56,28 @@ class Reference:
         self.requested = {"pooling": pooling, "normalize": normalize, "max_seqlen": max_seqlen}
         if not (self.folder / "config.json").is_file() and not (self.folder / "modules.json").is_file():
             raise FileNotFoundError(f"{folder} has no config.json; expected the folder of a model")
-        modules = _Modules(self.folder)
+        modules = Folder(self.folder)
         self.weights = modules.transformer
         self.pooling = modules.pooling if pooling is None else pooling
+        self.steps = modules.steps if pooling is None else ()
+        self.truncate_dim = modules.truncate_dim if pooling is None else None
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling is {self.pooling!r}; expected one of {', '.join(POOLINGS)}")
         self.normalize = modules.normalize if normalize is None else normalize
-        self.lowercase = modules.lowercase
+        if normalize is False and self.steps:
+            raise ValueError(
+                f"normalize is False, and {folder} has modules after its pooling; expected a pooling "
+                "too, which takes their place"
+            )
+        self.lowercase, self.prompt, self.keep = modules.lowercase, modules.prompt, modules.keep
         self.library = library or ("transformers" if find_spec("transformers") else "bert_fast")
         self.model = self._load(None)
         self.config: Any = self.model.config
         self.tokenizer = _load_tokenizer(self.weights, self.library)
         self.longest = longest_input(self.config)
         self.max_seqlen = min(max_seqlen or modules.max_seqlen or self.longest, self.longest)
+        # Tokens that are not pooled: those of the prompt, as they are without a text.
+        self.unpooled = 0 if modules.include_prompt or not self.prompt else len(self.ids("")) - self._special()[1]
         self._variants: dict[str, Any] = {}
 
     def _load(self, activation: str | None) -> Any:
@@ -96,16 +104,33 @@ class Reference:
         other.model = copy.deepcopy(self.model).to(dtype)
         return other
 
-    def ids(self, text: str, *, max_seqlen: int | None = None, special: bool = True) -> list[int]:
-        """The tokens of a text, truncated as the model's texts are: special tokens stay."""
+    def ids(
+        self, text: str, *, max_seqlen: int | None = None, special: bool = True, prompt: str | None = None
+    ) -> list[int]:
+        """The tokens of the prompt and a text, truncated as the model's texts are: special tokens stay."""
+        text = (self.prompt if prompt is None else prompt) + text
         text = text.lower() if self.lowercase else text
         longest = self.max_seqlen if max_seqlen is None else max_seqlen
+        if self.library == "transformers" and self.keep == "head":
+            encoded = self.tokenizer(text, truncation=True, max_length=longest, add_special_tokens=special)
+            return list(encoded["input_ids"])
+        ids, (leading, trailing) = self._all_ids(text, special), self._special() if special else (0, 0)
+        if len(ids) <= longest:
+            return ids
+        size, end = longest - leading - trailing, len(ids) - trailing
+        head = {"head": size, "tail": 0, "head_tail": size // 4}[self.keep]
+        return [*ids[: leading + head], *ids[end - (size - head) : end], *ids[end:]]
+
+    def _all_ids(self, text: str, special: bool) -> list[int]:
         if self.library == "bert_fast":
-            ids = list(self.tokenizer.encode(text, add_special_tokens=special).ids)
-            trailing = 1 if special else 0
-            return ids if len(ids) <= longest else ids[: longest - trailing] + ids[len(ids) - trailing :]
-        encoded = self.tokenizer(text, truncation=True, max_length=longest, add_special_tokens=special)
-        return list(encoded["input_ids"])
+            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _special(self) -> tuple[int, int]:
+        """The numbers of special tokens before and after a text."""
+        added, own = self._all_ids("a", True), self._all_ids("a", False)
+        first = next(i for i in range(len(added)) if added[i : i + len(own)] == own)
+        return first, len(added) - len(own) - first
 
     def hidden(
         self,
@@ -149,20 +174,27 @@ class Reference:
             raise LookupError
         return torch.arange(first + shift, last).unsqueeze(0)
 
-    def pool(self, hidden: Tensor, pooled: Tensor | None, pooling: str | None = None) -> Tensor:
-        """The vector (D,) of hidden states (S, E), in float64."""
+    def pool(
+        self, hidden: Tensor, pooled: Tensor | None, pooling: str | None = None, *, unpooled: int | None = None
+    ) -> Tensor:
+        """The vector (D,) of hidden states (S, E), in float64, after the folder's modules."""
         pooling = pooling or self.pooling
+        tokens = hidden.double()[self.unpooled if unpooled is None else unpooled :]
         if pooling == "pooler":
             if pooled is None:
                 raise LookupError
             vector = pooled.double()
         elif pooling == "max":
-            vector = hidden.double().amax(0)
+            vector = tokens.amax(0)
         elif pooling in ("cls", "lasttoken"):
-            vector = hidden[0 if pooling == "cls" else -1].double()
+            vector = tokens[0 if pooling == "cls" else -1]
         else:
-            vector = hidden.double().mean(0)
-            vector = vector * len(hidden) ** 0.5 if pooling == "mean_sqrt_len_tokens" else vector
+            vector = tokens.mean(0)
+            vector = vector * len(tokens) ** 0.5 if pooling == "mean_sqrt_len_tokens" else vector
+        for step in self.steps:
+            vector = step(vector.to(self.dtype)).double()
+        # After truncate_dim sentence-transformers normalizes on request alone.
+        vector = vector[: self.truncate_dim]
         return torch.nn.functional.normalize(vector, dim=0) if self.normalize else vector
 
     def embed(self, text: str) -> Tensor:
@@ -191,64 +223,6 @@ class Reference:
                 other.embeddings.token_type_embeddings.weight.data.zero_()
                 self._variants[name] = other
         return self._variants[name]
-
-
-class _Modules:
-    """What modules.json says of texts and pooling; without it mean pooling."""
-
-    def __init__(self, folder: Path) -> None:
-        self.transformer, self.pooling, self.normalize = folder, "mean", False
-        self.max_seqlen: int | None = None
-        self.lowercase = False
-        if not (folder / "modules.json").is_file():
-            return
-        for module in _entries(folder / "modules.json"):
-            kind, path = module["type"].rsplit(".", 1)[-1], folder / module.get("path", "")
-            if kind == "Transformer":
-                self._read_transformer(path)
-            elif kind == "Pooling":
-                self.pooling = _pooling(read_json(path / "config.json", None), path)
-            elif kind == "Normalize":
-                self.normalize = True
-            elif kind != "Dropout":
-                raise ValueError(
-                    f"{folder / 'modules.json'} has the module {module['type']}; expected Transformer, Pooling, "
-                    "Normalize and Dropout (bert_fast.invariants.check_encoder takes a reference of your own)"
-                )
-
-    def _read_transformer(self, path: Path) -> None:
-        self.transformer = path
-        for file in sorted(path.glob("sentence_*_config.json")):
-            settings = read_json(file, None)
-            self.max_seqlen = settings.get("max_seq_length") or self.max_seqlen
-            self.lowercase = bool(settings.get("do_lower_case", False))
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """The modules of modules.json."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(entries, list) or not all(
-        isinstance(x, dict) and isinstance(x.get("type"), str) for x in entries
-    ):
-        raise ValueError(f"{path} is no list of modules with a type")
-    return entries
-
-
-def _pooling(settings: dict[str, Any], path: Path) -> str:
-    if "pooling_mode" in settings:
-        modes = settings["pooling_mode"]
-        chosen = [modes] if isinstance(modes, str) else list(modes)
-    else:
-        names = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_mean_tokens": "mean"}
-        names |= {"pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_lasttoken": "lasttoken"}
-        names["pooling_mode_weightedmean_tokens"] = "weightedmean"
-        chosen = [name for key, name in names.items() if settings.get(key)]
-    if len(chosen) != 1 or chosen[0] not in POOLINGS:
-        raise ValueError(f"{path / 'config.json'} pools by {', '.join(chosen)}; expected one of {', '.join(POOLINGS)}")
-    return str(chosen[0])
 
 
 def longest_input(config: Any) -> int:

@@ -248,7 +248,11 @@ def check_calls(target: Target, dtype: torch.dtype) -> Iterator[tuple[str, str, 
     for sample in samples(target, FEW):
         inputs = sample.cast(dtype, target.device)
         count = torch.get_num_threads()
+        generator = torch.get_rng_state()
         first = run(sample, target.impl, inputs)
+        if not torch.equal(torch.get_rng_state(), generator):  # samples with dropout have an rng_state
+            torch.set_rng_state(generator)
+            yield sample.name, "the kernel seeds or advances PyTorch's random generator", None
         if torch.get_num_threads() != count:
             torch.set_num_threads(count)
             yield sample.name, "the kernel changes the number of threads", None

@@ -162,8 +162,8 @@ def test_a_missing_normalization_is_named(model_folder: Any) -> None:
     ("module", "message"),
     [
         (
-            {"type": "sentence_transformers.models.Dense", "path": "2_Dense"},
-            r"has the module sentence_.*Dense; expected",
+            {"type": "sentence_transformers.models.CNN", "path": "2_CNN"},
+            r"has the module sentence_.*CNN; expected",
         ),
         ({"type": 3}, "is no list of modules with a type"),
     ],

@@ -79,10 +79,16 @@ def _sets_threads(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     return _gelu(x, bias, approximate)
 
 
+def _seeds(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    torch.manual_seed(3)
+    return _gelu(x, bias, approximate)
+
+
 FAULTS: list[tuple[str, Any, Any]] = [
     ("a later call overwrites the output of an earlier one", _static, None),
     ("inputs changed in place give the result of their old values", _caching, None),
     ("changes the number of threads", lambda: _sets_threads, None),
+    ("seeds or advances PyTorch's random generator", lambda: _seeds, None),
     ("writes to the gradient of the output", lambda: _forward, _writes_dout),
     ("the contiguous gradient of the output, given again,", lambda: _forward, _writes_saved),
     ("the expanded gradient of the output", lambda: _forward, _ignores_strides),
