@@ -17,7 +17,7 @@ from bert_fast.models import storage
 from bert_fast.models.bert import BertModel
 from bert_fast.models.embedding import WINDOW, TextTokens, batches_by_length, pack
 from bert_fast.models.files import HUB_OPTIONS, Source
-from bert_fast.models.texts import as_iterable, check_integer_argument, evaluating, text_windows
+from bert_fast.models.texts import as_iterable, as_tokenizer, check_integer_argument, evaluating, text_windows
 
 OUTPUTS = ("dense", "sparse", "multi_vector")
 _SPECIAL = ("<s>", "</s>", "<pad>", "<unk>", "[CLS]", "[SEP]", "[PAD]", "[UNK]")  # have no weight in a sparse vector
@@ -38,12 +38,13 @@ class BgeM3Model:
         model: the encoder.
         sparse: (E) -> (1), the weight of a token.
         multi_vector: (E) -> (D), the vector of a token.
-        tokenizer: None for that of the folder that `model` was loaded from.
+        tokenizer: as `bert_fast.data.load_tokenizer` returns it, or transformers' fast one; None for that of the folder
+            that `model` was loaded from.
     """
 
     def __init__(self, model: BertModel, sparse: nn.Linear, multi_vector: nn.Linear, tokenizer: Any = None) -> None:
         self.model, self.sparse, self.multi_vector = model, sparse, multi_vector
-        self.tokenizer = model.source_tokenizer() if tokenizer is None else tokenizer
+        self.tokenizer = as_tokenizer(model.source_tokenizer() if tokenizer is None else tokenizer)
         ids = [self.tokenizer.token_to_id(name) for name in _SPECIAL]
         self._special = torch.tensor([i for i in ids if i is not None], dtype=torch.int64)
 

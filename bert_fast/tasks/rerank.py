@@ -133,18 +133,14 @@ class Rerank(Task):
                 "rerankers truncate"
             )
         queries = text_column(table, columns["text"])
-        texts = [text_column(table, columns["text_pair"])]
-        texts += [text_column(table, columns[role]) for role in _NEGATIVES if role in columns]
+        relevant, negatives = text_column(table, columns["text_pair"]), _negatives(table, columns)
         labels: Sequence[float | None] = [None] * len(table)
-        if len(texts) > 1:
+        if "negative" in columns:
             labels = [1.0] * len(table)
         elif "label" in columns:
             labels = self._labels(table, columns)
         kept = [
-            (row, kind, of_kind[row])
-            for row in range(len(table))
-            for kind, of_kind in enumerate(texts)
-            if kind < 2 or of_kind[row].strip()
+            (row, kind, text) for row in range(len(table)) for kind, text in enumerate([relevant[row], *negatives[row]])
         ]
         encodings = encode_texts(tokenizer, [queries[row] for row, _, _ in kept], [x for _, _, x in kept], text)
         return [
@@ -187,15 +183,35 @@ class Rerank(Task):
         return predictions
 
     def evaluate(self, predictions: Sequence[Mapping[str, Any]], table: Table, columns: Columns) -> dict[str, Any]:
-        """The metrics of `ranking_metrics` over the texts of each query, in whatever rows they are."""
+        """The metrics of `ranking_metrics` over the texts of each query, in whatever rows they are.
+
+        A negative that several rows of a query have counts once, and not at all where another row has it as the
+        relevant text.
+        """
         labels = [1.0] * len(table) if "negative" in columns else self._labels(table, columns)
+        queries, texts = text_column(table, columns["text"]), text_column(table, columns["text_pair"])
         by_query: dict[str, tuple[list[float], list[float]]] = {}
-        for query, label, item in zip(text_column(table, columns["text"]), labels, predictions, strict=True):
-            negatives = item.get("negative_scores", [])
+        negatives = _negatives(table, columns)
+        counted = set(zip(queries, texts, strict=True))
+        for row, (query, label, item) in enumerate(zip(queries, labels, predictions, strict=True)):
             truth, scores = by_query.setdefault(query, ([], []))
-            truth += [label, *([0.0] * len(negatives))]
-            scores += [item["score"], *negatives]
+            truth.append(label)
+            scores.append(item["score"])
+            for text, score in zip(negatives[row], item.get("negative_scores", []), strict=True):
+                if (query, text) not in counted:
+                    counted.add((query, text))
+                    truth.append(0.0)
+                    scores.append(score)
         return ranking_metrics(list(by_query.values()))
 
     def outcome(self, prediction: Mapping[str, Any]) -> str:
         return f"a score of {prediction['score']:.3f}"
+
+
+def _negatives(table: Table, columns: Columns) -> list[list[str]]:
+    """The negatives of each row; an empty one after the first is none."""
+    texts = [text_column(table, columns[role]) for role in _NEGATIVES if role in columns]
+    return [
+        [of_role[row] for number, of_role in enumerate(texts) if number == 0 or of_role[row].strip()]
+        for row in range(len(table))
+    ]

@@ -112,3 +112,11 @@ def test_wrong_files_are_refused(folder: Path, tmp_path: Path) -> None:
     (copy / "sparse_linear.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no sparse_linear\.pt"):
         BgeM3Model.from_pretrained(copy, allow_pickle=True)
+
+
+def test_a_tokenizer_of_transformers(folder: Path) -> None:
+    loaded = BgeM3Model.from_pretrained(folder, allow_pickle=True)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(folder))
+    model = BgeM3Model(loaded.model, loaded.sparse, loaded.multi_vector, tokenizer)
+    texts = ["w1 w2", "w3"]
+    assert torch.equal(model.encode(texts, output="dense")["dense"], loaded.encode(texts, output="dense")["dense"])

@@ -105,6 +105,18 @@ def test_the_losses_by_hand() -> None:
     assert task.weight(examples, LossOptions()) == 5
 
 
+def test_a_negative_of_several_rows_counts_once() -> None:
+    """The texts of a query are A, B (relevant), C and D, in this order of their scores: nothing is out of place."""
+    table = Table(
+        {"query": ["q", "q"], "positive": ["A", "B"], "negative": ["B", "C"], "negative_2": ["C", "D"]}, "made up"
+    )
+    task, columns = fitted(table)
+    predictions = [{"score": 0.9, "negative_scores": [0.8, 0.2]}, {"score": 0.8, "negative_scores": [0.2, 0.1]}]
+    metrics = task.evaluate(predictions, table, columns)
+    assert metrics == ranking_metrics([([1.0, 0.0, 1.0, 0.0], [0.9, 0.2, 0.8, 0.1])])
+    assert (metrics["ndcg_at_10"], metrics["mrr_at_10"], metrics["average_precision"]) == (1.0, 1.0, 1.0)
+
+
 def test_metrics_by_hand() -> None:
     first = ([0.0, 1.0, 0.0, 1.0], [0.9, 0.8, 0.1, 0.2])  # relevant at ranks 2 and 3
     tied = ([1.0, 0.0], [0.5, 0.5])
