@@ -180,7 +180,7 @@ def automatic(
     monkeypatch: pytest.MonkeyPatch, times: dict[str, list[Time]], dtype: torch.dtype = torch.bfloat16
 ) -> Callable[..., str]:
     """What `auto` takes of an op with verified Triton and CUDA kernels, whose record has these times; (size, x=...)."""
-    monkeypatch.setattr(dispatch, "device_name", lambda device: H200)
+    monkeypatch.setattr(dispatch, "device_key", lambda device: f"cuda {H200}")
     monkeypatch.setattr(records, "times", lambda device, op, impl: times.get(impl, []) if device == H200 else [])
     monkeypatch.setattr(dispatch, "OPS", {})
     impls = {

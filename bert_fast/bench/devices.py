@@ -33,6 +33,7 @@ import torch
 
 import bert_fast
 from bert_fast.bench.samples import Summary, summary
+from bert_fast.kernels._common.tuned import processor
 
 Call = Callable[[], Any]
 MEGABYTE = 1 << 20
@@ -165,11 +166,7 @@ class Cpu:
 
     def name(self) -> str:
         """The name of the results' folder, e.g. "cpu-amd-epyc-2-threads-avx2"."""
-        model = platform.processor() or platform.machine()
-        cpuinfo = Path("/proc/cpuinfo")
-        if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-            model = match[1]
-        return slug(f"cpu {model} {torch.get_num_threads()} threads {torch.backends.cpu.get_cpu_capability()}")
+        return slug(f"cpu {processor()} {torch.get_num_threads()} threads {torch.backends.cpu.get_cpu_capability()}")
 
     def details(self) -> dict[str, Any]:
         """Further fields of the environment."""

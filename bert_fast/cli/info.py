@@ -24,11 +24,15 @@ def run(args: Any) -> int:
         print(section)
         for name, value in report[section].items():
             print(f"  {name:<16} {value}")
+    if report["tuned"]["file"]:
+        print(f"tuned by bert-fast tune: {report['tuned']['file']}")
+    for line in report["tuned"]["ignored"]:
+        print(f"  ignored: {line}")
     print("operations (* is the choice of impl='auto' for float32 on this device)")
     for op, impls in report["operations"].items():
         print(f"  {op}")
         for line in report["times"].get(op, []):
-            print(f"      recorded here: {line}")
+            print(f"      measured here: {line}")
         for impl, state in impls.items():
             mark = "*" if state["chosen"] else " "
             runs = "runs" if state["verified"] else "runs, unverified"
@@ -44,7 +48,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import bert_fast
-    from bert_fast.kernels._common import dispatch, extensions
+    from bert_fast.kernels._common import dispatch, extensions, tuned
     from bert_fast.kernels._common.times import table
 
     cuda = torch.cuda.is_available()
@@ -53,7 +57,7 @@ def collect() -> dict[str, Any]:
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "CPU features": _cpu_features(),
+        "CPU features": tuned.cpu_features(),
         "threads": torch.get_num_threads(),
     }
     if cuda:
@@ -77,14 +81,25 @@ def collect() -> dict[str, Any]:
             }
             for impl, state in impls.items()
         }
-    times = {name: table(op.times(dispatch.device_name(probe.device))) for name, op in dispatch.OPS.items()}
+    times = {name: table(op.times(dispatch.device_key(probe.device))) for name, op in dispatch.OPS.items()}
     return {
         "versions": versions,
         "machine": machine,
         "native modules": modules,
         "operations": operations,
         "times": {name: lines for name, lines in times.items() if lines},  # by which auto chooses, on this device
+        "tuned": _tuned(probe.device.type),
     }
+
+
+def _tuned(device: str) -> dict[str, Any]:
+    """The table of `bert-fast tune` for a device type: its file, "" where there is none, and what doesn't count."""
+    from bert_fast.kernels._common import dispatch, tuned
+
+    path = tuned.path_of(tuned.device_label(device))
+    table = dispatch.tuned_table(device)
+    ignored = [line for op in table.ops for line in dispatch.tuned_entries(device, op)[1]]
+    return {"file": str(path) if path.exists() else "", "ignored": [*table.ignored, *ignored]}
 
 
 def _version(package: str) -> str:
@@ -92,18 +107,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_features() -> str:
-    """The CPU features detected by the CPU kernels, or by torch if they are not built."""
-    try:
-        from bert_fast import _C
-
-        return f"{_C.cpu_isa()} (bert_fast kernels)"
-    except (ImportError, AttributeError):
-        import torch
-
-        return f"{torch.backends.cpu.get_cpu_capability()} (torch)"
 
 
 def _cuda_state(report: dict[str, Any], missing: str) -> str:

@@ -37,6 +37,7 @@ COMMANDS = {
     "serve": "serve models over HTTP: embeddings, reranking, classification",
     "info": "show versions, device, CPU features and available implementations",
     "bench": "time kernels or a model beside their peers, or compare what was recorded",
+    "tune": "measure the kernels on this device at the sizes of a model, for impl='auto'",
     "verify": "verify kernels, a model or an embeddings server against float64",
 }
 _BROKEN_PIPE = 128 + 13
@@ -56,7 +57,7 @@ EXTRAS = {
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
 }
 # They need nothing but torch: what is missing elsewhere is seen with them.
-STANDARD = ("info", "verify", "bench kernels", "bench model", "bench compare", "bench export")
+STANDARD = ("info", "verify", "bench kernels", "bench model", "bench compare", "bench export", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -88,6 +88,18 @@ class Benchmark:
     size: Size | None = None
 
 
+class ModelCall(NamedTuple):
+    """What an op is called with in a model: the sizes of the model, the lengths of the batch, dtype, pass, dropout."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    lengths: list[int]
+    dtype: torch.dtype
+    which: str
+    dropout_p: float
+
+
 class Plan(NamedTuple):
     """A benchmark by name; `make` allocates its tensors, so that only one benchmark at a time is in memory."""
 

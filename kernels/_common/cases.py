@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.kernels._common.benchmarks import Plan
+from bert_fast.kernels._common.benchmarks import Benchmark, ModelCall, Plan
 from bert_fast.kernels._common.mistakes import MaskProbe
 
 Fn = Callable[..., Any]
@@ -99,6 +99,8 @@ class OpCases:
         mask_probe: a call that shows the dropout mask; None without dropout.
         benchmarks: (device, quick) -> what `bert-fast bench kernels` times there, the most important first;
             fewer sizes if quick is True.
+        in_model: (device, call) -> what `bert-fast tune` times: the op's calls in a layer of a model, by name; of the
+            ops that give their size to `Op.select`.
     """
 
     op: str
@@ -110,6 +112,7 @@ class OpCases:
     mistakes: Mapping[str, Any] = field(default_factory=dict)
     mask_probe: MaskProbe | None = None
     benchmarks: Callable[[torch.device, bool], list[Plan]] = lambda device, quick: []
+    in_model: Callable[[torch.device, ModelCall], dict[str, Callable[[], Benchmark]]] | None = None
 
 
 def randn(*shape: int, scale: float = 1.0) -> Tensor:

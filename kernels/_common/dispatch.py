@@ -2,9 +2,10 @@
 
 `impl="auto"` walks the op's `auto_rules` (data, each with its measurement) and takes the first implementation that fits
 the device and dtype, is available and is verified for the GPU's matrix instructions; where none does, the reference.
-Where the record of a CUDA device has times of several of them, it takes the one that is faster at the nearest recorded
-size (times.py), except while torch.compile traces, which can't read them. An explicit request never falls back: it runs
-or raises `ImplUnavailableError`.
+Where there are times of several of them on this device, recorded (records.py) or of `bert-fast tune` (tuned.py), it
+takes the one that is faster at the nearest size (times.py), except while torch.compile traces, which can't read them.
+A registered kernel is among them only if `bert-fast tune` verified and measured this source. An explicit request never
+falls back: it runs or raises `ImplUnavailableError`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from bert_fast.kernels._common import records
-from bert_fast.kernels._common.times import Size, Time, fastest
+from bert_fast.kernels._common import records, tuned
+from bert_fast.kernels._common.times import Size, Time, fastest, merge
 
 IMPLS = ("reference", "triton", "cuda", "cpu")
 _ENVIRONMENT = "BERT_FAST_IMPL"
@@ -56,6 +57,8 @@ class Implementation:
         families: the GPUs that recorded runs verified it for (`records.family`); None for kernels that need no record.
         built_on: other kernels that it only calls, where it has none of its own.
         limitation: returns why it has run without a part of its kernels in this process, or "".
+        registered: the function that was registered and its backward pass, of a kernel of others.
+        source: the hash of a registered kernel's source.
     """
 
     call: Callable[..., Any]
@@ -65,6 +68,8 @@ class Implementation:
     families: frozenset[int] | None = None
     built_on: str = ""
     limitation: Callable[[], str] = str
+    registered: tuple[Any, Any] | None = None
+    source: Callable[[], str] = str
 
     def state(self) -> Availability:
         """`availability`, with what running it has shown."""
@@ -198,10 +203,20 @@ class Op:
             for rule in self.auto_rules
             if rule.device == x.device.type and dtype in rule.dtypes and self._verified_on(rule.impl, x.device)
         ]
-        if len(candidates) > 1 and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return candidates[0] if candidates else "reference"
+        candidates = [*(candidates or ["reference"]), *self._tuned(x.device.type, dtype)]
+        if len(candidates) > 1:
             training = torch.is_grad_enabled() and x.requires_grad
-            return self._fastest(tuple(candidates), device_name(x.device), dtype, training, size) or candidates[0]
-        return candidates[0] if candidates else "reference"
+            return self._fastest(tuple(candidates), device_key(x.device), dtype, training, size) or candidates[0]
+        return candidates[0]
+
+    @functools.cache  # noqa: B019
+    def _tuned(self, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+        """The registered kernels that `bert-fast tune` verified in `dtype` and measured, with the source of now."""
+        name = str(dtype).removeprefix("torch.")
+        entries = tuned_entries(device, self.name)[0]
+        return tuple(impl for impl, entry in entries.items() if impl not in IMPLS and name in entry.dtypes)
 
     def _verified_on(self, impl: str, device: torch.device) -> bool:
         """Whether `impl` needs no record, or has one of a GPU with the matrix instructions of this one."""
@@ -218,9 +233,13 @@ class Op:
 
     @functools.cache  # noqa: B019
     def times(self, device: str) -> dict[str, list[Time]]:
-        """The recorded times on the device of this name, by implementation, where `auto` may take it."""
-        rules = {rule.impl for rule in self.auto_rules}
-        found = {impl: records.times(device, self.timed_as, impl) for impl in IMPLS if impl in rules}
+        """The times on a device (see `device_key`), by implementation, where `auto` may take it."""
+        kind, _, name = device.partition(" ")
+        found = {impl: entry.times for impl, entry in tuned_entries(kind, self.name)[0].items()}
+        if name and not (found and self.timed_as != self.name):  # those of another op don't compare with the op's own
+            rules = {rule.impl for rule in self.auto_rules}
+            for impl in (impl for impl in IMPLS if impl in rules):
+                found[impl] = merge(records.times(name, self.timed_as, impl), found.get(impl, []))
         return {impl: times for impl, times in found.items() if times}
 
     def _select_transformed(self, requested: str) -> Callable[..., Any]:
@@ -256,9 +275,51 @@ def _family(index: int | None) -> int:
 
 
 @functools.cache
-def device_name(device: torch.device) -> str:
-    """The name that records of a device have; "" for a CPU, which needs none."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+def device_key(device: torch.device) -> str:
+    """The type of a device, and of a CUDA device the name that its records have: "cpu", "cuda NVIDIA H200"."""
+    return f"cuda {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+@functools.cache
+def tuned_table(device: str) -> tuned.Table:
+    """The table of `bert-fast tune` for a device type, read once a process."""
+    return tuned.read(device) if device in tuned.DEVICES else tuned.EMPTY
+
+
+@functools.cache
+def tuned_entries(device: str, op: str) -> tuple[dict[str, tuned.Entry], list[str]]:
+    """The entries of the table that count for an op, by implementation, and why others don't."""
+    entries, ignored = {}, []
+    for impl, entry in tuned_table(device).ops.get(op, {}).items():
+        now = source_of(op, impl)
+        if now and now == entry.source:
+            entries[impl] = entry
+        else:
+            ignored.append(f"{op} {impl} is {'of another source' if now else 'not registered'}; its times don't count")
+    return entries, ignored
+
+
+def source_of(op: str, impl: str) -> str:
+    """The hash of the source of an implementation; "" where there is none. Compiled kernels have that of the build."""
+    implementation = OPS[op].impls.get(impl) if op in OPS else None
+    if implementation is None and impl not in IMPLS:  # of an installed package, maybe
+        from bert_fast.kernels._common import third_party  # which imports this module
+
+        third_party.load_entry_points()
+        implementation = OPS[op].impls.get(impl) if op in OPS else None
+    if implementation is None:
+        return ""
+    if impl in IMPLS:
+        return records.sources_hash(op, impl) if impl in records.RECORDED else "of the build"
+    return implementation.source()
+
+
+def forget_times(table: bool = False) -> None:
+    """Choose anew: implementations have changed, or with `table` the file of `bert-fast tune`."""
+    if table:
+        tuned_table.cache_clear()
+    for cached in (tuned_entries, Op._tuned, Op.times, Op._fastest):
+        cached.cache_clear()
 
 
 def _transformed() -> bool:

@@ -6,6 +6,7 @@ validation. What it returns is checked at every call.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import inspect
 import re
@@ -20,10 +21,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bert_fast.kernels._common.dispatch import IMPLS, OPS, Availability, FunctionSpec, Implementation, Op
+from bert_fast.kernels._common.dispatch import (
+    IMPLS,
+    OPS,
+    Availability,
+    FunctionSpec,
+    Implementation,
+    Op,
+    forget_times,
+)
+from bert_fast.kernels._common.tuned import source_hash
 
 ENTRY_POINTS = "bert_fast.kernels"
-_REGISTERED = Availability(True, False, "registered by register(); impl='auto' doesn't choose it")
+_REGISTERED = Availability(True, False, "registered by register(); impl='auto' takes it only after bert-fast tune")
 _failures: dict[str, str] = {}  # entry points that could not be loaded: why
 _loaded = False
 
@@ -42,7 +52,8 @@ def register(
     `fn` is called with the arguments of the op's public function as keywords, without `impl`, after they are
     validated: `None` for a default is resolved (softmax_scale), tensors are in the dtype of the computation, rng_state
     is a tensor wherever there is dropout, and the weights of linear are one tensor. It returns what the public function
-    returns. `impl="auto"` never takes it unless `use_impl({op: name})` asks for it.
+    returns. `impl="auto"` takes it where `use_impl({op: name})` asks for it, and where `bert-fast tune` verified and
+    measured this source, in another process too: keep one name for one kernel.
 
     A package registers its kernels when they are first asked for by an entry point of the group "bert_fast.kernels"
     that names a function without arguments:
@@ -75,7 +86,16 @@ def register(
     if device is not None:
         device = _device_type(device)
     call = _adapted(target, name, fn, backward)
-    target.impls[name] = Implementation(call, device, _checked_dtypes(dtypes), _REGISTERED)
+    functions = [*fn.values()] if isinstance(fn, Mapping) else [fn, *([] if backward is None else [backward])]
+    target.impls[name] = Implementation(
+        call,
+        device,
+        _checked_dtypes(dtypes),
+        _REGISTERED,
+        registered=(fn, backward),
+        source=functools.cache(functools.partial(source_hash, functions)),
+    )
+    forget_times()
 
 
 def unregister(op: str, name: str) -> None:
@@ -89,6 +109,7 @@ def unregister(op: str, name: str) -> None:
         registered = ", ".join(impl for impl in impls if impl not in IMPLS) or "none"
         raise ValueError(f"name is {name!r}; expected one of those registered for {op}: {registered}")
     del impls[name]
+    forget_times()
 
 
 @contextmanager

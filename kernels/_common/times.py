@@ -101,7 +101,8 @@ def fastest(times: Mapping[str, Sequence[Time]], dtype: str, training: bool, siz
         other
         for of_impl in by_impl.values()
         for other in of_impl
-        if (size is None or other.exact == size.exact) and sum(other in of for of in by_impl.values()) > 1
+        if (size is None or (other.exact == size.exact and len(other.amounts) == len(size.amounts)))
+        and sum(other in of for of in by_impl.values()) > 1
     }
     if not sizes:
         return None

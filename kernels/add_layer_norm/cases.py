@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from bert_fast.kernels._common.benchmarks import (
     Benchmark,
+    ModelCall,
     Plan,
     autocast_parameters,
     dtype_name,
@@ -164,6 +166,12 @@ def _benchmark(
     )
 
 
+def in_model(device: torch.device, call: ModelCall) -> dict[str, Callable[[], Benchmark]]:
+    """After attention and after the layer."""
+    make = partial(_benchmark, device, sum(call.lengths), call.hidden, call.dtype, call.which, call.dropout_p)
+    return {"residual": make}
+
+
 def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     """Compared with eager PyTorch and torch.compile, whose parameters have the dtype of x."""
     if device.type == "cuda":
@@ -192,4 +200,5 @@ CASES = OpCases(
     mistakes=MISTAKES,
     mask_probe=MASK_PROBE,
     benchmarks=benchmarks,
+    in_model=in_model,
 )

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from bert_fast.kernels._common.benchmarks import (
     Benchmark,
+    ModelCall,
     Peer,
     Plan,
+    autocast_parameters,
     dtype_name,
     evenly_spaced,
     first,
@@ -184,18 +186,27 @@ def _traffic(qkv: Tensor, which: str) -> int:
     return qkv.nbytes * 4 // 3 if which == "forward" else qkv.nbytes * 4
 
 
-def cpu_benchmark(device: torch.device, lengths: list[int], dtype: torch.dtype, which: str) -> Benchmark:
-    heads, dim, tokens = 12, 64, sum(lengths)
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+def cpu_benchmark(
+    device: torch.device,
+    lengths: list[int],
+    dtype: torch.dtype,
+    which: str,
+    heads: int = 12,
+    dim: int = 64,
+    dropout_p: float = 0.0,
+) -> Benchmark:
+    tokens = sum(lengths)
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    state = rng_state(device) if dropout_p else None
 
     def call(qkv: Tensor, bias: Tensor, *, impl: str) -> Tensor:
-        return attention(qkv, ends, max(lengths), bias=bias, impl=impl)
+        return attention(qkv, ends, max(lengths), bias=bias, dropout_p=dropout_p, rng_state=state, impl=impl)
 
     qkv = normal(device, tokens, 3, heads, dim, dtype=dtype)
     return Benchmark(
         call,
-        (qkv, normal(device, 3, heads, dim, dtype=dtype)),
-        {"torch sdpa": Peer(packed_sdpa(lengths, heads, dim))},
+        (qkv, *autocast_parameters([normal(device, 3, heads, dim, dtype=dtype)])),
+        {} if dropout_p else {"torch sdpa": Peer(packed_sdpa(lengths, heads, dim))},
         32 * torch.finfo(dtype).eps,
         dtype,
         which,
@@ -203,7 +214,15 @@ def cpu_benchmark(device: torch.device, lengths: list[int], dtype: torch.dtype, 
         flops=_flops(lengths, heads, dim, which),
         traffic=_traffic(qkv, which),
         length=max(lengths),
+        size=size_of_sequences(tokens, max(lengths), dim, dropout_p),
     )
+
+
+def in_model(device: torch.device, call: ModelCall) -> dict[str, Callable[[], Benchmark]]:
+    """Self-attention of a packed batch."""
+    heads, dim = call.heads, call.hidden // call.heads
+    make = partial(cpu_benchmark, device, call.lengths, call.dtype, call.which, heads, dim, call.dropout_p)
+    return {"attention": make}
 
 
 def _exact(batch: Batch, which: str, **options: Any) -> Tensor:
@@ -316,4 +335,5 @@ CASES = OpCases(
     mistakes=MISTAKES,
     mask_probe=MASK_PROBE,
     benchmarks=benchmarks,
+    in_model=in_model,
 )

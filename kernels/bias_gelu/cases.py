@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from bert_fast.kernels._common.benchmarks import (
     Benchmark,
+    ModelCall,
     Plan,
     autocast_parameters,
     dtype_name,
@@ -90,6 +92,11 @@ def _benchmark(device: torch.device, rows: int, cols: int, dtype: torch.dtype, w
     )
 
 
+def in_model(device: torch.device, call: ModelCall) -> dict[str, Callable[[], Benchmark]]:
+    """The activation of the feed-forward block."""
+    return {"GeLU": partial(_benchmark, device, sum(call.lengths), call.intermediate, call.dtype, call.which)}
+
+
 def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     """Compared with eager PyTorch and torch.compile, whose bias has the dtype of x."""
     if device.type == "cuda":
@@ -106,4 +113,6 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     ]
 
 
-CASES = OpCases("bias_gelu", samples, malformed, launches=launches, mistakes=MISTAKES, benchmarks=benchmarks)
+CASES = OpCases(
+    "bias_gelu", samples, malformed, launches=launches, mistakes=MISTAKES, benchmarks=benchmarks, in_model=in_model
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bert_fast.kernels._common.benchmarks import Benchmark, Peer, Plan, dtype_name, normal
+from bert_fast.kernels._common.benchmarks import Benchmark, ModelCall, Peer, Plan, dtype_name, normal
 from bert_fast.kernels._common.cases import LENGTHS, E, F, Lengths, Malformed, OpCases, Sample, malformed_calls, randn
+from bert_fast.kernels._common.times import size_of_rows
 from bert_fast.kernels.linear import linear
 from bert_fast.kernels.linear.mistakes import MISTAKES
 
@@ -77,8 +79,10 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str | None) -
     return out if activation is None else functional.gelu(out)
 
 
-def _benchmark(device: torch.device, rows: int, layer: str, dtype: torch.dtype, which: str) -> Benchmark:
-    width, columns, activation = LAYERS[layer]
+def _benchmark(
+    device: torch.device, rows: int, layer: tuple[int, int, str | None], dtype: torch.dtype, which: str
+) -> Benchmark:
+    width, columns, activation = layer
     x, weight, bias = (normal(device, *shape) for shape in ((rows, width), (columns, width), (columns,)))
     eager = partial(_eager, activation=activation)
     training = which != "forward"
@@ -93,7 +97,20 @@ def _benchmark(device: torch.device, rows: int, layer: str, dtype: torch.dtype, 
         which,
         normal(device, rows, columns, dtype=dtype),
         flops=2 * rows * width * columns * (3 if training else 1),
+        size=size_of_rows(rows, columns),
     )
+
+
+def in_model(device: torch.device, call: ModelCall) -> dict[str, Callable[[], Benchmark]]:
+    """The layers that differ in their size; that of attention's output has the columns of `down`, and a quarter of its
+    work."""
+    layers: dict[str, tuple[int, int, str | None]] = {
+        "qkv": (call.hidden, 3 * call.hidden, None),
+        "up, GeLU": (call.hidden, call.intermediate, "gelu"),
+        "down": (call.intermediate, call.hidden, None),
+    }
+    rows = sum(call.lengths)
+    return {name: partial(_benchmark, device, rows, layer, call.dtype, call.which) for name, layer in layers.items()}
 
 
 def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
@@ -102,11 +119,14 @@ def benchmarks(device: torch.device, quick: bool) -> list[Plan]:
     sizes = (16384,) if on_gpu else (32, 1024)
     dtypes = (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16)
     return [
-        Plan(f"T {rows} {layer} {dtype_name(dtype)} {which}", partial(_benchmark, device, rows, layer, dtype, which))
+        Plan(
+            f"T {rows} {layer} {dtype_name(dtype)} {which}",
+            partial(_benchmark, device, rows, LAYERS[layer], dtype, which),
+        )
         for rows, layer, dtype, which in product(sizes, LAYERS, dtypes, ("forward", "forward + backward"))
         # A CPU without BF16 units takes seconds for the peers' BF16 training.
         if on_gpu or which == "forward" or rows == 1024
     ]
 
 
-CASES = OpCases("linear", samples, malformed, mistakes=MISTAKES, benchmarks=benchmarks)
+CASES = OpCases("linear", samples, malformed, mistakes=MISTAKES, benchmarks=benchmarks, in_model=in_model)
