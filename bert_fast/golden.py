@@ -34,7 +34,7 @@ from bert_fast._lock import exclusive
 from bert_fast.kernels import use_impl
 from bert_fast.kernels._common import cases
 from bert_fast.kernels._common.dispatch import OPS
-from bert_fast.testing.three_way import compare, max_error, sample_triples
+from bert_fast.testing.three_way import Comparison, compare, max_error, sample_triples
 
 FILE = Path(__file__).with_name("golden.safetensors")
 PLACES = 12
@@ -175,30 +175,38 @@ def _of_op(op: str) -> Iterator[tuple[str, Value]]:
 def _of_head(head: str) -> Iterator[tuple[str, Value]]:
     """The outputs of a head and the gradient of the word embeddings."""
     torch.manual_seed(SEED)
-    model, inputs = _tiny_model(head), _inputs(head)
+    model, inputs = tiny_model(head), inputs_of(head)
     model.eval()
     with use_impl("reference"):
-        truth = _outputs(model.double(), inputs)
+        truth = outputs_of(model.double(), inputs)
     for name, x in truth.items():
         yield f"{head}/{name}/float64", _exact(x)
     for dtype in DTYPES:
-        model.to(dtype)
-        with use_impl("reference"):
-            eager = _outputs(model, inputs)
-            in_float64 = _outputs(model.double(), inputs)  # with the weights rounded to `dtype`
-        model.to(dtype)
-        outputs = _outputs(model, inputs)
-        bounds = {
-            name: compare(name, x, eager[name].to(x.dtype), in_float64[name], 3.0, 4.0).bound
-            for name, x in outputs.items()
-        }
-        of_logits = max((bound for name, bound in bounds.items() if "logits" in name), default=0.0)
-        for name, x in outputs.items():
-            bound = bounds[name] + (2 * of_logits if name.endswith("loss") else 0.0)
-            yield f"{head}/{name}/{str(dtype).removeprefix('torch.')}", Value(x, bound)
+        for name, (x, comparison) in compare_head(model, inputs, dtype).items():
+            yield f"{head}/{name}/{str(dtype).removeprefix('torch.')}", Value(x, comparison.bound)
 
 
-def _tiny_model(head: str, layers: int = 2, dropout: float = 0.0) -> Any:
+def compare_head(
+    model: Any, inputs: dict[str, Tensor], dtype: torch.dtype, impl: str = "auto"
+) -> dict[str, tuple[Tensor, Comparison]]:
+    """What `impl` computes of `outputs_of` the model in `dtype`, each with its three-way test: three times eager's."""
+    model.to(dtype)
+    with use_impl("reference"):
+        eager = outputs_of(model, inputs)
+        in_float64 = outputs_of(model.double(), inputs)  # with the weights rounded to `dtype`
+    model.to(dtype)
+    with use_impl(impl):
+        outputs = outputs_of(model, inputs)
+    rows = {name: compare(name, x, eager[name].to(x.dtype), in_float64[name], 3.0, 4.0) for name, x in outputs.items()}
+    of_logits = max((row.bound for name, row in rows.items() if "logits" in name), default=0.0)
+    return {
+        name: (x, rows[name]._replace(bound=rows[name].bound + (2 * of_logits if name.endswith("loss") else 0.0)))
+        for name, x in outputs.items()
+    }
+
+
+def tiny_model(head: str, layers: int = 2, dropout: float = 0.0) -> Any:
+    """A model of random weights, two layers of 3 heads of 16."""
     from bert_fast import models
 
     config = models.BertConfig(
@@ -215,7 +223,8 @@ def _tiny_model(head: str, layers: int = 2, dropout: float = 0.0) -> Any:
     return getattr(models, head)(config)
 
 
-def _inputs(head: str) -> dict[str, Tensor]:
+def inputs_of(head: str) -> dict[str, Tensor]:
+    """Random inputs and labels for `tiny_model(head)`: four rows of 31, 7, 1 and 18 tokens."""
     lengths, rows = (31, 7, 1, 18), 4
     shape = (rows, max(lengths))
     ids = torch.randint(5, 211, shape)
@@ -240,7 +249,8 @@ def _inputs(head: str) -> dict[str, Tensor]:
     return inputs | extra.get(head, {})
 
 
-def _outputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def outputs_of(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The floating-point outputs, and the gradient of the word embeddings, of the loss or of their mean squares."""
     model.zero_grad()
     out = model(**inputs, return_dict=True)
     results = {name: x for name, x in out.items() if isinstance(x, Tensor) and x.is_floating_point()}
@@ -255,9 +265,9 @@ def _outputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def training_curve() -> Tensor:
     """The loss of every `CURVE_EVERY`-th of `CURVE_STEPS` steps of a tiny masked language model with dropout."""
     torch.manual_seed(SEED)
-    model = _tiny_model("BertForMaskedLM", layers=1, dropout=0.1).train()
+    model = tiny_model("BertForMaskedLM", layers=1, dropout=0.1).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    inputs = _inputs("BertForMaskedLM")
+    inputs = inputs_of("BertForMaskedLM")
     losses = []
     for step in range(CURVE_STEPS):
         optimizer.zero_grad()

@@ -69,7 +69,7 @@ def test_a_result_that_is_missing_or_new_is_named(only_bias_gelu: None, tmp_path
 
 def test_the_training_curve_shows_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = golden.read()[0]["training curve/float32"]
-    tiny_model = golden._tiny_model
+    tiny_model = golden.tiny_model
 
     def other_model(*args: Any, **options: Any) -> Any:
         model = tiny_model(*args, **options)
@@ -77,7 +77,7 @@ def test_the_training_curve_shows_other_weights(monkeypatch: pytest.MonkeyPatch)
             model.bert.embeddings.LayerNorm.bias.add_(1e-3)
         return model
 
-    monkeypatch.setattr(golden, "_tiny_model", other_model)
+    monkeypatch.setattr(golden, "tiny_model", other_model)
     with torch.random.fork_rng(devices=[]):
         other = golden.Value(golden.training_curve(), golden.CURVE_TOLERANCE)
     assert float((other.elements - recorded).abs().max()) > 10 * golden.CURVE_TOLERANCE

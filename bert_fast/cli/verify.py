@@ -1,13 +1,15 @@
 """Verify kernels, a model or an embeddings server against float64; exit code 1 where something is wrong.
 
 Without --model and --endpoint every implementation of every op that runs on this machine is compared with float64 and
-eager PyTorch. With --model the encoder of a folder is checked, with --endpoint an embeddings server: padding, packing,
-positions, the composition and order of batches, truncation, empty texts and dtypes, against the weights in float64.
-With --golden the results of every op and head and a training curve are compared with those that were recorded.
+eager PyTorch; then come gradients by finite differences, dropout statistics, extremes, leaks, and the heads of a small
+model (docs/verify.md). With --model the encoder of a folder is checked, with --endpoint an embeddings server: padding,
+packing, positions, the composition and order of batches, truncation, empty texts and dtypes, against the weights in
+float64. With --golden the results of every op and head and a training curve are compared with those that were recorded.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any, Literal
 
@@ -148,8 +150,34 @@ def _verify_kernels(args: Any) -> int:
         raise ValueError("nothing to test: none of the requested implementations can run here; see bert-fast info")
     failed = sum(not result.ok for result in results)
     print(f"\n{len(results) - failed} of {len(results)} cases ok")
+    failed_checks = _further_checks(args)
     if args.record:
         print(f"recorded in {record(results)}")
     if failed:
         print(f"bert-fast verify: {failed} cases failed", file=sys.stderr)
-    return 1 if failed else 0
+    if failed_checks:
+        print(f"bert-fast verify: {failed_checks} further checks failed", file=sys.stderr)
+    return 1 if failed or failed_checks else 0
+
+
+def _further_checks(args: Any) -> int:
+    """Print a line a check of verification_kernels.py and, for every op, verification_models.py; how many failed."""
+    from bert_fast.verification import parts
+    from bert_fast.verification_kernels import check_kernels
+    from bert_fast.verification_models import check_models
+
+    tested = [tuple(part) for part in parts(args.ops, args.impls)]
+    checks = itertools.chain(
+        check_kernels(tested, args.seed), check_models(args.impls, args.seed) if args.ops is None else ()
+    )
+    print(
+        "\nvalue: standard deviations (dropout), relative error (gradients), absolute error (extremes, model), bytes\n"
+    )
+    count = failed = 0
+    for check in checks:
+        count += 1
+        failed += not check.ok
+        numbers = check.error or f"{check.name:<40} {check.value:9.2e} {check.bound:9.2e}"
+        print(f"{check.kind:<10} {check.subject:<42} {numbers}  {'ok' if check.ok else 'FAILED'}", flush=True)
+    print(f"\n{count - failed} of {count} further checks ok (races: python -m benchmarks.gpu.sanitize)")
+    return failed
