@@ -185,16 +185,17 @@ class Server:
 async def _while_connected(request: Request, work: asyncio.Future[Value], timeout: float) -> Value:
     """The result of `work`, which is cancelled when the client disconnects or `timeout` has passed."""
     gone = asyncio.ensure_future(_disconnected(request))
+    both: set[asyncio.Future[Any]] = {work, gone}
     try:
-        await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
         if gone.done():
             raise DisconnectedError("the client has disconnected")
         raise DeadlineError("not computed in time")
     finally:
-        for task in (work, gone):
-            task.cancel()
+        for future in both:
+            future.cancel()
 
 
 def _time_left(request: Request) -> float:
