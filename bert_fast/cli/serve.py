@@ -7,6 +7,7 @@ SIGTERM ends the server when the requests that it has are answered.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -61,15 +62,17 @@ def run(args: Any) -> int:
     key = _api_key(args.api_key_file)
     models = []
     for argument in args.models:
-        name, _, folder = argument.rpartition("=")
+        name, _, folder = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
         models.append(
             load(folder, name or None, device=args.device, precision=args.precision, auto_truncate=args.auto_truncate)
         )
     app = create_app(models, limits, key)
     _log(args.log)
     server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning", server_header=False))
+    # A request is read, computed and sent in at most three times the limit.
+    server.config.timeout_graceful_shutdown = math.ceil(3 * limits.timeout)
     # Bound here: uvicorn prints a port that is taken in lines of its own, and exits.
-    with _bound(args.host, args.port) as listener, use_threads():
+    with _bound(args.host, args.port, limits.timeout) as listener, use_threads():
         host, port = listener.getsockname()[:2]
         shown = ", ".join(f"{model.name} ({model.kind}, {model.precision})" for model in models)
         where = f"[{host}]" if ":" in host else host
@@ -78,8 +81,8 @@ def run(args: Any) -> int:
     return 0
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket bound to an address.
+def _bound(host: str, port: int, timeout: float) -> socket.socket:
+    """A socket that listens at an address; its connections end when a client reads nothing, or is gone, for `timeout`.
 
     Raises:
         OSError, ValueError: the address can't be used.
@@ -90,7 +93,13 @@ def _bound(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; a connection has the options of what it came from
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * timeout))
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, math.ceil(timeout))
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, math.ceil(timeout))
         listener.bind(address)
+        listener.listen(2048)  # before the address is printed: who reads it may connect at once
     except OSError as error:
         raise OSError(f"can't listen at {host}, port {port}: {error.strerror or error}") from error
     return listener

@@ -17,7 +17,7 @@ from bert_fast.serve.answers import json_response
 from bert_fast.serve.context import Limits, Server, server_of
 from bert_fast.serve.errors import InvalidInputError, ServeError
 from bert_fast.serve.metrics import CONTENT_TYPE
-from bert_fast.serve.middleware import Requests, error_body
+from bert_fast.serve.middleware import UNEXPECTED, Requests, error_body
 from bert_fast.serve.model import ServedModel
 
 _PAGE = Path(__file__).with_name("page.html")
@@ -31,7 +31,7 @@ def create_app(models: Sequence[ServedModel], limits: Limits | None = None, api_
     Args:
         models: one or more, of different names.
         limits: see `Limits`.
-        api_key: expected as `Authorization: Bearer KEY` by every route but /health and /ping; None for none.
+        api_key: expected as `Authorization: Bearer KEY` by every route but the page, /health and /ping; None for none.
 
     Raises:
         ValueError: there is no model, or two have the same name.
@@ -50,6 +50,7 @@ def create_app(models: Sequence[ServedModel], limits: Limits | None = None, api_
     app.add_api_route("/", _page, methods=["GET"], include_in_schema=False)
     app.add_api_route("/metrics", _metrics, methods=["GET"])
     app.add_exception_handler(ServeError, _on_error)
+    app.add_exception_handler(Exception, _on_unexpected)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(ValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -70,6 +71,10 @@ async def _metrics(request: Request) -> Response:
 
 async def _on_error(request: Request, error: Any) -> Response:
     return json_response(error_body(request.url.path, error), error.status, error.headers)
+
+
+async def _on_unexpected(request: Request, _: Any) -> Response:
+    return await _on_error(request, ServeError(UNEXPECTED))
 
 
 async def _on_invalid(request: Request, error: Any) -> Response:

@@ -131,7 +131,7 @@ class Batcher:
         try:
             return await asyncio.wait_for(job.future, timeout)
         except asyncio.TimeoutError:
-            raise DeadlineError(f"not computed within {timeout:g} s") from None
+            raise DeadlineError("not computed in time") from None
         finally:
             self._remove(job)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from fastapi import Request
 from bert_fast.models.texts import check_texts
 from bert_fast.serve.batching import Batcher, Compute, Timing
 from bert_fast.serve.errors import (
+    DeadlineError,
     DisconnectedError,
     EmptyInputError,
     InvalidInputError,
@@ -54,12 +56,13 @@ class Limits:
 
 @dataclass
 class Usage:
-    """What a request cost, for its headers, its log line and the metrics."""
+    """What a request cost, for its headers, its log line and the metrics; `deadline` is of time.monotonic."""
 
     characters: int = 0
     tokens: int = 0
     tokenization: float = 0.0
     timing: Timing = field(default_factory=Timing)
+    deadline: float = math.inf
 
 
 class Server:
@@ -116,11 +119,7 @@ class Server:
         """
         usage: Usage = request.state.usage
         start = time.perf_counter()
-        try:
-            check_texts([text for text in texts if isinstance(text, str)], name="inputs")
-        except TypeError as error:
-            raise InvalidInputError(str(error)) from None
-        tokens = await self.in_thread(tokenize)
+        tokens = await self.in_thread(request, tokenize, texts)
         usage.tokenization += time.perf_counter() - start
         usage.tokens += sum(len(one.ids) for one in tokens)
         usage.characters += sum(one.characters for one in tokens)
@@ -129,9 +128,19 @@ class Server:
         self.metrics.tokenization.observe(usage.tokenization)
         return tokens
 
-    async def in_thread(self, function: Callable[[], Value]) -> Value:
-        """Run a function in one of the threads of tokenization."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+    async def in_thread(self, request: Request, function: Callable[[], Value], texts: Sequence[Any] = ()) -> Value:
+        """Run a function of `texts` in one of the threads of tokenization; given up as `compute` is.
+
+        Raises:
+            InvalidInputError: a text is none that UTF-8 can represent.
+            ServeError: the client has disconnected, or the deadline has passed.
+        """
+        try:
+            check_texts([text for text in texts if isinstance(text, str)], name="inputs")
+        except TypeError as error:
+            raise InvalidInputError(str(error)) from None
+        work = asyncio.get_running_loop().run_in_executor(self._threads, function)
+        return await _while_connected(request, work, _time_left(request))
 
     async def compute(self, request: Request, compute: Compute, tokens: Sequence[Tokens]) -> list[Any]:
         """The results of `compute` for each of `tokens`, in order; given up when the client disconnects.
@@ -141,16 +150,9 @@ class Server:
         """
         usage: Usage = request.state.usage
         lengths = [len(one.ids) for one in tokens]
-        work = asyncio.ensure_future(self.batcher.submit(compute, tokens, lengths, self.limits.timeout))
-        gone = asyncio.ensure_future(_disconnected(request))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise DisconnectedError("the client has disconnected")
-            results, timing = work.result()
-        finally:
-            for task in (work, gone):
-                task.cancel()
+        left = _time_left(request)
+        work = asyncio.ensure_future(self.batcher.submit(compute, tokens, lengths, left))
+        results, timing = await _while_connected(request, work, left)
         usage.timing.queue += timing.queue
         usage.timing.inference += timing.inference
         self.metrics.queue.observe(timing.queue)
@@ -178,6 +180,27 @@ class Server:
         """Answer what is in the queue, and end the threads."""
         self.batcher.close(self.limits.timeout)
         self._threads.shutdown(cancel_futures=True)
+
+
+async def _while_connected(request: Request, work: asyncio.Future[Value], timeout: float) -> Value:
+    """The result of `work`, which is cancelled when the client disconnects or `timeout` has passed."""
+    gone = asyncio.ensure_future(_disconnected(request))
+    both: set[asyncio.Future[Any]] = {work, gone}
+    try:
+        await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        if gone.done():
+            raise DisconnectedError("the client has disconnected")
+        raise DeadlineError("not computed in time")
+    finally:
+        for future in both:
+            future.cancel()
+
+
+def _time_left(request: Request) -> float:
+    usage: Usage = request.state.usage
+    return max(0.0, usage.deadline - time.monotonic())
 
 
 async def _disconnected(request: Request) -> None:

@@ -15,11 +15,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bert_fast.serve.answers import json_response
 from bert_fast.serve.context import Server, Usage
-from bert_fast.serve.errors import DeadlineError, MediaTypeError, ServeError, TooLargeError, UnauthorizedError
+from bert_fast.serve.errors import (
+    DeadlineError,
+    DisconnectedError,
+    MediaTypeError,
+    ServeError,
+    TooLargeError,
+    UnauthorizedError,
+)
 
 _logger = logging.getLogger("bert_fast.serve")
 _OPEN = ("/health", "/ping")  # without an API key: what asks whether the server lives has none
 _LONGEST_NAME = 200
+UNEXPECTED = "an unexpected error; the log of the server says more"
 
 
 def error_body(path: str, error: ServeError) -> dict[str, Any]:
@@ -53,7 +61,8 @@ class Requests:
         start = time.perf_counter()
         usage, headers = Usage(), {name.lower(): value for name, value in scope["headers"]}
         scope.setdefault("state", {})["usage"] = usage
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:_LONGEST_NAME] or uuid.uuid4().hex
+        # Cut, then stripped: a header that ends with a space can't be sent.
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:_LONGEST_NAME].strip() or uuid.uuid4().hex
         method = scope["path"].lstrip("/").split("/")[-1] or "root"
         status: list[int] = []
 
@@ -64,7 +73,7 @@ class Requests:
             await send(message)
 
         try:
-            self._authorize(scope["path"], headers)
+            self._authorize(scope, headers)
             if scope["method"] != "POST":
                 await self.app(scope, receive, send_with_headers)
             else:
@@ -72,18 +81,24 @@ class Requests:
                 _check_type(headers)
                 self.server.enter()
                 try:
-                    await self.app(scope, await self._body(receive, headers), send_with_headers)
+                    complete = await self._body(receive, headers)
+                    usage.deadline = time.monotonic() + self.server.limits.timeout
+                    await self.app(scope, complete, send_with_headers)
                 finally:
                     self.server.leave()
-        except ServeError as error:
+        except Exception as error:  # also what a route did not foresee: the client gets an error of the usual form
+            if not isinstance(error, ServeError):
+                _logger.error("an unexpected error: %s", error, exc_info=error)
             if not status:
-                answer = json_response(error_body(scope["path"], error), error.status, error.headers)
+                shown = error if isinstance(error, ServeError) else ServeError(UNEXPECTED)
+                answer = json_response(error_body(scope["path"], shown), shown.status, shown.headers)
                 await answer(scope, receive, send_with_headers)
         finally:
             self._record(scope, method, status[0] if status else 499, usage, start, request_id)
 
-    def _authorize(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self._key is None or path in _OPEN:
+    def _authorize(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        page = scope["method"] == "GET" and scope["path"] == "/"  # it says nothing of the models, and asks for the key
+        if self._key is None or page or scope["path"] in _OPEN:
             return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         # Of digests: the time of the comparison depends on neither key.
@@ -97,7 +112,7 @@ class Requests:
         if length.isdigit() and int(length) > limit:
             raise TooLargeError(f"the body has {int(length)} bytes; expected at most {limit}")
         try:
-            body, gone = await asyncio.wait_for(_read(receive, limit), self.server.limits.timeout)
+            body = await asyncio.wait_for(_read(receive, limit), self.server.limits.timeout)
         except asyncio.TimeoutError:
             raise DeadlineError(f"the body was not complete within {self.server.limits.timeout:g} s") from None
         first = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -106,7 +121,7 @@ class Requests:
             message = next(first, None)
             if message is not None:
                 return message
-            return {"type": "http.disconnect"} if gone else await receive()
+            return await receive()
 
         return replay
 
@@ -147,20 +162,19 @@ def _check_type(headers: dict[bytes, bytes]) -> None:
         raise MediaTypeError(f"Content-Type is {kind[:_LONGEST_NAME]!r}; expected application/json")
 
 
-async def _read(receive: Receive, limit: int) -> tuple[bytes, bool]:
-    """The body, and whether the client has gone."""
+async def _read(receive: Receive, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b"".join(parts), True
+            raise DisconnectedError("the client has disconnected")
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > limit:
             raise TooLargeError(f"the body has more than {limit} bytes")
         if not message.get("more_body", False):
-            return b"".join(parts), False
+            return b"".join(parts)
 
 
 def _headers(usage: Usage, start: float, request_id: str) -> list[tuple[bytes, bytes]]:

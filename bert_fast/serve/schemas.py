@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-Ids = Annotated[list[StrictInt], Field(min_length=1)]
+# fail_fast: one error a list. Those of every item of a body of 8 MB are gigabytes.
+Strings = Annotated[list[StrictStr], Field(fail_fast=True)]
+Ids = Annotated[list[StrictInt], Field(min_length=1, fail_fast=True)]
+ManyIds = Annotated[list[Ids], Field(fail_fast=True)]
 Text = StrictStr | Ids
-Texts = StrictStr | list[StrictStr] | Ids | list[Ids]
-Pair = Annotated[list[StrictStr], Field(min_length=2, max_length=2)]
+Texts = StrictStr | Strings | Ids | ManyIds
 Direction = Literal["left", "right", "Left", "Right"]
 
 
@@ -44,36 +46,45 @@ class Sentences(BaseModel):
     """The inputs of POST /similarity."""
 
     source_sentence: StrictStr
-    sentences: Annotated[list[StrictStr], Field(min_length=1)]
+    sentences: Annotated[Strings, Field(min_length=1)]
+
+
+class SimilarityParameters(BaseModel):
+    """The parameters of POST /similarity."""
+
+    prompt_name: StrictStr | None = None
 
 
 class Similarity(_Body):
     """POST /similarity."""
 
     inputs: Sentences
-    parameters: dict[str, Any] | None = None
+    parameters: SimilarityParameters | None = None
 
 
 class Rerank(_Truncated):
     """POST /rerank."""
 
     query: StrictStr
-    texts: list[StrictStr]
+    texts: Strings
     raw_scores: StrictBool = False
     return_text: StrictBool = False
+
+
+TextOrPair = Annotated[Strings, Field(min_length=1, max_length=2)]
 
 
 class Predict(_Truncated):
     """POST /predict: a text, a batch of lists of one text or two."""
 
-    inputs: StrictStr | list[Annotated[list[StrictStr], Field(min_length=1, max_length=2)]] | list[StrictStr]
+    inputs: StrictStr | Annotated[list[TextOrPair], Field(fail_fast=True)] | Strings
     raw_scores: StrictBool = False
 
 
 class Tokenize(_Body):
     """POST /tokenize."""
 
-    inputs: StrictStr | list[StrictStr]
+    inputs: StrictStr | Strings
     add_special_tokens: StrictBool = True
     prompt_name: StrictStr | None = None
 
@@ -81,7 +92,7 @@ class Tokenize(_Body):
 class Decode(_Body):
     """POST /decode."""
 
-    ids: Ids | list[Ids]
+    ids: Ids | ManyIds
     skip_special_tokens: StrictBool = True
 
 
@@ -95,7 +106,7 @@ class FillMask(_Body):
 class Entities(_Body):
     """POST /entities."""
 
-    inputs: StrictStr | list[StrictStr]
+    inputs: StrictStr | Strings
 
 
 class OpenAIEmbeddings(_Body):
@@ -117,6 +128,6 @@ class V1Rerank(_Body):
     """POST /v1/rerank, as Cohere and Jina have it."""
 
     query: StrictStr
-    documents: list[StrictStr | Document]
+    documents: Annotated[list[StrictStr | Document], Field(fail_fast=True)]
     top_n: Annotated[StrictInt, Field(ge=1)] | None = None
     return_documents: StrictBool = False

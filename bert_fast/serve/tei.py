@@ -115,7 +115,7 @@ async def similarity(request: Request, body: schemas.Similarity) -> Any:
     server = server_of(request)
     model = server.model(body.model, "embedding")
     texts = [body.inputs.source_sentence, *body.inputs.sentences]
-    prompt_name = (body.parameters or {}).get("prompt_name")
+    prompt_name = None if body.parameters is None else body.parameters.prompt_name
     vectors = await embed(server, request, model, texts, normalize=True, prompt_name=prompt_name)
     return json_response([float(vectors[0] @ vector) for vector in vectors[1:]])
 
@@ -223,7 +223,7 @@ async def tokenize_route(request: Request, body: schemas.Tokenize) -> Any:
         strings = [prompt + text for text in texts]
         return list(tokenizer.encode_batch(strings, add_special_tokens=body.add_special_tokens))
 
-    encodings = await server.in_thread(tokenize)
+    encodings = await server.in_thread(request, tokenize, texts)
     return json_response(
         [
             [
@@ -249,10 +249,11 @@ async def decode(request: Request, body: schemas.Decode) -> Any:
     server = server_of(request)
     model = server.models[0] if body.model is None else server.model(body.model, *_ALL)
     rows, _ = as_list(body.ids)
+    server.check_count(len(rows), "lists of ids")
     if max(max(row) for row in rows) >= model.model.config.vocab_size or min(min(row) for row in rows) < 0:
         raise InvalidInputError(f"ids has an id that is none of the model's {model.model.config.vocab_size}")
     texts = await server.in_thread(
-        lambda: model.thread_tokenizer().decode_batch(rows, skip_special_tokens=body.skip_special_tokens)
+        request, lambda: model.thread_tokenizer().decode_batch(rows, skip_special_tokens=body.skip_special_tokens)
     )
     return json_response(texts)
 
@@ -290,7 +291,7 @@ async def entities(request: Request, body: schemas.Entities) -> Any:
     server.check_count(len(texts))
     tokens = await server.tokenize(request, lambda: model.tokenize(texts, truncate=False), texts)
     logits = finite(await server.compute(request, model.token_logits, tokens), "logit")
-    encodings = await server.in_thread(lambda: model.thread_tokenizer().encode_batch(texts))
+    encodings = await server.in_thread(request, lambda: model.thread_tokenizer().encode_batch(texts))
     answers = [_words(model, encoding, row) for encoding, row in zip(encodings, logits, strict=True)]
     return json_response(answers[0] if single else answers)
 
@@ -382,6 +383,9 @@ async def root(request: Request, body: dict[str, Any]) -> Any:
     schema, route = _BY_KIND[server_of(request).models[0].kind]
     if schema is schemas.Predict and isinstance(inputs, str):
         body["inputs"] = [[inputs]]  # the inference API answers a single text by a list in a list as well
-    parameters = {name: value for name, value in (body.pop("parameters", None) or {}).items() if value is not None}
+    given = body.pop("parameters", None)
+    if not isinstance(given, dict | None):
+        raise InvalidInputError(f"parameters is a {type(given).__name__}; expected an object")
+    parameters = {name: value for name, value in (given or {}).items() if value is not None}
     found: Any = await route(request, schema.model_validate({**parameters, **body}))
     return found

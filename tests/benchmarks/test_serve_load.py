@@ -26,6 +26,19 @@ with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as listener:
         connection.close()
 """
 
+REFUSING = """
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
 
 def test_servers_are_loaded_and_compared(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -34,6 +47,7 @@ def test_servers_are_loaded_and_compared(
     found = serve_load.servers(model)
     chosen = {name: found[name] for name in ("bert_fast fp32", "FastAPI + sentence-transformers", "infinity")}
     chosen["losing"] = ([sys.executable, "-c", LOSING, "{port}"], "/embed", "inputs")
+    chosen["refusing"] = ([sys.executable, "-c", REFUSING, "{port}"], "/embed", "inputs")
     chosen["absent"] = ([sys.executable, "-c", "raise SystemExit('no such server')"], "/embed", "inputs")
     monkeypatch.setattr(serve_load, "servers", lambda _: chosen)
     monkeypatch.setattr(serve_load, "paragraphs", lambda _: [text for text in TEXTS if text])
@@ -48,6 +62,8 @@ def test_servers_are_loaded_and_compared(
         assert row.min_cosine > 0.99999
         assert 0 < row.p50_ms <= row.p99_ms
     assert rows["losing"].lost == 3
+    assert rows["refusing"].lost > 3
+    assert (rows["refusing"].answers, rows["refusing"].texts_per_s) == (0, [0.0])
     assert "no such server" in rows["absent"].refused
     assert "not installed" in rows["infinity"].refused
     assert saved
