@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bert_fast import _heap
 from bert_fast._config import did_you_mean
 from bert_fast._terminal import discard, safe_streams
 
@@ -54,6 +55,7 @@ EXTRAS = {
     "triton": "triton",
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
 }
+TRAINING = ("pretrain", "finetune", "multitask", "sweep")
 STANDARD = ("info", "verify")  # they need nothing but torch: what is missing elsewhere is seen with them
 
 
@@ -104,6 +106,8 @@ def _main(arguments: list[str], ends: bool) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     command = arguments[0].replace("_", "-") if arguments else ""
     prefix = f"bert-fast {command}" if command in COMMANDS else "bert-fast"
+    if ends and command in TRAINING:
+        _heap.keep_freed_memory()
     try:
         if command in COMMANDS:
             return _run(command, arguments[1:])
