@@ -9,6 +9,8 @@ sequences packed; both use fused AdamW with a learning rate of zero, which is th
 are those of the matrix products over real and masked tokens, three times the forward's. `bert-fast bench kernels
 attention` times attention alone.
 
+As in `bert-fast pretrain`, freed memory stays with the process (`bert_fast/_heap.py`), for transformers too.
+
 Before a case is timed, the loss and the gradient of the word embeddings, which depends on the whole backward pass, are
 compared without dropout with transformers in float64: the error of ours may be three times that of transformers in the
 same precision, plus a floor; if one exceeds that, nothing is reported.
@@ -31,6 +33,7 @@ from torch import Tensor
 from benchmarks.models.cpu_inference import conclude, processor_options, processor_parser, settings_of
 from benchmarks.runner.whole_models import FACTOR, FLOOR_ULPS, Scenario, Size, batches, model_of
 from bert_fast._device import autocast
+from bert_fast._heap import keep_freed_memory
 from bert_fast.bench.devices import Cpu
 from bert_fast.bench.runner import Case, Plan, Variant, exit_code, run, saving, warm
 from bert_fast.data import PackedBatch
@@ -153,6 +156,8 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", choices=tuple(DTYPES), default=None, help="bf16 needs AVX-512")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes")
     options = processor_options(parser)
+    if not options.smoke:  # which tests run in their own process
+        keep_freed_memory()
     wide = "AVX512" in torch.backends.cpu.get_cpu_capability() or options.smoke
     precisions = options.precisions or [name for name in DTYPES if name == "fp32" or wide]
     selected = plans(SMOKE if options.smoke else BASE, precisions, options.compile)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bert_fast import _heap
 from bert_fast._config import did_you_mean
 from bert_fast._terminal import discard, safe_streams
 
@@ -58,6 +59,7 @@ EXTRAS = {
 }
 # They need nothing but torch: what is missing elsewhere is seen with them.
 STANDARD = ("info", "verify", "bench kernels", "bench model", "bench compare", "bench export", "tune")
+TRAINING = ("pretrain", "finetune", "multitask", "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +109,8 @@ def _main(arguments: list[str], ends: bool) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     command = arguments[0].replace("_", "-") if arguments else ""
     prefix = f"bert-fast {command}" if command in COMMANDS else "bert-fast"
+    if ends and command in TRAINING:
+        _heap.keep_freed_memory()
     try:
         if command in COMMANDS:
             return _run(command, arguments[1:])

@@ -158,7 +158,7 @@ def source_hash(functions: Sequence[Callable[..., Any]]) -> str:
         if file is None and code is None:
             return ""
         digest.update(str(getattr(function, "__qualname__", type(function).__qualname__)).encode())
-        digest.update(_code(code).encode() if file is None else file.read_bytes())
+        digest.update(_code(code).encode() if file is None else file.read_bytes())  # type: ignore[arg-type]
     return digest.hexdigest()[:16]
 
 
