@@ -243,7 +243,7 @@ def test_any_scale(impl: str, device: str, scale: float, dtype: torch.dtype) -> 
     ids=str,
 )
 @pytest.mark.parametrize("magnitude", [1.0, 1e4])
-@pytest.mark.parametrize("scale", [1e-30, 1e-4, 1.0, 1e4, 1e30, -1e30])
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-4, 1.0, 1e4, 1e30, -1e30])
 def test_scores_of_any_magnitude(
     impl: str, device: str, lengths: list[int], scale: float, magnitude: float, dtype: torch.dtype
 ) -> None:

@@ -82,7 +82,7 @@ def fwd_kernel(
     v = _tile(base + 2 * stride_s, bias_v, token, inside, stride_t, D, BLOCK_D, BLOCK_S)
     real = _split(inside, TILE, BLOCK_S)
     scores = dot_transposed(q, k) * sign
-    scores = tl.where(tl.expand_dims(real, -2), scores, -1e38)  # not -inf: a row may have no key
+    scores = tl.where(tl.expand_dims(real, -2), scores, float("-inf"))  # NaN in rows without a key, not stored
     m = tl.max(scores, axis=-1)
     probs = tl.exp2((scores - tl.expand_dims(m, -1)) * (scale * LOG2_E))
     total = tl.sum(probs, axis=-1)
