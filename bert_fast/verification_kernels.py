@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -282,7 +282,7 @@ def _memory(device: str) -> dict[str, float]:
     return sizes
 
 
-def check_kernels(parts: list[tuple[str, str, str, torch.dtype]], seed: int = 0) -> Iterator[Check]:
+def check_kernels(parts: Sequence[tuple[str, str, str, torch.dtype]], seed: int = 0) -> Iterator[Check]:
     """The checks of this module for `bert_fast.verification.parts`: each op's gradients, then each implementation."""
     kernels: dict[tuple[str, str, str], list[torch.dtype]] = {}
     for op, impl, device, dtype in parts:
