@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def _of_head(head: str) -> Iterator[tuple[str, Value]]:
 
 
 def compare_head(
-    model: Any, inputs: dict[str, Tensor], dtype: torch.dtype, impl: str = "auto"
+    model: Any, inputs: dict[str, Tensor], dtype: torch.dtype, impl: str | Mapping[str, str] = "auto"
 ) -> dict[str, tuple[Tensor, Comparison]]:
     """What `impl` computes of `outputs_of` the model in `dtype`, each with its three-way test: three times eager's."""
     model.to(dtype)

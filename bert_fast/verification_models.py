@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -57,7 +57,7 @@ def model_impls(device: str) -> list[str]:
     ]
 
 
-def head_errors(head: str, impl: str, device: str) -> Iterator[tuple[str, float, float]]:
+def head_errors(head: str, impl: str | Mapping[str, str], device: str) -> Iterator[tuple[str, float, float]]:
     """The output or gradient nearest to its bound, in each dtype."""
     model = tiny_model(head).to(device).eval()
     inputs = {name: x.to(device) for name, x in inputs_of(head).items()}

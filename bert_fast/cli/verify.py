@@ -166,7 +166,7 @@ def _further_checks(args: Any) -> int:
     from bert_fast.verification_kernels import check_kernels
     from bert_fast.verification_models import check_models
 
-    tested = list(parts(args.ops, args.impls))
+    tested = parts(args.ops, args.impls)
     checks = itertools.chain(
         check_kernels(tested, args.seed), check_models(args.impls, args.seed) if args.ops is None else ()
     )
