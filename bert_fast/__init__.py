@@ -8,7 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bert_fast.integrations import freeze, fuse, is_fused, quantize, register, unfreeze, unfuse
+    from bert_fast.integrations.attention_interface import register
+    from bert_fast.integrations.freeze import freeze, unfreeze
+    from bert_fast.integrations.fuse import fuse, is_fused, unfuse
+    from bert_fast.integrations.quantize import quantize
     from bert_fast.models import (
         BertConfig,
         BertForMaskedLM,

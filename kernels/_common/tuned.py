@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import math
 import platform
@@ -63,7 +64,7 @@ def processor() -> str:
 def cpu_features() -> str:
     """The CPU features detected by the CPU kernels, or by torch if they are not built."""
     try:
-        from bert_fast import _C
+        _C = importlib.import_module("bert_fast._C")
 
         return f"{_C.cpu_isa()} (bert_fast kernels)"
     except (ImportError, AttributeError):
