@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FEWEST, MOST = 2, 64  # cases with the same sizes
 CACHES = 4.0  # bytes of all cases, over those of the last level cache
+IMPOSSIBLE = "impossible"  # how the reason of a time that can't be begins
 POSSIBLE_BYTES, POSSIBLE_FLOPS = 2.5, 1.5  # speed over that of the ceiling, which has noise
 
 
@@ -82,8 +83,8 @@ def impossible(case: Case, label: str, timing: Timing, limits: Mapping[str, floa
     ):
         if amount / 1e9 > factor * ceiling * seconds:
             return (
-                f"impossible: {seconds * 1e3:.3g} ms would be {amount / seconds / 1e9:,.0f} {what}, and the ceiling of "
-                f"this run is {ceiling:,.0f}"
+                f"{IMPOSSIBLE}: {seconds * 1e3:.3g} ms would be {amount / seconds / 1e9:,.0f} {what}, and the ceiling "
+                f"of this run is {ceiling:,.0f}"
             )
     return ""
 

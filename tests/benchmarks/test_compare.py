@@ -15,6 +15,7 @@ import torch
 
 from bert_fast.bench import export, page
 from bert_fast.bench.compare import compare, load
+from bert_fast.bench.devices import Cpu
 from bert_fast.bench.model import DTYPES
 from bert_fast.bench.samples import summary
 from bert_fast.cli.main import main
@@ -134,7 +135,11 @@ def test_the_interval_of_the_median_holds_it_with_the_stated_probability() -> No
     assert summary([1.0, 2.0, 3.0, 4.0, 100.0]).outliers == 1
 
 
-def test_bench_kernels_writes_a_report_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_kernels_writes_a_report_and_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"copy_gbytes_per_s": 1e3, "read_gbytes_per_s": 1e3, "fp32_gemm_gflops": 1e5, "bf16_gemm_gflops": 1e5}
+    monkeypatch.setattr(Cpu, "ceilings", lambda _: limits)  # other tests use the machine
     output, html = tmp_path / "out.json", tmp_path / "out.html"
     arguments = ["bias_gelu", "--device", "cpu", "--match", r"^\(128, 3072\) float32 forward", "--impls", "cpu"]
     files = ["--output", str(output), "--html", str(html)]
@@ -187,7 +192,10 @@ def test_mistakes_on_the_command_line(arguments: list[str], message: str, capsys
     assert message in capsys.readouterr().err
 
 
-def test_a_model_is_timed_in_each_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_is_timed_in_each_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cpu, "ceilings", lambda _: {"copy_gbytes_per_s": 1e3, "fp32_gemm_gflops": 1e5})
     from bert_fast.models import BertConfig, BertModel
 
     torch.manual_seed(0)

@@ -44,7 +44,7 @@ class TestOverwrite:
         with pytest.raises(ValueError, match="metric is 'f1'"):
             finetune(replace(config, metric="f1"), report=quiet)
         with monkeypatch.context() as patch:
-            patch.setattr(TaskRun, "loss", lambda *_: 1 / 0)
+            patch.setattr(TaskRun, "backward", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 finetune(config, report=quiet)
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
