@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -97,13 +98,16 @@ def test_a_norm_without_eps_divides_by_zero() -> None:
 
 
 def test_memory_that_is_kept_is_a_leak() -> None:
-    kept: list[Tensor] = []
+    kept: list[mmap.mmap] = []
 
     def call(leak: bool, count: int) -> None:
         for _ in range(count):
-            x = torch.ones(100_000)
+            memory = mmap.mmap(-1, 400_000)  # new to the process, whatever earlier tests have left to the allocator
+            memory.write(b"x" * len(memory))
             if leak:
-                kept.append(x)
+                kept.append(memory)
+            else:
+                memory.close()
 
     for leak in (False, True):
         rows = checks.growth(partial(call, leak, 5), partial(call, leak, 48), "cpu")
