@@ -15,14 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bert_fast.cli.standard import as_option
+
 
 def positional(arguments: list[str]) -> list[str]:
     """Rewrite `bench compare FILE FILE --option` as `bench compare --files FILE FILE --option`."""
-    files = []
-    while arguments and not arguments[0].startswith("-"):
-        files.append(arguments[0])
-        arguments = arguments[1:]
-    return ["--files", *files, *arguments] if files else arguments
+    return as_option(arguments, "--files")
 
 
 def add_arguments(parser: Any) -> None:

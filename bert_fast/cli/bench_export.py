@@ -11,10 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from bert_fast.cli.standard import as_option
+
 
 def positional(arguments: list[str]) -> list[str]:
     """Rewrite `bench export OP --option` as `bench export --op OP --option`."""
-    return ["--op", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+    return as_option(arguments, "--op")
 
 
 def add_arguments(parser: Any) -> None:

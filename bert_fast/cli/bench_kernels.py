@@ -14,14 +14,12 @@ import re
 from functools import partial
 from typing import Any, Literal
 
+from bert_fast.cli.standard import as_option
+
 
 def positional(arguments: list[str]) -> list[str]:
     """Rewrite `bench kernels OP ... --option` as `bench kernels --ops OP ... --option`."""
-    ops = []
-    while arguments and not arguments[0].startswith("-"):
-        ops.append(arguments[0])
-        arguments = arguments[1:]
-    return ["--ops", *ops, *arguments] if ops else arguments
+    return as_option(arguments, "--ops")
 
 
 def add_arguments(parser: Any) -> None:

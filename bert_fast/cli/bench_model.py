@@ -12,11 +12,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from bert_fast.cli.bench_kernels import add_common_arguments
+from bert_fast.cli.standard import as_option
 
 
 def positional(arguments: list[str]) -> list[str]:
     """Rewrite `bench model FOLDER --option` as `bench model --model FOLDER --option`."""
-    return ["--model", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+    return as_option(arguments, "--model")
 
 
 def add_arguments(parser: Any) -> None:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from bert_fast._config import from_mapping
+from bert_fast.cli.standard import as_option
 from bert_fast.finetune.config import FinetuneConfig
 
 SHORT_NAMES = {"ner": "token-classification", "qa": "question-answering"}
@@ -20,9 +21,7 @@ def add_arguments(parser: Any) -> None:
 
 def positional(arguments: list[str]) -> list[str]:
     """Rewrite `finetune TASK ...` as `finetune --task TASK ...`: the task may also be set in the YAML file."""
-    if arguments and not arguments[0].startswith("-"):
-        return ["--task", *arguments]
-    return arguments
+    return as_option(arguments, "--task")
 
 
 def more_help(task: str) -> str:

@@ -15,6 +15,11 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from bert_fast._config import did_you_mean
 
 
+def as_option(arguments: list[str], option: str) -> list[str]:
+    """The arguments, with those before the first option given as `option`: `OP OP --json` is `--ops OP OP --json`."""
+    return [option, *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
 class _Negated(argparse.Action):
     """`--no-NAME` sets NAME to False."""
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from bert_fast.cli.standard import as_option
+
 
 def positional(arguments: list[str]) -> list[str]:
     """Rewrite `tune MODEL --option` as `tune --model MODEL --option`."""
-    return ["--model", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+    return as_option(arguments, "--model")
 
 
 def add_arguments(parser: Any) -> None:

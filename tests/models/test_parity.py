@@ -15,19 +15,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bert_fast.golden import HEADS
 from bert_fast.models import from_hf
 from bert_fast.testing import assert_three_way, compare
 
-MODELS = [
-    "BertModel",
-    "BertForPreTraining",
-    "BertForMaskedLM",
-    "BertForNextSentencePrediction",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertForQuestionAnswering",
-    "BertForMultipleChoice",
-]
 BATCH, SEQLEN, CHOICES = 3, 13, 2
 # float64 (eps 2.2e-16): two layers, with sums of up to 80 terms, differ by at most 4e-14 of 1 + |value|.
 EXACT = 1e-11
@@ -108,7 +99,7 @@ def measure(pair: Pair, name: str, dtype: torch.dtype, **settings: Any) -> tuple
     return run(ours, inputs), run(theirs, inputs)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", HEADS)
 def test_outputs_losses_and_gradients_in_float64(pair: Pair, name: str) -> None:
     actual, expected = measure(pair, name, torch.float64)
     assert actual.keys() == expected.keys()
@@ -124,7 +115,7 @@ FLOOR = 4.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", HEADS)
 def test_three_way_against_transformers(pair: Pair, name: str, dtype: torch.dtype) -> None:
     ours, eager = measure(pair, name, dtype)
     _, theirs = pair(name, dtype, **settings_of(name))
